@@ -1,0 +1,3 @@
+from .attg_loss import attg_loss, is_flat, normalize_map
+
+__all__ = ["attg_loss", "is_flat", "normalize_map"]
