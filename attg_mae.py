@@ -57,7 +57,7 @@ from kernels import attg_loss, is_flat, normalize_map
 # -- Configuration -----------------------------------------------------------------------------------------------------
 FIELDS = "patch_size img_size width depth heads decoder_width decoder_depth decoder_heads epochs batch_size blr".split()
 PRESETS = {
-    "vit_micro": (4, 32, 128, 4, 4, 64, 2, 4, 12, 128, 2e-3),
+    "vit_micro": (4, 32, 128, 4, 4, 64, 2, 4, 8, 64, 6e-3),
     "vit_tiny": (16, 224, 192, 12, 3, 192, 4, 3, 800, 4096, 1.5e-4),
     "vit_small": (16, 224, 384, 12, 6, 256, 4, 8, 800, 4096, 1.5e-4),
     "vit_base": (16, 224, 768, 12, 12, 512, 8, 16, 800, 4096, 1.5e-4),
@@ -88,10 +88,10 @@ class Config:
     tau_schedule: str = flag("cosine", "half-cycle cosine from tau to tau_end (paper)", choices=("cosine", "constant"))
     mask_ratio: float = flag(0.75, "share of patches removed")
     norm_pix: bool = flag(True, "predict patches normalised by their own mean and variance")
-    epochs: int | None = flag(None, "passes over the data (800; vit_micro 12; toy at 224 px 1)")
-    batch_size: int | None = flag(None, "images in a step, all processes together (4096; vit_micro 128)")
+    epochs: int | None = flag(None, "passes over the data (800; vit_micro 8; toy at 224 px 1)")
+    batch_size: int | None = flag(None, "images in a step, all processes together (4096; vit_micro 64)")
     accum: int = flag(1, "micro-batches a step is split into, to save memory")
-    blr: float | None = flag(None, "lr = blr * batch_size / 256 (1.5e-4; vit_micro 2e-3)")
+    blr: float | None = flag(None, "lr = blr * batch_size / 256 (1.5e-4; vit_micro 6e-3)")
     lr: float | None = flag(None, "learning rate at its peak, instead of blr")
     warmup_epochs: float | None = flag(None, "linear warm-up (5 %% of the epochs)")
     weight_decay: float = flag(0.05, "AdamW, not on biases and norms")
@@ -199,8 +199,7 @@ class MAE(nn.Module):
         self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
         self.decoder_embed = nn.Linear(cfg.width, cfg.decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, cfg.decoder_width))
-        table = sincos_table(cfg.decoder_width, cfg.grid)
-        self.decoder_pos_embed = nn.Parameter(table[None], requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(sincos_table(cfg.decoder_width, cfg.grid)[None], requires_grad=False)
         blocks = [Block(cfg.decoder_width, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]
         self.decoder_blocks = nn.Sequential(*blocks)
         self.decoder_norm = nn.LayerNorm(cfg.decoder_width, eps=1e-6)
@@ -248,10 +247,8 @@ class MAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]  # (B, L, P)
 
     def forward(self, imgs, attn=None, tau=0.75, mask_ratio=0.75, noise=None, normalize_attn=True):
-        """One pre-training pass.
-        imgs (B, C, H, W) normalised floats; attn (B, L) attention map or None = vanilla; tau float or 0-d tensor;
-        noise (B, L): the patches with the smallest values stay visible (random if None).
-        Returns the loss (Eq. 2), pred (B, L, P) and mask (B, L), 1 = removed.
+        """The loss (Eq. 2), pred (B, L, P) and mask (B, L), 1 = removed, of normalised float imgs (B, C, H, W).
+        attn (B, L): attention map, None = vanilla; tau: float or 0-d tensor; noise (B, L): the lowest stay visible.
         """
         patches = self.patchify(imgs)  # (B, L, P)
         B, L, _ = patches.shape
@@ -276,9 +273,8 @@ build_model = MAE
 
 # -- Guidance: from the map of an image to the weights of its patches --------------------------------------------------
 def pool_maps(maps, box, flip, grid):
-    """Mean of each map under each patch of the augmented image.
-    maps (B, h, w) of the whole pictures; box (B, 4) the crop x0, y0, x1, y1 as fractions of width and height;
-    flip (B,) bool, after the crop; grid (rows, columns). Returns (B, L) fp32.
+    """Mean of the maps (B, h, w) of whole pictures under each patch of the augmented images: (B, L) fp32.
+    box (B, 4): the crop x0, y0, x1, y1 as fractions of width and height; flip (B,) bool comes after it.
     """
     h, w = maps.shape[1:]
     x0, y0, x1, y1 = box.unbind(1)
@@ -288,9 +284,8 @@ def pool_maps(maps, box, flip, grid):
     return torch.where(flip[:, None, None, None], pooled.flip(-1), pooled).flatten(1)
 
 def guide(m, noise, flat, guidance):
-    """What a map does to a training step.
-    m (B, L) is M_norm, noise (B, L) decides the mask, flat (B,) marks maps that say nothing: weight 1 in every mode.
-    Returns (attn, noise): w = exp(attn / tau), where -inf is weight 0 and None weight 1 everywhere.
+    """What M_norm, m (B, L), does to a step: (attn, noise). w = exp(attn / tau), -inf is weight 0, None weight 1.
+    noise (B, L) decides the mask; flat (B,) marks maps that say nothing, their patches have weight 1 in every mode.
     """
     if guidance == "none":
         return None, noise
@@ -375,9 +370,11 @@ def load_checkpoint(path):
     """What torch.save wrote, on the CPU: tensors and plain types. ValueError for all else, of which nothing is run."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # facebookresearch/mae's training files hold one
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         raise ValueError(f"{path}: damaged, or no checkpoint of tensors ({type(error).__name__}: {error})") from error
+    require(isinstance(loaded, dict), f"{path}: no checkpoint, it holds a {type(loaded).__name__}")
+    return loaded
 
 def read_weights(source):
     """A file or state dict of any known layout -> (state dict in MAE's names, config if it is this project's)."""
@@ -390,8 +387,9 @@ def read_weights(source):
         for pattern, new in RENAMES:
             key = re.sub(pattern, new, key)
         weights[key] = value
-    for key in [k for k in weights if ".attn.q." in k]:
-        weights[key.replace(".q.", ".qkv.")] = torch.cat([weights.pop(key.replace(".q.", f".{x}.")) for x in "qkv"])
+    for key, q in [(key, q) for key, q in weights.items() if ".attn.q." in key]:  # an absent k or v: wrong shape
+        parts = [weights.pop(key.replace(".q.", f".{x}."), q[:0]) for x in "qkv"]
+        weights[key.replace(".q.", ".qkv.")] = torch.cat(parts)
     lacks = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} - set(weights)
     name = "the state dict" if isinstance(source, dict) else source
     require(not lacks, f"{name}: no ViT encoder in it: lacks {sorted(lacks)}, found {sorted(weights)[:8]}")
@@ -407,11 +405,11 @@ def load_weights(model, state, name):
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # shapes
-        raise ValueError(f"{name} does not fit --model {model.cfg.model}: {error}") from error
+        raise ValueError(f"{name} does not fit {model.cfg}: {error}") from error
     fresh = not any(map(DECODER.match, state))
     wrong = [f"no {k}" for k in missing if not (fresh and DECODER.match(k))]
     wrong += [f"unexpected {k}" for k in unexpected if not re.match("head|fc_norm|pooler|classifier", k)]
-    require(not wrong, f"{name} does not fit --model {model.cfg.model}: {', '.join(wrong)}")
+    require(not wrong, f"{name} does not fit {model.cfg}: {', '.join(wrong)}")
     notes = ["no decoder in it, the decoder starts afresh"] * fresh + [f"{k} is not used" for k in unexpected]
     return ", ".join(notes) or "every weight found"
 
@@ -432,14 +430,15 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
     config = {f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}
     config |= {"img_size": img_size or config["img_size"], "decoder_depth": 0}
     model = build_model(Config(**config))
-    load_weights(model, {k: v for k, v in state.items() if not DECODER.match(k)}, "the encoder")
+    name = "the state dict" if isinstance(path_or_state_dict, dict) else path_or_state_dict
+    load_weights(model, {k: v for k, v in state.items() if not DECODER.match(k)}, name)
     return model.eval()
 
 # -- Features and k-NN -------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def extract_features(model, loader, dtype=None):
-    """Class tokens (n, D), means of the patch tokens (n, D) and labels (n,), on the CPU.
-    After the last norm, nothing masked. loader yields data.Sample batches; dtype autocasts the forward pass.
+    """Class tokens (n, D), means of the patch tokens (n, D), labels (n,) of a loader of data.Sample, on the CPU.
+    After the last norm, nothing masked; dtype autocasts the forward pass.
     """
     device, parts = model.cls_token.device, []
     for sample in tqdm(loader, desc="features", leave=False, disable=None):
@@ -605,10 +604,8 @@ def run(cfg, device, rank, world, stop):
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     git = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
-    revision = "unknown" if git[0] else git[1]
-    versions = f"attg_mae {revision}, python {sys.version.split()[0]}, torch {torch.__version__}"
-    say(f"{versions}, {name}, {precision}, {torch.get_num_threads()} threads, {loader_args}")
-    say(str(cfg))
+    versions = f"attg_mae {'unknown' if git[0] else git[1]}, python {sys.version.split()[0]}, torch {torch.__version__}"
+    say(f"{versions}, {name}, {precision}, {torch.get_num_threads()} threads, {loader_args}\n{cfg}")
     if cfg.data == "toy" and cfg.model != "vit_micro":
         say(f"smoke test: toy images enlarged to {cfg.img_size} px; a real run takes --data and --maps")
     words = f"{len(train_set)} images, {sum(p.numel() for p in params) / 1e6:.1f} M parameters, {total} steps of "

@@ -142,6 +142,7 @@ class ImageData(Dataset):
 
     def __getitem__(self, key):
         epoch, start = key if isinstance(key, tuple) else (None, key)
+        start = range(len(self))[start]                     # IndexError ends `for sample in data`
         for index in (i % len(self) for i in range(start, start + len(self))):
             try:
                 picture, label = self.read(index)
@@ -250,8 +251,13 @@ def open_torchvision(name, split, root):
         except RuntimeError:                                # torchvision's word for "not there"
             return dataset(str(root), download=True, **options)
 
+    later = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
     try:
+        if later:                                           # the first process may have to download
+            torch.distributed.barrier()
         parts = [open_part(options) for options in (train if split == "train" else test)]
+        if torch.distributed.is_initialized() and not later:
+            torch.distributed.barrier()
     except Exception as error:                              # no network, full disk, broken archive, withdrawn download
         raise ValueError(f"--data {name}: not found in {root} and not downloaded ({type(error).__name__}: {error}); "
                          f"put the files of torchvision.datasets.{kind} into {root / folder}, or set ATTG_DATA to the "
@@ -317,8 +323,8 @@ def make_loader(dataset, batch_size=256, workers=0, batch_sampler=None, pin_memo
 
 class Feed:
     """
-    Iterator over the Samples of `batches` (TrainBatches). waited: seconds spent waiting for them; unreadable: indices of
-    the pictures that were replaced. ValueError when more than 1 % of the data set are.
+    Iterator over the Samples of `batches` (TrainBatches). waited: seconds spent waiting for them; unreadable: indices
+    of the pictures that were replaced. ValueError when more than 1 % of the data set are.
     """
 
     def __init__(self, dataset, batches, **options):
@@ -333,8 +339,8 @@ class Feed:
         self.unreadable |= {asked for (_, asked), got in pairs if asked != got}
         if len(self.unreadable) > 0.01 * len(self.dataset):
             names = ", ".join(self.dataset.names[i] for i in sorted(self.unreadable)[:5])
-            raise ValueError(f"--data: over 1 % of the {len(self.dataset)} pictures cannot be read, {len(self.unreadable)} "
-                             f"so far: {names} ...; mend or remove them")
+            raise ValueError(f"--data: over 1 % of the {len(self.dataset)} pictures cannot be read, "
+                             f"{len(self.unreadable)} so far: {names} ...; mend or remove them")
         return sample
 
 
@@ -437,11 +443,11 @@ def load_maps(path, dataset):
 
 
 def open_maps(path, dataset, name):
-    """The maps that guide training, (n, h, w) on the host: of the map file `path`, or those that the data set brings."""
+    """The maps (n, h, w) that guide training, on the host: of the map file `path`, or those the data set brings."""
     if path is None and dataset.masks is None:
-        raise ValueError(f"--data {name} needs attention maps: make them with python object_discovery.py --method tokencut "
-                         f"--backbone dino_vits16 --data {name} --out maps.npy and pass --maps maps.npy, or train a "
-                         "vanilla MAE with --guidance none")
+        raise ValueError(f"--data {name} needs attention maps: make them with python object_discovery.py --method "
+                         f"tokencut --backbone dino_vits16 --data {name} --out maps.npy and pass --maps maps.npy, or "
+                         "train a vanilla MAE with --guidance none")
     return dataset.masks if path is None else load_maps(path, dataset)[0]
 
 
@@ -471,13 +477,13 @@ TOY_SEED, TOY_SIZE, TABLE = 2402, 32, 64                    # px a side: picture
 TOY_CLASSES = ("ball", "box", "star", "flower", "heart", "cross", "gear", "leaf", "fish", "clover")
 TOY_VARIANTS = ("only_fg", "mixed_same", "mixed_rand", "mixed_next")        # the test's objects on other backgrounds
 # Difficulty, to be set on vanilla runs only: k-NN on raw pixels below 45 %, vanilla pre-training clearly above.
-TOY_RADIUS = (8.0, 11.0)            # px
-TOY_HUE_JITTER = 0.22               # +- turns around the hue of the class; classes are 0.1 apart
+TOY_RADIUS = (7.0, 10.0)            # px
+TOY_HUE_JITTER = 0.10               # +- turns around the hue of the class; classes are 0.1 apart
 TOY_LIGHT = (0.6, 1.0)              # brightness of the object's light tone
 TOY_DARK = 0.42                     # its dark tone has this part of it
 TOY_OWN_BACKGROUND = 0.7            # probability of the family of the class, otherwise a random one
 TOY_PERIOD = (11.0, 20.0)           # px per period of a background
-TOY_CONTRAST = (0.2, 0.45)          # between its two tones
+TOY_CONTRAST = (0.5, 0.9)           # between its two tones
 
 
 def toy_objects(x, y, r, t):
@@ -592,7 +598,7 @@ def toy_sheet(path, pairs=5):
     columns = []
     for i in ([row[pair] for row in rows] for pair in range(pairs)):
         columns += [("train", images[i]), ("mask", np.repeat(masks[i][..., None] * np.uint8(255), 3, axis=3))]
-    columns += [(split, toy(split)[0][: len(rows)]) for split in ("test", *TOY_VARIANTS)]   # the first ten: a class each
+    columns += [(split, toy(split)[0][: len(rows)]) for split in ("test", *TOY_VARIANTS)]   # one of each class
     save_sheet(path, [(name, torch.from_numpy(x).permute(0, 3, 1, 2) / 255) for name, x in columns], TOY_CLASSES)
 
 

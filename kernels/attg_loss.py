@@ -70,7 +70,7 @@ def attg_loss(
     """
     _check(pred, target, mask, attn, tau, norm_pix, patch_size, reduction, impl)
     if attn is not None and normalize_attn:
-        attn = normalize_map(attn)
+        attn = normalize_map(attn.to(torch.promote_types(attn.dtype, pred.dtype)))
     loss = _patch_loss(pred, target, mask, attn, tau, norm_pix, eps, patch_size)  # (B, L)
     if reduction == "none":
         return loss
@@ -121,7 +121,7 @@ def _check(pred, target, mask, attn, tau, norm_pix, patch_size, reduction, impl)
             raise ValueError(f"patch_size: got {patch_size!r}; target is images (B, C, H, W), pass their patch size")
         H, W = target.shape[2:]
         if H % patch_size or W % patch_size:
-            raise ValueError(f"target: images of {H}x{W} do not divide into patches of {patch_size}; crop or resize them")
+            raise ValueError(f"target: {H}x{W} images do not divide into patches of {patch_size}; crop or resize them")
         expected = (target.shape[0], (H // patch_size) * (W // patch_size), patch_size**2 * target.shape[1])
     else:
         expected = tuple(target.shape)
