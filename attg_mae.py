@@ -5,7 +5,7 @@ A ViT masked autoencoder (He et al., arXiv 2111.06377) whose per-patch reconstru
 exp(M_norm / tau): M is an attention map of the object, found without labels ahead of training. Masking stays random.
 
     python attg_mae.py                                                   # the embedded toy set on a CPU
-    python attg_mae.py --data /path/to/images --maps maps.npy --model vit_small                          # one GPU
+    python attg_mae.py --data /path/to/images --maps maps.npy --model vit_small --accum 16               # one GPU
     torchrun --nproc_per_node=8 attg_mae.py --model vit_large --data /path/to/imagenet --maps maps.npy   # eight
     python attg_mae.py --init mae_visualize_vit_large.pth --model vit_large --data photos --epochs 0     # pictures only
 
@@ -40,18 +40,7 @@ import torch.nn.functional as F
 from torchvision.ops import roi_align
 from tqdm import tqdm
 
-from data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Feed,
-    TrainBatches,
-    make_loader,
-    open_data,
-    open_maps,
-    replacing,
-    save_sheet,
-    seed_for,
-)
+from data import IMAGENET, Feed, TrainBatches, make_loader, open_data, open_maps, replacing, save_sheet, seed_for
 from kernels import attg_loss, is_flat, normalize_map
 
 # -- Configuration -----------------------------------------------------------------------------------------------------
@@ -64,6 +53,8 @@ PRESETS = {
     "vit_large": (16, 224, 1024, 24, 16, 512, 8, 16, 800, 4096, 1.5e-4),
     "vit_huge": (14, 224, 1280, 32, 16, 512, 8, 16, 800, 4096, 1.5e-4),
 }
+FIXED = {*FIELDS[:8], "in_chans", "data", "classes", "batch_size", "seed"}  # of a run, once it has begun
+FREE = {"epochs", "precision", "compile", "device", "workers", "resume", "knn_every", "save_every", "log_every"}
 GUIDANCE = ("attg", "none", "inverted", "foreground", "background", "input_masking")
 
 def require(condition, message):
@@ -71,6 +62,7 @@ def require(condition, message):
         raise ValueError(message)
 
 def flag(default, text, **more):
+    text += " [%(default)s]" * (default is not None)
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 @dataclasses.dataclass
@@ -105,8 +97,8 @@ class Config:
     decoder_width: int | None = flag(None, "decoder width")
     decoder_depth: int | None = flag(None, "decoder blocks")
     decoder_heads: int | None = flag(None, "decoder heads")
-    mean: tuple = flag(IMAGENET_MEAN, "channel means of the input normalisation", type=float, nargs=3)
-    std: tuple = flag(IMAGENET_STD, "channel deviations of the input normalisation", type=float, nargs=3)
+    mean: tuple = flag(IMAGENET[0], "channel means of the input normalisation", type=float, nargs=3)
+    std: tuple = flag(IMAGENET[1], "channel deviations of the input normalisation", type=float, nargs=3)
     classes: str | None = flag(None, "file with the class folders to keep, one a line")
     precision: str = flag("auto", "auto = bf16 (fp16) on a GPU, else fp32", choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool = flag(False, "torch.compile the model")
@@ -138,8 +130,9 @@ class Config:
         self.blr = self.lr * 256 / self.batch_size
         self.mean, self.std = tuple(self.mean), tuple(self.std)
         (h, w), p = self.size, self.patch_size
-        near = f"{max(1, round(h / p)) * p}x{max(1, round(w / p)) * p}"
-        require(h % p == w % p == 0, f"--img_size {h}x{w} is not divisible by --patch_size {p}; {near} would be")
+        require(h % p == w % p == 0 < h * w, f"--img_size {h}x{w} is not divisible by --patch_size {p}; use a multiple")
+        for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
+            require(width % heads == width % 4 == 0, f"width {width}: must be divisible by 4 and by its {heads} heads")
         L, K = math.prod(self.grid), int(math.prod(self.grid) * (1 - self.mask_ratio))
         require(0 < K < L, f"--mask_ratio {self.mask_ratio}: must keep and remove at least one of {L} patches")
 
@@ -310,12 +303,13 @@ def normalize(imgs, cfg):
 
 def prepare(sample, noise, maps, cfg, device):
     """A batch from the loader -> (imgs, attn, noise) on the device; maps (n, h, w) on the host or None."""
-    tensors = (sample.image, sample.box, sample.flip, noise)
-    image, box, flip, noise = (x.to(device, non_blocking=True) for x in tensors)
+    def move(x):  # from pinned memory, or the copy waits for the GPU
+        return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    image, box, flip, noise = map(move, (sample.image, sample.box, sample.flip, noise))
     imgs = normalize(torch.where(flip[:, None, None, None], image.flip(-1), image), cfg)
     if maps is None or cfg.guidance == "none":
         return imgs, None, noise
-    m = torch.from_numpy(maps[sample.index.numpy()]).to(device, non_blocking=True).float()  # (B, h, w)
+    m = move(torch.from_numpy(maps[sample.index.numpy()])).float()  # (B, h, w)
     flat = is_flat(m.flatten(1))  # (B,)
     m = pool_maps(m, box, flip, cfg.grid)  # (B, L)
     if cfg.map_norm == "crop":
@@ -337,13 +331,13 @@ def lr_at(step, total_steps, warmup_steps, lr):
 
 def mask_noise(seed, step, batch_size, grid):
     """(batch_size, L) uniform noise of a whole global batch: a function of seed and step, the same everywhere."""
-    return torch.rand(batch_size, math.prod(grid), generator=torch.Generator().manual_seed(seed_for(seed, 1, step)))
+    generator = torch.Generator().manual_seed(seed_for("masks", seed, step))
+    return torch.rand(batch_size, math.prod(grid), generator=generator)
 
 def param_groups(model, weight_decay):
     """No weight decay on biases and norms (MAE); the fixed position tables are in no group."""
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = (([p for p in params if p.dim() > 1], weight_decay), ([p for p in params if p.dim() <= 1], 0.0))
-    return [{"params": group, "weight_decay": decay} for group, decay in groups]
+    return [{"params": [p for p in params if (p.dim() > 1) == m], "weight_decay": m * weight_decay} for m in (1, 0)]
 
 # -- Files: checkpoints, and weights from here and elsewhere -----------------------------------------------------------
 DECODER = re.compile("decoder|mask_token")
@@ -377,9 +371,10 @@ def load_checkpoint(path):
     return loaded
 
 def read_weights(source):
-    """A file or state dict of any known layout -> (state dict in MAE's names, config if it is this project's)."""
+    """A file or state dict of any known layout -> (state dict in MAE's names, this project's config or None, name)."""
     state = source if isinstance(source, dict) else load_checkpoint(source)
     config = state.get("config")
+    config = config if isinstance(config, dict) and "decoder_heads" in config else None  # others have one, too
     for key in ("model", "state_dict", "teacher"):
         state = state[key] if isinstance(state.get(key), dict) else state
     weights = {}
@@ -393,7 +388,7 @@ def read_weights(source):
     lacks = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} - set(weights)
     name = "the state dict" if isinstance(source, dict) else source
     require(not lacks, f"{name}: no ViT encoder in it: lacks {sorted(lacks)}, found {sorted(weights)[:8]}")
-    return weights, config
+    return weights, config, name
 
 def load_weights(model, state, name):
     """Loads what read_weights gave; returns in words what was not in it. ValueError if the encoder is not whole."""
@@ -415,11 +410,12 @@ def load_weights(model, state, name):
 
 def load_encoder(path_or_state_dict, heads=None, img_size=None):
     """An encoder in eval mode from a checkpoint or export of this project, or weights of MAE, timm, HF or DINO.
-    Use forward_features and last_qkv, on images normalised by .cfg.mean and .cfg.std; its decoder has no blocks.
+    Use forward_features and last_qkv, on images normalised by .cfg.mean and .cfg.std, ImageNet's unless the file says
+    otherwise (many of timm's and HF's ViTs want 0.5 and 0.5). Its decoder has no blocks.
     heads: for widths that are no standard ViT's. img_size: int or (height, width), if not that of the weights (sin-cos
     positions only). ValueError if there is no such encoder in the file.
     """
-    state, config = read_weights(path_or_state_dict)
+    state, config, name = read_weights(path_or_state_dict)
     if config is None:
         width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
         heads = heads or HEADS.get(width)
@@ -430,7 +426,6 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
     config = {f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config}
     config |= {"img_size": img_size or config["img_size"], "decoder_depth": 0}
     model = build_model(Config(**config))
-    name = "the state dict" if isinstance(path_or_state_dict, dict) else path_or_state_dict
     load_weights(model, {k: v for k, v in state.items() if not DECODER.match(k)}, name)
     return model.eval()
 
@@ -443,8 +438,7 @@ def extract_features(model, loader, dtype=None):
     device, parts = model.cls_token.device, []
     for sample in tqdm(loader, desc="features", leave=False, disable=None):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            imgs = normalize(sample.image.to(device, non_blocking=True), model.cfg)
-            tokens = model.forward_features(imgs).float()  # (B, N, D)
+            tokens = model.forward_features(normalize(sample.image.to(device), model.cfg)).float()  # (B, N, D)
         parts.append((tokens[:, 0].cpu(), tokens[:, 1:].mean(dim=1).cpu(), sample.label))
     return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
@@ -463,20 +457,15 @@ def knn_classify(train_features, train_labels, test_features, k=20, temperature=
         ranking.append(votes.sort(dim=1, descending=True, stable=True).indices[:, :5])
     return torch.cat(ranking)
 
-def gather(x, n, world):
-    """The n rows of a tensor of which each process r holds rows r, r + world, ..."""
-    x = torch.cat([x, x.new_zeros(-(-n // world) - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(x) for _ in range(world)]
-    dist.all_gather(parts, x)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:n]
-
 def knn_accuracy(model, train_set, test_set, loader_args, dtype, rank, world):
     """Top-1 in percent of the k-NN (k = 20) from train_set to test_set, by feature; each process extracts its share."""
     features = []
-    for data in (train_set, test_set):
-        share = torch.utils.data.Subset(data, range(rank, len(data), world))
-        part = [x.to(model.cls_token.device) for x in extract_features(model, make_loader(share, **loader_args), dtype)]
-        features.append([gather(x, len(data), world) for x in part] if world > 1 else part)
+    for dataset in (train_set, test_set):
+        share = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
+        parts = [extract_features(model, make_loader(share, **loader_args), dtype)] * world
+        if world > 1:
+            dist.all_gather_object(parts, parts[rank])
+        features.append([torch.cat(x).to(model.cls_token.device) for x in zip(*parts, strict=True)])
     (*banks, labels), (*queries, truth) = features
     known = labels >= 0
     hits = [knn_classify(bank[known], labels[known], x)[:, 0] == truth for bank, x in zip(banks, queries, strict=True)]
@@ -488,11 +477,11 @@ LINE += "{img_s:7.1f} img/s data {data_wait:4.0%} ETA {eta}"
 @torch.no_grad()
 def save_reconstructions(path, model, dataset, maps, count=8):
     """A sheet: original | map | masked | reconstruction, the visible patches pasted in."""
-    cfg, device = model.cfg, model.cls_token.device
+    cfg, device = dataclasses.replace(model.cfg, guidance="attg", map_norm="image"), model.cls_token.device
     ids = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
     sample = torch.utils.data.default_collate([dataset[i] for i in ids])
-    imgs, _, noise = prepare(sample, mask_noise(cfg.seed, 0, len(ids), cfg.grid), maps, cfg, device)
-    _, pred, mask = model(imgs, mask_ratio=cfg.mask_ratio, noise=noise)
+    imgs, m, noise = prepare(sample, mask_noise(cfg.seed, 0, len(ids), cfg.grid), maps, cfg, device)
+    _, pred, mask = model.forward(imgs, mask_ratio=cfg.mask_ratio, noise=noise)
     patches, hidden = model.patchify(imgs), mask[..., None].bool()
     title = "reconstruction" + " (true patch mean, std)" * cfg.norm_pix
     if cfg.norm_pix:
@@ -501,13 +490,12 @@ def save_reconstructions(path, model, dataset, maps, count=8):
     shown = {"original": patches, "masked": patches.masked_fill(hidden, 0.0), title: torch.where(hidden, pred, patches)}
     mean, std = channels(cfg.mean, device), channels(cfg.std, device)
     columns = [(name, (model.unpatchify(x) * std + mean).clamp(0, 1)) for name, x in shown.items()]
-    if maps is not None:
-        m = pool_maps(torch.from_numpy(maps[ids]).to(device), sample.box.to(device), sample.flip.to(device), cfg.grid)
+    if m is not None:
         columns.insert(1, ("map", F.interpolate(m.view(-1, 1, *cfg.grid), cfg.size).expand(-1, 3, -1, -1)))
     save_sheet(path, columns)
 
-def find_checkpoint(cfg, say):
-    """The parts of the checkpoint to continue, or None; settings that differ are named."""
+def find_checkpoint(cfg, total, say):
+    """The parts of the checkpoint to continue, or None; settings that differ are named, or refused."""
     path = Path(cfg.out, "last.pt") if cfg.resume == "auto" else Path(cfg.resume)
     if cfg.resume == "none" or (cfg.resume == "auto" and not path.exists()):
         return None
@@ -516,19 +504,18 @@ def find_checkpoint(cfg, say):
     require(not lacks, f"{path}: not a training checkpoint of this project, lacks {sorted(lacks)}; try --init")
     new, old = json.loads(json.dumps([dataclasses.asdict(cfg), parts["config"]]))  # tuples become lists
     differ = {k: f"--{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
-    fixed = [differ[k] for k in differ if k in (*FIELDS[:8], "in_chans", "data", "classes", "batch_size", "seed")]
-    require(not fixed, f"{path} is of another run: {', '.join(fixed)}; change --out, or start anew: --resume none")
-    say(f"continuing {path} after step {parts['step']}; changed (the new value holds): {list(differ.values())}")
+    wrong = [differ[k] for k in differ if k in FIXED or (parts["step"] >= total and k not in FREE)]
+    require(not wrong, f"{path} is of another run: {', '.join(wrong)}; change --out, or start anew: --resume none")
+    say(f"continuing {path} after step {parts['step']}" + f"; the new value holds: {[*differ.values()]}" * bool(differ))
     return parts
 
 def train(cfg):
     """Pre-trains; returns {"step", "knn", "out", "stopped"}. Reads torchrun's environment, writes files to cfg.out."""
-    environment = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1} | os.environ
-    rank, local_rank, world = (int(environment[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    require(cfg.in_chans == 3, f"in_chans {cfg.in_chans}: pictures are decoded to RGB; write a loop around build_model")
+    rank, local_rank, world = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     kinds = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    found = not cfg.device or cfg.device.split(":")[0] in kinds
+    require(found, f"--device {cfg.device}: there is none here; choose from {', '.join(kinds)}")
     device = torch.device(cfg.device or kinds[0])
-    require(device.type in kinds, f"--device {cfg.device}: there is none here; choose from {', '.join(kinds)}")
     stop = []  # the signals received: the step is finished first, a second signal acts at once
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -539,14 +526,16 @@ def train(cfg):
             torch.cuda.set_device(device)
         if world > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            stack.callback(dist.destroy_process_group)
-        return run(cfg, device, rank, world, stop)
+        result = run(cfg, device, rank, max(1, world), stop)
+        if world > 1:  # not after an error: it would wait for the other processes, which torchrun ends
+            dist.destroy_process_group()
+    return result
 
 def run(cfg, device, rank, world, stop):
     out = Path(cfg.out)
 
     def say(text, record=None):
-        if rank == 0:
+        if rank == 0 and text:
             tqdm.write(text)
         if rank == 0 and record:
             with open(out / "log.jsonl", "a") as file:
@@ -566,17 +555,20 @@ def run(cfg, device, rank, world, stop):
     maps = None if vanilla else open_maps(cfg.maps, train_set, cfg.data)
     steps_per_epoch = max(1, len(train_set) // cfg.batch_size)
     total = cfg.epochs * steps_per_epoch
-    workers = 0 if device.type == "cpu" else min(16, (os.cpu_count() or 1) // world)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = 0 if device.type == "cpu" else min(16, cores)
     loader_args = {"workers": workers if cfg.workers is None else cfg.workers, "pin_memory": device.type == "cuda"}
     # -- model, optimiser, state
-    torch.manual_seed(seed_for(cfg.seed, 0))
+    parts = find_checkpoint(cfg, total, say) if total else None
+    torch.manual_seed(seed_for("weights", cfg.seed))
     model = build_model(cfg)
-    if cfg.init:
+    if cfg.init and not parts:
         say(f"--init {cfg.init}: {load_weights(model, read_weights(cfg.init)[0], cfg.init)}")
     model.to(device)
     out.mkdir(parents=True, exist_ok=True)
     if cfg.epochs == 0:
-        save_reconstructions(out / "reconstructions.png", model, train_set, maps)
+        if rank == 0:
+            save_reconstructions(out / "reconstructions.png", model, train_set, maps)
         say(f"pictures: {out / 'reconstructions.png'}")
         return {"step": 0, "knn": {}, "out": str(out), "stopped": None}
     precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
@@ -584,13 +576,15 @@ def run(cfg, device, rank, world, stop):
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    state, start, parts = {"model": model, "optimizer": optimizer, "scaler": scaler}, 0, find_checkpoint(cfg, say)
+    state, start = {"model": model, "optimizer": optimizer, "scaler": scaler}, 0
     if parts:
         start = parts["step"]
-        for name in state:
+        for name in filter(parts.get, state):  # the scaler's part is empty without fp16
             state[name].load_state_dict(parts[name])
+        optimizer.param_groups[0]["weight_decay"] = cfg.weight_decay
+        parts.clear()
     batches = TrainBatches(len(train_set), cfg.batch_size, start, total, cfg.seed, cfg.accum, rank, world)
-    feed = Feed(train_set, batches, **loader_args)  # names and counts unreadable pictures, and the time spent waiting
+    feed = Feed(train_set, batches, **loader_args)  # counts unreadable pictures and the time spent waiting
     micro_size = cfg.batch_size // (cfg.accum * world)
     if cfg.compile:
         model.compile()
@@ -598,17 +592,17 @@ def run(cfg, device, rank, world, stop):
     params = [p for p in model.parameters() if p.requires_grad]
     # -- run folder and first words
     if rank == 0:
-        lines = (out / "log.jsonl").read_text().splitlines() if start and (out / "log.jsonl").exists() else []
-        lines = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
-        (out / "log.jsonl").write_text("".join(lines))  # without what a killed run logged after its checkpoint
+        lines = (out / "log.jsonl").read_text() if start and (out / "log.jsonl").exists() else ""
+        lines = lines[: lines.rfind("\n") + 1].splitlines(keepends=True)  # a killed run leaves half a line,
+        lines = [line for line in lines if json.loads(line)["step"] <= start]  # and lines from after its checkpoint
+        (out / "log.jsonl").write_text("".join(lines))
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     git = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
     versions = f"attg_mae {'unknown' if git[0] else git[1]}, python {sys.version.split()[0]}, torch {torch.__version__}"
     say(f"{versions}, {name}, {precision}, {torch.get_num_threads()} threads, {loader_args}\n{cfg}")
-    if cfg.data == "toy" and cfg.model != "vit_micro":
-        say(f"smoke test: toy images enlarged to {cfg.img_size} px; a real run takes --data and --maps")
-    words = f"{len(train_set)} images, {sum(p.numel() for p in params) / 1e6:.1f} M parameters, {total} steps of "
+    words = "smoke test, on the toy set enlarged: " * (cfg.data == "toy" and cfg.model != "vit_micro")
+    words += f"{len(train_set)} images, {sum(p.numel() for p in params) / 1e6:.1f} M parameters, {total} steps of "
     words += f"{cfg.batch_size} = {micro_size} x {world} ranks x {cfg.accum}, base lr {cfg.blr:.2e}, lr {cfg.lr:.2e}"
     say(f"{words}, tau {tau_at(0, total, cfg)} to {tau_at(total, total, cfg)}, out {out}")
     # -- the loop
@@ -619,15 +613,15 @@ def run(cfg, device, rank, world, stop):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, total, cfg.warmup_epochs * steps_per_epoch, cfg.lr)
         tau.fill_(tau_at(step, total, cfg))
-        noise = mask_noise(cfg.seed, step, cfg.batch_size, cfg.grid)
+        all_noise = mask_noise(cfg.seed, step, cfg.batch_size, cfg.grid)
         losses = torch.zeros(2, device=device)
         for micro in range(cfg.accum):
             share = slice((micro * world + rank) * micro_size, (micro * world + rank + 1) * micro_size)
-            imgs, attn, order = prepare(next(feed), noise[share], maps, cfg, device)
+            imgs, attn, noise = prepare(next(feed), all_noise[share], maps, cfg, device)
             local = world > 1 and micro + 1 < cfg.accum  # gradients travel with the last micro-batch
             with ddp.no_sync() if local else contextlib.nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss, pred, mask = ddp(imgs, attn, tau, cfg.mask_ratio, order, normalize_attn=False)
+                    loss, pred, mask = ddp(imgs, attn, tau, cfg.mask_ratio, noise, normalize_attn=False)
                 scaler.scale(loss / cfg.accum).backward()
             mse = loss.detach()
             if attn is not None:  # the loss of a vanilla MAE, to compare with; the weighted one depends on tau
@@ -643,12 +637,13 @@ def run(cfg, device, rank, world, stop):
         epoch, rest = divmod(done, steps_per_epoch)
         if rest and done % cfg.log_every and not (stop and world == 1):
             continue  # nothing so far waits for the device
-        history.append(torch.tensor([len(stop), 0.0, 0.0], device=device))
+        history.append(torch.tensor([len(stop), len(feed.unreadable), 0.0], device=device) * world)
         values = torch.stack(history) / world
         if world > 1:
             dist.all_reduce(values)
-        *rows, (stopping, _, _) = values.tolist()
+        *rows, (stopping, unreadable, _) = values.tolist()
         history.clear()
+        require(unreadable <= len(train_set) / 100, f"--data {cfg.data}: over 1 % unreadable, {unreadable:.0f} so far")
         for at, (loss, mse, norm) in enumerate(rows, done - len(rows)):
             if not math.isfinite(loss + mse + (norm if precision != "fp16" else 0.0)):  # fp16's scaler skips such steps
                 part = "gradient" if math.isfinite(loss) else "weight" if math.isfinite(mse) else "prediction or input"
@@ -658,24 +653,27 @@ def run(cfg, device, rank, world, stop):
                 raise ValueError(f"step {at + 1}: {words}. Try a lower --lr, --clip_grad 1 or --precision fp32")
         now = time.perf_counter()
         per_s = 1 / (now - logged)
-        loss, mse, norm = (sum(filter(math.isfinite, x)) / len(rows) for x in zip(*rows, strict=True))
+        finite = ([*filter(math.isfinite, x)] for x in zip(*rows, strict=True))
+        loss, mse, norm = (sum(x) / max(1, len(x)) for x in finite)
         record = {"step": done, "epoch": done / steps_per_epoch, "loss": loss, "mse": mse, "grad_norm": norm}
         record |= {"lr": group["lr"], "tau": tau.item(), "skipped": sum(not math.isfinite(x[2]) for x in rows)}
         record |= {"img_s": len(rows) * cfg.batch_size * per_s, "data_wait": feed.waited * per_s}
-        record["unreadable"] = len(feed.unreadable)
+        record["unreadable"] = int(unreadable)
         eta = datetime.timedelta(seconds=round((total - done) * (now - began) / (done - start)))
         odd = [f" {k} {record[k]}" for k in ("skipped", "unreadable") if record[k]]
         say(LINE.format(**record, total=total, eta=eta) + "".join(odd), record)
         feed.waited, logged = 0.0, now
         if rank == 0 and (stopping or done == total or (rest == 0 and epoch % cfg.save_every == 0)):
-            parts = {name: part.state_dict() for name, part in state.items()}
-            save_checkpoint(out / "last.pt", **parts, step=done, config=dataclasses.asdict(cfg))
+            states = {name: part.state_dict() for name, part in state.items()}
+            save_checkpoint(out / "last.pt", **states, step=done, config=dataclasses.asdict(cfg))
         if stopping and done < total:
             say(f"stopped by a signal after step {done}; the same command continues")
             return {"step": done, "knn": {}, "out": str(out), "stopped": (stop or [signal.SIGTERM])[0]}
-        if rest == 0 and cfg.knn_every and epoch % cfg.knn_every == 0 and done < total:
-            evaluate(done)
-            logged = time.perf_counter()
+        if rest == 0:
+            feed.unreadable.clear()
+            if cfg.knn_every and epoch % cfg.knn_every == 0 and done < total:
+                evaluate(done)
+                logged = time.perf_counter()
 
     knn = evaluate(total)
     if rank == 0:

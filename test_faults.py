@@ -4,6 +4,7 @@ of the command line. Importing torch takes seconds, so `python test_faults.py` i
 """
 
 import contextlib
+import faulthandler
 import json
 import math
 import os
@@ -128,10 +129,11 @@ def serve():
         else:
             folder, environment, sys.argv = request
             os.setsid()
-            signal.alarm(120)  # none hangs for ever
             for fd, name in enumerate((os.devnull, "stdout", "stderr")):
                 path = os.path.join(folder, name)  # folder is ignored before /dev/null
                 os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
+            faulthandler.register(signal.SIGALRM, chain=True)  # none hangs for ever: it says where, and dies
+            signal.alarm(120)
             os.environ.update(environment)
             runpy.run_path(sys.argv[0], run_name="__main__")
             return
