@@ -124,10 +124,10 @@ class Config:
         self.warmup_epochs = 0.05 * self.epochs if self.warmup_epochs is None else self.warmup_epochs
         for name in ("batch_size", "accum", "save_every", "log_every", "patch_size", "tau", "tau_end"):
             require(0 < getattr(self, name) < math.inf, f"--{name} {getattr(self, name)}: must be above 0")
-        for name in ("epochs", "knn_every", "warmup_epochs", "clip_grad", "weight_decay"):
-            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
         self.lr = self.blr * self.batch_size / 256 if self.lr is None else self.lr
         self.blr = self.lr * 256 / self.batch_size
+        for name in ("epochs", "knn_every", "warmup_epochs", "clip_grad", "weight_decay", "lr", "workers"):
+            require((getattr(self, name) or 0) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
         self.mean, self.std = tuple(self.mean), tuple(self.std)
         (h, w), p = self.size, self.patch_size
         require(h % p == w % p == 0 < h * w, f"--img_size {h}x{w} is not divisible by --patch_size {p}; use a multiple")
@@ -400,11 +400,11 @@ def load_weights(model, state, name):
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # shapes
-        raise ValueError(f"{name} does not fit {model.cfg}: {error}") from error
+        raise ValueError(f"{name} does not fit this {model.cfg.model}: {error}") from error
     fresh = not any(map(DECODER.match, state))
     wrong = [f"no {k}" for k in missing if not (fresh and DECODER.match(k))]
     wrong += [f"unexpected {k}" for k in unexpected if not re.match("head|fc_norm|pooler|classifier", k)]
-    require(not wrong, f"{name} does not fit {model.cfg}: {', '.join(wrong)}")
+    require(not wrong, f"{name} does not fit this {model.cfg.model}: {', '.join(wrong)}")
     notes = ["no decoder in it, the decoder starts afresh"] * fresh + [f"{k} is not used" for k in unexpected]
     return ", ".join(notes) or "every weight found"
 
@@ -594,8 +594,9 @@ def run(cfg, device, rank, world, stop):
     if rank == 0:
         lines = (out / "log.jsonl").read_text() if start and (out / "log.jsonl").exists() else ""
         lines = lines[: lines.rfind("\n") + 1].splitlines(keepends=True)  # a killed run leaves half a line,
-        lines = [line for line in lines if json.loads(line)["step"] <= start]  # and lines from after its checkpoint
-        (out / "log.jsonl").write_text("".join(lines))
+        lines = [x for x in lines if (json.loads(x)["step"], '"knn"' in x) <= (start, False)]  # and what comes again
+        with replacing(out / "log.jsonl") as temporary:
+            temporary.write_text("".join(lines))
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     git = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
@@ -610,6 +611,9 @@ def run(cfg, device, rank, world, stop):
     history = []  # (3,) a step: loss, unweighted mse, gradient norm; on the device until the log line
     began = logged = time.perf_counter()
     for step in tqdm(range(start, total), initial=start, total=total, disable=None if rank == 0 else True, leave=False):
+        if step and cfg.knn_every and step % (cfg.knn_every * steps_per_epoch) == 0:
+            evaluate(step)
+            logged = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, total, cfg.warmup_epochs * steps_per_epoch, cfg.lr)
         tau.fill_(tau_at(step, total, cfg))
@@ -671,9 +675,6 @@ def run(cfg, device, rank, world, stop):
             return {"step": done, "knn": {}, "out": str(out), "stopped": (stop or [signal.SIGTERM])[0]}
         if rest == 0:
             feed.unreadable.clear()
-            if cfg.knn_every and epoch % cfg.knn_every == 0 and done < total:
-                evaluate(done)
-                logged = time.perf_counter()
 
     knn = evaluate(total)
     if rank == 0:

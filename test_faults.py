@@ -509,8 +509,7 @@ def test_unreadable_pictures(bad, kind, workers, ask, tmp_path):
     assert set(re.findall(r"\d+\.png", errors)) == set(names) and "Traceback" not in errors
     if bad > 2:
         assert code == 1 and not (run.out / "last.pt").exists()
-        error = re.search("^attg_mae.py: error: --data.*1 % of the 200.*", errors, re.M)[0]
-        assert all(name in error for name in names)
+        assert re.search("^attg_mae.py: error: --data.* 1 %.* 3 ", errors, re.M)
     else:
         assert code == 0 and records(run.out)[-1]["unreadable"] == bad
         assert f"unreadable {bad}" in [line for line in words.splitlines() if line.startswith("step")][-1]
