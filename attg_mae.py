@@ -54,7 +54,7 @@ PRESETS = {
     "vit_huge": (14, 224, 1280, 32, 16, 512, 8, 16, 800, 4096, 1.5e-4),
 }
 FIXED = {*FIELDS[:8], "in_chans", "data", "classes", "batch_size", "seed"}  # of a run, once it has begun
-FREE = {"epochs", "precision", "compile", "device", "workers", "resume", "knn_every", "save_every", "log_every"}
+FREE = {"out", "epochs", "precision", "compile", "device", "workers", "resume", "knn_every", "save_every", "log_every"}
 GUIDANCE = ("attg", "none", "inverted", "foreground", "background", "input_masking")
 
 def require(condition, message):
@@ -68,7 +68,6 @@ def flag(default, text, **more):
 @dataclasses.dataclass
 class Config:
     """Every setting of a run; the command line is generated from it. None is filled in from the preset of `model`."""
-
     model: str = flag("vit_micro", "architecture preset", choices=tuple(PRESETS))
     data: str = flag("toy", "toy, a torchvision name, an ImageFolder root or a folder of images")
     maps: str | None = flag(None, "attention maps (.npy beside its .json); toy brings its own")
@@ -474,6 +473,7 @@ def knn_accuracy(model, train_set, test_set, loader_args, dtype, rank, world):
 # -- Training ----------------------------------------------------------------------------------------------------------
 LINE = "step {step:6}/{total} epoch {epoch:6.2f} loss {loss:.4f} mse {mse:.4f} lr {lr:.2e} tau {tau:.3f} "
 LINE += "{img_s:7.1f} img/s data {data_wait:4.0%} ETA {eta}"
+
 @torch.no_grad()
 def save_reconstructions(path, model, dataset, maps, count=8):
     """A sheet: original | map | masked | reconstruction, the visible patches pasted in."""

@@ -181,7 +181,7 @@ def open_data(name, split="train", size=32, augment=False, seed=0, classes=None,
         size     px, int or (h, w)
         augment  random crop and flip for keys (epoch, index)
         classes  text file, one class folder a line: only these are kept (--classes)
-        root     where torchvision's sets lie or are downloaded to (by one process: there is no lock)
+        root     where torchvision's sets lie or are downloaded to (by the first process)
 
     ValueError names --data or --classes, what is wrong and the remedy.
     """
