@@ -2038,3 +2038,15 @@ def test_readme_snippets(place):
     assert load_maps("maps.npy", open_data("path/to/images"))[0].shape == (16, 4, 4)
     assert torch.equal(names["model"].norm.weight, encoder["norm.weight"])  # timm's, the last one
     assert len(COMMANDS) == 4 and len(SNIPPETS) == 3
+
+
+def test_model_compiles_once_for_all_tau():
+    torch.compiler.reset()
+    model, imgs = A.build_model(A.Config(**SMALL)), randn(2, 3, 32, 32)
+    attn, noise_ = rand(2, 4), rand(2, 4, seed=1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for stance, tau in (("default", 0.75), ("fail_on_recompile", 0.8), ("fail_on_recompile", 0.9)):
+        with torch.compiler.set_stance(stance):
+            got = compiled(imgs, attn, torch.tensor(tau), noise=noise_)[0]
+        assert close(got, model(imgs, attn, tau, noise=noise_)[0], 1e-6)
+        assert not close(got, model(imgs, attn, tau + 0.01, noise=noise_)[0], 1e-6)
