@@ -20,6 +20,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -412,6 +413,201 @@ def test_normalize_map():
     for bad in (rand(9), rand(2, 3, 4)):
         with pytest.raises(ValueError, match="attn"):
             K.normalize_map(bad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernel
+
+
+def some_loss(impl, dtype=torch.float32, L=9, P=48, **kw):
+    """A loss of images with patches of 4 x 4 pixels, its leaf and other arguments, on the kernel's device."""
+    side = math.isqrt(L) * 4
+    args = randn(2, P // 16, side, side, seed=1), rand(2, L, seed=2) < 0.7, rand(2, L, seed=3)
+    leaf, *args = (on_device(x) for x in (randn(2, L, P, dtype=dtype), *args))
+    return K.attg_loss(leaf.requires_grad_(), *args, patch_size=4, impl=impl, **kw), leaf, args
+
+
+def test_kernel_operators_are_well_registered():
+    loss, leaf, (imgs, mask, attn) = some_loss("triton")
+    patches, tau = K._patchify(imgs, 4).half(), torch.tensor(0.75, device=DEVICE)
+    for target, m, a, norm_pix, side in ((imgs, mask, attn, True, 4), (patches, None, None, False, 0)):
+        _, stats = torch.ops.attg_mae.patch_loss(leaf, target, m, a, tau, norm_pix, 1e-6, side, True)
+        torch.library.opcheck(K._op, (leaf, target, m, a, tau, norm_pix, 1e-6, side, True))
+        args = rand(2, 9).to(DEVICE), leaf.detach(), target, m, stats, side
+        torch.library.opcheck(K._op_backward, args)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):  # no second derivative, and none is made up
+        gradient.sum().backward()
+    importlib.reload(K)  # operators of the same name replace the first
+    assert some_loss("triton")[0].equal(loss)
+
+
+def test_kernel_where_it_cannot_run(monkeypatch, capsys):
+    def path(words, **kw):
+        K._say.cache_clear()
+        assert some_loss("auto", **kw)[0].equal(some_loss("torch", **kw)[0])
+        assert some_loss("auto", **kw)[0].isfinite()
+        assert re.findall("attg_loss: .*", capsys.readouterr().err) == [f"attg_loss: PyTorch ({words})"]  # once
+        with pytest.raises(ValueError, match=re.escape(words) + '.*"torch"'):
+            some_loss("triton", **kw)
+
+    path("pred is torch.float64", dtype=torch.float64)
+    monkeypatch.setattr(K, "MAX_P", 47)
+    path("P is 48, above 47")
+    monkeypatch.undo()
+    monkeypatch.setattr(K, "INTERPRETED", False)
+    if DEVICE == "cpu":
+        path("cpu tensors")
+    monkeypatch.setattr(K, "HAS_TRITON", False)
+    path("Triton is not installed")
+    old = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(K, "HAS_TRITON", True)
+    for major, words in ((7, "a GPU of compute capability 7, below 8"), (8, ""), (9, "")):  # ROCm: gfx9 and later
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, m=major: SimpleNamespace(major=m))
+        assert K._obstacle(old) == words
+
+
+def test_kernel_file_works_alone(tmp_path):
+    code = """
+import sys, warnings
+warnings.simplefilter("error")
+import attg_loss, torch
+assert not sys.modules.get("triton") and "kernels" not in sys.modules
+pred = torch.ones(1, 4, 12, requires_grad=True)
+attg_loss.attg_loss(pred, torch.rand(1, 3, 4, 4), patch_size=2).backward()
+assert pred.grad.any() and not sys.modules.get("triton") and not torch.cuda.is_initialized()
+"""
+    Path(tmp_path, "attg_loss.py").write_bytes(Path(K.__file__).read_bytes())
+    for first in ("", "import sys; sys.modules['triton'] = None"):
+        done = subprocess.run([sys.executable, "-c", first + code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.startswith("attg_loss: PyTorch (") and done.stdout == ""
+
+
+AHEAD = """
+import json, os, re, subprocess, sys, tempfile
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import attg_loss as K
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.bool: "*i1"}
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+kernel, launches = K._triton()[1], []
+
+class Recorder:
+    def __getitem__(self, grid):
+        return lambda *args, **kw: launches.append((kw.pop("num_warps"), dict(zip(kernel.arg_names, args)) | kw))
+
+K._triton = lambda: (triton, Recorder())
+
+def spills(target, warps, args):  # specialised as by Triton's launcher: 1 and None are constants, 16 divides the others
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, x) in enumerate(args.items()):
+        if kernel.params[i].is_constexpr or x is None or (type(x) is int and x == 1):
+            signature[name], constants[name] = "constexpr", x
+        else:
+            signature[name] = TYPES[x.dtype] if isinstance(x, torch.Tensor) else "fp32" if type(x) is float else "i32"
+            if isinstance(x, torch.Tensor) or (type(x) is int and x % 16 == 0):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    asm = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": warps}).asm
+    if "amdgcn" in asm:
+        return int(re.search(r"vgpr_spill_count: *([0-9]+)", asm["amdgcn"])[1])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:([0-9]+)", usage)[1])
+
+def launch(pred, target, side, mask=torch.float32):
+    pred, rows = pred.as_strided(pred.shape, (197 * 768, 768, 1)), torch.empty(2, 196)
+    K._launch(pred, target, rows.to(mask), rows, rows[0, 0], rows, rows, None, True, 1e-6, side, True)
+    K._launch(pred, target, rows.to(mask), None, None, rows, pred, rows, False, 0.0, side, False)
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype)
+
+launch(empty(2, 197, 768, dtype=torch.bfloat16)[:, 1:], empty(2, 3, 224, 224), 16)
+launch(empty(2, 197, 768)[:, 1:], empty(2, 196, 768), 0, torch.bool)
+launch(empty(2, 197, 768, dtype=torch.float16)[:, 1:], empty(2, 3, 224, 224, dtype=torch.uint8), 16)
+found = {target: [spills(target, *x) for x in launches[: 2 if target == "sm_80" else 6]] for target in TARGETS}
+launches.clear()
+K.TILE = 2**16  # a kernel far too large
+launch(empty(2, 197, 768, dtype=torch.bfloat16)[:, 1:], empty(2, 3, 224, 224), 16)
+print(json.dumps([found, {target: [spills(target, *x) for x in launches[:1]] for target in ("sm_90", "gfx942")}]))
+"""
+
+
+@pytest.mark.skipif(not K.HAS_TRITON, reason="needs Triton")
+def test_kernel_compiles_ahead_of_time_without_spills(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    env |= {"PYTHONPATH": str(Path(K.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", AHEAD], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, oversized = json.loads(done.stdout)
+    assert found == {"sm_80": [0] * 2, "sm_90": [0] * 6, "gfx942": [0] * 6}
+    assert all(x[0] > 0 for x in oversized.values())
+
+
+def test_training_with_the_kernel_is_the_same(labelled, tmp_path, monkeypatch):
+    settings = dict(labelled, img_size=8, batch_size=2, epochs=1, device=DEVICE, knn_every=0)
+    train(tmp_path / "torch", **settings)
+    used = []
+    loss = lambda *args, **kw: used.append(1) or K.attg_loss(*args, impl="triton", **kw)  # noqa: E731
+    monkeypatch.setattr(A, "attg_loss", loss)
+    train(tmp_path / "triton", **settings)
+    a, b = (np.array([(r["loss"], r["mse"]) for r in records(tmp_path / name)]) for name in ("torch", "triton"))
+    assert len(used) > 2 * len(a) >= 24 and np.allclose(a, b, rtol=1e-5) and len({*a[:, 0]}) == len(a)
+
+
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("images", [True, False])
+def test_kernel_above_2_to_31_elements(images):
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GB of free GPU memory")
+    pred = torch.randn(15000, 196, 768, device=DEVICE, dtype=torch.bfloat16)
+    imgs = torch.randint(0, 255, (15000, 3, 224, 224), device=DEVICE, dtype=torch.uint8)
+    target = imgs if images else pred.flip(0)
+    assert pred.numel() > 2**31 and target.numel() > 2**31
+    leaf, kw = pred.requires_grad_(), dict(patch_size=16, reduction="none")
+    rows = K.attg_loss(leaf, target, impl="triton", **kw)
+    rows.backward(torch.ones_like(rows))
+    for i in (slice(0, 2), slice(-2, None)):
+        part = leaf.detach()[i].clone().requires_grad_()
+        want = K.attg_loss(part, target[i], impl="torch", **kw)
+        want.backward(torch.ones_like(want))
+        assert close(rows[i].cpu(), want.cpu(), 5e-6)
+        check_grad(leaf.grad[i].cpu(), part.grad.cpu(), GRAD_TOL[torch.bfloat16])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernel_on_a_second_gpu(monkeypatch):
+    want = some_loss("torch")[0]
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cuda:1")
+    loss, leaf, _ = some_loss("triton")
+    loss.backward()
+    assert loss.device == leaf.grad.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    assert close(loss.cpu(), want.cpu(), 5e-6)
+
+
+@needs_gpu
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs compute-sanitizer")
+def test_kernel_touches_no_foreign_memory():
+    code = """
+import torch, test_attg
+for L, P in (9, 48), (1, 48), (49, 16), (100, 768), (4, 80):
+    test_attg.some_loss("triton", L=L, P=P)[0].backward()
+torch.cuda.synchronize()
+"""
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, cwd=Path(A.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
