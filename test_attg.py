@@ -40,11 +40,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
+from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import default_collate
 from torchvision.ops import roi_align
 
 import attg_mae as A
+import bench
 import data
 from data import IMAGENET, TrainBatches, load_maps, make_loader, open_data, save_maps, seed_for
 from test_faults import (
@@ -63,6 +65,7 @@ from test_faults import (
 
 K = importlib.import_module("kernels.attg_loss")  # the package re-exports a function of the same name
 DEVICE = "cpu" if K.INTERPRETED else "cuda"  # of the kernel
+README = Path(A.__file__).with_name("README.md").read_text()
 torch.set_num_threads(1)
 
 
@@ -675,6 +678,77 @@ def timm_model(width=64, depth=2, heads=4, img_size=32, patch_size=8, **kw):
 
 def encoder_only(state):
     return {k: v for k, v in state.items() if "decoder" not in k and k != "mask_token"}
+
+
+DIFFS = dict(zip(("mae", "hf", "lightly"), re.findall(r"```diff\n(.*?)```", README, re.S), strict=True))
+
+
+def dropped_in(name, parameters, **names):
+    """[(loss, gradients)] of the README's code before and after the change, the latter with a flat and a random map."""
+    B, L = names.pop("shape")
+    names |= dict(attg_loss=K.attg_loss, normalize_map=K.normalize_map, tau=0.9)
+    for sign, attn in ("-", None), ("+", torch.full((B, L), 0.3)), ("+", rand(B, L, seed=9) * 40 - 7):
+        torch.manual_seed(3)  # Hugging Face draws its mask
+        scope = names | {"attn": attn}
+        exec("\n".join(x[1:].strip() for x in DIFFS[name].splitlines() if x[0] in " " + sign), scope)
+        yield scope["loss"], torch.autograd.grad(scope["loss"], parameters, retain_graph=True, allow_unused=True), scope
+
+
+def compare_drop_in(runs, pred, target, mask, norm_pix):
+    """Before = after with a flat map, loss and every gradient; the weighted loss is the loop's."""
+    (before, want, _), (after, got, _), (weighted, other, scope) = runs
+    assert close(after, before, 1e-5)
+    pairs = [x for x in zip(got, want, other, strict=True) if x[1] is not None and x[1].abs().max() > 1e-6]
+    assert len(pairs) > 5
+    for a, b, c in pairs:
+        assert close(a, b, 1e-4) and not close(c, b, 1e-2) and not close(0 * a, b, 1e-4)
+    rows, _, count = oracle(pred, target, mask, rand(*mask.shape, seed=9) * 40 - 7, tau=0.9, norm_pix=norm_pix)
+    assert close(weighted, rows.sum() / count, 1e-5) and not close(weighted, before, 1e-2)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_loss_dropped_into_hugging_face(norm_pix):
+    model = hf_model("ViTMAEForPreTraining", num_hidden_layers=1, decoder_num_hidden_layers=1, norm_pix_loss=norm_pix)
+    imgs, parameters = randn(2, 3, 32, 32), [p for p in shake(model).parameters() if p.requires_grad]
+    runs = list(dropped_in("hf", parameters, shape=(2, 64), model=model, pixel_values=imgs))
+    out = runs[2][2]["out"]
+    compare_drop_in(runs, out.logits, K._patchify(imgs, 4), out.mask, norm_pix)
+
+
+def test_loss_dropped_into_lightly(monkeypatch):
+    monkeypatch.setenv("LIGHTLY_DID_VERSION_CHECK", "True")  # it asks its server otherwise
+    from lightly.models import utils
+    from lightly.models.modules import MaskedVisionTransformerTIMM
+
+    imgs, encoder = randn(2, 3, 32, 32), MaskedVisionTransformerTIMM(timm_model(width=32, depth=1, heads=2))
+    keep, hidden = utils.random_token_mask((2, 17), 0.75)
+    decoder = nn.Linear(32, 192)
+    pred = decoder(utils.get_at_index(encoder.encode(imgs, idx_mask=hidden), hidden))
+    names = dict(patches=utils.patchify(imgs, 8), idx_mask=hidden, x_pred=pred, utils=utils, criterion=nn.MSELoss())
+    parameters = [p for m in (encoder, decoder) for p in m.parameters() if p.requires_grad]
+    runs = list(dropped_in("lightly", parameters, shape=(2, 16), **names))
+    place = (hidden - 1)[..., None].expand_as(pred)
+    full = torch.zeros(2, 16, 192).scatter(1, place, pred.detach())
+    compare_drop_in(runs, full, names["patches"], torch.zeros(2, 16).scatter(1, hidden - 1, 1.0), False)
+
+
+def test_loss_dropped_into_mae():
+    imgs, mask, pred = randn(2, 3, 8, 12), rand(2, 6, seed=2) < 0.7, randn(2, 6, 48, seed=3).requires_grad_()
+    assert mask.any() and not mask.all()
+
+    def forward_loss(imgs, pred, mask):  # as MAE defines it
+        return (F.mse_loss(pred, normalized, reduction="none").mean(-1) * mask).sum() / mask.sum()
+
+    x = K._patchify(imgs, 4)
+    normalized = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6) ** 0.5
+    embed = SimpleNamespace(patch_size=(4, 4))
+    model = SimpleNamespace(forward_loss=forward_loss, patch_embed=embed, norm_pix_loss=True)
+    runs = dropped_in("mae", [pred], shape=(2, 6), self=model, imgs=imgs, pred=pred, mask=mask)
+    (before, want, _), (after, got, _), (weighted, _, _) = runs
+    assert close(after, before, 1e-6)
+    check_grad(got[0], want[0], 1e-5)
+    rows, _, count = oracle(pred, x, mask, rand(2, 6, seed=9) * 40 - 7, tau=0.9)
+    assert close(weighted, rows.sum() / count, 1e-5) and not close(weighted, before, 1e-2)
 
 
 HF_CASES = [("vit_micro", 4, 2, True, torch.float32), ("vit_micro", 4, 2, False, torch.float32),
@@ -2260,7 +2334,6 @@ def test_mean_and_std(labelled, passes, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The README: every command and every piece of code it shows is run, on small models and pictures
 
-README = (SOURCE / "README.md").read_text()
 COMMANDS = re.findall(r"^(?:pip .* && )?(?:python|torchrun \S+) attg_mae\.py(.*)$", README, re.M)
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 SMALL = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
@@ -2315,3 +2388,31 @@ def test_model_compiles_once_for_all_tau():
             got = compiled(imgs, attn, torch.tensor(tau), noise=noise_)[0]
         assert close(got, model(imgs, attn, tau, noise=noise_)[0], 1e-6)
         assert not close(got, model(imgs, attn, tau + 0.01, noise=noise_)[0], 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmarks: that they measure what they say, on the smallest sizes
+
+
+def test_bench_kernel(tmp_path, capsys):
+    flags = ["--shapes", "patch 8", "--dtypes", "float32", "--size", "16", "--batches", "3"]
+    bench.main(["kernel", "--device", "cpu", "--repeats", "2", "--out", str(tmp_path), *flags])
+    rows = [json.loads(line) for line in (tmp_path / "kernel.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 2 and {r["loss"] for r in rows} == {"eager", "compile"}
+    masked, written = 3 * 3 * 192 * 8, 3 * 4 * 192 * 4
+    for r in rows:
+        moved = {"forward": masked, "backward": masked + written, "both": 2 * masked + written}[r["pass"]]
+        assert math.isclose(r["GB/s"], moved / r["ms"] / 1e6, rel_tol=1e-9) and 0 < r["p20"] <= r["ms"] <= r["p80"]
+        assert r["x eager"] == 1 if r["loss"] == "eager" else r["x eager"] > 0
+    assert Image.open(tmp_path / "kernel.png").size[0] > 300
+    printed = capsys.readouterr().out
+    assert "no GPU" in printed and (tmp_path / "kernel.md").read_text().split("\n", 2)[2].strip() in printed
+    with pytest.raises(SystemExit, match="GPU"):
+        bench.main(["kernel", "--sweep", "--device", "cpu"])
+
+
+def test_bench_takes_turns():
+    calls, seen = {n: (lambda n=n: seen.append((n, "prepare")), lambda _, n=n: seen.append(n)) for n in "ab"}, []
+    times = bench.take_turns(calls, torch.device("cpu"), 2)
+    assert seen == [("a", "prepare"), "a", ("b", "prepare"), "b"] * 3 and [len(x) for x in times.values()] == [2, 2]
+    assert bench.percentiles([0.001, 0.002, 0.003, 0.004, 0.1]) == pytest.approx([3, 1.8, 23.2])

@@ -39,7 +39,9 @@ FLAT = 1e-5  # a map with max - min <= FLAT * max|M| says nothing; without this 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported at the first call only
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter, on CPU tensors: for tests
 MAX_P = 65536  # values per patch that the kernel holds at once
-TILE, STEPS = 1024, 4  # values in a tile (more if P is more), tiles that a program takes one after the other
+TILE = 1024  # values in a tile, or more if P is more; these three have not been tuned on a GPU yet
+STEPS = 4  # tiles that a program takes one after the other
+WARP = 256  # values in a tile for each warp
 FUSED = (torch.float32, torch.bfloat16, torch.float16)  # what it reads, beside uint8 targets
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,7 +216,7 @@ def _launch(pred, target, mask, attn, tau, stats, out, grad, norm_pix, eps, patc
         *(x.stride(i) if x is not None else 0 for x in (mask, attn, grad) for i in (0, 1)),
         P=P, C=C, PATCH=patch_size if images else 0, MASK=mask is not None, ATTN=attn is not None,
         NORMALIZE=normalize_attn, NORM_PIX=norm_pix, BYTES=target.dtype == torch.uint8, BACKWARD=grad is not None,
-        ROWS=rows, PIXELS=pixels, CHANNELS=channels, STEPS=steps, num_warps=min(16, max(4, rows * lanes // 256)),
+        ROWS=rows, PIXELS=pixels, CHANNELS=channels, STEPS=steps, num_warps=min(16, max(1, rows * lanes // WARP)),
     )  # fmt: skip
 
 

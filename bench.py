@@ -1,0 +1,206 @@
+"""
+Speed and memory, each beside its peers in the same run, taking turns.
+
+    python bench.py kernel            # the loss: PyTorch, torch.compile and the fused kernel; minutes on a GPU or a CPU
+    python bench.py kernel --sweep    # the kernel's constants at (256, 196, 768), on a GPU
+
+Prints a table and writes it, every figure behind it and a picture to --out (default out/bench).
+"""
+
+import argparse
+import importlib
+import json
+import platform
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+K = importlib.import_module("kernels.attg_loss")  # the package re-exports a function of the same name
+
+
+def percentiles(times):
+    """Seconds -> median, 20th and 80th percentile in ms."""
+    times = torch.tensor(times, dtype=torch.float64) * 1e3
+    return [times.quantile(q).item() for q in (0.5, 0.2, 0.8)]
+
+
+def take_turns(calls, device, repeats):
+    """{name: (prepare, call)} -> {name: seconds of each call}, one of each a round. The first round and prepare()
+    are not counted.
+
+    On a GPU a matrix product keeps the device busy while the host queues the call, so that the time is the device's
+    alone, and a write of 512 MB empties its cache.
+    """
+    times = {name: [] for name in calls}
+    if device.type == "cuda":
+        a, cache = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16), torch.empty(2**27, device=device)
+        for _ in range(repeats + 1):
+            for name, (prepare, call) in calls.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                x = prepare()
+                a @ a
+                cache.zero_()
+                start.record()
+                call(x)
+                end.record()
+                times[name].append((start, end))
+        torch.cuda.synchronize()
+        return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs[1:]] for name, pairs in times.items()}
+    for _ in range(repeats + 1):
+        for name, (prepare, call) in calls.items():
+            x = prepare()
+            start = time.perf_counter()
+            call(x)
+            times[name].append(time.perf_counter() - start)
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
+def copy_bandwidth(device, repeats=20):
+    """Bytes read and written in a second by a copy that is larger than any cache."""
+    x = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / statistics.median(take_turns({"": (lambda: x, y.copy_)}, device, repeats)[""])
+
+
+def machine(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{name}, {torch.get_num_threads()} CPU threads, {versions}"
+
+
+def table(rows, out, name, title):
+    """Prints rows (dicts of one set of keys) as a Markdown table, and writes it and the rows as JSON lines."""
+    cells = [list(rows[0]), *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in cells]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text("\n".join([title, "", *lines, ""]))
+    (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print("\n".join(lines), f"\nwritten: {out}/{name}.md, {name}.jsonl", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+SHAPES = {"ViT-B/L 16": 16, "ViT-H 14": 14, "patch 8": 8, "patch 4": 4}  # of 224 px images
+
+
+def loss_passes(loss, batch, patch, size, dtype, device):
+    """{"forward": (prepare, call, bytes), "backward": ..., "both": ...} of one implementation.
+
+    pred is a slice, as MAE hands it over, and 75 % of the patches are masked. These bytes must move: forward reads pred
+    and image of the masked patches; backward reads them again and writes the whole gradient.
+    """
+    L, P, kept = (size // patch) ** 2, patch * patch * 3, (size // patch) ** 2 // 4
+    pred = torch.randn(batch, L + 1, P, device=device, dtype=dtype)[:, 1:].requires_grad_()
+    imgs, attn = torch.randn(batch, 3, size, size, device=device), torch.rand(batch, L, device=device)
+    mask = (torch.rand(batch, L, device=device).argsort(1) >= kept).float()
+    tau = torch.tensor(0.75, device=device)
+
+    def forward(_=None):
+        pred.grad = None
+        return loss(pred, imgs, mask, attn, tau=tau, patch_size=patch)
+
+    read = batch * (L - kept) * P * (pred.element_size() + imgs.element_size())
+    written = batch * L * P * pred.element_size()
+    nothing, both = (lambda: None), (lambda _=None: forward().backward())
+    return {"forward": (nothing, forward, read), "backward": (forward, torch.Tensor.backward, read + written),
+            "both": (nothing, both, 2 * read + written)}  # fmt: skip
+
+
+def kernel(args, device, out):
+    losses = {"eager": partial(K.attg_loss, impl="torch")}
+    losses["compile"] = torch.compile(losses["eager"], fullgraph=True, dynamic=False)
+    if device.type == "cuda":
+        losses["triton"] = partial(K.attg_loss, impl="triton")
+    else:
+        print("no GPU: this measures the PyTorch path on the CPU; the kernel is for GPUs")
+    bandwidth, rows = copy_bandwidth(device), []
+    print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
+    for shape, dtype, batch in ((s, d, b) for s in args.shapes for d in args.dtypes for b in args.batches):
+        torch.compiler.reset()
+        make = partial(loss_passes, batch=batch, patch=SHAPES[shape], size=args.size, device=device)
+        passes, memory = {}, {}
+        for name, loss in losses.items():
+            passes[name] = make(loss, dtype=getattr(torch, dtype))
+            passes[name]["both"][1]()  # compiles
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                passes[name]["both"][1]()
+                memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        for which in ("forward", "backward", "both"):
+            times = take_turns({name: calls[which][:2] for name, calls in passes.items()}, device, args.repeats)
+            for name in losses:
+                median, p20, p80 = percentiles(times[name])
+                rate = passes[name][which][2] / median / 1e6  # GB/s
+                rows.append({"shape": shape, "pred": dtype, "batch": batch, "pass": which, "loss": name, "ms": median})
+                rows[-1] |= {"p20": p20, "p80": p80, "x eager": percentiles(times["eager"])[0] / median, "GB/s": rate}
+                rows[-1] |= {"% of copy": 1e11 * rate / bandwidth, "peak MiB": memory.get(name, "not measured")}
+        print(*(f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in rows[-1].items()), flush=True)
+    table(rows, out, "kernel", f"{machine(device)}; copy {bandwidth / 1e9:.0f} GB/s")
+    figure(rows, bandwidth, out / "kernel.png")
+
+
+def figure(rows, bandwidth, path):
+    """Forward + backward: GB/s over the batch size, a panel for each shape and type."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no picture: pip install matplotlib")
+    panels = list(dict.fromkeys((row["shape"], row["pred"]) for row in rows))
+    canvas = Figure(figsize=(3.2 * len(panels), 3), layout="constrained")
+    for axis, panel in zip(canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        for name in dict.fromkeys(row["loss"] for row in rows):
+            mine = [r for r in rows if (r["shape"], r["pred"], r["pass"], r["loss"]) == (*panel, "both", name)]
+            axis.plot([r["batch"] for r in mine], [r["GB/s"] for r in mine], marker="o", label=name)
+        axis.axhline(bandwidth / 1e9, color="grey", linestyle="--", label="copy")
+        axis.set(title="{}, {}".format(*panel), xlabel="batch", xscale="log", ylim=(0, None))
+    axis.legend()
+    canvas.supylabel("GB/s, forward + backward")
+    canvas.savefig(path, dpi=150)
+    print(f"picture: {path}")
+
+
+def sweep(args, device, out):
+    """The kernel's constants, forward + backward at (256, 196, 768)."""
+    if device.type != "cuda":
+        raise SystemExit("--sweep: the kernel needs a GPU")
+    rows = []
+    for tile, steps, warp in ((t, s, w) for t in (1024, 2048, 4096) for s in (1, 2, 4, 8) for w in (128, 256, 512)):
+        K.TILE, K.STEPS, K.WARP = tile, steps, warp
+        for dtype in args.dtypes:
+            loss = partial(K.attg_loss, impl="triton")
+            call = loss_passes(loss, 256, 16, args.size, getattr(torch, dtype), device)["both"][:2]
+            median, p20, p80 = percentiles(take_turns({"": call}, device, args.repeats)[""])
+            rows.append({"pred": dtype, "TILE": tile, "STEPS": steps, "WARP": warp})
+            rows[-1] |= {"ms": median, "p20": p20, "p80": p80}
+    table(sorted(rows, key=lambda row: (row["pred"], row["ms"])), out, "sweep", machine(device))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["kernel"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", default="out/bench", type=Path)
+    parser.add_argument("--repeats", type=int, help="calls of each, taking turns (default 50, CPU 7)")
+    parser.add_argument("--batches", type=int, nargs="+", help="default 32 to 1024, CPU 32")
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--size", type=int, default=224, help="images, in pixels")
+    parser.add_argument("--sweep", action="store_true", help="the kernel's constants")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    args.repeats = args.repeats or (50 if device.type == "cuda" else 7)
+    args.batches = args.batches or ([32, 64, 128, 256, 512, 1024] if device.type == "cuda" else [32])
+    print(machine(device), flush=True)
+    (sweep if args.sweep else kernel)(args, device, args.out)
+
+
+if __name__ == "__main__":
+    main()
