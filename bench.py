@@ -2,7 +2,7 @@
 Speed and memory, each beside its peers in the same run, taking turns.
 
     python bench.py kernel            # the loss: PyTorch, torch.compile and the fused kernel; minutes on a GPU or a CPU
-    python bench.py kernel --sweep    # the kernel's constants at (256, 196, 768), on a GPU
+    python bench.py kernel --sweep --batches 256     # the kernel's constants, on a GPU
 
 Prints a table and writes it, every figure behind it and a picture to --out (default out/bench).
 """
@@ -11,9 +11,14 @@ import argparse
 import importlib
 import json
 import platform
+import shutil
 import statistics
 import time
+from contextlib import nullcontext
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -67,19 +72,19 @@ def copy_bandwidth(device, repeats=20):
 
 def machine(device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{name}, {torch.get_num_threads()} CPU threads, {versions}"
+    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "triton") if find_spec(p))
+    return f"{name}, {torch.get_num_threads()} CPU threads, Python {platform.python_version()}, {versions}"
 
 
 def table(rows, out, name, title):
-    """Prints rows (dicts of one set of keys) as a Markdown table, and writes it and the rows as JSON lines."""
+    """Prints rows (dicts of one set of keys) as a Markdown table, and writes it, and title and rows as JSON lines."""
     cells = [list(rows[0]), *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     lines = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in cells]
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text("\n".join([title, "", *lines, ""]))
-    (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"on": title}, *rows]))
     print("\n".join(lines), f"\nwritten: {out}/{name}.md, {name}.jsonl", flush=True)
 
 
@@ -93,7 +98,8 @@ def loss_passes(loss, batch, patch, size, dtype, device):
     """{"forward": (prepare, call, bytes), "backward": ..., "both": ...} of one implementation.
 
     pred is a slice, as MAE hands it over, and 75 % of the patches are masked. These bytes must move: forward reads pred
-    and image of the masked patches; backward reads them again and writes the whole gradient.
+    and image of the masked patches; backward reads them again and writes the whole gradient. (Memory moves sectors of
+    32 bytes: small patches in images cost more than these bytes.)
     """
     L, P, kept = (size // patch) ** 2, patch * patch * 3, (size // patch) ** 2 // 4
     pred = torch.randn(batch, L + 1, P, device=device, dtype=dtype)[:, 1:].requires_grad_()
@@ -114,14 +120,17 @@ def loss_passes(loss, batch, patch, size, dtype, device):
 
 def kernel(args, device, out):
     losses = {"eager": partial(K.attg_loss, impl="torch")}
-    losses["compile"] = torch.compile(losses["eager"], fullgraph=True, dynamic=False)
+    if device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++"))):
+        losses["compile"] = torch.compile(losses["eager"], fullgraph=True, dynamic=False)
+    else:
+        print("no C++ compiler: without torch.compile")
     if device.type == "cuda":
         losses["triton"] = partial(K.attg_loss, impl="triton")
     else:
         print("no GPU: this measures the PyTorch path on the CPU; the kernel is for GPUs")
     bandwidth, rows = copy_bandwidth(device), []
     print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
-    for shape, dtype, batch in ((s, d, b) for s in args.shapes for d in args.dtypes for b in args.batches):
+    for shape, dtype, batch in product(args.shapes, args.dtypes, args.batches):
         torch.compiler.reset()
         make = partial(loss_passes, batch=batch, patch=SHAPES[shape], size=args.size, device=device)
         passes, memory = {}, {}
@@ -129,6 +138,7 @@ def kernel(args, device, out):
             passes[name] = make(loss, dtype=getattr(torch, dtype))
             passes[name]["both"][1]()  # compiles
             if device.type == "cuda":
+                passes[name]["forward"][1]()  # clears the gradient
                 torch.cuda.synchronize()
                 before = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
@@ -168,19 +178,19 @@ def figure(rows, bandwidth, path):
 
 
 def sweep(args, device, out):
-    """The kernel's constants, forward + backward at (256, 196, 768)."""
+    """The kernel's constants, forward + backward, for the largest of --batches and each of --shapes."""
     if device.type != "cuda":
         raise SystemExit("--sweep: the kernel needs a GPU")
     rows = []
-    for tile, steps, warp in ((t, s, w) for t in (1024, 2048, 4096) for s in (1, 2, 4, 8) for w in (128, 256, 512)):
-        K.TILE, K.STEPS, K.WARP = tile, steps, warp
-        for dtype in args.dtypes:
-            loss = partial(K.attg_loss, impl="triton")
-            call = loss_passes(loss, 256, 16, args.size, getattr(torch, dtype), device)["both"][:2]
+    loss, constants = partial(K.attg_loss, impl="triton"), (K.TILE, K.STEPS, K.WARP)
+    for shape, dtype in product(args.shapes, args.dtypes):
+        call = loss_passes(loss, max(args.batches), SHAPES[shape], args.size, getattr(torch, dtype), device)["both"][:2]
+        for K.TILE, K.STEPS, K.WARP in product((1024, 2048, 4096), (1, 2, 4, 8), (128, 256, 512)):
             median, p20, p80 = percentiles(take_turns({"": call}, device, args.repeats)[""])
-            rows.append({"pred": dtype, "TILE": tile, "STEPS": steps, "WARP": warp})
-            rows[-1] |= {"ms": median, "p20": p20, "p80": p80}
-    table(sorted(rows, key=lambda row: (row["pred"], row["ms"])), out, "sweep", machine(device))
+            rows.append({"shape": shape, "pred": dtype, "batch": max(args.batches)})
+            rows[-1] |= {"TILE": K.TILE, "STEPS": K.STEPS, "WARP": K.WARP, "ms": median, "p20": p20, "p80": p80}
+    K.TILE, K.STEPS, K.WARP = constants
+    table(sorted(rows, key=lambda row: (row["shape"], row["pred"], row["ms"])), out, "sweep", machine(device))
 
 
 def main(argv=None):
@@ -199,7 +209,8 @@ def main(argv=None):
     args.repeats = args.repeats or (50 if device.type == "cuda" else 7)
     args.batches = args.batches or ([32, 64, 128, 256, 512, 1024] if device.type == "cuda" else [32])
     print(machine(device), flush=True)
-    (sweep if args.sweep else kernel)(args, device, args.out)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        (sweep if args.sweep else kernel)(args, device, args.out)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ and writes the gradient. Bytes that both passes move for n masked patches, s bei
     the gradient made forward      n P (s_pred + s_target) + 2 n P s_pred + B L P s_pred
 
 With elements of one size they are equal; for bf16 predictions of fp32 images (75 % masked) the second moves 14 % less,
-for uint8 images 12 % more. It also holds B L P s_pred of memory and rounds 16-bit gradients twice. This way is simpler.
+for uint8 images 12 % more. The second also holds B L P s_pred of memory and rounds 16-bit gradients twice. Neither has
+been timed on a GPU; this way is the simpler one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import importlib.util
 import math
 import os
 import sys
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -38,10 +40,11 @@ from torch import Tensor
 FLAT = 1e-5  # a map with max - min <= FLAT * max|M| says nothing; without this rule 1e-7 of noise becomes full range
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported at the first call only
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter, on CPU tensors: for tests
-MAX_P = 65536  # values per patch that the kernel holds at once
+MAX_TILE = 16384  # values that fit into the registers and the shared memory of one program
 TILE = 1024  # values in a tile, or more if P is more; these three have not been tuned on a GPU yet
 STEPS = 4  # tiles that a program takes one after the other
 WARP = 256  # values in a tile for each warp
+NAMESPACE = __name__.replace(".", "_")  # of the operators: two copies of this file may live in one process
 FUSED = (torch.float32, torch.bfloat16, torch.float16)  # what it reads, beside uint8 targets
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,9 +52,9 @@ FUSED = (torch.float32, torch.bfloat16, torch.float16)  # what it reads, beside 
 
 
 def is_flat(attn: Tensor) -> Tensor:
-    """(B, L) maps -> (B,) bool: max - min <= 1e-5 max|M|."""
+    """(B, L) maps -> (B,) bool: max - min <= 1e-5 max|M|, and finite."""
     low, high = attn.aminmax(dim=1)
-    return high - low <= FLAT * torch.maximum(high.abs(), low.abs())
+    return (high - low <= FLAT * torch.maximum(high.abs(), low.abs())) & (high - low < math.inf)
 
 
 def normalize_map(attn: Tensor) -> Tensor:
@@ -89,7 +92,8 @@ def _patch_loss(pred, target, mask, attn, tau, norm_pix, eps, patch_size, normal
 def _patchify(imgs: Tensor, p: int) -> Tensor:
     """(B, C, H, W) -> (B, L, p*p*C)."""
     B, C, H, W = imgs.shape
-    return imgs.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+    x = imgs.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
+    return x.reshape(B, (H // p) * (W // p), p * p * C)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +114,7 @@ def _kernel(
     P: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr,  # PATCH 0: the target is patches
     MASK: tl.constexpr, ATTN: tl.constexpr, NORMALIZE: tl.constexpr, NORM_PIX: tl.constexpr,
     BYTES: tl.constexpr, BACKWARD: tl.constexpr,  # BYTES: the target is uint8
-    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, MAP: tl.constexpr,
 ):  # fmt: skip
     # A program takes STEPS tiles of ROWS patches of one image, one after the other. A tile is (ROWS, PIXELS, CHANNELS):
     # with channels on an axis of their own, images are read along their rows and pred along its channels.
@@ -129,30 +133,32 @@ def _kernel(
     if ATTN and not BACKWARD:
         t = tl.load(tau).to(tl.float32)
         if NORMALIZE:  # min and max of the whole map, NaN if it holds one
-            low = tl.full([256], float("inf"), tl.float32)
-            high = tl.full([256], float("-inf"), tl.float32)
-            bad = tl.full([256], 0.0, tl.float32)
-            for start in range(0, L, 256):
-                i = start + tl.arange(0, 256)
+            low = tl.full([MAP], float("inf"), tl.float32)
+            high = tl.full([MAP], float("-inf"), tl.float32)
+            bad = tl.full([MAP], 0.0, tl.float32)
+            for start in range(0, L, MAP):
+                i = start + tl.arange(0, MAP)
                 m = tl.load(attn + b * attn_b + i.to(tl.int64) * attn_l, i < L, 0.0).to(tl.float32)
                 low = tl.where(i < L, tl.minimum(low, m), low)
                 high = tl.where(i < L, tl.maximum(high, m), high)
                 bad = tl.where(m == m, bad, m)
             low = tl.min(low, 0) + tl.sum(bad, 0)
             high = tl.max(high, 0)
-            if high - low <= flat * tl.maximum(tl.abs(high), tl.abs(low)):
-                high = low + float("inf")  # M_norm = (M - low) / inf = 0
+            if high - low < float("inf"):
+                if high - low <= flat * tl.maximum(tl.abs(high), tl.abs(low)):
+                    high = low + float("inf")  # M_norm = (M - low) / inf = 0
     for step in range(STEPS):
         row = first + step * ROWS + tl.arange(0, ROWS)
         inside = row < L
         at = b * L + row  # of this patch in (B, L)
+        line, column = (row // columns).to(tl.int64), (row % columns).to(tl.int64)
         row = row.to(tl.int64)
         keep = inside
         if MASK:
             keep = keep & (tl.load(mask + b * mask_b + row * mask_l, inside, 0) != 0)
         read = keep[:, None, None] & lane  # what is masked out is not read
         if PATCH > 0:
-            corner = (row // columns * target_y + row % columns * target_x) * PATCH
+            corner = (line * target_y + column * target_x) * PATCH
         else:
             corner = row * target_y
         y = tl.load(pred + b * pred_b + (row * pred_l)[:, None, None] + e * pred_e, read, 0.0).to(tl.float32)
@@ -180,7 +186,10 @@ def _kernel(
                 m = tl.load(attn + b * attn_b + row * attn_l, keep, 0.0).to(tl.float32)
                 if NORMALIZE:
                     m = tl.div_rn(m - low, high - low)
-                w = tl.exp(tl.div_rn(m, t))  # Eq. 1
+                m = tl.div_rn(m, t)
+                m = tl.where(m < -1000, -1000, m)  # -inf is weight 0
+                n = tl.floor(m * 1.4426950408889634 + 0.5)  # exp(m) = exp(m - n ln 2) 2^n: the GPU's exp alone is not
+                w = tl.exp(m - n * 0.693359375 + n * 2.12194440e-4) * tl.exp2(n)  # exact enough for large m (Eq. 1)
             error = tl.where(read, y - x, 0.0)
             loss = w * (tl.sum(tl.sum(error * error, 1), 1) / P)
             tl.store(out + at, tl.where(keep, loss, 0.0), inside)
@@ -199,28 +208,34 @@ def _triton():
     return triton, triton.jit(_kernel)
 
 
+def _tile(P, C):
+    """The powers of 2 that hold the pixels and the channels of a patch."""
+    return 1 << (P // C - 1).bit_length(), 1 << (C - 1).bit_length()
+
+
 def _launch(pred, target, mask, attn, tau, stats, out, grad, norm_pix, eps, patch_size, normalize_attn):
     """One pass over the patches, forward (grad None) or backward."""
     triton, kernel = _triton()
     B, L, P = pred.shape
     images = target.dim() == 4
     C = target.shape[1] if images else 1
-    pixels, channels = triton.next_power_of_2(P // C), triton.next_power_of_2(C)
+    pixels, channels = _tile(P, C)
     lanes = pixels * channels
     rows = max(1, min(TILE // lanes, triton.next_power_of_2(L)))
     steps = min(STEPS, triton.cdiv(L, rows))
     kernel[(B * triton.cdiv(L, rows * steps),)](
         pred, target, mask, attn, tau, stats, out, grad,
-        L, target.shape[3] // patch_size if images else 0, eps, FLAT, *pred.stride(),
+        L, target.shape[3] // patch_size if images else 1, eps, FLAT, *pred.stride(),
         *(target.stride(i) for i in ((0, 2, 3, 1) if images else (0, 1, 2, 2))),
         *(x.stride(i) if x is not None else 0 for x in (mask, attn, grad) for i in (0, 1)),
         P=P, C=C, PATCH=patch_size if images else 0, MASK=mask is not None, ATTN=attn is not None,
         NORMALIZE=normalize_attn, NORM_PIX=norm_pix, BYTES=target.dtype == torch.uint8, BACKWARD=grad is not None,
-        ROWS=rows, PIXELS=pixels, CHANNELS=channels, STEPS=steps, num_warps=min(16, max(1, rows * lanes // WARP)),
+        ROWS=rows, PIXELS=pixels, CHANNELS=channels, STEPS=steps, MAP=min(4096, triton.next_power_of_2(L)),
+        num_warps=min(16, max(1, rows * lanes // WARP)),
     )  # fmt: skip
 
 
-@torch.library.custom_op("attg_mae::patch_loss", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::patch_loss", mutates_args=())
 def _op(
     pred: Tensor, target: Tensor, mask: Tensor | None, attn: Tensor | None, tau: Tensor,
     norm_pix: bool, eps: float, patch_size: int, normalize_attn: bool,
@@ -239,7 +254,7 @@ def _op_fake(pred, *_):
     return pred.new_empty((B, L), dtype=torch.float32), pred.new_empty((B, L, 3), dtype=torch.float32)
 
 
-@torch.library.custom_op("attg_mae::patch_loss_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::patch_loss_backward", mutates_args=())
 def _op_backward(
     grad: Tensor, pred: Tensor, target: Tensor, mask: Tensor | None, stats: Tensor, patch_size: int
 ) -> Tensor:
@@ -293,8 +308,10 @@ def _is_fused(pred, target, attn, impl):
         return False
     odd = [f"{name} is {x.dtype}" for name, x in (("pred", pred), ("target", target), ("attn", attn))
            if x is not None and x.dtype not in FUSED and (name, x.dtype) != ("target", torch.uint8)]  # fmt: skip
-    large = [f"P is {pred.shape[2]}, above {MAX_P}"] if pred.shape[2] > MAX_P else []
-    obstacle = "; ".join(odd + large) or _obstacle(pred.device)
+    pixels, channels = _tile(pred.shape[2], target.shape[1] if target.dim() == 4 else 1)
+    if pixels * channels > MAX_TILE:
+        odd.append(f"a patch takes {pixels} x {channels} values, above {MAX_TILE}")
+    obstacle = "; ".join(odd) or _obstacle(pred.device)
     if impl == "triton" and obstacle:
         raise ValueError(f'impl: "triton" cannot run here: {obstacle}; pass "auto" or "torch"')
     fused = impl == "triton" or (pred.is_cuda and not obstacle)
@@ -339,9 +356,10 @@ def attg_loss(
     Returns fp32 (float64 for float64 `pred`), the precision of all arithmetic. The gradient flows to `pred` only.
     Raises ValueError for wrong shapes, dtypes or values, and for `target` or `attn` that require a gradient.
     """
-    _check(pred, target, mask, attn, tau, norm_pix, patch_size, reduction, impl)
+    _check(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, impl)
     if _is_fused(pred, target, attn, impl):
-        tau = tau.to(pred.device) if isinstance(tau, Tensor) else torch.full((), tau, device=pred.device)
+        like = {"device": pred.device}
+        tau = tau.to(**like, non_blocking=True) if isinstance(tau, Tensor) else torch.full((), tau, **like)
         loss, _ = _op(pred, target, mask, attn, tau, norm_pix, eps, patch_size or 0, normalize_attn)  # (B, L)
     else:
         loss = _patch_loss(pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn)  # (B, L)
@@ -352,12 +370,12 @@ def attg_loss(
     return loss.sum() / (max(loss.numel(), 1) if mask is None else (mask != 0).sum().clamp(min=1))
 
 
-def _check(pred, target, mask, attn, tau, norm_pix, patch_size, reduction, impl):
+def _check(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, impl):
     def shape(x):
         return f"{x.dtype} of shape {tuple(x.shape)}"
 
-    if pred.dim() != 3 or not pred.is_floating_point():
-        raise ValueError(f"pred: got {shape(pred)}; pass floats of shape (B, L, P)")
+    if pred.dim() != 3 or not pred.is_floating_point() or 0 in pred.shape[1:]:
+        raise ValueError(f"pred: got {shape(pred)}; pass floats of shape (B, L, P), L and P above 0")
     B, L, P = pred.shape
     if not (target.is_floating_point() or target.dtype == torch.uint8):
         raise ValueError(f"target: got {shape(target)}; pass floats, or uint8 (read as value / 255)")
@@ -382,8 +400,8 @@ def _check(pred, target, mask, attn, tau, norm_pix, patch_size, reduction, impl)
         raise ValueError(f"mask: got {shape(mask)}; pass bool or 0/1, 1 = removed")
     if attn is not None and not attn.is_floating_point():
         raise ValueError(f"attn: got {shape(attn)}; pass floats")
-    for name, x in (("target", target), ("attn", attn)):
-        if x is not None and x.requires_grad:
+    for name, x in (("target", target), ("attn", attn), ("tau", tau)):
+        if isinstance(x, Tensor) and x.requires_grad:
             raise ValueError(f"{name}: requires a gradient, but the loss has one for pred only; pass {name}.detach()")
     for name, x in (("target", target), ("mask", mask), ("attn", attn)):
         if x is not None and x.device != pred.device:
@@ -391,8 +409,10 @@ def _check(pred, target, mask, attn, tau, norm_pix, patch_size, reduction, impl)
     if isinstance(tau, Tensor):
         if tau.dim() != 0:
             raise ValueError(f"tau: got a tensor of shape {tuple(tau.shape)}; pass a float or a 0-d tensor")
-    elif isinstance(tau, bool) or not isinstance(tau, (int, float)) or not (0 < tau < math.inf):
+    elif isinstance(tau, bool) or not isinstance(tau, Real) or not (0 < tau < math.inf):
         raise ValueError(f"tau: got {tau!r}; pass a finite number above 0")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: got {eps!r}; pass a finite number, 0 or above")
     if norm_pix and P == 1:
         raise ValueError("norm_pix: patches of one value (P = 1) have no variance; pass norm_pix=False")
     if reduction not in ("mean", "sum", "none"):
