@@ -128,20 +128,14 @@ class Config:
         for name in ("epochs", "knn_every", "warmup_epochs", "clip_grad", "weight_decay", "lr", "workers"):
             require((getattr(self, name) or 0) >= 0, f"--{name} {getattr(self, name)}: must not be negative")
         self.mean, self.std = tuple(self.mean), tuple(self.std)
+        self.size = (self.img_size,) * 2 if isinstance(self.img_size, int) else tuple(self.img_size)  # (height, width)
         (h, w), p = self.size, self.patch_size
         require(h % p == w % p == 0 < h * w, f"--img_size {h}x{w} is not divisible by --patch_size {p}; use a multiple")
         for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
             require(width % heads == width % 4 == 0, f"width {width}: must be divisible by 4 and by its {heads} heads")
+        self.grid = (h // p, w // p)  # (rows, columns) of patches
         L, K = math.prod(self.grid), int(math.prod(self.grid) * (1 - self.mask_ratio))
         require(0 < K < L, f"--mask_ratio {self.mask_ratio}: must keep and remove at least one of {L} patches")
-
-    @property
-    def size(self):  # (height, width) in pixels
-        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
-
-    @property
-    def grid(self):  # (rows, columns) of patches
-        return self.size[0] // self.patch_size, self.size[1] // self.patch_size
 
 # -- Model: MAE's ViT, with its parameter names ------------------------------------------------------------------------
 def sincos_table(dim, grid):
@@ -391,11 +385,15 @@ def read_weights(source):
 
 def load_weights(model, state, name):
     """Loads what read_weights gave; returns in words what was not in it. ValueError if the encoder is not whole."""
-    for k in {"pos_embed", "decoder_pos_embed"} & set(state):  # sin-cos positions of a square grid are made anew
+    for k in {"pos_embed", "decoder_pos_embed"} & set(state):  # positions of a square grid
         side = math.isqrt(state[k].shape[1] - 1)
-        table = sincos_table(state[k].shape[2], (side, side))
-        if state[k].shape[1:] == table.shape and torch.allclose(state[k][0], table, atol=1e-4):
-            state = {**state, k: model.get_parameter(k)}
+        table, new = sincos_table(state[k].shape[2], (side, side)), model.get_parameter(k)
+        if state[k].shape[1:] == table.shape and torch.allclose(state[k][0].float(), table, atol=1e-4):
+            state = {**state, k: new}  # sin-cos: made anew
+        elif state[k].shape[1:] == table.shape != new.shape[1:]:  # learned: resized
+            grid = state[k][:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+            grid = F.interpolate(grid, model.cfg.grid, mode="bicubic", align_corners=False, antialias=False)
+            state = {**state, k: torch.cat([state[k][:, :1], grid.flatten(2).mT], dim=1)}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # shapes
@@ -411,8 +409,8 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
     """An encoder in eval mode from a checkpoint or export of this project, or weights of MAE, timm, HF or DINO.
     Use forward_features and last_qkv, on images normalised by .cfg.mean and .cfg.std, ImageNet's unless the file says
     otherwise (many of timm's and HF's ViTs want 0.5 and 0.5). Its decoder has no blocks.
-    heads: for widths that are no standard ViT's. img_size: int or (height, width), if not that of the weights (sin-cos
-    positions only). ValueError if there is no such encoder in the file.
+    heads: for widths that are no standard ViT's. img_size: int or (height, width), if not that of the weights: sin-cos
+    positions are made anew, learned ones resized. ValueError if there is no such encoder in the file.
     """
     state, config, name = read_weights(path_or_state_dict)
     if config is None:
@@ -509,27 +507,30 @@ def find_checkpoint(cfg, total, say):
     say(f"continuing {path} after step {parts['step']}" + f"; the new value holds: {[*differ.values()]}" * bool(differ))
     return parts
 
-def train(cfg):
-    """Pre-trains; returns {"step", "knn", "out", "stopped"}. Reads torchrun's environment, writes files to cfg.out."""
+@contextlib.contextmanager
+def processes(name):
+    """(device, rank, world): the named device or the best there is; torchrun's group of processes for as long."""
     rank, local_rank, world = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     kinds = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    found = not cfg.device or cfg.device.split(":")[0] in kinds
-    require(found, f"--device {cfg.device}: there is none here; choose from {', '.join(kinds)}")
-    device = torch.device(cfg.device or kinds[0])
+    require(not name or name.split(":")[0] in kinds, f"--device {name}: there is none here; choose from {kinds}")
+    device = torch.device(name or kinds[0])
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    yield device, rank, max(1, world)
+    if world > 1:  # not after an error: it would wait for the other processes, which torchrun ends
+        dist.destroy_process_group()
+
+def train(cfg):
+    """Pre-trains; returns {"step", "knn", "out", "stopped"}. Reads torchrun's environment, writes files to cfg.out."""
     stop = []  # the signals received: the step is finished first, a second signal acts at once
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):
             old = signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
             stack.callback(signal.signal, number, old)
-        if device.type == "cuda":
-            device = torch.device("cuda", local_rank if device.index is None else device.index)
-            torch.cuda.set_device(device)
-        if world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        result = run(cfg, device, rank, max(1, world), stop)
-        if world > 1:  # not after an error: it would wait for the other processes, which torchrun ends
-            dist.destroy_process_group()
-    return result
+        return run(cfg, *stack.enter_context(processes(cfg.device)), stop)
 
 def run(cfg, device, rank, world, stop):
     out = Path(cfg.out)
@@ -645,9 +646,9 @@ def run(cfg, device, rank, world, stop):
         values = torch.stack(history) / world
         if world > 1:
             dist.all_reduce(values)
-        *rows, (stopping, unreadable, _) = values.tolist()
+        *rows, (stopping, bad, _) = values.tolist()
         history.clear()
-        require(unreadable <= len(train_set) / 100, f"--data {cfg.data}: over 1 % unreadable, {unreadable:.0f} so far")
+        require(bad <= len(train_set) / 100, f"--data {cfg.data}: over 1 % unreadable, {bad:.0f} so far")
         for at, (loss, mse, norm) in enumerate(rows, done - len(rows)):
             if not math.isfinite(loss + mse + (norm if precision != "fp16" else 0.0)):  # fp16's scaler skips such steps
                 part = "gradient" if math.isfinite(loss) else "weight" if math.isfinite(mse) else "prediction or input"
@@ -656,13 +657,12 @@ def run(cfg, device, rank, world, stop):
                 words = f"{part} not finite; images {ids[:9]} ... (all in log.jsonl). Checkpoints are from before"
                 raise ValueError(f"step {at + 1}: {words}. Try a lower --lr, --clip_grad 1 or --precision fp32")
         now = time.perf_counter()
-        per_s = 1 / (now - logged)
+        rate = 1 / (now - logged)
         finite = ([*filter(math.isfinite, x)] for x in zip(*rows, strict=True))
         loss, mse, norm = (sum(x) / max(1, len(x)) for x in finite)
         record = {"step": done, "epoch": done / steps_per_epoch, "loss": loss, "mse": mse, "grad_norm": norm}
         record |= {"lr": group["lr"], "tau": tau.item(), "skipped": sum(not math.isfinite(x[2]) for x in rows)}
-        record |= {"img_s": len(rows) * cfg.batch_size * per_s, "data_wait": feed.waited * per_s}
-        record["unreadable"] = int(unreadable)
+        record |= {"img_s": len(rows) * cfg.batch_size * rate, "data_wait": feed.waited * rate, "unreadable": int(bad)}
         eta = datetime.timedelta(seconds=round((total - done) * (now - began) / (done - start)))
         odd = [f" {k} {record[k]}" for k in ("skipped", "unreadable") if record[k]]
         say(LINE.format(**record, total=total, eta=eta) + "".join(odd), record)

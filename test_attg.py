@@ -20,6 +20,7 @@ import json
 import math
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.linalg
+import sklearn.metrics
 import timm.models.vision_transformer as timm_vit
 import torchvision
 import transformers as hf
@@ -48,6 +51,7 @@ from torchvision.ops import roi_align
 import attg_mae as A
 import bench
 import data
+import object_discovery as O
 from data import IMAGENET, TrainBatches, load_maps, make_loader, open_data, save_maps, seed_for
 from test_faults import (
     TINY,
@@ -137,8 +141,7 @@ def on_device(x):
 def run(pred, target, mask=None, attn=None, upstream=1.0, impl="torch", **kw):
     """Loss and gradient for pred; inputs are never written to and the dtypes are the promised ones."""
     inputs = [pred.detach(), target, mask, attn, upstream, kw.pop("tau", 0.75)]
-    if impl == "triton":
-        inputs = [on_device(x) for x in inputs]
+    inputs = [on_device(x) for x in inputs]
     before = [x.clone() for x in inputs if isinstance(x, torch.Tensor)]
     leaf, x, m, a, up, tau = inputs
     leaf.requires_grad_()
@@ -234,9 +237,8 @@ def test_loss_maps_and_tau(impl, kind, tau):
                 continue
             check_loss(pred, target, mask, attn, tau=t, normalize_attn=normalize)
             check_loss(pred.double(), target, mask, attn.double(), tau=float(t), normalize_attn=normalize)
-    a, b = (run(pred, target, mask, m, tau=tau, impl=i) for i in ("auto", "torch"))  # on the CPU
-    assert a[0].equal(b[0]) and a[1].equal(b[1])
-    assert tau > 1 or not close(a[0], oracle(pred, target, mask, m, tau * 1.001)[0].sum() / mask.sum(), 5e-6)
+    got = run(pred, target, mask, m, tau=tau, impl=impl)[0]
+    assert tau > 1 or not close(got, oracle(pred, target, mask, m, tau * 1.001)[0].sum() / mask.sum(), 5e-6)
 
 
 @pytest.mark.parametrize("chans", [1, 3, 4])
@@ -370,8 +372,10 @@ def test_loss_compiles_once_for_all_tau(impl):
     with torch.compiler.set_stance("fail_on_recompile"):
         for tau in (0.76, 0.9, 1.0):
             compare(to(torch.tensor(tau)))
-        with pytest.raises(RuntimeError, match="recompil"):
-            compare(0.8)  # what a float costs
+    if impl == "triton":  # what a float costs
+        compare(0.8)
+        with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="recompil"):
+            compare(0.81)
     torch.compiler.reset()
 
 
@@ -385,7 +389,9 @@ ERRORS = [  # the argument, its value, what the text names beside the argument
     ("mask", COMPLEX, "complex"), ("mask", zeros(2, 3), "2, 3"), ("mask", zeros(2, 4, 1), "2, 4, 1"),
     ("attn", COMPLEX, "complex"), ("attn", zeros(2, 3), "2, 3"), ("attn", zeros(2, 2, 2), "2, 2, 2"),
     ("tau", 0, "0"), ("tau", -0.5, "-0.5"), ("tau", math.nan, "nan"), ("tau", "1", "1"), ("tau", True, "True"),
-    ("tau", None, "None"), ("tau", torch.ones(2), "2"), ("reduction", "avg", "avg"), ("impl", "cuda", "cuda"),
+    ("tau", None, "None"), ("tau", torch.ones(2), "2"), ("tau", torch.ones((), requires_grad=True), "grad"),
+    ("eps", -1e-6, "-1e-06"), ("eps", math.nan, "nan"), ("pred", zeros(2, 0, 12), "2, 0, 12"),
+    ("pred", zeros(2, 4, 0), "2, 4, 0"), ("reduction", "avg", "avg"), ("impl", "cuda", "cuda"),
     ("patch_size", None, "None", {"target": IMGS}), ("patch_size", 0, "0", {"target": IMGS}),
     ("target", IMGS, "3", {"patch_size": 3}), ("target", zeros(2, 3, 5, 4), "5", {"patch_size": 2}),
     ("target", zeros(2, 3, 4, 6), "2, 3, 4, 6", {"patch_size": 2}),
@@ -402,6 +408,20 @@ def test_loss_errors(case):
     with pytest.raises(ValueError, match=rf"\b{name}\b") as error:
         K.attg_loss(**good | {name: value} | (more[0] if more else {}))
     assert says in str(error.value) and len(str(error.value).split()) >= 6  # room for a remedy
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_loss_edges(impl):
+    pred, target, mask = randn(2, 4, 12), randn(2, 4, 12, seed=1), torch.ones(2, 4)
+    for bad in (math.inf, -math.inf, math.nan):  # a map that is not finite makes a loss that is not
+        attn = rand(2, 4)
+        attn[0, 2] = bad
+        rows = run(pred, target, mask, attn, rand(2, 4), reduction="none", impl=impl)[0]
+        assert rows[0].isnan().any() and rows[1].isfinite().all()
+    for shape in ((0, 4, 12), (0, 3, 4, 4)):
+        loss, grad = run(pred[:0], zeros(shape), mask[:0], rand(0, 4), impl=impl, patch_size=2)
+        assert loss == 0 and grad.shape == (0, 4, 12)
+    assert run(pred, target, mask, tau=np.float32(0.75), impl=impl)[0] == run(pred, target, mask, impl=impl)[0]
 
 
 def test_normalize_map():
@@ -434,7 +454,7 @@ def test_kernel_operators_are_well_registered():
     loss, leaf, (imgs, mask, attn) = some_loss("triton")
     patches, tau = K._patchify(imgs, 4).half(), torch.tensor(0.75, device=DEVICE)
     for target, m, a, norm_pix, side in ((imgs, mask, attn, True, 4), (patches, None, None, False, 0)):
-        _, stats = torch.ops.attg_mae.patch_loss(leaf, target, m, a, tau, norm_pix, 1e-6, side, True)
+        _, stats = K._op(leaf, target, m, a, tau, norm_pix, 1e-6, side, True)
         torch.library.opcheck(K._op, (leaf, target, m, a, tau, norm_pix, 1e-6, side, True))
         args = rand(2, 9).to(DEVICE), leaf.detach(), target, m, stats, side
         torch.library.opcheck(K._op_backward, args)
@@ -455,8 +475,8 @@ def test_kernel_where_it_cannot_run(monkeypatch, capsys):
             some_loss("triton", **kw)
 
     path("pred is torch.float64", dtype=torch.float64)
-    monkeypatch.setattr(K, "MAX_P", 47)
-    path("P is 48, above 47")
+    monkeypatch.setattr(K, "MAX_TILE", 63)
+    path("a patch takes 16 x 4 values, above 63")
     monkeypatch.undo()
     monkeypatch.setattr(K, "INTERPRETED", False)
     if DEVICE == "cpu":
@@ -487,6 +507,24 @@ assert pred.grad.any() and not sys.modules.get("triton") and not torch.cuda.is_i
         assert done.stderr.startswith("attg_loss: PyTorch (") and done.stdout == ""
 
 
+def test_two_copies_of_the_kernel_file_live_together(tmp_path):
+    code = """
+import importlib, torch, kernels
+import attg_loss as B
+A = importlib.import_module("kernels.attg_loss")
+for K in (A, B, A):
+    pred = torch.ones(1, 4, 12, requires_grad=True)
+    K.attg_loss(pred, torch.rand(1, 3, 4, 4), patch_size=2, impl="triton").backward()
+    assert pred.grad.any()
+assert A._op is not B._op and A._op._qualname != B._op._qualname
+"""
+    Path(tmp_path, "attg_loss.py").write_bytes(Path(K.__file__).read_bytes())
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{SOURCE}"}
+    if DEVICE == "cpu":
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 AHEAD = """
 import json, os, re, subprocess, sys, tempfile
 import torch, triton
@@ -495,7 +533,8 @@ from triton.compiler import ASTSource
 import attg_loss as K
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.bool: "*i1"}
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {"sm_90": ("cuda", 90, 32), "sm_80": ("cuda", 80, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {k: v for k, v in TARGETS.items() if {"cuda": "nvidia", "hip": "amd"}[v[0]] in triton.backends.backends}
 kernel, launches = K._triton()[1], []
 
 class Recorder:
@@ -525,7 +564,7 @@ def spills(target, warps, args):  # specialised as by Triton's launcher: 1 and N
     return int(re.search(r"STACK:([0-9]+)", usage)[1])
 
 def launch(pred, target, side, mask=torch.float32):
-    pred, rows = pred.as_strided(pred.shape, (197 * 768, 768, 1)), torch.empty(2, 196)
+    rows = torch.empty(2, pred.shape[1])
     K._launch(pred, target, rows.to(mask), rows, rows[0, 0], rows, rows, None, True, 1e-6, side, True)
     K._launch(pred, target, rows.to(mask), None, None, rows, pred, rows, False, 0.0, side, False)
 
@@ -534,12 +573,13 @@ def empty(*shape, dtype=torch.float32):
 
 launch(empty(2, 197, 768, dtype=torch.bfloat16)[:, 1:], empty(2, 3, 224, 224), 16)
 launch(empty(2, 197, 768)[:, 1:], empty(2, 196, 768), 0, torch.bool)
-launch(empty(2, 197, 768, dtype=torch.float16)[:, 1:], empty(2, 3, 224, 224, dtype=torch.uint8), 16)
-found = {target: [spills(target, *x) for x in launches[: 2 if target == "sm_80" else 6]] for target in TARGETS}
+launch(empty(2, 3137, 48, dtype=torch.float16)[:, 1:], empty(2, 3, 224, 224, dtype=torch.uint8), 4)
+launch(empty(2, 10, 12288)[:, 1:], empty(2, 3, 192, 192), 64)  # the largest tile
+found = {target: [spills(target, *x) for x in launches[: 2 if target == "sm_80" else 8]] for target in TARGETS}
 launches.clear()
 K.TILE = 2**16  # a kernel far too large
 launch(empty(2, 197, 768, dtype=torch.bfloat16)[:, 1:], empty(2, 3, 224, 224), 16)
-print(json.dumps([found, {target: [spills(target, *x) for x in launches[:1]] for target in ("sm_90", "gfx942")}]))
+print(json.dumps([found, {target: spills(target, *launches[0]) for target in TARGETS if target != "sm_80"}]))
 """
 
 
@@ -550,8 +590,8 @@ def test_kernel_compiles_ahead_of_time_without_spills(tmp_path):
     done = subprocess.run([sys.executable, "-c", AHEAD], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found, oversized = json.loads(done.stdout)
-    assert found == {"sm_80": [0] * 2, "sm_90": [0] * 6, "gfx942": [0] * 6}
-    assert all(x[0] > 0 for x in oversized.values())
+    assert found and found == {target: [0] * (2 if target == "sm_80" else 8) for target in found}
+    assert all(oversized.values())
 
 
 def test_training_with_the_kernel_is_the_same(labelled, tmp_path, monkeypatch):
@@ -569,13 +609,15 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
 @needs_gpu
-@pytest.mark.parametrize("images", [True, False])
-def test_kernel_above_2_to_31_elements(images):
+@pytest.mark.parametrize("kind", ["images", "patches", "transposed"])
+def test_kernel_above_2_to_31_elements(kind):
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GB of free GPU memory")
     pred = torch.randn(15000, 196, 768, device=DEVICE, dtype=torch.bfloat16)
     imgs = torch.randint(0, 255, (15000, 3, 224, 224), device=DEVICE, dtype=torch.uint8)
-    target = imgs if images else pred.flip(0)
+    target = imgs if kind == "images" else pred.flip(0)
+    if kind == "transposed":
+        pred = pred.view(-1, 768).T.contiguous().T.view(15000, 196, 768)
     assert pred.numel() > 2**31 and target.numel() > 2**31
     leaf, kw = pred.requires_grad_(), dict(patch_size=16, reduction="none")
     rows = K.attg_loss(leaf, target, impl="triton", **kw)
@@ -2332,6 +2374,388 @@ def test_mean_and_std(labelled, passes, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Object discovery: the methods
+
+
+def graphs():
+    """{family: features (B, L, d)}, 520 graphs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def planted(n, L, d, noise):  # an object and a background
+        side = (torch.rand(n, L, 1, generator=generator) < 0.3).float()
+        return side * normal(n, 1, d) + (1 - side) * normal(n, 1, d) + noise * normal(n, L, d)
+
+    def clusters(n, sizes):  # not connected but for eps; equal sizes give a repeated eigenvalue
+        return F.one_hot(torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))).float().expand(n, -1, -1)
+
+    model, imgs = shake(A.build_model(A.Config(img_size=48)), 0.1), F.interpolate(normal(24, 3, 12, 12), 48)
+    keys = model.last_qkv(imgs)[1][:, :, 1:].transpose(1, 2).flatten(2).detach()
+    ring = torch.stack([torch.cos(a := torch.arange(36) * math.pi / 18), torch.sin(a)], dim=1)[None]
+    weak = planted(40, 49, 16, 0.05)
+    weak[:, :1] = weak.mean(1, keepdim=True)  # one patch holds the two sides together
+    return {
+        "random": normal(120, 64, 4), "high-dimensional": normal(60, 100, 64), "keys of a ViT": keys,
+        "smooth": F.interpolate(normal(60, 8, 4, 4), 14, mode="bilinear").flatten(2).mT,
+        "planted": planted(120, 64, 16, 0.5), "positive": normal(60, 49, 3).abs(), "weak": weak,
+        "three of a kind": clusters(10, [12, 12, 12]), "unequal clusters": clusters(10, [20, 9, 7]),
+        "ring": ring.expand(4, -1, -1), "no edge": torch.eye(30).expand(4, -1, -1), "all edges": torch.ones(4, 30, 5),
+        "zeros": normal(4, 30, 5) * (torch.arange(30) % 3 > 0)[:, None],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", list(graphs()))
+def test_tokencut_equals_scipy(family):
+    features = graphs()[family].contiguous()
+    got = O.tokencut(features)
+    assert got.dtype == torch.float32 and got.shape == features.shape[:2]
+    simple = 0
+    for x, y in zip(F.normalize(features, dim=-1), got.double().numpy(), strict=True):
+        A_ = np.where((x @ x.T).numpy() > 0.2, 1.0, 1e-5)
+        A_ = np.maximum(A_, A_.T)
+        d = A_.sum(1)
+        values, vectors = scipy.linalg.eigh(np.diag(d) - A_, np.diag(d))
+        want = vectors[:, 1] * np.sign(vectors[np.abs(vectors[:, 1]).argmax(), 1])
+        value = y @ (d * y - A_ @ y) / (y @ (d * y))
+        assert abs(value - values[1]) <= 1e-6 and math.isclose(y @ (d * y), 1, rel_tol=1e-5)
+        assert np.linalg.norm(d * y - A_ @ y - value * d * y) <= 1e-5 * np.linalg.norm(d * y)
+        if values[2] - values[1] > 1e-9 * values[2]:
+            simple += 1
+            cosine = y @ want / np.linalg.norm(y) / np.linalg.norm(want)
+            peaks = np.sort(np.abs(want))
+            tied = peaks[-2] > (1 - 1e-5) * peaks[-1]  # the sign is then either's
+            assert (abs(cosine) if tied else cosine) >= 0.9999
+            if not tied:
+                clear = np.abs(want - want.mean()) > 1e-4 * peaks[-1]
+                assert ((y > y.mean()) == (want > want.mean()))[clear].all()
+            assert abs(np.roll(y, 1) @ want) / np.linalg.norm(y) / np.linalg.norm(want) < 0.9999
+    assert simple == len(features) or family in ("three of a kind", "ring", "no edge", "all edges", "zeros")
+
+
+def test_tokencut_stands_alone_in_its_batch_and_refuses_nan():
+    features = graphs()["smooth"]
+    alone = torch.cat([O.tokencut(x[None]) for x in features])
+    assert torch.allclose(O.tokencut(features), alone, atol=1e-7) and len(alone.unique(dim=0)) == len(alone)
+    assert O.tokencut(features.double()).dtype == torch.float64
+    assert torch.allclose(O.tokencut(features.half()), alone, atol=1e-2)
+    assert O.tokencut(features[:, :1]).equal(torch.zeros(len(features), 1))
+    two = O.tokencut(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]))[0]
+    assert two.sum().abs() < 1e-6 and two[0] > 0
+    features[7, 3, 1], features[9, 0, 0] = math.nan, math.inf
+    with pytest.raises(ValueError, match="7, 9"):
+        O.tokencut(features)
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_dino_maps_equal_hugging_face(size, tmp_path):
+    kw = dict(hidden_size=384, num_hidden_layers=2, num_attention_heads=6, intermediate_size=1536, image_size=32)
+    ref = shake(hf.ViTModel(hf.ViTConfig(**kw, patch_size=8, layer_norm_eps=1e-6, attn_implementation="eager"))).eval()
+    torch.save(ref.state_dict(), tmp_path / "vit.pt")
+    args = SimpleNamespace(backbone=str(tmp_path / "vit.pt"), method="dino", img_size=size, mean=None, std=None)
+    maps, shape, grid, about = O.vit(args, "cpu")
+    imgs = (rand(2, 3, size, size) * 255).byte()
+    cfg = SimpleNamespace(mean=IMAGENET[0], std=IMAGENET[1])
+    out = ref(A.normalize(imgs, cfg), output_attentions=True, interpolate_pos_encoding=True)
+    want = out.attentions[-1][:, :, 0, 1:].mean(1)
+    assert shape == (size, size) and grid == (size // 8,) * 2
+    assert close(maps(imgs).flatten(1), want, 1e-5) and not close(maps(imgs).flatten(1).roll(1, 1), want, 1e-3)
+    assert about["sha256"] == hashlib.sha256((tmp_path / "vit.pt").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet50", 96), ("mobilenet_v2", 160)])
+def test_grad_cam_equals_the_package(name, size, tmp_path):
+    from pytorch_grad_cam import GradCAM
+
+    torch.manual_seed(0)
+    ref = torchvision.models.get_model(name).eval()
+    for module in ref.modules():  # untrained deep networks hardly see their input
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.2, 0.6)
+    torch.save(ref.state_dict(), tmp_path / "cnn.pt")
+    args = SimpleNamespace(backbone=name, weights=str(tmp_path / "cnn.pt"), img_size=size, grid=5, mean=None, std=None)
+    maps, shape, grid, about = O.cnn(args, "cpu")
+    imgs = (rand(3, 3, 12, 12) * 255).byte().repeat_interleave(size // 12 + 1, 2).repeat_interleave(size // 12 + 1, 3)
+    imgs = imgs[:, :, :size, :size].contiguous()
+    got = maps(imgs)
+    with GradCAM(ref, [ref.layer4 if name == "resnet50" else ref.features[-1]]) as cam:
+        want = cam(A.normalize(imgs, SimpleNamespace(mean=IMAGENET[0], std=IMAGENET[1])), targets=None)
+    want = K.normalize_map(F.adaptive_avg_pool2d(torch.from_numpy(want)[:, None], 5).flatten(1))
+    assert got.shape == (3, 5, 5) and want.std(1).min() > 0.1
+    assert torch.allclose(K.normalize_map(got.flatten(1)), want, atol=1e-4)
+    assert not torch.allclose(K.normalize_map(got.flatten(1)).roll(1, 1), want, atol=1e-2)
+
+
+def test_grad_cam_leaves_nothing_behind():
+    model = torchvision.models.get_model("mobilenet_v2").eval()
+    features, classify = O.CNNS["mobilenet_v2"](model)
+    x = features(randn(1, 3, 64, 64)).detach()
+    O.grad_cam(x, classify, (2, 2), (64, 64))
+    assert all(p.grad is None for p in model.parameters()) and not x.requires_grad
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+def test_learned_positions_are_resized_as_by_hugging_face():
+    kw = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256, patch_size=8)
+    ref = shake(hf.ViTModel(hf.ViTConfig(image_size=32, **kw))).eval()
+    for size in ((48, 48), (32, 80)):
+        model = A.load_encoder(ref.state_dict(), heads=2, img_size=size)
+        imgs = randn(2, 3, *size)
+        want = ref.embeddings(imgs, interpolate_pos_encoding=True)
+        assert close(model.embed(model.patchify(imgs)), want, 1e-5)
+        assert not close(model.embed(model.patchify(imgs)) - model.pos_embed, want, 1e-2)
+
+
+# the job
+
+
+def colourful(folder, count, bad=(), size=(40, 32)):
+    """A flat folder of pictures with a bright disc, and their masks."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        disc = (x - rng.uniform(10, size[0] - 10)) ** 2 + (y - rng.uniform(10, size[1] - 10)) ** 2 < 60
+        pixels = np.where(disc[..., None], (230, 60, 40), (20, 60, 120)) + rng.integers(0, 25, (*disc.shape, 3))
+        write(folder / "data" / f"{i:02d}.png", Image.fromarray(np.uint8(pixels)))
+        write(folder / "masks" / f"{i:02d}.png", Image.fromarray(np.uint8(disc) * 255))
+    for i in bad:
+        (folder / "data" / f"{i:02d}.png").write_bytes(b"no picture")
+    return folder
+
+
+def discover(folder, out, *more, method="tokencut", backbone="pixels", data="data"):
+    flags = ["--method", method, "--data", folder / data, "--out", out, "--device", "cpu", "--batch_size", 4]
+    flags += ["--backbone", backbone, "--img_size", "96"] if method == "tokencut" else []
+    return O.main([str(x) for x in (*flags, *more)])
+
+
+def test_maps_of_a_folder(tmp_path, capsys):
+    out = tmp_path / "maps" / "m.npy"
+    result = discover(colourful(tmp_path, 10, bad=[3]), out, "--masks", tmp_path / "masks", "--show", 4)
+    pictures = open_data(str(tmp_path / "data"))
+    maps, manifest = load_maps(out, pictures)
+    assert maps.shape == (10, 6, 6) and manifest == result["manifest"]
+    assert manifest["failed"] == [3] and not maps[3].any() and manifest["flat"] == []
+    assert (maps.max((1, 2)) == 1).sum() == 9
+    assert {k: manifest["settings"][k] for k in ("backbone", "input", "grid", "cut")} == {
+        "backbone": "pixels", "input": [96, 96], "grid": [6, 6], "cut": 0.2}  # fmt: skip
+    whole = np.array(pictures.read(5)[0].resize((96, 96), Image.Resampling.BICUBIC))
+    features = O.patch_statistics(torch.from_numpy(whole).permute(2, 0, 1)[None] / 255, 16)
+    want = K.normalize_map(O.tokencut(features)).reshape(6, 6).half().numpy()
+    assert (maps[5] == want).all()
+    q = result["quality"]["m"]
+    assert q["images"] == 10 and q["AUROC"] > 80 and q["IoU"] > 30 and q["CorLoc"] > 40
+    printed = capsys.readouterr().out
+    assert "0 flat, 1 failed, 0 larger" in printed and "03.png" in printed and f"IoU {q['IoU']:.1f}" in printed
+    assert sorted(p.name for p in out.parent.iterdir()) == ["m.json", "m.npy", "m.png"]
+    stamp = out.stat().st_mtime_ns
+    assert discover(tmp_path, out)["manifest"] == manifest and out.stat().st_mtime_ns == stamp  # nothing is done twice
+    other = tmp_path / "maps" / "binary.npy"
+    both = discover(tmp_path, other, "--binary", "--with", out, "--show", 2, "--masks", tmp_path / "masks")
+    assert set(both["quality"]) == {"binary", "m"} and both["quality"]["m"] == q
+    assert set(np.unique(np.load(other))) == {0, 1}
+    sheets = [Image.open(p.with_suffix(".png")).size for p in (out, other)]
+    assert sheets[1][0] > sheets[0][0] and sheets[1][1] < sheets[0][1]  # a column more, fewer rows
+
+
+def test_maps_from_masks_and_their_quality(tmp_path):
+    colourful(tmp_path, 6)
+    (tmp_path / "masks" / "04.png").unlink()
+    result = discover(tmp_path, tmp_path / "m.npy", "--masks", tmp_path / "masks", "--grid", 16, method="masks")
+    maps, manifest = load_maps(tmp_path / "m.npy", open_data(str(tmp_path / "data")))
+    assert manifest["failed"] == [4] and maps.shape == (6, 16, 16) and result["quality"] == {}
+    want = np.asarray(Image.open(tmp_path / "masks" / "02.png").resize((16, 16), Image.Resampling.BOX)) / 255
+    assert abs(maps[2] - want).max() < 1e-3 and want.any()
+    palette = Image.fromarray(np.uint8([[0, 0, 3], [0, 2, 1]]), "P")
+    palette.putpalette([0, 0, 0] * 256)
+    palette.save(tmp_path / "p.png")
+    assert np.asarray(O.read_mask(tmp_path, "p.jpg")).tolist() == [[0, 0, 255], [0, 255, 255]]
+
+
+def test_quality_by_hand():
+    mask = np.zeros((8, 8), bool)
+    mask[2:6, 2:6] = True
+    exact = mask.reshape(4, 2, 4, 2).mean((1, 3))  # on a grid of 4 x 4
+    far = np.zeros((4, 4))
+    far[3, 3] = 1
+    noise = np.random.default_rng(0).random((8, 8))
+    good, bad, same = (O.quality([m], [mask]) for m in (exact, far, noise))
+    assert good["AUROC"] == good["CorLoc"] == 100 and good["IoU"] > 70 and good["images"] == 1
+    assert bad["IoU"] < 10 and bad["CorLoc"] == 0 and bad["AUROC"] < 50
+    assert O.quality([mask], [mask]) == {"IoU": 100, "CorLoc": 100, "AUROC": 100, "images": 1}
+    auc = sklearn.metrics.roc_auc_score(mask.ravel(), noise.ravel())
+    assert math.isclose(same["AUROC"], 100 * auc, rel_tol=1e-6)
+    tied = (noise > 0.4) + (noise > 0.7) * 1.0
+    metrics, flat = sklearn.metrics, mask.ravel()
+    assert math.isclose(O.quality([tied], [mask])["AUROC"], 100 * metrics.roc_auc_score(flat, tied.ravel()))
+    assert math.isclose(same["IoU"], 100 * metrics.jaccard_score(flat, (noise > noise.mean()).ravel()))
+    m = np.float32([[0, 0.9, 0, 0.8], [0.9, 1, 0, 0.8], [0, 0, 0, 0.8]])  # two parts
+    assert O.part_of_maximum(m).tolist() == [[0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+    assert O.part_of_maximum(np.ones((2, 3))).all() and O.box(O.part_of_maximum(m)).tolist() == [[0, 0], [2, 2]]
+    both = O.quality([exact, far, far, far], [mask, mask, None, ~mask & mask])
+    assert both["images"] == 2 and both["CorLoc"] == 50
+    with pytest.raises(ValueError, match="--masks"):
+        O.quality([far], [None])
+
+
+def test_large_and_flat_maps_are_counted(tmp_path, capsys):
+    for i, shade in enumerate((0, 90)):
+        write(tmp_path / "data" / f"{i}.png", Image.new("RGB", (32, 32), (shade,) * 3))
+    corner = Image.new("RGB", (96, 96), (200, 0, 0))
+    corner.paste((0, 0, 200), (0, 0, 16, 16))
+    write(tmp_path / "data" / "2.png", corner)
+    args = {"method": "red"}, 2, 0, torch.device("cpu"), 0, 1
+    pictures = open_data(str(tmp_path / "data"))
+    whole = O.Whole(pictures, (96, 96))
+    O.discover(lambda x: F.avg_pool2d(x[:, 0].float(), 16), whole, (6, 6), tmp_path / "m.npy", *args)
+    maps, manifest = load_maps(tmp_path / "m.npy", pictures)
+    assert manifest["flat"] == [0, 1] and manifest["settings"]["large"] == [2] and maps[2].mean() > 0.9
+
+
+def test_interrupted_jobs_give_the_same_file(tmp_path, monkeypatch, capsys):
+    colourful(tmp_path, 14, bad=[6])
+    discover(tmp_path, tmp_path / "whole.npy")
+    calls, cut, out = [], O.tokencut, tmp_path / "m.npy"
+
+    def stopping(features, *args):
+        calls.append(len(features))
+        if len(calls) in (2, 4):
+            raise KeyboardInterrupt
+        return cut(features, *args)
+
+    monkeypatch.setattr(O, "tokencut", stopping)
+    for torn in ("3", "\n2"):
+        with pytest.raises(KeyboardInterrupt):
+            discover(tmp_path, out)
+        with open(tmp_path / "m.done.0", "a") as file:
+            file.write(torn)  # half a line of a killed process is no finished block
+    assert not out.exists()
+    with pytest.raises(ValueError, match="unfinished job.*cut 0.2, not 0.3.*delete m.npy.part"):
+        discover(tmp_path, out, "--cut", 0.3)
+    discover(tmp_path, out)
+    assert calls == [4, 4, 4, 4, 4, 2] and "going on: 2 of 4 blocks" in capsys.readouterr().out
+    for suffix in (".npy", ".json"):
+        assert out.with_suffix(suffix).read_bytes() == (tmp_path / "whole").with_suffix(suffix).read_bytes()
+    assert sorted(p.name for p in tmp_path.glob("m*")) == ["m.json", "m.npy", "masks"]
+
+
+def test_job_memory_does_not_grow(tmp_path):
+    class Many(torch.utils.data.Dataset):
+        folder, fingerprint, names = None, "", [""]
+
+        def __init__(self, count):
+            self.dataset, self.count = self, count
+
+        def __len__(self):
+            return self.count
+
+        def __getitem__(self, i):
+            return torch.full((3, 128, 128), i % 251, dtype=torch.uint8), True
+
+    peaks = []
+    for count in (200, 4000):  # 10 and 200 MB
+        args = {"method": "x"}, 50, 0, torch.device("cpu"), 0, 1
+        O.discover(lambda x: rand(len(x), 4, 4), Many(count), (4, 4), tmp_path / f"{count}.npy", *args)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert peaks[1] - peaks[0] < 40_000  # KB
+
+
+def test_discovered_maps_guide_a_run(labelled, tmp_path):
+    model = A.build_model(A.Config(**SMALL))
+    A.save_checkpoint(tmp_path / "encoder.pt", model=model.state_dict(), config=asdict(model.cfg))
+    for method in ("tokencut", "dino"):
+        out = tmp_path / f"{method}.npy"
+        flags = ["--method", method, "--backbone", str(tmp_path / "encoder.pt"), "--data", labelled["data"]]
+        manifest = O.main([*flags, "--out", str(out), "--device", "cpu"])["manifest"]
+        assert manifest["shape"] == [25, 2, 2] and manifest["settings"]["mean"] == list(IMAGENET[0])
+        a, b = (train(tmp_path / f"{method}{i}", **labelled | {"maps": str(x)}, epochs=1) for i, x in
+                enumerate((out, labelled["maps"])))  # fmt: skip
+        assert a["step"] == b["step"] == 6 and losses(a["out"]) != losses(b["out"])
+
+
+def test_dino_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch):
+    model, urls = A.build_model(A.Config("vit_small", depth=1)), []
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def no_network(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    def network(url, path, **_):
+        urls.append(url)
+        torch.save({k: v for k, v in model.state_dict().items() if not A.DECODER.match(k)}, path)
+
+    usual = dict(img_size=32, mean=None, std=None)
+    args = SimpleNamespace(backbone="dino_vits16", method="tokencut", binary=False, cut=0.2, **usual)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    where = tmp_path / "hub" / "checkpoints" / "dino_deitsmall16_pretrain.pth"
+    with pytest.raises(ValueError, match=f"https://dl.fbaipublicfiles.com/dino/.*{where}.*--backbone"):
+        O.vit(args, "cpu")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", network)
+    for _ in range(2):
+        maps, size, grid, _ = O.vit(args, "cpu")
+    assert len(urls) == 1 and grid == (2, 2) and maps((rand(1, 3, 32, 32) * 255).byte()).shape == (1, 2, 2)
+    where.write_bytes(where.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="damaged.*delete"):
+        O.vit(args, "cpu")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    args = SimpleNamespace(backbone="resnet50", weights=None, grid=None, **usual)
+    with pytest.raises(ValueError, match="resnet50-.*pth could not be downloaded.*hub/checkpoints.*--weights"):
+        O.cnn(args, "cpu")
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Three pictures; files that are no weights."""
+    colourful(tmp_path, 3)
+    (tmp_path / "empty").mkdir()
+    torch.save(torchvision.models.get_model("mobilenet_v2").state_dict(), tmp_path / "mobilenet.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "mobilenet.pt").read_bytes()[:5000])
+    discover(tmp_path, tmp_path / "old.npy")
+    colourful(tmp_path / "more", 4)
+    return tmp_path
+
+
+DISCOVERY_ERRORS = [  # flags, what the text names
+    ("--data empty", "--data empty no pictures"), ("--backbone none.pt", "--backbone none.pt no such file dino_vits16"),
+    ("--backbone cut.pt", "cut.pt damaged"), ("--backbone mobilenet.pt", "mobilenet.pt no ViT encoder"),
+    ("--method gradcam --weights mobilenet.pt", "--weights mobilenet.pt not torchvision's resnet50"),
+    ("--method gradcam --weights cut.pt", "cut.pt damaged"), ("--backbone resnet50", "--backbone resnet50 gradcam"),
+    ("--method gradcam --backbone pixels", "--backbone pixels resnet50 mobilenet_v2"),
+    ("--method gradcam --backbone mobilenet_v2 --weights mobilenet.pt --img_size 16", "--img_size 16 32"),
+    ("--method dino --backbone pixels", "pixels tokencut"), ("--method masks", "--masks DIR"),
+    ("--method masks --masks nowhere", "--masks nowhere no such folder"),
+    ("--method masks --masks empty", "--masks empty 00.png .png"), ("--img_size 40", "--img_size 40 16"),
+    ("--masks empty", "--masks no picture has a mask"), ("--out m.pt", "--out m.pt .npy"),
+    ("--out cut.pt/m.npy", "--out cut.pt/m.npy cannot be written another"), ("--binary --method dino", "--binary"),
+    ("--data more/data --out old.npy", "--out old.npy other data delete another"), ("--batch_size 0", "--batch_size 0"),
+    ("--cut 0.4 --out old.npy", "--out old.npy cut 0.2, not 0.4 delete another"), ("--device gpu", "--device gpu"),
+    ("--weights cut.pt", "--weights gradcam"), ("--with none.npy", "none.npy no such .npy file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "words"), DISCOVERY_ERRORS, ids=[x[0] for x in DISCOVERY_ERRORS])
+def test_discovery_errors(flags, words, few, monkeypatch):
+    monkeypatch.chdir(few)
+    before = (few / "old.npy").read_bytes()
+    usual = {"--data": "data", "--backbone": "pixels", "--out": "m.npy", "--device": "cpu", "--img_size": "96"}
+    given = flags.split()
+    if "gradcam" in given or "masks" in given or "dino" in given:
+        del usual["--backbone"]
+    argv = [x for pair in usual.items() if pair[0] not in given for x in pair]
+    with pytest.raises((ValueError, OSError)) as error:
+        O.main(argv + given)
+    assert [w for w in words.split() if w not in str(error.value)] == [] and len(str(error.value).split()) >= 5
+    assert (few / "old.npy").read_bytes() == before
+
+
+def test_one_pixel_picture_has_a_flat_map(tmp_path):
+    colourful(tmp_path, 2)
+    Image.new("RGB", (1, 1)).save(tmp_path / "data" / "99.png")
+    assert discover(tmp_path, tmp_path / "m.npy")["manifest"]["flat"] == [2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The README: every command and every piece of code it shows is run, on small models and pictures
 
 COMMANDS = re.findall(r"^(?:pip .* && )?(?:python|torchrun \S+) attg_mae\.py(.*)$", README, re.M)
@@ -2394,11 +2818,15 @@ def test_model_compiles_once_for_all_tau():
 # The benchmarks: that they measure what they say, on the smallest sizes
 
 
+COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+
+
 def test_bench_kernel(tmp_path, capsys):
+    names = {"eager", "compile"} if COMPILER else {"eager"}
     flags = ["--shapes", "patch 8", "--dtypes", "float32", "--size", "16", "--batches", "3"]
     bench.main(["kernel", "--device", "cpu", "--repeats", "2", "--out", str(tmp_path), *flags])
-    rows = [json.loads(line) for line in (tmp_path / "kernel.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 * 2 and {r["loss"] for r in rows} == {"eager", "compile"}
+    about, *rows = [json.loads(line) for line in (tmp_path / "kernel.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * len(names) and {r["loss"] for r in rows} == names and "torch 2" in about["on"]
     masked, written = 3 * 3 * 192 * 8, 3 * 4 * 192 * 4
     for r in rows:
         moved = {"forward": masked, "backward": masked + written, "both": 2 * masked + written}[r["pass"]]
@@ -2409,6 +2837,18 @@ def test_bench_kernel(tmp_path, capsys):
     assert "no GPU" in printed and (tmp_path / "kernel.md").read_text().split("\n", 2)[2].strip() in printed
     with pytest.raises(SystemExit, match="GPU"):
         bench.main(["kernel", "--sweep", "--device", "cpu"])
+
+
+@needs_gpu
+def test_bench_kernel_on_a_gpu(tmp_path):
+    flags = ["--shapes", "patch 8", "--dtypes", "bfloat16", "--size", "32", "--batches", "2", "--out", str(tmp_path)]
+    bench.main(["kernel", "--repeats", "3", *flags])
+    bench.main(["kernel", "--repeats", "1", "--sweep", *flags])
+    _, *rows = [json.loads(line) for line in (tmp_path / "kernel.jsonl").read_text().splitlines()]
+    assert {r["loss"] for r in rows} == {"eager", "compile", "triton"} and all(0 < r["ms"] < 10 for r in rows)
+    memory = {r["loss"]: r["peak MiB"] for r in rows}
+    assert 0 < memory["triton"] < memory["eager"]
+    assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1 + 3 * 4 * 3
 
 
 def test_bench_takes_turns():
