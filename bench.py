@@ -3,6 +3,7 @@ Speed and memory, each beside its peers in the same run, taking turns.
 
     python bench.py kernel            # the loss: PyTorch, torch.compile and the fused kernel; minutes on a GPU or a CPU
     python bench.py kernel --sweep --batches 256     # the kernel's constants, on a GPU
+    python bench.py maps              # TokenCut's normalised cut against scipy, and its share of the backbone's time
 
 Prints a table and writes it, every figure behind it and a picture to --out (default out/bench).
 """
@@ -10,6 +11,7 @@ Prints a table and writes it, every figure behind it and a picture to --out (def
 import argparse
 import importlib
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -18,10 +20,16 @@ from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+
+from attg_mae import Config, build_model, normalize
+from data import toy
+from object_discovery import tokencut
 
 K = importlib.import_module("kernels.attg_loss")  # the package re-exports a function of the same name
 
@@ -193,9 +201,61 @@ def sweep(args, device, out):
     table(sorted(rows, key=lambda row: (row["shape"], row["pred"], row["ms"])), out, "sweep", machine(device))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The maps
+
+
+def cut_features(L, batch, keys):
+    """{kind: features (B, L, d)}: keys of a ViT, an object before a background, smooth and plain noise."""
+    side, normal = math.isqrt(L), torch.Generator().manual_seed(0)
+    inside = (torch.rand(batch, L, 1, generator=normal) < 0.3).float()
+    object_, background = (torch.randn(batch, 1, 64, generator=normal) for _ in range(2))
+    noise = torch.randn(batch, L, 64, generator=normal)
+    smooth = F.interpolate(torch.randn(batch, 64, 4, 4, generator=normal), side, mode="bilinear").flatten(2).mT
+    blocks = inside * object_ + (1 - inside) * background + 0.3 * noise
+    return {"keys of ViT-S": keys, "keys, centred": keys - keys.mean(1, keepdim=True), "two blocks": blocks,
+            "smooth": smooth, "noise": noise}  # fmt: skip
+
+
+def maps(args, device, out):
+    """Milliseconds an image, one CPU thread each: scipy.linalg.eigh(D - A, D, subset_by_index=[1, 2]), which is given
+    both matrices, and tokencut, which makes them. The backbone is a ViT-S of random weights on toy images."""
+    import scipy.linalg
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(1)
+    rows, batch, host, nothing = [], min(args.batches[0], 32), torch.device("cpu"), lambda: None
+    for patch in (16, 8):
+        L = (args.size // patch) ** 2
+        model = build_model(Config("vit_small", img_size=args.size, patch_size=patch)).eval().to(device)
+        imgs = torch.from_numpy(toy("test")[0][:batch]).permute(0, 3, 1, 2).float().to(device)
+        imgs = normalize(F.interpolate(imgs, args.size, mode="bilinear"), model.cfg)
+        with torch.no_grad(), threadpool_limits(1):
+            keys = model.last_qkv(imgs)[1][:, :, 1:].transpose(1, 2).flatten(2).cpu()
+            forward = {"": (nothing, lambda _, m=model, x=imgs: m.last_qkv(x))}
+            backbone = percentiles(take_turns(forward, device, args.repeats)[""])[0] / batch
+            for kind, features in cut_features(L, batch, keys).items():
+                x = F.normalize(features.double(), dim=-1)
+                affinity = torch.where(x @ x.mT > 0.2, 1.0, 1e-5).numpy()
+                degree = [np.diag(a.sum(1)) for a in affinity]
+                problems = cycle([(d - a, d) for a, d in zip(affinity, degree, strict=True)])
+                calls = {"scipy": (lambda p=problems: next(p), lambda x: scipy.linalg.eigh(*x, subset_by_index=[1, 2]))}
+                ours = {"tokencut": (partial(torch.Tensor.to, features, device), tokencut)}
+                if device == host:
+                    times = take_turns(calls | ours, host, args.repeats)
+                else:
+                    times = take_turns(calls, host, args.repeats) | take_turns(ours, device, args.repeats)
+                scipy_ms, (median, p20, p80) = percentiles(times["scipy"])[0], percentiles(times["tokencut"])
+                rows.append({"graphs": kind, "L": L, "batch": batch, "scipy ms": scipy_ms, "ms": median / batch})
+                rows[-1] |= {"p20": p20 / batch, "p80": p80 / batch, "x scipy": scipy_ms * batch / median}
+                rows[-1] |= {"backbone ms": backbone, "% of backbone": 100 * median / batch / backbone}
+                print(*(f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in rows[-1].items()), flush=True)
+    table(rows, out, "maps", machine(device))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kernel"])
+    parser.add_argument("what", choices=["kernel", "maps"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", default="out/bench", type=Path)
     parser.add_argument("--repeats", type=int, help="calls of each, taking turns (default 50, CPU 7)")
@@ -210,7 +270,7 @@ def main(argv=None):
     args.batches = args.batches or ([32, 64, 128, 256, 512, 1024] if device.type == "cuda" else [32])
     print(machine(device), flush=True)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        (sweep if args.sweep else kernel)(args, device, args.out)
+        {"kernel": sweep if args.sweep else kernel, "maps": maps}[args.what](args, device, args.out)
 
 
 if __name__ == "__main__":

@@ -424,7 +424,7 @@ def show(path, dataset, files, ids, tau=0.75, cell=112):
     columns, grey = [("image", imgs)], lambda x: x.expand(-1, 3, -1, -1)
     for name, maps in files.items():
         m = torch.from_numpy(np.float32(maps[ids]))[:, None]
-        columns.append((name, grey(F.interpolate(m, (cell, cell)))))
+        columns.append((name[:18], grey(F.interpolate(m, (cell, cell)))))
         if name == next(iter(files)):
             w = torch.exp(F.interpolate(m, (cell, cell)) / tau)
             smooth = F.interpolate(m, (cell, cell), mode="bilinear", align_corners=False)
@@ -503,6 +503,8 @@ def main(argv=None):
         counts = [f"{len(manifest[k])} {k}" for k in ("flat", "failed")]
         counts.append(f"{len(manifest['settings'].get('large', []))} larger than 90 % of the picture")
         print(f"{path}: {len(dataset)} maps of {manifest['shape'][1:]} by {manifest['method']}, {', '.join(counts)}")
+        if manifest["method"] == "tokencut" and len(manifest["flat"]) > len(dataset) / 10:
+            print("hint: a flat map weighs nothing. Its patches were all alike: try a --cut between 0.5 and 0.9")
         if manifest["failed"]:
             print("unreadable:", *(dataset.names[i] for i in manifest["failed"][:10]), "... all are in the manifest")
         if path == args.out:

@@ -2851,6 +2851,15 @@ def test_bench_kernel_on_a_gpu(tmp_path):
     assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1 + 3 * 4 * 3
 
 
+def test_bench_maps(tmp_path):
+    bench.main(["maps", "--device", "cpu", "--size", "48", "--batches", "3", "--repeats", "2", "--out", str(tmp_path)])
+    _, *rows = [json.loads(line) for line in (tmp_path / "maps.jsonl").read_text().splitlines()]
+    assert [r["L"] for r in rows] == [9] * 5 + [36] * 5 and len({r["graphs"] for r in rows}) == 5
+    for r in rows:
+        assert math.isclose(r["x scipy"], r["scipy ms"] / r["ms"]) and 0 < r["p20"] <= r["ms"] <= r["p80"]
+        assert math.isclose(r["% of backbone"], 100 * r["ms"] / r["backbone ms"])
+
+
 def test_bench_takes_turns():
     calls, seen = {n: (lambda n=n: seen.append((n, "prepare")), lambda _, n=n: seen.append(n)) for n in "ab"}, []
     times = bench.take_turns(calls, torch.device("cpu"), 2)

@@ -144,10 +144,10 @@ def command(settings):
 
 
 class Process:
-    def __init__(self, ask, out, settings, environment=None):
+    def __init__(self, ask, out, settings, environment=None, script=SCRIPT):
         self.ask, self.out, self.logs = ask, Path(out), Path(f"{out}.logs")
         self.logs.mkdir(exist_ok=True)
-        self.pid = ask([str(self.logs), environment or {}, [SCRIPT, *command({"out": str(out)} | settings)]])
+        self.pid = ask([str(self.logs), environment or {}, [script, *command({"out": str(out)} | settings)]])
 
     def steps(self):
         log = self.out / "log.jsonl"
@@ -193,14 +193,14 @@ def ask():
         server.stdin.close()
 
 
-def ranks(ask, out, settings):
+def ranks(ask, out, settings, script=SCRIPT):
     """The two processes of a launch, with the environment that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         common = {"WORLD_SIZE": "2", "MASTER_PORT": str(free.getsockname()[1])}
     names = ((out, "0"), (f"{out}.rank1", "1"))  # each its own stdout
     settings = settings | {"out": str(out)}
-    return [Process(ask, name, settings, common | {"RANK": r, "LOCAL_RANK": r}) for name, r in names]
+    return [Process(ask, name, settings, common | {"RANK": r, "LOCAL_RANK": r}, script) for name, r in names]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -296,6 +296,65 @@ def test_kill_while_the_log_is_written(cut, data, tmp_path):
         log.write(cut)
     train(tmp_path / "out", **data)
     assert_same_run(tmp_path / "out", tmp_path / "reference")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Maps of a data set
+
+DISCOVERY = str(Path(SCRIPT).with_name("object_discovery.py"))
+
+
+@pytest.fixture(scope="module")
+def maps_job(tmp_path_factory):
+    """Settings of a job of 40 blocks, and what an uninterrupted one of one process writes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    make_pictures(folder / "data", 120)
+    settings = {"data": str(folder / "data"), "backbone": "pixels", "img_size": 224, "batch_size": 3, "device": "cpu"}
+    import object_discovery
+
+    object_discovery.main(command(settings | {"out": folder / "maps.npy"}))
+    return settings, [(folder / name).read_bytes() for name in ("maps.npy", "maps.json")]
+
+
+def files_of(out):
+    return [out.with_suffix(suffix).read_bytes() for suffix in (".npy", ".json")]
+
+
+def test_maps_job_killed_at_any_moment(ask, maps_job, tmp_path):
+    settings, want = maps_job
+    out, chance, seen = tmp_path / "maps.npy", random.Random(1), []
+
+    def blocks():
+        return sum(file.read_text().count(";") for file in tmp_path.glob("maps.done.*"))
+
+    for _ in range(3):
+        run, before = Process(ask, out, settings, script=DISCOVERY), blocks()
+        assert run.until(lambda: blocks() > before + 3)  # noqa: B023
+        time.sleep(chance.uniform(0, 0.02))
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        seen.append(blocks())
+    assert not out.exists() and seen == sorted(set(seen)) and seen[-1] < 40
+    code, words, _ = Process(ask, out, settings, script=DISCOVERY).wait()
+    assert code == 0 and f"going on: {seen[-1]} of 40 blocks are there" in words
+    assert files_of(out) == want and not list(tmp_path.glob("maps.done*")) and not list(tmp_path.glob("*part*"))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_maps_by_two_processes(killed, ask, maps_job, tmp_path):
+    settings, want = maps_job
+    out = tmp_path / "maps.npy"
+    pair = ranks(ask, out, settings, DISCOVERY)
+    if killed:  # both die, and one process finishes what two have begun
+        assert pair[0].until(lambda: all((tmp_path / f"maps.done.{r}").exists() for r in (0, 1)))
+        for run in pair:
+            os.kill(run.pid, signal.SIGKILL)
+        assert {run.wait()[0] for run in pair} == {-9} and not out.exists()
+        assert Process(ask, out, settings, script=DISCOVERY).wait()[0] == 0
+    else:
+        assert [run.wait()[0] for run in pair] == [0, 0]
+    assert files_of(out) == want
+    assert not list(tmp_path.glob("maps.done*")) and not list(tmp_path.glob("*part*"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
