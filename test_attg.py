@@ -2758,7 +2758,7 @@ def test_one_pixel_picture_has_a_flat_map(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The README: every command and every piece of code it shows is run, on small models and pictures
 
-COMMANDS = re.findall(r"^(?:pip .* && )?(?:python|torchrun \S+) attg_mae\.py(.*)$", README, re.M)
+COMMANDS = re.findall(r"^(?:pip .* && )?(?:python|torchrun \S+) (attg_mae|object_discovery)\.py(.*)$", README, re.M)
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 SMALL = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
 SMALL |= {"img_size": 32, "patch_size": 16}
@@ -2775,17 +2775,30 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_readme_command(command, place):
+@pytest.mark.parametrize(("script", "command"), COMMANDS)
+def test_readme_command(script, command, place, monkeypatch):
     argv = command.split()
+    pictures = "path/to/images" if "--data" not in argv else argv[argv.index("--data") + 1]
+    if script == "object_discovery":
+        model = A.build_model(A.Config("vit_small", depth=1, **{k: v for k, v in SMALL.items() if k == "img_size"}))
+        weights = {k: v for k, v in model.state_dict().items() if not A.DECODER.match(k)}
+        for path in ("dino.pth", "out/toy-vit_micro-none/encoder.pt"):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(weights, path)
+        monkeypatch.setattr(O, "download", lambda url: Path("dino.pth"))
+        monkeypatch.setattr(O, "open_data", lambda name, *_, **__: open_data(pictures))
+        made = O.main([*argv, "--device=cpu"])["maps"]
+        assert load_maps(made, open_data(pictures))[0].any() and Path(made).with_suffix(".png").is_file()
+        return
     small = [f"--{k}={v}" for k, v in SMALL.items()] + ["--epochs=1", "--device=cpu", "--workers=0"]
-    small += ["--batch_size=16" if argv else "--batch_size=5000"]
+    small += ["--batch_size=5000" if "--data" not in argv else "--batch_size=16"]
     if "--maps" in argv:
-        pictures = open_data(argv[argv.index("--data") + 1])
-        save_maps("maps.npy", np.random.default_rng(0).random((16, 4, 4)), pictures, "random")
+        dataset = open_data(pictures if "--data" in argv else "toy")
+        maps = np.random.default_rng(0).random((len(dataset), 4, 4))
+        save_maps(argv[argv.index("--maps") + 1], maps, dataset, "random")
     result = A.main(small + argv)
     assert Path(result["out"], "reconstructions.png").is_file()
-    assert ("class_token" in result["knn"]) == (not argv)  # only toy has labels and a test split here
+    assert ("class_token" in result["knn"]) == ("--data" not in argv)  # only toy has labels and a test split here
 
 
 def test_readme_snippets(place):
@@ -2799,7 +2812,7 @@ def test_readme_snippets(place):
     assert names["class_tokens"].shape == names["patch_means"].shape == (16, 16)
     assert load_maps("maps.npy", open_data("path/to/images"))[0].shape == (16, 4, 4)
     assert torch.equal(names["model"].norm.weight, encoder["norm.weight"])  # timm's, the last one
-    assert len(COMMANDS) == 4 and len(SNIPPETS) == 3
+    assert len(COMMANDS) == 8 and len(SNIPPETS) == 3
 
 
 def test_model_compiles_once_for_all_tau():
