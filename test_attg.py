@@ -422,6 +422,9 @@ def test_loss_edges(impl):
         loss, grad = run(pred[:0], zeros(shape), mask[:0], rand(0, 4), impl=impl, patch_size=2)
         assert loss == 0 and grad.shape == (0, 4, 12)
     assert run(pred, target, mask, tau=np.float32(0.75), impl=impl)[0] == run(pred, target, mask, impl=impl)[0]
+    many = randn(1, 5000, 4), randn(1, 5000, 4, seed=1), rand(1, 5000) < 0.5, rand(1, 5000, seed=1)
+    many[3][0, 4900] = 7  # the maximum of a long map
+    check_loss(*many, impl=impl, reductions=["none"])
 
 
 def test_normalize_map():

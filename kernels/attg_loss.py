@@ -114,7 +114,8 @@ def _kernel(
     P: tl.constexpr, C: tl.constexpr, PATCH: tl.constexpr,  # PATCH 0: the target is patches
     MASK: tl.constexpr, ATTN: tl.constexpr, NORMALIZE: tl.constexpr, NORM_PIX: tl.constexpr,
     BYTES: tl.constexpr, BACKWARD: tl.constexpr,  # BYTES: the target is uint8
-    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr, MAP: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+    MAP: tl.constexpr, MAPS: tl.constexpr,  # a map is read in MAPS pieces of MAP values
 ):  # fmt: skip
     # A program takes STEPS tiles of ROWS patches of one image, one after the other. A tile is (ROWS, PIXELS, CHANNELS):
     # with channels on an axis of their own, images are read along their rows and pred along its channels.
@@ -136,8 +137,8 @@ def _kernel(
             low = tl.full([MAP], float("inf"), tl.float32)
             high = tl.full([MAP], float("-inf"), tl.float32)
             bad = tl.full([MAP], 0.0, tl.float32)
-            for start in range(0, L, MAP):
-                i = start + tl.arange(0, MAP)
+            for piece in range(MAPS):
+                i = piece * MAP + tl.arange(0, MAP)
                 m = tl.load(attn + b * attn_b + i.to(tl.int64) * attn_l, i < L, 0.0).to(tl.float32)
                 low = tl.where(i < L, tl.minimum(low, m), low)
                 high = tl.where(i < L, tl.maximum(high, m), high)
@@ -222,7 +223,7 @@ def _launch(pred, target, mask, attn, tau, stats, out, grad, norm_pix, eps, patc
     pixels, channels = _tile(P, C)
     lanes = pixels * channels
     rows = max(1, min(TILE // lanes, triton.next_power_of_2(L)))
-    steps = min(STEPS, triton.cdiv(L, rows))
+    steps, piece = min(STEPS, triton.cdiv(L, rows)), min(4096, triton.next_power_of_2(L))
     kernel[(B * triton.cdiv(L, rows * steps),)](
         pred, target, mask, attn, tau, stats, out, grad,
         L, target.shape[3] // patch_size if images else 1, eps, FLAT, *pred.stride(),
@@ -230,7 +231,7 @@ def _launch(pred, target, mask, attn, tau, stats, out, grad, norm_pix, eps, patc
         *(x.stride(i) if x is not None else 0 for x in (mask, attn, grad) for i in (0, 1)),
         P=P, C=C, PATCH=patch_size if images else 0, MASK=mask is not None, ATTN=attn is not None,
         NORMALIZE=normalize_attn, NORM_PIX=norm_pix, BYTES=target.dtype == torch.uint8, BACKWARD=grad is not None,
-        ROWS=rows, PIXELS=pixels, CHANNELS=channels, STEPS=steps, MAP=min(4096, triton.next_power_of_2(L)),
+        ROWS=rows, PIXELS=pixels, CHANNELS=channels, STEPS=steps, MAP=piece, MAPS=triton.cdiv(L, piece),
         num_warps=min(16, max(1, rows * lanes // WARP)),
     )  # fmt: skip
 
