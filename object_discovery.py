@@ -163,7 +163,7 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def download(url):
+def download(url, remedy):
     """The file of the url in torch.hub's folder, downloaded once. Its sha256 is noted then, and checked each time."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     note = Path(f"{path}.sha256")
@@ -171,23 +171,27 @@ def download(url):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path))
-        except OSError as error:
-            text = f"{path.name} could not be downloaded ({error}); get {url} elsewhere and put it at {path}, or pass "
-            raise ValueError(text + "--backbone CHECKPOINT, or --backbone pixels, which needs no weights") from error
-        note.write_text(sha256(path))
-    elif note.is_file() and note.read_text().strip() != sha256(path):
-        raise ValueError(f"{path} is damaged: not the file that was downloaded (sha256); delete it and its .sha256")
+        except Exception as error:  # urllib has many
+            where = f"get {url} elsewhere and put it at {path}, or {remedy}"
+            raise ValueError(f"{path.name} could not be downloaded ({error}); {where}") from error
+        with replacing(note) as temporary:
+            temporary.write_text(sha256(path))
+    known = [note.read_text().strip()] if note.is_file() else re.findall(r"-([0-9a-f]{8})\.pth$", path.name)
+    if known and not sha256(path).startswith(known[0]):
+        raise ValueError(f"{path} is damaged: its sha256 is not {known[0]}; delete it and {note.name}")
     return path
 
 
 def vit(args, device):
-    path = download(f"https://dl.fbaipublicfiles.com/dino/{DINO[args.backbone]}") if args.backbone in DINO else None
-    if path is None and not Path(args.backbone).is_file():
+    path = Path(args.backbone)
+    if args.backbone in DINO:
+        remedy = "pass --backbone CHECKPOINT, or --backbone pixels, which needs no weights"
+        path = download(f"https://dl.fbaipublicfiles.com/dino/{DINO[args.backbone]}", remedy)
+    if not path.is_file():
         names = f"{', '.join(DINO)}, pixels, or a checkpoint of this project, MAE, DINO, timm or Hugging Face"
         raise ValueError(f"--backbone {args.backbone}: no such file; choose from {names}")
-    path = path or Path(args.backbone)
     model = load_encoder(str(path), img_size=args.img_size).to(device)
-    model.cfg.mean, model.cfg.std = args.mean or model.cfg.mean, args.std or model.cfg.std
+    model.cfg.mean, model.cfg.std = tuple(args.mean or model.cfg.mean), tuple(args.std or model.cfg.std)
 
     @torch.no_grad()
     def maps(imgs):
@@ -212,33 +216,29 @@ def pixels(args, device):
 
 
 def cut(features, args):
-    """TokenCut's map or bipartition; flat where all patches are alike, or none: any vector solves that."""
-    x, L = F.normalize(features.float(), dim=-1), features.shape[1]
-    edges = (x @ x.mT > args.cut).sum(dim=(1, 2))  # (B,)
+    """TokenCut's map or bipartition. Flat where all patches are alike, or none: any vector solves that. NaN where the
+    features are not finite."""
+    finite, L = features.isfinite().all(dim=(1, 2)), features.shape[1]
+    features = features.where(finite[:, None, None], 0.0).float()
     y = tokencut(features, args.cut)
     y = (y > y.mean(dim=1, keepdim=True)).float() if args.binary else y
-    return y.masked_fill(((edges == L * L) | (edges <= L))[:, None], 0.0)
+    edges = torch.stack([(x @ x.mT > args.cut).sum() for x in F.normalize(features, dim=-1)])  # (B,)
+    y = y.masked_fill(((edges == L * L) | (edges <= L))[:, None], 0.0)
+    return y.masked_fill(~finite[:, None], torch.nan)
 
 
 def cnn(args, device):
-    model = torchvision.models.get_model(args.backbone)
-    if args.weights:
-        state, where = load_checkpoint(args.weights), {"sha256": sha256(args.weights)}
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"--weights {args.weights}: not torchvision's {args.backbone} ({error})") from error
-    else:
-        weights = torchvision.models.get_model_weights(args.backbone).IMAGENET1K_V1
-        path, where = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2]), {"url": weights.url}
-        try:
-            model.load_state_dict(weights.get_state_dict(check_hash=True))
-        except (OSError, RuntimeError) as error:
-            text = f"{path.name} could not be downloaded or is damaged ({error}); get {weights.url} elsewhere and "
-            raise ValueError(f"{text}put it at {path}, or name a file of its weights: --weights FILE") from error
+    model, path = torchvision.models.get_model(args.backbone), args.weights
+    if not path:
+        url = torchvision.models.get_model_weights(args.backbone).IMAGENET1K_V1.url
+        path = download(url, "name a file of its weights: --weights FILE")
+    try:
+        model.load_state_dict(load_checkpoint(path))
+    except RuntimeError as error:
+        raise ValueError(f"--weights {path}: not torchvision's {args.backbone} ({error})") from error
     features, classify = CNNS[args.backbone](model.to(device).eval().requires_grad_(False))
     size, grid = (args.img_size or 224,) * 2, (args.grid or 14,) * 2
-    cfg = SimpleNamespace(mean=args.mean or IMAGENET[0], std=args.std or IMAGENET[1])
+    cfg = SimpleNamespace(mean=tuple(args.mean or IMAGENET[0]), std=tuple(args.std or IMAGENET[1]))
     if size[0] < 32:
         raise ValueError(f"--img_size {size[0]}: {args.backbone} needs 32 pixels or more, and was trained on 224")
 
@@ -247,13 +247,13 @@ def cnn(args, device):
             x = features(normalize(imgs, cfg))  # (B, C, h, w)
         return grad_cam(x, classify, grid, size)
 
-    return maps, size, grid, where | {"mean": cfg.mean, "std": cfg.std}
+    return maps, size, grid, {"sha256": sha256(path), "mean": cfg.mean, "std": cfg.std}
 
 
 def masks(args, device):
     """The pictures of --masks are the maps."""
     grid = (args.grid or 56,) * 2
-    return lambda imgs: imgs[:, 0].float(), grid, grid, {"masks": str(args.masks)}
+    return lambda imgs: imgs[:, 0].float(), grid, grid, {"masks": str(Path(args.masks))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,9 +261,11 @@ def masks(args, device):
 
 
 def read_mask(folder, name):
-    """The PNG of the same relative path, grey; palette pictures by index, 0 = background."""
+    """The PNG of the same relative path, grey, 0 to 255. Palette pictures: index 0 is background, all else object.
+    Pictures of 0 and 1: 1 is object."""
     picture = Image.open(Path(folder, name).with_suffix(".png"))
-    return Image.fromarray(np.uint8(np.asarray(picture) > 0) * 255) if picture.mode == "P" else picture.convert("L")
+    grey = np.asarray(picture) > 0 if picture.mode == "P" else np.asarray(to_rgb(picture).convert("L"))
+    return Image.fromarray(np.uint8(grey) * 255 if grey.max() <= 1 else grey)
 
 
 class Whole(Dataset):
@@ -290,53 +292,58 @@ def wait(world):
         dist.barrier()
 
 
+def job_files(path):
+    """NAME.npy.part, NAME.npy.part.json and the NAME.done.RANK there are, of an unfinished job."""
+    done = re.compile(re.escape(path.stem) + r"\.done\.\d+")
+    logs = [file for file in path.parent.glob("*.done.*") if done.fullmatch(file.name)]
+    return Path(f"{path}.part"), Path(f"{path}.part.json"), logs
+
+
 def discover(maps, whole, grid, path, settings, batch_size, workers, device, rank, world):
     """Runs maps over all pictures, into NAME.npy and its manifest; an interrupted job goes on where it was.
 
     The unit of work is a block of batch_size consecutive pictures. Rows go to NAME.npy.part, numbers of finished blocks
-    to NAME.done.RANK after them, the settings to NAME.part.json: a job of other settings does not continue this one.
+    to NAME.done.RANK after them, settings to NAME.npy.part.json: a job of other settings does not continue this one.
     """
-    part, about = Path(f"{path}.part"), path.with_suffix(".part.json")
+    part, about, _ = job_files(path)
     shape, job = (len(whole), *grid), settings | {"fingerprint": whole.dataset.fingerprint, "batch_size": batch_size}
     blocks = [range(i, min(i + batch_size, len(whole))) for i in range(0, len(whole), batch_size)]
 
     def finished():
-        text = "\n".join(file.read_text() for file in path.parent.glob(f"{path.stem}.done.*"))
+        text = "\n".join(file.read_text() for file in job_files(path)[2])
         return {int(number) for number in re.findall(r"(\d+);", text)}  # without ; it was killed while it wrote
 
+    def clean():
+        for file in (about, part, *job_files(path)[2]):
+            file.unlink(missing_ok=True)
+
     if rank == 0:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not about.is_file():
-                for file in path.parent.glob(f"{path.stem}.done.*"):
-                    file.unlink()
-                np.memmap(part, np.float16, "w+", shape=shape).flush()
-                with replacing(about) as temporary:
-                    temporary.write_text(json.dumps(job))
-        except OSError as error:
-            raise OSError(f"--out {path}: cannot be written ({error}); choose another place") from error
-        old = json.loads(about.read_text())
-        differ = ", ".join(f"{k} {old.get(k)}, not {job[k]}" for k in job if old.get(k) != job[k])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not (about.is_file() and part.is_file() and part.stat().st_size == 2 * math.prod(shape) and finished()):
+            clean()
+            with open(part, "wb") as file:
+                file.truncate(2 * math.prod(shape))
+            with replacing(about) as temporary:
+                temporary.write_text(json.dumps(job))
+        differ = differences(job, json.loads(about.read_text()))
         if differ:
             remedy = f"give another name, or delete {part.name}, {about.name} and {path.stem}.done.* to start anew"
             raise ValueError(f"--out {path}: an unfinished job is there that was begun with {differ}; {remedy}")
     wait(world)
     done = finished()
     wait(world)  # before anybody adds to it
-    todo = [i for i in range(len(blocks)) if i not in done]
-    mine = todo[rank::world]
-    rows = np.memmap(part, np.float16, "r+", shape=shape)
-    loader = make_loader(whole, batch_sampler=[blocks[i] for i in mine], workers=workers)
+    mine = [i for i in range(len(blocks)) if i not in done][rank::world]
     if rank == 0 and done:
         print(f"going on: {len(done)} of {len(blocks)} blocks are there")
+    loader = make_loader(whole, batch_sampler=[blocks[i] for i in mine], workers=workers)
     count = sum(len(blocks[i]) for i in mine)  # of this process
     bar = tqdm(total=count, unit="img", desc="maps", disable=None if rank == 0 else True)
-    with bar, open(path.with_suffix(f".done.{rank}"), "a") as log:
+    with bar, open(part, "r+b", buffering=0) as rows, open(path.with_suffix(f".done.{rank}"), "a") as log:
         for i, (imgs, readable) in zip(mine, loader, strict=True):
             m = normalize_map(maps(imgs.to(device)).float().flatten(1)).cpu()  # (B, L)
             m[~readable] = torch.nan  # failed, which zeros would not tell
-            rows[blocks[i].start : blocks[i].stop] = m.unflatten(1, grid).numpy()
-            rows.flush()
+            rows.seek(2 * blocks[i].start * math.prod(grid))
+            rows.write(m.half().numpy().astype("<f2").tobytes())
             log.write(f"\n{i};")
             log.flush()
             bar.update(len(imgs))
@@ -345,15 +352,23 @@ def discover(maps, whole, grid, path, settings, batch_size, workers, device, ran
         missing = set(range(len(blocks))) - finished()
         if missing:
             raise ValueError(f"--out {path}: {len(missing)} blocks are missing; run the same command again")
+        rows = np.memmap(part, "<f2", "r", shape=shape)
         if all(np.isnan(m).all() for _, m in chunks(rows)):
+            clean()
             first = whole.dataset.names[0] + f" in --masks {whole.folder}, as .png" * bool(whole.folder)
-            raise ValueError(f"not one of {len(whole)} pictures could be read, the first is {first}")
+            reasons = "no picture could be read, or --backbone, --mean or --std are wrong"
+            raise ValueError(f"not one of {len(whole)} maps is finite: {reasons}; the first picture is {first}")
         large = [int(first + i) for first, m in chunks(rows) for i in np.flatnonzero((m > 0.5).mean((1, 2)) > 0.9)]
         save_maps(path, rows, whole.dataset, large=large, **settings)
         del rows
-        for file in (about, part, *path.parent.glob(f"{path.stem}.done.*")):
-            file.unlink()
+        clean()
     wait(world)
+
+
+def differences(new, old):
+    """In words; a backbone's weights count, not the name of their file."""
+    keys = [k for k in new if old.get(k) != new[k] and not (k == "backbone" and "sha256" in new)]
+    return ", ".join(f"{k} {old.get(k)}, not {new[k]}" for k in keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,8 +405,9 @@ def quality(maps, truth):
 
 
 def part_of_maximum(m):
-    """bool (h, w): the 4-connected part of m > mean that holds the maximum."""
-    region, part = m >= m.mean(), np.arange(m.size).reshape(m.shape) == m.argmax()
+    """bool (h, w): the 4-connected part of m > mean that holds the (first) maximum; nothing of a flat map."""
+    region = m > m.mean()
+    part = (np.arange(m.size).reshape(m.shape) == m.argmax()) & region
     while True:
         p = np.pad(part, 1)
         grown = (part | p[:-2, 1:-1] | p[2:, 1:-1] | p[1:-1, :-2] | p[1:-1, 2:]) & region
@@ -401,9 +417,9 @@ def part_of_maximum(m):
 
 
 def box(region):
-    """The corners ((y0, x0), (y1, x1)) of a region, bool (h, w), in cells."""
+    """The corners ((y0, x0), (y1, x1)) of a region, bool (h, w), in cells; zeros if it is empty."""
     cells = np.argwhere(region)
-    return np.stack([cells.min(0), cells.max(0) + 1])
+    return np.stack([cells.min(0), cells.max(0) + 1]) if len(cells) else np.zeros((2, 2))
 
 
 def true_masks(dataset, folder, ids):
@@ -413,7 +429,7 @@ def true_masks(dataset, folder, ids):
         try:
             mask = np.asarray(read_mask(folder, dataset.names[i])) if folder else dataset.masks[i]
             yield mask > mask.max() / 2
-        except OSError:
+        except Exception:  # no such file, or no picture: decoders raise OSError, SyntaxError, ValueError ...
             yield None
 
 
@@ -424,7 +440,7 @@ def show(path, dataset, files, ids, tau=0.75, cell=112):
     columns, grey = [("image", imgs)], lambda x: x.expand(-1, 3, -1, -1)
     for name, maps in files.items():
         m = torch.from_numpy(np.float32(maps[ids]))[:, None]
-        columns.append((name[:18], grey(F.interpolate(m, (cell, cell)))))
+        columns.append((Path(name).stem[:18], grey(F.interpolate(m, (cell, cell)))))
         if name == next(iter(files)):
             w = torch.exp(F.interpolate(m, (cell, cell)) / tau)
             smooth = F.interpolate(m, (cell, cell), mode="bilinear", align_corners=False)
@@ -459,18 +475,29 @@ def arguments(argv):
     add("--show", type=int, default=0, metavar="N", help="write a sheet of N pictures beside the map file")
     add("--with", dest="others", nargs="+", default=[], type=Path, help="more map files to compare")
     args = parser.parse_args(argv)
-    gradcam = args.method == "gradcam"
-    args.backbone = args.backbone or {"gradcam": "resnet50", "masks": None}.get(args.method, "dino_vits16")
+    method, gradcam = args.method, args.method == "gradcam"
+    used = {"gradcam": "backbone weights img_size grid mean std", "masks": "grid", "dino": "backbone img_size mean std"}
+    used = used.get(method, "backbone img_size binary" + " mean std" * (args.backbone != "pixels")).split()
+    names = ("backbone", "weights", "img_size", "grid", "mean", "std", "binary")
+    unused = [f"--{k}" for k in names if getattr(args, k) not in (None, False) and k not in used]
+    args.backbone = args.backbone or {"gradcam": "resnet50", "masks": None}.get(method, "dino_vits16")
+    flat = Path(args.data).is_dir() and args.out.resolve().parent == Path(args.data).resolve()
+    lost = [str(path) for path in args.others if not path.is_file()]
+    low = [f"--{k} {v}: must be {least} or more" for k, least in (("batch_size", 1), ("img_size", 1), ("grid", 1),
+           ("show", 0), ("workers", 0)) if (v := getattr(args, k)) is not None and v < least]  # fmt: skip
     wrong = (
         (args.out.suffix != ".npy", f"--out {args.out}: must end in .npy"),
+        (flat, f"--out {args.out}: is among the pictures of --data; choose another folder"),
         (gradcam and args.backbone not in CNNS, f"--backbone {args.backbone}: gradcam takes {' or '.join(CNNS)}"),
         (not gradcam and args.backbone in CNNS, f"--backbone {args.backbone}: is for --method gradcam"),
         (args.weights and not gradcam, "--weights: is for --method gradcam; name a checkpoint with --backbone"),
-        (args.method == "dino" and args.backbone == "pixels", "--backbone pixels: has no attention; use tokencut"),
-        (args.method == "masks" and not args.masks, "--method masks: name their folder, --masks DIR"),
+        (method == "dino" and args.backbone == "pixels", "--backbone pixels: has no attention; use --method tokencut"),
+        (method == "masks" and not args.masks, "--method masks: name their folder, --masks DIR"),
         (args.masks and not Path(args.masks).is_dir(), f"--masks {args.masks}: no such folder"),
-        (args.binary and args.method != "tokencut", f"--binary: TokenCut's, not --method {args.method}"),
-        (args.batch_size < 1, f"--batch_size {args.batch_size}: must be above 0"),
+        (unused, f"{', '.join(unused)}: --method {method} --backbone {args.backbone} does not use it; leave it out"),
+        (lost, f"--with {', '.join(lost)}: no such .npy file; name map files that are finished"),
+        (low, ", ".join(low)),
+        (not -1 < args.cut < 1, f"--cut {args.cut}: is a cosine, between -1 and 1"),
     )
     for condition, text in wrong:
         if condition:
@@ -483,35 +510,46 @@ def main(argv=None):
     args = arguments(argv)
     with processes(args.device) as (device, rank, world):
         dataset = open_data(args.data, "train", classes=args.classes)
+        if rank:
+            wait(world)  # the first process downloads
         make = {"gradcam": cnn, "masks": masks}.get(args.method, pixels if args.backbone == "pixels" else vit)
         maps, size, grid, about = make(args, device)
-        settings = {"method": args.method, "backbone": args.backbone, "binary": args.binary, "cut": args.cut}
-        settings = json.loads(json.dumps(settings | {"input": size, "grid": grid} | about))
+        if rank == 0:
+            wait(world)
+        settings = {"method": args.method, "backbone": args.backbone, "input": size, "grid": grid} | about
+        if args.method == "tokencut":
+            settings |= {"binary": args.binary, "cut": args.cut}
+        settings = json.loads(json.dumps(settings))
         workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else 8
         whole = Whole(dataset, size, args.masks if args.method == "masks" else None)
-        if not args.out.is_file():
-            discover(maps, whole, grid, args.out, settings, args.batch_size, workers, device, rank, world)
+        try:
+            if not (args.out.is_file() and args.out.with_suffix(".json").is_file()) or job_files(args.out)[1].is_file():
+                discover(maps, whole, grid, args.out, settings, args.batch_size, workers, device, rank, world)
+        except OSError as error:
+            text = f"--out {args.out}: cannot be written ({error}); choose another place, or make room and run it again"
+            raise OSError(text) from error
     result = {"maps": str(args.out), "manifest": None, "quality": {}}
     if rank:
         return result
     files = {}
     for path in (args.out, *args.others):
         try:
-            files[path.stem], manifest = load_maps(path, dataset)
+            files[str(path)], manifest = load_maps(path, dataset)
         except ValueError as error:
-            raise ValueError(f"--out {path}: {error}; or delete it, or give another name") from error
+            flag = "--out" if path == args.out else "--with"
+            raise ValueError(f"{flag} {path}: {error}; or delete it, or give another name") from error
         counts = [f"{len(manifest[k])} {k}" for k in ("flat", "failed")]
         counts.append(f"{len(manifest['settings'].get('large', []))} larger than 90 % of the picture")
         print(f"{path}: {len(dataset)} maps of {manifest['shape'][1:]} by {manifest['method']}, {', '.join(counts)}")
         if manifest["method"] == "tokencut" and len(manifest["flat"]) > len(dataset) / 10:
-            print("hint: a flat map weighs nothing. Its patches were all alike: try a --cut between 0.5 and 0.9")
+            print("hint: flat maps weigh nothing. Patches that are all alike call for a higher --cut (0.5 to 0.9)")
         if manifest["failed"]:
-            print("unreadable:", *(dataset.names[i] for i in manifest["failed"][:10]), "... all are in the manifest")
+            names = ", ".join(dataset.names[i] for i in manifest["failed"][:10])
+            print(f"failed, unreadable or not finite: {names} ... (all are in the manifest; delete it to try again)")
         if path == args.out:
-            made = {"method": manifest["method"], **manifest["settings"]}
-            differ = [f"{k} {made.get(k)}, not {settings[k]}" for k in settings if made.get(k) != settings[k]]
+            differ = differences(settings, {"method": manifest["method"], **manifest["settings"]})
             if differ:
-                raise ValueError(f"--out {path}: was made with {', '.join(differ)}; delete it or give another name")
+                raise ValueError(f"--out {path}: was made with {differ}; delete it or give another name")
             result["manifest"] = manifest
     folder = None if args.method == "masks" else args.masks
     if folder or dataset.masks is not None:
@@ -530,5 +568,7 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"object_discovery.py: error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"object_discovery.py: error: out of memory ({error}); use a smaller --batch_size")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on")

@@ -20,7 +20,6 @@ import json
 import math
 import pickle
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -2547,7 +2546,7 @@ def test_maps_of_a_folder(tmp_path, capsys):
     features = O.patch_statistics(torch.from_numpy(whole).permute(2, 0, 1)[None] / 255, 16)
     want = K.normalize_map(O.tokencut(features)).reshape(6, 6).half().numpy()
     assert (maps[5] == want).all()
-    q = result["quality"]["m"]
+    q = result["quality"][str(out)]
     assert q["images"] == 10 and q["AUROC"] > 80 and q["IoU"] > 30 and q["CorLoc"] > 40
     printed = capsys.readouterr().out
     assert "0 flat, 1 failed, 0 larger" in printed and "03.png" in printed and f"IoU {q['IoU']:.1f}" in printed
@@ -2556,7 +2555,7 @@ def test_maps_of_a_folder(tmp_path, capsys):
     assert discover(tmp_path, out)["manifest"] == manifest and out.stat().st_mtime_ns == stamp  # nothing is done twice
     other = tmp_path / "maps" / "binary.npy"
     both = discover(tmp_path, other, "--binary", "--with", out, "--show", 2, "--masks", tmp_path / "masks")
-    assert set(both["quality"]) == {"binary", "m"} and both["quality"]["m"] == q
+    assert set(both["quality"]) == {str(other), str(out)} and both["quality"][str(out)] == q
     assert set(np.unique(np.load(other))) == {0, 1}
     sheets = [Image.open(p.with_suffix(".png")).size for p in (out, other)]
     assert sheets[1][0] > sheets[0][0] and sheets[1][1] < sheets[0][1]  # a column more, fewer rows
@@ -2595,7 +2594,7 @@ def test_quality_by_hand():
     assert math.isclose(same["IoU"], 100 * metrics.jaccard_score(flat, (noise > noise.mean()).ravel()))
     m = np.float32([[0, 0.9, 0, 0.8], [0.9, 1, 0, 0.8], [0, 0, 0, 0.8]])  # two parts
     assert O.part_of_maximum(m).tolist() == [[0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
-    assert O.part_of_maximum(np.ones((2, 3))).all() and O.box(O.part_of_maximum(m)).tolist() == [[0, 0], [2, 2]]
+    assert not O.part_of_maximum(np.ones((2, 3))).any() and O.box(O.part_of_maximum(m)).tolist() == [[0, 0], [2, 2]]
     both = O.quality([exact, far, far, far], [mask, mask, None, ~mask & mask])
     assert both["images"] == 2 and both["CorLoc"] == 50
     with pytest.raises(ValueError, match="--masks"):
@@ -2634,7 +2633,7 @@ def test_interrupted_jobs_give_the_same_file(tmp_path, monkeypatch, capsys):
         with open(tmp_path / "m.done.0", "a") as file:
             file.write(torn)  # half a line of a killed process is no finished block
     assert not out.exists()
-    with pytest.raises(ValueError, match="unfinished job.*cut 0.2, not 0.3.*delete m.npy.part"):
+    with pytest.raises(ValueError, match="unfinished job.*cut 0.2, not 0.3.*delete m.npy.part,"):
         discover(tmp_path, out, "--cut", 0.3)
     discover(tmp_path, out)
     assert calls == [4, 4, 4, 4, 4, 2] and "going on: 2 of 4 blocks" in capsys.readouterr().out
@@ -2644,24 +2643,31 @@ def test_interrupted_jobs_give_the_same_file(tmp_path, monkeypatch, capsys):
 
 
 def test_job_memory_does_not_grow(tmp_path):
-    class Many(torch.utils.data.Dataset):
-        folder, fingerprint, names = None, "", [""]
+    code = """
+import pathlib, resource, torch, object_discovery as O
 
-        def __init__(self, count):
-            self.dataset, self.count = self, count
+class Many(torch.utils.data.Dataset):
+    folder, fingerprint, names = None, "", [""]
 
-        def __len__(self):
-            return self.count
+    def __init__(self, count):
+        self.dataset, self.count = self, count
 
-        def __getitem__(self, i):
-            return torch.full((3, 128, 128), i % 251, dtype=torch.uint8), True
+    def __len__(self):
+        return self.count
 
-    peaks = []
-    for count in (200, 4000):  # 10 and 200 MB
-        args = {"method": "x"}, 50, 0, torch.device("cpu"), 0, 1
-        O.discover(lambda x: rand(len(x), 4, 4), Many(count), (4, 4), tmp_path / f"{count}.npy", *args)
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    assert peaks[1] - peaks[0] < 40_000  # KB
+    def __getitem__(self, i):
+        return torch.full((3, 128, 128), i % 251, dtype=torch.uint8), True
+
+for count in (200, 4000):  # 10 and 200 MB
+    args = {"method": "x"}, 50, 0, torch.device("cpu"), 0, 1
+    O.discover(lambda x: torch.rand(len(x), 4, 4), Many(count), (4, 4), pathlib.Path(f"{count}.npy"), *args)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KB
+"""
+    env = os.environ | {"PYTHONPATH": str(SOURCE)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = map(int, done.stdout.split())
+    assert second - first < 40_000
 
 
 def test_discovered_maps_guide_a_run(labelled, tmp_path):
@@ -2675,6 +2681,81 @@ def test_discovered_maps_guide_a_run(labelled, tmp_path):
         a, b = (train(tmp_path / f"{method}{i}", **labelled | {"maps": str(x)}, epochs=1) for i, x in
                 enumerate((out, labelled["maps"])))  # fmt: skip
         assert a["step"] == b["step"] == 6 and losses(a["out"]) != losses(b["out"])
+    other = O.main([*flags, "--out", str(tmp_path / "o.npy"), "--device", "cpu", "--mean", *"000", "--std", *"111"])
+    assert other["manifest"]["settings"]["mean"] == [0, 0, 0]
+    assert not np.array_equal(np.load(tmp_path / "o.npy"), np.load(tmp_path / "dino.npy"))
+
+
+def test_grad_cam_of_a_data_set(tmp_path):
+    colourful(tmp_path, 5, bad=[1])
+    model = torchvision.models.get_model("mobilenet_v2")
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, tmp_path / "m.pt")
+    flags = "--backbone", "mobilenet_v2", "--weights", tmp_path / "m.pt", "--img_size", 64, "--grid", 4
+    manifest = discover(tmp_path, tmp_path / "m.npy", *flags, method="gradcam")["manifest"]
+    assert manifest["shape"] == [5, 4, 4] and manifest["failed"] == [1] and manifest["settings"]["input"] == [64, 64]
+    assert manifest["settings"]["sha256"] == hashlib.sha256((tmp_path / "m.pt").read_bytes()).hexdigest()
+
+
+def test_map_files_beside_each_other_are_safe(tmp_path):
+    """Names that look like those of unfinished jobs, and names with glob characters."""
+    colourful(tmp_path, 5)
+    names = ["q.done.npy", "q.part.npy", "q.npy", "m[1].npy", "q.done.7x.npy"]
+    for name in names:
+        discover(tmp_path, tmp_path / "maps" / name)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "maps").iterdir()}
+    assert sorted(files) == sorted(x for name in names for x in (name, name[:-3] + "json"))
+    assert len({files[name] for name in names}) == 1
+
+
+def test_maps_job_ended_while_it_finished(tmp_path, monkeypatch):
+    """Killed between the two files, or after both: the same command ends it."""
+    colourful(tmp_path, 5)
+    discover(tmp_path, tmp_path / "whole.npy")
+    want, out, save = [(tmp_path / f"whole.{x}").read_bytes() for x in ("npy", "json")], tmp_path / "m.npy", O.save_maps
+
+    def half(*args, **kw):
+        save(*args, **kw)
+        out.with_suffix(".json").unlink()
+        raise KeyboardInterrupt
+
+    def whole(*args, **kw):
+        save(*args, **kw)
+        raise KeyboardInterrupt
+
+    for ending in (half, whole):
+        monkeypatch.setattr(O, "save_maps", ending)
+        with pytest.raises(KeyboardInterrupt):
+            discover(tmp_path, out)
+    monkeypatch.setattr(O, "save_maps", save)
+    discover(tmp_path, out)
+    assert [(tmp_path / f"m.{x}").read_bytes() for x in ("npy", "json")] == want and not list(tmp_path.glob("m.npy.*"))
+
+
+def test_maps_that_are_not_finite_are_failed(tmp_path, capsys):
+    colourful(tmp_path, 3)
+    model = A.build_model(A.Config(**SMALL))
+    A.save_checkpoint(tmp_path / "encoder.pt", model=model.state_dict(), config=asdict(model.cfg))
+    model.patch_embed.proj.bias.data.fill_(math.nan)
+    A.save_checkpoint(tmp_path / "nan.pt", model=model.state_dict(), config=asdict(model.cfg))
+    flags = "--data", str(tmp_path / "data"), "--out", str(tmp_path / "m.npy"), "--device", "cpu", "--backbone"
+    for method in ("dino", "tokencut"):
+        with pytest.raises(ValueError, match="not one of 3 maps is finite.*--backbone"):
+            O.main(["--method", method, *flags, str(tmp_path / "nan.pt")])
+        assert not list(tmp_path.glob("m.*"))
+    features = graphs()["smooth"][:3].clone()
+    features[1, 2, 0] = math.nan
+    y = O.cut(features, SimpleNamespace(cut=0.2, binary=False))
+    assert y[1].isnan().all() and y[[0, 2]].equal(O.tokencut(features[[0, 2]]))
+    for alike in (torch.ones(1, 9, 4), torch.eye(9)[None]):
+        assert not O.cut(alike, SimpleNamespace(cut=0.2, binary=False)).any()
+
+
+def test_masks_of_any_depth(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    assert abs(np.asarray(O.read_mask(tmp_path, "a.jpg"), float) - ramp / 257).max() <= 1
+    Image.fromarray(np.uint8(ramp > 30000)).save(tmp_path / "b.png")
+    assert (np.asarray(O.read_mask(tmp_path, "b.jpg")) == 255 * (ramp > 30000)).all()
 
 
 def test_dino_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch):
@@ -2720,8 +2801,9 @@ def few(tmp_path):
 
 
 DISCOVERY_ERRORS = [  # flags, what the text names
-    ("--data empty", "--data empty no pictures"), ("--backbone none.pt", "--backbone none.pt no such file dino_vits16"),
-    ("--backbone cut.pt", "cut.pt damaged"), ("--backbone mobilenet.pt", "mobilenet.pt no ViT encoder"),
+    ("--data empty", "--data empty no pictures"),
+    ("--backbone none.pt", "--backbone none.pt no such file dino_vits16"), ("--backbone cut.pt", "cut.pt damaged"),
+    ("--backbone mobilenet.pt", "mobilenet.pt no ViT encoder"),
     ("--method gradcam --weights mobilenet.pt", "--weights mobilenet.pt not torchvision's resnet50"),
     ("--method gradcam --weights cut.pt", "cut.pt damaged"), ("--backbone resnet50", "--backbone resnet50 gradcam"),
     ("--method gradcam --backbone pixels", "--backbone pixels resnet50 mobilenet_v2"),
@@ -2729,11 +2811,16 @@ DISCOVERY_ERRORS = [  # flags, what the text names
     ("--method dino --backbone pixels", "pixels tokencut"), ("--method masks", "--masks DIR"),
     ("--method masks --masks nowhere", "--masks nowhere no such folder"),
     ("--method masks --masks empty", "--masks empty 00.png .png"), ("--img_size 40", "--img_size 40 16"),
-    ("--masks empty", "--masks no picture has a mask"), ("--out m.pt", "--out m.pt .npy"),
-    ("--out cut.pt/m.npy", "--out cut.pt/m.npy cannot be written another"), ("--binary --method dino", "--binary"),
-    ("--data more/data --out old.npy", "--out old.npy other data delete another"), ("--batch_size 0", "--batch_size 0"),
+    ("--masks empty", "--masks no picture has a mask"), ("--cut 1.5", "--cut 1.5 cosine"),
+    ("--show -1", "--show -1 0"), ("--grid 7", "--grid pixels does not use"),
+    ("--method dino --grid 7", "--grid dino does not use"), ("--mean 0 0 0", "--mean pixels"),
+    ("--img_size 0", "--img_size 0 1"), ("--out data/m.npy", "--out data/m.npy among"),
+    ("--out m.pt", "--out m.pt .npy"), ("--out cut.pt/m.npy", "--out cut.pt/m.npy cannot be written another"),
+    ("--binary --method dino", "--binary dino"),
+    ("--data more/data --out old.npy", "--out old.npy other data delete another"),
+    ("--batch_size 0", "--batch_size 0"),
     ("--cut 0.4 --out old.npy", "--out old.npy cut 0.2, not 0.4 delete another"), ("--device gpu", "--device gpu"),
-    ("--weights cut.pt", "--weights gradcam"), ("--with none.npy", "none.npy no such .npy file"),
+    ("--weights cut.pt", "--weights gradcam"), ("--with none.npy", "--with none.npy no such .npy file"),
 ]  # fmt: skip
 
 
@@ -2743,8 +2830,8 @@ def test_discovery_errors(flags, words, few, monkeypatch):
     before = (few / "old.npy").read_bytes()
     usual = {"--data": "data", "--backbone": "pixels", "--out": "m.npy", "--device": "cpu", "--img_size": "96"}
     given = flags.split()
-    if "gradcam" in given or "masks" in given or "dino" in given:
-        del usual["--backbone"]
+    for method, unused in (("gradcam", "--backbone"), ("dino", "--backbone"), ("masks", "--backbone --img_size")):
+        usual = {k: v for k, v in usual.items() if method not in given or k not in unused.split()}
     argv = [x for pair in usual.items() if pair[0] not in given for x in pair]
     with pytest.raises((ValueError, OSError)) as error:
         O.main(argv + given)
@@ -2788,7 +2875,7 @@ def test_readme_command(script, command, place, monkeypatch):
         for path in ("dino.pth", "out/toy-vit_micro-none/encoder.pt"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             torch.save(weights, path)
-        monkeypatch.setattr(O, "download", lambda url: Path("dino.pth"))
+        monkeypatch.setattr(O, "download", lambda *_: Path("dino.pth"))
         monkeypatch.setattr(O, "open_data", lambda name, *_, **__: open_data(pictures))
         made = O.main([*argv, "--device=cpu"])["maps"]
         assert load_maps(made, open_data(pictures))[0].any() and Path(made).with_suffix(".png").is_file()

@@ -346,11 +346,13 @@ def test_maps_by_two_processes(killed, ask, maps_job, tmp_path):
     out = tmp_path / "maps.npy"
     pair = ranks(ask, out, settings, DISCOVERY)
     if killed:  # both die, and one process finishes what two have begun
-        assert pair[0].until(lambda: all((tmp_path / f"maps.done.{r}").exists() for r in (0, 1)))
+        logs = [tmp_path / f"maps.done.{r}" for r in (0, 1)]
+        assert pair[0].until(lambda: all(log.exists() and ";" in log.read_text() for log in logs))
         for run in pair:
             os.kill(run.pid, signal.SIGKILL)
         assert {run.wait()[0] for run in pair} == {-9} and not out.exists()
-        assert Process(ask, out, settings, script=DISCOVERY).wait()[0] == 0
+        code, words, _ = Process(ask, out, settings, script=DISCOVERY).wait()
+        assert code == 0 and "going on" in words
     else:
         assert [run.wait()[0] for run in pair] == [0, 0]
     assert files_of(out) == want
