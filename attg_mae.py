@@ -264,8 +264,7 @@ def pool_maps(maps, box, flip, grid):
     """
     h, w = maps.shape[1:]
     x0, y0, x1, y1 = box.unbind(1)
-    ids = torch.arange(len(maps), device=maps.device)
-    rois = torch.stack([ids, x0 * w, y0 * h, x1 * w, y1 * h], dim=1).float()  # (B, 5)
+    rois = torch.stack([torch.arange(len(maps), device=maps.device), x0 * w, y0 * h, x1 * w, y1 * h], dim=1).float()
     pooled = roi_align(maps.float()[:, None], rois, grid, spatial_scale=1.0, sampling_ratio=-1, aligned=True)
     return torch.where(flip[:, None, None, None], pooled.flip(-1), pooled).flatten(1)
 
@@ -312,9 +311,8 @@ def prepare(sample, noise, maps, cfg, device):
 # -- Schedules and optimiser -------------------------------------------------------------------------------------------
 def tau_at(step, total_steps, cfg):
     """Temperature of Eq. 1: a half-cycle cosine from cfg.tau up to cfg.tau_end."""
-    if cfg.tau_schedule == "constant":
-        return cfg.tau
-    return cfg.tau_end - (cfg.tau_end - cfg.tau) * (1 + math.cos(math.pi * step / total_steps)) / 2
+    rise = 0.0 if cfg.tau_schedule == "constant" else cfg.tau_end - cfg.tau
+    return cfg.tau + rise * (1 - math.cos(math.pi * step / total_steps)) / 2
 
 def lr_at(step, total_steps, warmup_steps, lr):
     """Linear warm-up from 0, then a half-cycle cosine down to 0 (MAE)."""
@@ -442,17 +440,19 @@ def extract_features(model, loader, dtype=None):
 @torch.no_grad()
 def knn_classify(train_features, train_labels, test_features, k=20, temperature=0.07, num_classes=None):
     """Weighted k-NN (DINO's): each of the k neighbours of highest cosine s votes exp(s / temperature) for its class.
-    train_features (n, D), train_labels (n,) int64, test_features (B, D). Returns (B, min(5, C)) classes, best first.
-    """
+    train_features (n, D), train_labels (n,) int64, test_features (B, D). Returns classes, best first: (B, min(5, C)),
+    or (K, B, min(5, C)) for a list of k."""
     num_classes = num_classes or int(train_labels.max()) + 1
     bank = F.normalize(train_features.float(), dim=1).T  # (D, n)
-    ranking = []
+    ks, rankings = [k] if isinstance(k, int) else k, []
     for x in F.normalize(test_features.float(), dim=1).split(max(1, 2**26 // bank.shape[1])):  # 256 MB of similarities
-        similarity, ids = (x @ bank).topk(min(k, bank.shape[1]), dim=1)  # (b, k)
-        votes = torch.zeros(len(x), num_classes, device=x.device)  # (b, C)
-        votes.scatter_add_(1, train_labels[ids], ((similarity - 1) / temperature).exp())  # - 1: no overflow
-        ranking.append(votes.sort(dim=1, descending=True, stable=True).indices[:, :5])
-    return torch.cat(ranking)
+        similarity, ids = (x @ bank).topk(min(max(ks), bank.shape[1]), dim=1)  # (b, k)
+        labels, weights = train_labels[ids], ((similarity - 1) / temperature).exp()  # - 1: no overflow
+        votes = torch.zeros(len(ks), len(x), num_classes, device=x.device)  # (K, b, C)
+        for vote, n in zip(votes, ks, strict=True):
+            vote.scatter_add_(1, labels[:, :n], weights[:, :n])
+        rankings.append(votes.sort(dim=2, descending=True, stable=True).indices[..., :5])
+    return torch.cat(rankings, dim=1)[0] if isinstance(k, int) else torch.cat(rankings, dim=1)
 
 def knn_accuracy(model, train_set, test_set, loader_args, dtype, rank, world):
     """Top-1 in percent of the k-NN (k = 20) from train_set to test_set, by feature; each process extracts its share."""
