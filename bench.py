@@ -223,8 +223,9 @@ def maps(args, device, out):
     import scipy.linalg
     from threadpoolctl import threadpool_limits
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows, batch, host, nothing = [], min(args.batches[0], 32), torch.device("cpu"), lambda: None
+    rows, batch, host, nothing = [], args.batches[0], torch.device("cpu"), lambda: None
     for patch in (16, 8):
         L = (args.size // patch) ** 2
         model = build_model(Config("vit_small", img_size=args.size, patch_size=patch)).eval().to(device)
@@ -251,6 +252,7 @@ def maps(args, device, out):
                 rows[-1] |= {"backbone ms": backbone, "% of backbone": 100 * median / batch / backbone}
                 print(*(f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in rows[-1].items()), flush=True)
     table(rows, out, "maps", machine(device))
+    torch.set_num_threads(threads)
 
 
 def main(argv=None):
@@ -259,7 +261,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", default="out/bench", type=Path)
     parser.add_argument("--repeats", type=int, help="calls of each, taking turns (default 50, CPU 7)")
-    parser.add_argument("--batches", type=int, nargs="+", help="default 32 to 1024, CPU 32")
+    parser.add_argument("--batches", type=int, nargs="+", help="default 32 to 1024, CPU 32; maps takes the first")
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--size", type=int, default=224, help="images, in pixels")
