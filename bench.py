@@ -171,15 +171,18 @@ def figure(rows, bandwidth, path):
         from matplotlib.figure import Figure
     except ImportError:
         return print("no picture: pip install matplotlib")
-    panels = list(dict.fromkeys((row["shape"], row["pred"]) for row in rows))
-    canvas = Figure(figsize=(3.2 * len(panels), 3), layout="constrained")
-    for axis, panel in zip(canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+    shapes, dtypes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "pred"))
+    canvas = Figure(figsize=(1.5 + 2.5 * len(shapes), 0.5 + 2.3 * len(dtypes)), layout="constrained")
+    axes = canvas.subplots(len(dtypes), len(shapes), sharey=True, squeeze=False)
+    for (dtype, shape), axis in zip(product(dtypes, shapes), axes.flat, strict=True):
         for name in dict.fromkeys(row["loss"] for row in rows):
-            mine = [r for r in rows if (r["shape"], r["pred"], r["pass"], r["loss"]) == (*panel, "both", name)]
+            mine = [r for r in rows if (r["shape"], r["pred"], r["pass"], r["loss"]) == (shape, dtype, "both", name)]
             axis.plot([r["batch"] for r in mine], [r["GB/s"] for r in mine], marker="o", label=name)
         axis.axhline(bandwidth / 1e9, color="grey", linestyle="--", label="copy")
-        axis.set(title="{}, {}".format(*panel), xlabel="batch", xscale="log", ylim=(0, None))
-    axis.legend()
+        axis.set(title=f"{shape}, {dtype}", xlabel="batch", xscale="log", ylim=(0, None))
+        axis.set_xticks([r["batch"] for r in mine], [str(r["batch"]) for r in mine], minor=False)
+        axis.minorticks_off()
+    axes.flat[-1].legend()
     canvas.supylabel("GB/s, forward + backward")
     canvas.savefig(path, dpi=150)
     print(f"picture: {path}")

@@ -337,7 +337,8 @@ def discover(maps, whole, grid, path, settings, batch_size, workers, device, ran
         print(f"going on: {len(done)} of {len(blocks)} blocks are there")
     loader = make_loader(whole, batch_sampler=[blocks[i] for i in mine], workers=workers)
     count = sum(len(blocks[i]) for i in mine)  # of this process
-    bar = tqdm(total=count, unit="img", desc="maps", disable=None if rank == 0 else True)
+    seconds = 0.1 if sys.stderr.isatty() else 60  # between two states of the bar; a line each in a log file
+    bar = tqdm(total=count, unit="img", desc="maps", mininterval=seconds, disable=rank > 0)
     with bar, open(part, "r+b", buffering=0) as rows, open(path.with_suffix(f".done.{rank}"), "a") as log:
         for i, (imgs, readable) in zip(mine, loader, strict=True):
             m = normalize_map(maps(imgs.to(device)).float().flatten(1)).cpu()  # (B, L)
