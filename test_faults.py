@@ -2,12 +2,19 @@
 Tests of what can go wrong in a run: signals, kill -9, a full disk, damaged files, several processes. The runs are those
 of the command line. Importing torch takes seconds, so `python test_faults.py` imports it once and forks them off.
 """
+# ruff: noqa: E402
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # for test_attg.py, should it come second: chosen before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import contextlib
 import faulthandler
 import json
 import math
-import os
 import random
 import re
 import resource
@@ -22,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -727,7 +733,7 @@ def test_command_from_elsewhere_without_git_or_terminal(data, tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, *argv], env=environment, **options)
     assert done.returncode == 0, done.stderr
     assert "attg_mae unknown, python" in done.stdout and "img/s" in done.stdout
-    assert "\r" not in done.stdout + done.stderr and "it/s" not in done.stderr and done.stderr == ""
+    assert "\r" not in done.stdout and done.stderr == "attg_loss: PyTorch (cpu tensors)\n"  # no progress bars
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["data-vit_micro-attg"]
     files = {"config.json", "log.jsonl", "last.pt", "encoder.pt", "reconstructions.png"}
     assert {p.name for p in (tmp_path / "out" / "data-vit_micro-attg").iterdir()} == files

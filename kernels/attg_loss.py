@@ -317,7 +317,7 @@ def _is_fused(pred, target, attn, impl):
         raise ValueError(f'impl: "triton" cannot run here: {obstacle}; pass "auto" or "torch"')
     fused = impl == "triton" or (pred.is_cuda and not obstacle)
     if impl == "auto" and not torch.compiler.is_compiling():
-        _say("fused Triton kernel" if fused else f"PyTorch ({obstacle or 'CPU tensors'})")
+        _say("fused Triton kernel" if fused else f"PyTorch ({obstacle or 'cpu tensors'})")
     return fused
 
 
