@@ -339,12 +339,13 @@ def discover(maps, whole, grid, path, settings, batch_size, workers, device, ran
     count = sum(len(blocks[i]) for i in mine)  # of this process
     seconds = 0.1 if sys.stderr.isatty() else 60  # between two states of the bar; a line each in a log file
     bar = tqdm(total=count, unit="img", desc="maps", mininterval=seconds, disable=rank > 0)
-    with bar, open(part, "r+b", buffering=0) as rows, open(path.with_suffix(f".done.{rank}"), "a") as log:
+    with bar, open(part, "r+b") as rows, open(path.with_suffix(f".done.{rank}"), "a") as log:
         for i, (imgs, readable) in zip(mine, loader, strict=True):
             m = normalize_map(maps(imgs.to(device)).float().flatten(1)).cpu()  # (B, L)
             m[~readable] = torch.nan  # failed, which zeros would not tell
             rows.seek(2 * blocks[i].start * math.prod(grid))
             rows.write(m.half().numpy().astype("<f2").tobytes())
+            rows.flush()
             log.write(f"\n{i};")
             log.flush()
             bar.update(len(imgs))

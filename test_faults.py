@@ -346,6 +346,18 @@ def test_maps_job_killed_at_any_moment(ask, maps_job, tmp_path):
     assert files_of(out) == want and not list(tmp_path.glob("maps.done*")) and not list(tmp_path.glob("*part*"))
 
 
+def test_maps_job_on_a_full_disk(ask, maps_job, tmp_path):
+    settings, want = maps_job
+    run = Process(ask, tmp_path / "maps.npy", settings, script=DISCOVERY)
+    assert run.until(lambda: (tmp_path / "maps.done.0").exists() and ";" in (tmp_path / "maps.done.0").read_text())
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (8000, 8000))
+    code, _, errors = run.wait()
+    assert code == 1 and "Traceback" not in errors and not (tmp_path / "maps.npy").exists()
+    assert re.search(r"^object_discovery.py: error: --out \S+maps.npy: cannot be written .* run it again", errors, re.M)
+    code, words, _ = Process(ask, tmp_path / "maps.npy", settings, script=DISCOVERY).wait()
+    assert code == 0 and "going on" in words and files_of(tmp_path / "maps.npy") == want
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_maps_by_two_processes(killed, ask, maps_job, tmp_path):
     settings, want = maps_job
