@@ -223,8 +223,11 @@ def cut_features(L, batch, keys):
 def maps(args, device, out):
     """Milliseconds an image, one CPU thread each: scipy.linalg.eigh(D - A, D, subset_by_index=[1, 2]), which is given
     both matrices, and tokencut, which makes them. The backbone is a ViT-S of random weights on toy images."""
-    import scipy.linalg
-    from threadpoolctl import threadpool_limits
+    try:
+        import scipy.linalg
+        from threadpoolctl import threadpool_limits
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install -r requirements-test.txt") from error
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
