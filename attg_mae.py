@@ -234,8 +234,7 @@ class MAE(nn.Module):
 
     def forward(self, imgs, attn=None, tau=0.75, mask_ratio=0.75, noise=None, normalize_attn=True):
         """The loss (Eq. 2), pred (B, L, P) and mask (B, L), 1 = removed, of normalised float imgs (B, C, H, W).
-        attn (B, L): attention map, None = vanilla; tau: float or 0-d tensor; noise (B, L): the lowest stay visible.
-        """
+        attn (B, L): attention map, None = vanilla; tau: float or 0-d tensor; noise (B, L): the lowest stay visible."""
         patches = self.patchify(imgs)  # (B, L, P)
         B, L, _ = patches.shape
         noise = torch.rand(B, L, device=imgs.device) if noise is None else noise
@@ -260,8 +259,7 @@ build_model = MAE
 # -- Guidance: from the map of an image to the weights of its patches --------------------------------------------------
 def pool_maps(maps, box, flip, grid):
     """Mean of the maps (B, h, w) of whole pictures under each patch of the augmented images: (B, L) fp32.
-    box (B, 4): the crop x0, y0, x1, y1 as fractions of width and height; flip (B,) bool comes after it.
-    """
+    box (B, 4): the crop x0, y0, x1, y1 as fractions of width and height; flip (B,) bool comes after it."""
     h, w = maps.shape[1:]
     x0, y0, x1, y1 = box.unbind(1)
     rois = torch.stack([torch.arange(len(maps), device=maps.device), x0 * w, y0 * h, x1 * w, y1 * h], dim=1).float()
@@ -270,8 +268,7 @@ def pool_maps(maps, box, flip, grid):
 
 def guide(m, noise, flat, guidance):
     """What M_norm, m (B, L), does to a step: (attn, noise). w = exp(attn / tau), -inf is weight 0, None weight 1.
-    noise (B, L) decides the mask; flat (B,) marks maps that say nothing, their patches have weight 1 in every mode.
-    """
+    noise (B, L) decides the mask; flat (B,) marks maps that say nothing, their patches have weight 1 in every mode."""
     if guidance == "none":
         return None, noise
     if guidance == "input_masking":  # the lowest M stays visible; sorting by noise first puts ties in random order
@@ -408,8 +405,7 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
     Use forward_features and last_qkv, on images normalised by .cfg.mean and .cfg.std, ImageNet's unless the file says
     otherwise (many of timm's and HF's ViTs want 0.5 and 0.5). Its decoder has no blocks.
     heads: for widths that are no standard ViT's. img_size: int or (height, width), if not that of the weights: sin-cos
-    positions are made anew, learned ones resized. ValueError if there is no such encoder in the file.
-    """
+    positions are made anew, learned ones resized. ValueError if there is no such encoder in the file."""
     state, config, name = read_weights(path_or_state_dict)
     if config is None:
         width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
@@ -425,11 +421,12 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
     return model.eval()
 
 # -- Features and k-NN -------------------------------------------------------------------------------------------------
+FEATURES = ("class_token", "patch_mean")
+
 @torch.no_grad()
 def extract_features(model, loader, dtype=None):
     """Class tokens (n, D), means of the patch tokens (n, D), labels (n,) of a loader of data.Sample, on the CPU.
-    After the last norm, nothing masked; dtype autocasts the forward pass.
-    """
+    After the last norm, nothing masked; dtype autocasts the forward pass."""
     device, parts = model.cls_token.device, []
     for sample in tqdm(loader, desc="features", leave=False, disable=None):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -454,19 +451,22 @@ def knn_classify(train_features, train_labels, test_features, k=20, temperature=
         rankings.append(votes.sort(dim=2, descending=True, stable=True).indices[..., :5])
     return torch.cat(rankings, dim=1)[0] if isinstance(k, int) else torch.cat(rankings, dim=1)
 
-def knn_accuracy(model, train_set, test_set, loader_args, dtype, rank, world):
-    """Top-1 in percent of the k-NN (k = 20) from train_set to test_set, by feature; each process extracts its share."""
-    features = []
-    for dataset in (train_set, test_set):
-        share = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
-        parts = [extract_features(model, make_loader(share, **loader_args), dtype)] * world
-        if world > 1:
-            dist.all_gather_object(parts, parts[rank])
-        features.append([torch.cat(x).to(model.cls_token.device) for x in zip(*parts, strict=True)])
-    (*banks, labels), (*queries, truth) = features
+def features_of(model, dataset, loader_args, dtype, rank, world):
+    """extract_features of a data set, in its order, in every process; each of them extracts its share."""
+    share = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
+    parts = [extract_features(model, make_loader(share, **loader_args), dtype)] * world
+    if world > 1:
+        dist.all_gather_object(parts, parts[rank])
+    order = torch.cat([torch.arange(r, len(dataset), world) for r in range(world)]).argsort()
+    return [torch.cat(x)[order] for x in zip(*parts, strict=True)]
+
+def knn_accuracy(model, train_set, test_set, *setup):
+    """Top-1 in percent of the k-NN (k = 20) from train_set to test_set, by feature. setup: what features_of takes."""
+    features = [features_of(model, dataset, *setup) for dataset in (train_set, test_set)]
+    (*banks, labels), (*queries, truth) = [[x.to(model.cls_token.device) for x in split] for split in features]
     known = labels >= 0
     hits = [knn_classify(bank[known], labels[known], x)[:, 0] == truth for bank, x in zip(banks, queries, strict=True)]
-    return dict(zip(("class_token", "patch_mean"), [100 * hit.float().mean().item() for hit in hits], strict=True))
+    return dict(zip(FEATURES, [100 * hit.float().mean().item() for hit in hits], strict=True))
 
 # -- Training ----------------------------------------------------------------------------------------------------------
 LINE = "step {step:6}/{total} epoch {epoch:6.2f} loss {loss:.4f} mse {mse:.4f} lr {lr:.2e} tau {tau:.3f} "

@@ -79,6 +79,10 @@ def read_array(images, labels, i):
     return Image.fromarray(images[i]), labels[i]
 
 
+def read_row(read, rows, i):
+    return read(rows[i])
+
+
 def to_rgb(picture):
     """Any PIL mode -> 8-bit RGB. Alpha is dropped, as by torchvision's loader; wide grey is scaled (PIL clips)."""
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
@@ -91,14 +95,18 @@ def to_rgb(picture):
     return picture.convert("RGB")
 
 
-def train_view(picture, size, seed):
-    """Random crop -> image of `size` (h, w), box in fractions, flip. Aspect ratios are relative to that of `size`."""
+def train_view(picture, size, seed, scale=CROP_SCALE, after=None):
+    """
+    Random crop of a share in `scale` of the area -> image of `size` (h, w), box in fractions, flip. Aspect ratios are
+    relative to that of `size`. after(image) may augment it further, by torch's random numbers.
+    """
     state = torch.get_rng_state()                           # fork_rng costs three times as much
     torch.default_generator.manual_seed(seed)               # torch.manual_seed would reseed the GPUs as well
-    y, x, h, w = RandomResizedCrop.get_params(picture, CROP_SCALE, [r * size[1] / size[0] for r in CROP_RATIO])
+    y, x, h, w = RandomResizedCrop.get_params(picture, scale, [r * size[1] / size[0] for r in CROP_RATIO])
     flip = torch.rand(()).item() < 0.5
-    torch.set_rng_state(state)
     image = picture.crop((x, y, x + w, y + h)).resize(size[::-1], Image.Resampling.BICUBIC)
+    image = after(image) if after else image
+    torch.set_rng_state(state)
     return image, (x / picture.width, y / picture.height, (x + w) / picture.width, (y + h) / picture.height), flip
 
 
@@ -119,22 +127,36 @@ def eval_view(picture, size):
 
 class ImageData(Dataset):
     """
-    One split. data[epoch, index] is the augmented Sample if `augment`; else, and for data[index], the evaluation's.
+    One split. data[epoch, index] is the augmented Sample if `augment`: train_view's if True, or what another function
+    of (picture, size, seed) returns; else, and for data[index], the evaluation's.
     A picture that cannot be decoded is replaced by the next one that can; ValueError if there is none.
     """
 
-    def __init__(self, read, names, num_classes, size, augment=False, seed=0, masks=None):
+    def __init__(self, read, names, num_classes, size, augment=False, seed=0, masks=None, labels=None):
         self.read = read                                    # read(i) -> (PIL picture, label)
         self.names = names                                  # one per picture: order and identity of the map file's rows
         self.num_classes, self.labelled = num_classes, num_classes > 0      # 0 without; stl10 mixes in labels of -1
         self.masks = masks                                  # toy only: uint8 (n, 32, 32), 1 = object
+        self.known = labels                                 # (n,), None: only read() tells them
         self.size = (size, size) if isinstance(size, int) else tuple(size)  # (h, w) of the images
-        self.augment, self.seed = augment, seed
+        self.augment, self.seed = train_view if augment is True else augment, seed
 
     @functools.cached_property
     def fingerprint(self):
         """sha256 over the number and the names."""
         return hashlib.sha256("\0".join([str(len(self)), *self.names]).encode(errors="surrogateescape")).hexdigest()
+
+    @functools.cached_property
+    def labels(self):
+        """int64 (n,), -1 = none. Sets of torchvision are read for them, once."""
+        return torch.tensor([self.read(i)[1] for i in range(len(self))] if self.known is None else self.known)
+
+    def subset(self, rows):
+        """These rows (m,) of it, as a data set of its own."""
+        rows, labels = rows.tolist(), self.labels[rows].tolist()
+        masks = None if self.masks is None else self.masks[rows]
+        read, names = functools.partial(read_row, self.read, rows), [self.names[i] for i in rows]
+        return ImageData(read, names, self.num_classes, self.size, self.augment, self.seed, masks, labels)
 
     def __len__(self):
         return len(self.names)
@@ -152,7 +174,7 @@ class ImageData(Dataset):
         else:
             raise ValueError(f"--data: none of the {len(self)} pictures can be decoded, the first is {self.names[0]}")
         if self.augment and epoch is not None:
-            image, box, flip = train_view(picture, self.size, seed_for("crop", self.seed, epoch, start))
+            image, box, flip = self.augment(picture, self.size, seed_for("crop", self.seed, epoch, start))
         else:
             image, box, flip = eval_view(picture, self.size)
         return Sample(pil_to_tensor(image), int(label), index, torch.tensor(box), flip)
@@ -177,27 +199,29 @@ def open_data(name, split="train", size=32, augment=False, seed=0, classes=None,
     """
     One split of what --data names (see the top of this file); None if there is no such split.
 
-        split    "train" or "test"; toy also "only_fg", "mixed_same", "mixed_rand", "mixed_next"
+        split    "train" or "test"; toy also "only_fg", "mixed_same", "mixed_rand", "mixed_next"; for a folder with
+                 train/CLASS/ also another folder of the same classes, DIR/CLASS/, DIR/val/CLASS/ or DIR/test/CLASS/
         size     px, int or (h, w)
-        augment  random crop and flip for keys (epoch, index)
+        augment  random crop and flip for keys (epoch, index), or a function instead (see ImageData)
         classes  text file, one class folder a line: only these are kept (--classes)
         root     where torchvision's sets lie or are downloaded to (by the first process)
 
     ValueError names --data or --classes, what is wrong and the remedy.
     """
     made = functools.partial(ImageData, size=size, augment=augment, seed=seed)
-    splits = ("train", "test", *(TOY_VARIANTS if name == "toy" else ()))
-    if split not in splits:
-        raise ValueError(f"split {split!r} of --data {name}: must be one of {', '.join(splits)}")
     path = Path(name).expanduser()
     nested = name != "toy" and name not in TORCHVISION and (path / "train").is_dir()
+    splits = ("train", "test", *(TOY_VARIANTS if name == "toy" else ()))
+    if split not in splits and not (nested and Path(split).is_dir()):
+        raise ValueError(f"split {split!r} of --data {name}: must be one of {', '.join(splits)}" +
+                         ", or a folder with the same class folders as train/" * nested)
     if classes and not (nested and Path(classes).is_file()):
         raise ValueError(f"--classes {classes}: must be a text file that lists class folders, one a line, and --data a "
                          f"folder with train/CLASS/, not {name}")
     if name == "toy":
         images, masks, labels = toy(split)
         names = [f"toy/{split}/{i:05d}" for i in range(len(images))]
-        return made(functools.partial(read_array, images, labels), names, len(TOY_CLASSES), masks=masks)
+        return made(functools.partial(read_array, images, labels), names, len(TOY_CLASSES), masks=masks, labels=labels)
     if name in TORCHVISION:
         root = Path(root or os.environ.get("ATTG_DATA") or "~/.cache/attg_mae").expanduser()
         source = open_torchvision(name, split, root)
@@ -209,16 +233,20 @@ def open_data(name, split="train", size=32, augment=False, seed=0, classes=None,
     names = sorted(entry.name for entry in path.iterdir() if is_image_file(entry.name) and entry.is_file())
     if not names:
         raise ValueError(f"--data {name}: no folder train/ and no pictures in it. {LAYOUTS}")
+    if split != "train":
+        return None
     labels = [-1] * len(names)
-    return made(functools.partial(read_file, path, names, labels), names, 0) if split == "train" else None
+    return made(functools.partial(read_file, path, names, labels), names, 0, labels=labels)
 
 
 def open_folder(path, split, classes, made):
     """Order and labels as torchvision's ImageFolder has them, after the selection of classes."""
-    part = "train" if split == "train" else next((p for p in ("val", "test") if (path / p).is_dir()), None)
+    root = path if split in ("train", "test") else Path(split)
+    parts = ("train",) if split == "train" else ("val", "test") if root is path else ("val", "test", "")
+    part = next((p for p in parts if (root / p).is_dir()), None)
     if part is None:
         return None
-    base = str(path / part)
+    base = str(root / part)
     try:
         found, here = find_classes(path / "train")[0], find_classes(base)[0]
         if classes:
@@ -229,13 +257,13 @@ def open_folder(path, split, classes, made):
             found, here = ([name for name in names if name in listed] for names in (found, here))
         if found != here:
             odd = sorted({*found} ^ {*here})[:5]
-            raise ValueError(f"--data {path}: train/ and {part}/ hold different classes, {odd} are in one only; make "
-                             "them equal or list the common ones with --classes")
+            raise ValueError(f"--data {path}: {path / 'train'} and {base} hold different classes, {odd} are in one "
+                             "only; make them equal or list the common ones with --classes")
         items = make_dataset(base, {name: i for i, name in enumerate(found)}, IMG_EXTENSIONS)
     except FileNotFoundError as error:                      # no class folder, or one without pictures
         raise ValueError(f"--data {path}: {error} {LAYOUTS}") from error
-    names = [file[len(base) + 1:].replace(os.sep, "/") for file, _ in items]
-    return made(functools.partial(read_file, path / part, names, [label for _, label in items]), names, len(found))
+    names, labels = [file[len(base) + 1:].replace(os.sep, "/") for file, _ in items], [label for _, label in items]
+    return made(functools.partial(read_file, root / part, names, labels), names, len(found), labels=labels)
 
 
 def open_torchvision(name, split, root):
@@ -262,6 +290,22 @@ def open_torchvision(name, split, root):
                          f"put the files of torchvision.datasets.{kind} into {root / folder}, or set ATTG_DATA to the "
                          f"folder that holds {folder}") from error
     return ConcatDataset(parts)
+
+
+def shot_indices(labels, shots, seed):
+    """
+    The images (m,) chosen of labels (n,): `shots` of each class, or that share of it (at least one) if shots is a
+    float. A function of labels, shots and seed alone; fewer shots are a part of more. ValueError if there are too few.
+    """
+    chosen = []
+    for c in labels[labels >= 0].unique().tolist():
+        members = (labels == c).nonzero().flatten()
+        count = max(1, round(shots * len(members))) if isinstance(shots, float) else shots
+        if len(members) < count:
+            raise ValueError(f"--shots {shots}: class {c} has {len(members)} images; use fewer shots")
+        order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed_for("shots", seed, c)))
+        chosen.append(members[order[:count]])
+    return torch.cat(chosen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,6 +390,7 @@ class Feed:
 def replacing(path):
     """A temporary path that takes the place of `path` when the block ends well: all or nothing, even if killed."""
     temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         with open(temporary, "r+b") as file:
@@ -462,6 +507,21 @@ def save_sheet(path, columns, rows=(), cell=96):
             tile = to_pil_image(image.cpu()).resize((w, h), Image.Resampling.NEAREST)
             sheet.paste(tile, (left + column * (w + 4), 20 + row * (h + 4)))
     sheet.save(path)
+
+
+def report(rows, settings, path):
+    """Prints rows, dicts of figures, as a table, then all of it as a line of JSON, which is also added to the file."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [keys, *([f"{row[k]:.2f}" if isinstance(row.get(k), float) else str(row.get(k, "")) for k in keys]
+                     for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
+    line = json.dumps({"settings": settings, "torch": torch.__version__, "results": rows})
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(line + "\n")
+    print(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ Shapes: n training images, B test images, D width, C classes, Q queries, N image
 """
 
 import argparse
-import json
 import pickle
 import sys
 from pathlib import Path
@@ -22,37 +21,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from attg_mae import extract_features, knn_classify, load_checkpoint, load_encoder, processes, save_checkpoint
-from data import Sample, make_loader, open_data, seed_for, to_rgb
-
-FEATURES = ("class_token", "patch_mean")
-
-
-def features_of(model, dataset, rank, world, **loader_args):
-    """{"class_token": (n, D), "patch_mean": (n, D), "labels": (n,)} in data-set order, on the CPU of every process."""
-    parts = [extract_features(model, make_loader(Subset(dataset, range(rank, len(dataset), world)), **loader_args))]
-    if world > 1:
-        (mine,), parts = parts, [None] * world
-        dist.all_gather_object(parts, mine)
-    order = torch.cat([torch.arange(r, len(dataset), world) for r in range(world)]).argsort()
-    values = (torch.cat(x)[order] for x in zip(*parts, strict=True))
-    return dict(zip((*FEATURES, "labels"), values, strict=True))
-
-
-def shot_indices(labels, shots, seed):
-    """The images (C * shots,) chosen of labels (n,): a function of labels, shots and seed alone; fewer shots are a part
-    of more. ValueError if a class has too few."""
-    chosen = []
-    for c in labels.unique().tolist():
-        members = (labels == c).nonzero().flatten()
-        if len(members) < shots:
-            raise ValueError(f"--shots {shots}: class {c} has {len(members)} images; use fewer shots")
-        order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed_for("shots", seed, c)))
-        chosen.append(members[order[:shots]])
-    return torch.cat(chosen)
+from attg_mae import FEATURES, features_of, knn_classify, load_checkpoint, load_encoder, processes, save_checkpoint
+from data import Sample, open_data, report, shot_indices, to_rgb
 
 
 def accuracy(bank, labels, queries, truth, ks, num_classes, device, rank=0, world=1):
@@ -63,7 +36,7 @@ def accuracy(bank, labels, queries, truth, ks, num_classes, device, rank=0, worl
     hits = torch.stack([right[..., 0].sum(dim=1), right.any(dim=2).sum(dim=1)], dim=1).float()
     if world > 1:
         dist.all_reduce(hits)
-    return 100 * hits.cpu() / len(truth)
+    return 100 * hits.cpu().double() / len(truth)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +145,7 @@ def arguments(argv):
     add("--batch_size", type=int, default=256)
     add("--workers", type=int, default=None, help="loader processes of each process [CPU 0, GPU 8]")
     add("--device", help="cuda, mps or cpu [the first there is]")
-    add("--out", help="file for the results [eval_knn.json beside the checkpoint or the features]")
+    add("--out", help="file that the results are added to [eval_knn.jsonl beside the checkpoint or the features]")
     args = parser.parse_args(argv)
     if not args.checkpoint and not args.features:
         raise ValueError("a checkpoint is needed: eval_knn.py CHECKPOINT, or --features FILE")
@@ -200,7 +173,9 @@ def evaluate(args, device, rank, world):
             if not (pair[1] and all(x.labelled for x in pair)):
                 raise ValueError(f"--data {args.data}: needs labelled images, train/CLASS and val/CLASS or test/CLASS")
         loader = {"batch_size": args.batch_size, "workers": workers if args.workers is None else args.workers}
-        parts = {k: features_of(model, x, rank, world, **loader) for k, x in zip(("train", "test"), pair, strict=True)}
+        found = [features_of(model, dataset, loader, None, rank, world) for dataset in pair]
+        found = [dict(zip((*FEATURES, "labels"), x, strict=True)) for x in found]
+        parts = dict(zip(("train", "test"), found, strict=True))
         if args.save_features and rank == 0:
             save_checkpoint(args.save_features, **parts)
     bank, queries, rows = parts["train"], parts["test"], []
@@ -233,13 +208,7 @@ def main(argv=None):
     with processes(args.device) as (device, rank, world):
         rows = evaluate(args, device, rank, world)
         if rank == 0:
-            for row in rows:
-                print(", ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
-            line = json.dumps({"settings": vars(args), "torch": torch.__version__, "results": rows})
-            out = Path(args.out or Path(args.checkpoint or args.features).with_name("eval_knn.json"))
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(line + "\n")
-            print(line)
+            report(rows, vars(args), args.out or Path(args.checkpoint or args.features).with_name("eval_knn.jsonl"))
     return rows
 
 

@@ -1514,7 +1514,7 @@ def test_classes_select_folders(folder, tmp_path):
 def test_test_classes_must_be_the_training_classes(folder):
     write(folder / "val" / "d" / "0.png", noise(40, 40))
     open_data(folder)                                       # training alone does not mind
-    with pytest.raises(ValueError, match=r"--data .*train/ and val/ hold different classes, \['d'\] are in one"):
+    with pytest.raises(ValueError, match=r"--data .*train and .*val hold different classes, \['d'\] are in one"):
         open_data(folder, "test")
     (folder / "classes.txt").write_text("a\nb\nc\n")
     assert len(open_data(folder, "test", classes=folder / "classes.txt")) == 3
@@ -2884,28 +2884,33 @@ def test_accuracy_equals_scikit_learn(classes, n, tests):
 
 def test_features_of_several_processes_are_in_order(labelled, monkeypatch):
     model, dataset = A.build_model(A.Config(**SMALL)).eval(), open_data(labelled["data"], "train", (32, 32))
-    want = E.features_of(model, dataset, 0, 1, batch_size=4)
+    want = A.features_of(model, dataset, {"batch_size": 4}, None, 0, 1)
     shares = [A.extract_features(model, make_loader(torch.utils.data.Subset(dataset, range(r, len(dataset), 3))))
               for r in range(3)]  # fmt: skip
 
     def gather(parts, mine):
-        assert all(a.equal(b) for a, b in zip(mine, shares[1], strict=True))
+        assert len(parts) == 3 and all(a.equal(b) for a, b in zip(mine, shares[1], strict=True))
         parts[:] = shares
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    got = E.features_of(model, dataset, 1, 3)
-    assert all(torch.allclose(got[k], want[k], atol=1e-6) for k in want) and got["labels"].equal(want["labels"])
-    assert got["labels"].tolist() == [dataset[i].label for i in range(len(dataset))]
+    got = A.features_of(model, dataset, {}, None, 1, 3)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))
+    assert got[2].tolist() == [dataset[i].label for i in range(len(dataset))] == dataset.labels.tolist()
 
 
 def test_few_shots_are_the_same_for_every_model():
     labels = torch.randint(4, (200,))
-    one, five = (E.shot_indices(labels, shots, 3) for shots in (1, 5))
+    one, five = (data.shot_indices(labels, shots, 3) for shots in (1, 5))
     assert labels[five].bincount().tolist() == [5] * 4 and len(set(five.tolist())) == 20
-    assert set(one.tolist()) < set(five.tolist()) and five.equal(E.shot_indices(labels, 5, 3))
-    assert not five.equal(E.shot_indices(labels, 5, 4))
+    assert set(one.tolist()) < set(five.tolist()) and five.equal(data.shot_indices(labels, 5, 3))
+    assert not five.equal(data.shot_indices(labels, 5, 4))
+    assert five.tolist() == data.shot_indices(torch.cat([labels, torch.tensor([-1, -1])]), 5, 3).tolist()  # unlabelled
+    tenth, everything = (data.shot_indices(labels, share, 3) for share in (0.1, 1.0))
+    assert labels[tenth].bincount().tolist() == [round(n / 10) for n in labels.bincount().tolist()]
+    assert set(one.tolist()) < set(tenth.tolist()) and sorted(everything.tolist()) == list(range(200))
+    assert data.shot_indices(labels, 1e-9, 3).tolist() == one.tolist()  # at least one of each
     with pytest.raises(ValueError, match="--shots 500: class 0 has"):
-        E.shot_indices(labels, 500, 0)
+        data.shot_indices(labels, 500, 0)
 
 
 def some_truth(images, queries, seed=0):
@@ -2983,17 +2988,18 @@ def test_eval_knn_of_a_data_set(encoder, labelled, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     report = json.loads(printed[-1])
     assert report["results"] == rows and report["settings"]["k"] == [1, 20] and "top-1" in printed[0]
-    assert json.loads(Path(encoder).with_name("eval_knn.json").read_text()) == report
+    assert json.loads(Path(encoder).with_name("eval_knn.jsonl").read_text()) == report
     assert [(r["feature"], r["k"]) for r in rows] == [(f, k) for f in E.FEATURES for k in (1, 20)]
     model, sets = A.load_encoder(encoder), [open_data(labelled["data"], s, 32) for s in ("train", "test")]
     want = A.knn_accuracy(model, *sets, {}, None, 0, 1)
     assert {r["feature"]: r["top-1"] for r in rows if r["k"] == 20} == pytest.approx(want)
     again = E.main(["--features", str(tmp_path / "f.pt"), "--k", "1", "20", "--device", "cpu"])
-    assert again == rows and (tmp_path / "eval_knn.json").is_file()
+    assert again == rows and len((tmp_path / "eval_knn.jsonl").read_text().splitlines()) == 1
     few = E.main([*flags, "--shots", "1", "3", "--seeds", "4", "--out", str(tmp_path / "deep" / "few.json")])
     assert [(r["protocol"], r["k"], r["seeds"]) for r in few[:2]] == [("1 shots", 5, 4), ("3 shots", 5, 4)]
     assert few == E.main(["--features", str(tmp_path / "f.pt"), "--shots", "1", "3", "--seeds", "4", "--device", "cpu"])
-    assert any(r["+-"] > 0 for r in few) and (tmp_path / "deep" / "few.json").is_file()
+    assert any(r["+-"] > 0 for r in few) and json.loads((tmp_path / "deep" / "few.json").read_text())["results"] == few
+    assert [len(json.loads(line)["results"]) for line in (tmp_path / "eval_knn.jsonl").open()] == [4, 4]  # both kept
 
 
 def test_eval_knn_retrieval(encoder, tmp_path):
