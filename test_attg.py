@@ -34,8 +34,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.linalg
+import sklearn.linear_model
 import sklearn.metrics
+import sklearn.preprocessing
+import timm
 import timm.models.vision_transformer as timm_vit
+import timm.optim
 import torchvision
 import transformers as hf
 from PIL import Image
@@ -51,6 +55,7 @@ import attg_mae as A
 import bench
 import data
 import eval_knn as E
+import eval_linear as L
 import object_discovery as O
 from data import IMAGENET, TrainBatches, load_maps, make_loader, open_data, save_maps, seed_for
 from test_faults import (
@@ -3056,6 +3061,451 @@ def test_eval_knn_errors(flags, words, encoder, labelled, plain, tmp_path, monke
     with pytest.raises((ValueError, OSError)) as error:
         E.main([*argv, "--device", "cpu"])
     assert [w for w in words.split() if w not in str(error.value)] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation: linear probes and fine-tuning
+
+
+def blobs(n, classes, width=16, spread=1.5, seed=0):
+    """Overlapping classes, narrow along some directions: correlated features (n, width) of all scales, labels (n,)."""
+    labels = torch.arange(n) % classes
+    noise_ = randn(n, width, seed=seed + 1) * torch.logspace(-0.8, 0.8, width)
+    x = (randn(classes, width)[labels] + spread * noise_) @ torch.linalg.qr(randn(width, width, seed=99))[0]
+    return 5 + x * torch.logspace(-3, 2, width), labels
+
+
+def test_heads_equal_torch_sgd():
+    """Each of the layers trained together is the one that torch.optim.SGD trains alone, over 1,000 steps."""
+    x, labels = blobs(60, 4)
+    x = F.pad(F.normalize(x, dim=0) * 60**0.5, (0, 1), value=1.0)
+    got = L.train_heads(x, labels, (0.003, 0.3), 4, 1, 25, seed=3)
+    generator = torch.Generator().manual_seed(seed_for("probe", 3))
+    orders = [torch.randperm(60, generator=generator) for _ in range(334)]
+    want = {}
+    for lr, momentum in ((0.003, 0.9), (0.3, 0.9), (0.3, 0.0)):
+        head = nn.Linear(17, 4, bias=False)
+        nn.init.zeros_(head.weight)
+        optimizer = torch.optim.SGD(head.parameters(), lr=lr, momentum=momentum)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: (1 + math.cos(math.pi * s / 1000)) / 2)
+        for step in range(1000):
+            i = orders[step // 3][step % 3 * 25 :][:25]
+            optimizer.zero_grad()
+            F.cross_entropy(head(x[i]), labels[i]).backward()
+            optimizer.step()
+            schedule.step()
+        want[lr, momentum] = head.weight.detach().T
+    assert got.shape == (2, 17, 4) and close(got[0], want[0.003, 0.9], 1e-4) and close(got[1], want[0.3, 0.9], 1e-4)
+    assert not close(got[1], want[0.3, 0.0], 1e-2) and not close(got[1], got[0], 1e-2)
+
+
+@pytest.mark.parametrize(("n", "classes", "spread"), [(120, 3, 3.0), (400, 10, 1.5), (11000, 2, 9.0), (1500, 50, 0.7)])
+def test_probe_reaches_scikit_learn(n, classes, spread):
+    """Within half a point of logistic regression, whose strength is chosen by the loss of held-out images as well."""
+    (x, y), test = blobs(n, classes, spread=spread), blobs(6000, classes, spread=spread, seed=5)
+    got = L.linear_probe(x, y, {"a": test, "b": (test[0][:50], test[1][:50])})
+    a, b = got["results"]["a"], got["results"]["b"]
+    scaler = sklearn.preprocessing.StandardScaler().fit(x)
+    fit = sklearn.linear_model.LogisticRegressionCV(
+        Cs=[0.01, 0.1, 1.0, 10.0], cv=5, max_iter=2000, l1_ratios=(0,), use_legacy_attributes=False,
+        scoring="neg_log_loss"
+    ).fit(scaler.transform(x), y)  # fmt: skip
+    truth = test[1].numpy()
+    want = 100 * (fit.predict(scaler.transform(test[0])) == truth).mean()
+    assert a[0] >= want - 0.5
+    assert L.linear_probe(x, y, {"a": test}, lrs=[1e-5])["results"]["a"][0] < want - 0.5  # hardly trained
+    best = np.argsort(-fit.predict_proba(scaler.transform(test[0])), axis=1)[:, :5]
+    assert a[1] >= 100 * (best == truth[:, None]).any(1).mean() - 1
+    assert len(got["held_out"]) == len(L.LRS) and got["lr"] == L.LRS[np.argmin(got["held_out"])]
+    assert 0 < b[0] <= b[1] <= 100 and (b[0] / 2) % 1 == 0  # of 50 images
+
+
+def test_test_labels_choose_nothing():
+    (x, y), (a, truth) = blobs(100, 5), blobs(500, 5, seed=9)
+    shuffled = truth[torch.randperm(500)]
+    one, two = (L.linear_probe(x, y, {"t": (a, t)}) for t in (truth, shuffled))
+    assert (one["lr"], one["held_out"]) == (two["lr"], two["held_out"])
+    assert one["results"]["t"][0] > 50 > two["results"]["t"][0]
+    worse = L.linear_probe(x, y[torch.randperm(100)], {"t": (a, truth)})  # training labels do
+    assert worse["held_out"] != one["held_out"] and worse["results"]["t"][0] < 45
+
+
+def test_probe_at_the_limits():
+    (x, y), test = blobs(40, 4), blobs(200, 4, seed=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wild = L.linear_probe(x, y, {"t": test}, lrs=[0.01, 1e30])  # the second is not finite
+    assert wild["lr"] == 0.01 and wild["held_out"][1] > 1e3
+    again = L.linear_probe(x, y, {"t": test}, lrs=[0.01, 1e30])
+    assert again == wild  # deterministic
+    few = L.linear_probe(x[:5], y[:5], {"t": test})  # classes 0 twice, 1, 2 and 3 once
+    assert math.isfinite(min(few["held_out"])) and few["results"]["t"][1] == 100
+    dead = torch.cat([x, torch.full((40, 3), 7.0)], dim=1)  # channels that never change
+    ours = L.linear_probe(dead, y, {"t": (F.pad(test[0], (0, 3), value=7.0), test[1])})["results"]
+    assert ours["t"][0] == pytest.approx(L.linear_probe(x, y, {"t": test})["results"]["t"][0], abs=2)
+    assert L.linear_probe(x, 0 * y, {"t": (test[0], 0 * test[1])})["results"] == {"t": [100, 100]}  # one class
+    with pytest.raises(ValueError, match="one image a class: two are needed"):
+        L.linear_probe(x[:4], y[:4], {"t": test})
+
+
+def test_lars_equals_timm():
+    def matrices():
+        return [nn.Parameter(p) for p in (randn(6, 5), zeros(3, 4), 1e-3 * randn(7, 2, seed=1), randn(6), zeros(3))]
+
+    ours, theirs, wrong = matrices(), matrices(), matrices()
+    optimizers = [
+        L.LARS(ours, lr=0.4, weight_decay=0.01),
+        timm.optim.Lars([{"params": theirs[:3], "weight_decay": 0.01, "always_adapt": True}, {"params": theirs[3:]}],
+                        lr=0.4, momentum=0.9),
+        timm.optim.Lars(wrong, lr=0.4, momentum=0.9, weight_decay=0.01),
+    ]  # fmt: skip
+    for step in range(6):
+        for parameters in (ours, theirs, wrong):
+            for k, p in enumerate(parameters):
+                p.grad = randn(*p.shape, seed=10 * step + k) * (step != 2 or k != 0)  # a gradient of zero
+        optimizers[0].param_groups[0]["lr"] = 0.4 / (1 + step)
+        for group in optimizers[1].param_groups + optimizers[2].param_groups:
+            group["lr"] = 0.4 / (1 + step)
+        for optimizer in optimizers:
+            optimizer.step()
+    # timm adds the norms of gradient and decay, MAE takes the norm of their sum
+    assert all(close(a, b, 2e-2) for a, b in zip(ours[:3], theirs[:3], strict=True))
+    assert all(close(a, b, 1e-6) for a, b in zip(ours[3:], theirs[3:], strict=True))
+    assert not close(ours[3], wrong[3], 1e-2)
+
+
+@pytest.mark.parametrize("fault", [None, "momentum", "bias"])
+def test_lars_equals_timm_without_decay(fault):
+    """As MAE's probe has it: exactly."""
+    head, peer = nn.Linear(8, 5), nn.Linear(8, 5)
+    peer.load_state_dict(head.state_dict())
+    groups = [{"params": [peer.weight], "always_adapt": True}, {"params": [peer.bias], "always_adapt": fault == "bias"}]
+    ours = L.LARS(head.parameters(), lr=6.4)
+    theirs = timm.optim.Lars(groups, lr=6.4, momentum=0.0 if fault == "momentum" else 0.9)
+    for step in range(20):
+        x, y = randn(32, 8, seed=step), torch.randint(5, (32,))
+        for model, optimizer in ((head, ours), (peer, theirs)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    same_ = close(head.weight, peer.weight, 1e-5) and close(head.bias, peer.bias, 1e-5)
+    assert same_ == (fault is None)
+
+
+def test_mae_probe_is_batchnorm_and_linear_on_the_frozen_encoder():
+    encoder = A.build_model(A.Config(**SMALL)).eval()
+    torch.manual_seed(0)
+    probe, imgs = L.Probe(encoder, 7).train(), randn(6, 3, 32, 32)
+    logits = probe(imgs)
+    tokens = encoder.forward_features(imgs)
+    for got, head, x in zip(logits, probe.heads, (tokens[:, 0], tokens[:, 1:].mean(1)), strict=True):
+        norm = nn.BatchNorm1d(16, eps=1e-6, affine=False)
+        assert close(got, F.linear(norm(x), head.weight, head.bias), 1e-5)
+        assert 0.005 < head.weight.std() < 0.015 and not head.bias.any()
+    logits.sum().backward()
+    trained = {f"heads.{k}.{n}" for k in (0, 1) for n in ("weight", "bias")}
+    assert {n for n, p in probe.named_parameters() if p.grad is not None} == trained
+    assert all(p.grad is None for p in encoder.parameters())
+    statistics = probe.norm.running_mean.clone()
+    probe.eval()
+    assert probe(imgs).shape == (2, 6, 7) and not close(probe(imgs), logits, 1e-2)
+    assert probe.norm.running_mean.equal(statistics)
+
+
+def classifier_and_timm(drop_path=0.0):
+    encoder = A.build_model(A.Config(**SMALL | {"depth": 3})).eval()
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(0.05 * randn(*p.shape))
+    ours = L.Classifier(encoder, 5, drop_path)
+    peer = timm_vit.VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=3, num_heads=2, num_classes=5,
+                                      global_pool="avg", norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                                      drop_path_rate=drop_path)  # fmt: skip
+    nn.init.normal_(ours.head.weight)
+    assert not peer.load_state_dict(ours.state_dict(), strict=True).missing_keys
+    return ours, peer
+
+
+def test_classifier_equals_timm():
+    """Logits and every gradient, with stochastic depth as well, which draws the same random numbers."""
+    ours, peer = classifier_and_timm(0.5)
+    imgs, labels = randn(16, 3, 32, 32), torch.randint(5, (16,))
+    assert close(ours.eval()(imgs)[0], peer.eval()(imgs), 1e-5)
+    logits = []
+    for model in (ours.train(), peer.train()):
+        torch.manual_seed(7)
+        logits.append(model(imgs).view(16, 5))
+        F.cross_entropy(logits[-1], labels).backward()
+    assert close(*logits, 1e-5) and not close(logits[0], ours.eval()(imgs)[0], 1e-2)
+    gradients = dict(peer.named_parameters())
+    for name, p in ours.named_parameters():
+        assert close(p.grad, gradients[name].grad, 1e-4) or "attn.qkv.bias" in name, name
+    assert {n for n, p in ours.named_parameters() if p.requires_grad} == set(gradients)
+
+
+def test_layer_groups_equal_timm():
+    ours, peer = classifier_and_timm()
+    got = {id(p): (g["scale"], g["weight_decay"]) for g in L.layer_groups(ours, 0.05, 0.65) for p in g["params"]}
+    groups = timm.optim.param_groups_layer_decay(peer, 0.05, peer.no_weight_decay(), layer_decay=0.65)
+    want = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    theirs = dict(peer.named_parameters())
+    assert len(got) == len(want) == len(theirs)
+    for name, p in ours.named_parameters():
+        assert got[id(p)] == pytest.approx(want[id(theirs[name])]), name
+
+
+def test_fine_tuning_mixes_and_erases():
+    imgs, labels, kinds = rand(64, 3, 16, 16), torch.arange(64) % 4, set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        mixed, targets = L.mix(imgs.clone(), labels, 4)
+        torch.manual_seed(seed)
+        again = L.mix(imgs.clone(), labels, 4)
+        assert mixed.equal(again[0]) and targets.equal(again[1])
+        assert mixed.shape == imgs.shape and torch.allclose(targets.sum(1), torch.ones(64))
+        assert targets.count_nonzero(1).max() <= 2
+        other = (mixed == imgs).all(1).float().mean().item(), (mixed == imgs.roll(1, 0)).all(1).float().mean().item()
+        kinds.add("cutmix" if sum(other) > 0.7 else "mixup")  # of pixels that are those of one image
+    assert kinds == {"cutmix", "mixup"}
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(L.v2, "RandomChoice", lambda _: lambda imgs, labels: (imgs, labels))
+        changed = [(L.mix(imgs, labels, 4)[0] != imgs).any(1).flatten(1).float().mean(1) for _ in range(10)]
+    share = torch.stack(changed)
+    assert 0.2 < (share > 0).float().mean() < 0.3 and 0.01 < share[share > 0].min() and share.max() < 0.4
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(labelled):
+    after = L.augmentation((0.5, 0.5, 0.5))
+    view = partial(data.train_view, scale=(0.08, 1.0), after=after)
+    sets = [open_data(labelled["data"], "train", 32, augment=x, seed=3) for x in (view, view, True)]
+    before = torch.get_rng_state()
+    pairs = [[x[e, i] for x in sets] for e in range(4) for i in range(len(sets[0]))]
+    assert torch.get_rng_state().equal(before)
+    assert all(a.image.equal(b.image) for a, b, _ in pairs)
+    areas = torch.stack([(a.box[2] - a.box[0]) * (a.box[3] - a.box[1]) for a, _, _ in pairs])
+    assert areas.min() < 0.15 and areas.max() > 0.8
+    plain_view = open_data(labelled["data"], "train", 32, augment=partial(data.train_view, scale=(0.08, 1.0)), seed=3)
+    same_box = [plain_view[e, i] for e in range(4) for i in range(len(plain_view))]
+    assert all(a.box.equal(b.box) for (a, _, _), b in zip(pairs, same_box, strict=True))
+    unchanged = sum(a.image.equal(b.image) for (a, _, _), b in zip(pairs, same_box, strict=True)) / len(pairs)
+    assert 0.15 < unchanged < 0.5  # neither of two operations, probability 0.25, or some without effect
+
+
+def test_recipes_are_those_of_mae():
+    def filled(protocol, depth, n=1281167, **given):
+        args = argparse.Namespace(protocol=protocol, accum=4, **given)
+        L.complete(args, n, depth, torch.device("cpu"), 8)
+        return vars(args)
+
+    base, large, huge = (filled("finetune", depth) for depth in (12, 24, 32))
+    assert [(a["epochs"], a["blr"], a["layer_decay"], a["drop_path"]) for a in (base, large, huge)] == [
+        (100, 5e-4, 0.65, 0.1), (50, 1e-3, 0.75, 0.2), (50, 1e-3, 0.75, 0.3)]  # fmt: skip
+    assert all((a["batch_size"], a["weight_decay"], a["warmup_epochs"], a["smoothing"], a["min_lr"]) ==
+               (1024, 0.05, 5, 0.1, 1e-6) for a in (base, large, huge))  # fmt: skip
+    probe = filled("mae", 24)
+    assert (probe["epochs"], probe["batch_size"], probe["blr"], probe["warmup_epochs"]) == (50, 16384, 0.1, 10)
+    assert (filled("mae", 12)["epochs"], probe["weight_decay"], probe["smoothing"]) == (90, 0, 0)
+    assert filled("mae", 4, n=3000)["batch_size"] == 288  # a tenth, divisible by 4 x 8
+    given = filled("finetune", 12, epochs=10, blr=0.5, batch_size=64, warmup_epochs=None)
+    assert (given["epochs"], given["blr"], given["batch_size"], given["warmup_epochs"]) == (10, 0.5, 64, 2)
+
+
+LINEAR = ["--device", "cpu", "--seed", "1"]
+
+
+def test_eval_linear_of_a_data_set(encoder, labelled, tmp_path, capsys):
+    shutil.copytree(Path(labelled["data"], "test"), tmp_path / "others" / "val")
+    other = str(tmp_path / "others")
+    flags = [encoder, "--data", labelled["data"], *LINEAR]
+    rows = L.main([*flags, "--val", "test", other, "--save_features", str(tmp_path / "new" / "f.pt")])
+    printed = capsys.readouterr().out.splitlines()
+    report = json.loads(printed[-1])
+    assert report["results"] == rows and report["settings"]["seconds"] > 0 and report["settings"]["epochs"] == 100
+    assert json.loads(Path(encoder).with_name("eval_linear.jsonl").read_text()) == report
+    assert [(r["feature"], r["test"]) for r in rows] == [(f, t) for f in A.FEATURES for t in ("test", other)]
+    assert rows[0]["top-1"] == rows[1]["top-1"] and "held-out loss" in printed[0]
+    grid = report["settings"]["held_out"]["class_token, linear, seed 1"]
+    assert len(grid) == 10 and rows[0]["lr"] == min(grid, key=grid.get)
+    model, sets = A.load_encoder(encoder), [open_data(labelled["data"], s, 32) for s in ("train", "test")]
+    train, test = ([x.double() for x in A.extract_features(model, make_loader(s))[:2]] + [s.labels] for s in sets)
+    scaler = sklearn.preprocessing.StandardScaler().fit(train[1])
+    fit = sklearn.linear_model.LogisticRegression().fit(scaler.transform(train[1]), train[2])
+    want = 100 * (fit.predict(scaler.transform(test[1])) == test[2].numpy()).mean()
+    assert rows[2]["top-1"] == pytest.approx(want, abs=14)  # 2 of 15 images
+    assert all(r["top-5"] == 100 for r in rows)  # 3 classes
+    kept = [*LINEAR, "--features", str(tmp_path / "new" / "f.pt")]
+    assert L.main(kept) == rows and (tmp_path / "new" / "eval_linear.jsonl").is_file()
+    few = L.main([*kept, "--shots", "2", "4", "--seeds", "3"])
+    assert [(r["protocol"], len(r["lr"].split())) for r in few[:4]] == [("2 shots", 3)] * 2 + [("4 shots", 3)] * 2
+    assert few == L.main([*flags, "--val", "test", other, "--shots", "2", "4", "--seeds", "3"])
+    assert all(0 <= r["+-"] < 50 for r in few)
+    assert E.main(["--features", str(tmp_path / "new" / "f.pt"), "--device", "cpu", "--k", "3"])
+    part = L.main([*kept, "--fraction", "0.5"])
+    assert [r["top-1"] for r in part] != [r["top-1"] for r in rows] or part[0]["lr"] != rows[0]["lr"]
+
+
+def test_toy_variants_are_test_sets(encoder, monkeypatch):
+    names = ["test", *data.TOY_VARIANTS]
+    full = data.toy
+    monkeypatch.setattr(data, "toy", lambda split: tuple(x[:300] for x in full(split)))
+    rows = L.main([encoder, "--val", *names, *LINEAR])
+    assert [r["test"] for r in rows] == names * 2
+    assert len({r["top-1"] for r in rows[:5]}) > 2
+
+
+@pytest.mark.parametrize("flags", [["--protocol", "mae", "--blr", "20"], ["--finetune", "--blr", "0.05"]])
+def test_eval_linear_trains_on_pictures(flags, encoder, labelled, tmp_path, capsys):
+    flags = [encoder, "--data", labelled["data"], *LINEAR, *flags, "--epochs", "8", "--batch_size", "8"]
+    rows = L.main([*flags, "--save", str(tmp_path / "weights.pt")])
+    printed = capsys.readouterr().out.splitlines()
+    report = json.loads(printed[-1])
+    assert [r["feature"] for r in rows] == (["patch_mean"] if "--finetune" in flags else [*A.FEATURES])
+    assert report["settings"]["protocol"] == rows[0]["protocol"] == ("finetune" if "--finetune" in flags else "mae")
+    losses_ = [float(line.split()[3]) for line in printed if line.startswith("epoch")]
+    assert len(losses_) == 8 and losses_[-1] < losses_[0]
+    settings = report["settings"]
+    assert (settings["batch_size"], settings["precision"], settings["warmup_epochs"]) == (8, "fp32", 1.6)
+    assert L.main(flags) == rows  # deterministic, and --save changes nothing
+    assert L.main([*flags, "--workers", "2"]) == rows
+    assert L.main([*flags, "--save", str(tmp_path / "weights.pt")]) == rows  # finished: scored again
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert weights["step"] == 8 * 3
+    if "--finetune" in flags:
+        peer = timm_vit.VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=3,
+                                          global_pool="avg", norm_layer=partial(nn.LayerNorm, eps=1e-6))  # fmt: skip
+        timm.models.load_checkpoint(peer.eval(), tmp_path / "weights.pt")
+        tests = make_loader(open_data(labelled["data"], "test", 32))
+        with torch.no_grad():
+            right = [peer(A.normalize(x.image, A.Config())).argmax(1) == x.label for x in tests]
+        assert 100 * torch.cat(right).double().mean().item() == pytest.approx(rows[0]["top-1"])
+
+
+@pytest.mark.parametrize("flags", [["--protocol", "mae"], ["--finetune"]])
+def test_eval_linear_goes_on(flags, encoder, labelled, tmp_path):
+    flags = [encoder, "--data", labelled["data"], *LINEAR, *flags, "--epochs", "4", "--batch_size", "8"]
+    want = L.main([*flags, "--save", str(tmp_path / "whole.pt")])
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with after_step(8, stop), pytest.raises(KeyboardInterrupt):  # in the third epoch
+        L.main([*flags, "--save", str(tmp_path / "cut.pt")])
+    assert torch.load(tmp_path / "cut.pt")["step"] == 6
+    before = (tmp_path / "cut.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"--save .*cut.pt: of other settings; name another file"):
+        L.main([*flags, "--save", str(tmp_path / "cut.pt"), "--weight_decay", "0.3"])
+    assert (tmp_path / "cut.pt").read_bytes() == before
+    assert L.main([*flags, "--save", str(tmp_path / "cut.pt")]) == want
+    whole, cut = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "cut.pt"))
+    assert all(same(whole[k], cut[k]) for k in ("model", "optimizer", "step"))
+
+
+def test_accumulation_gives_the_same_gradients(encoder, labelled, tmp_path, monkeypatch):
+    monkeypatch.setattr(L, "mix", lambda imgs, labels, classes: (imgs, labels))  # mixes within a micro-batch
+    flags = [encoder, "--data", labelled["data"], *LINEAR, "--finetune", "--epochs", "2", "--batch_size", "8"]
+    weights = []
+    for accum in ("1", "4"):
+        L.main([*flags, "--accum", accum, "--drop_path", "0", "--save", str(tmp_path / accum)])
+        weights.append(torch.load(tmp_path / accum)["model"])
+    start = A.load_encoder(encoder).state_dict()
+    for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "pos_embed"):
+        moved = weights[0][name] - start[name]
+        assert moved.norm() > 0 and (weights[1][name] - weights[0][name]).norm() < 0.02 * moved.norm()
+
+
+def test_a_loss_that_is_not_finite_stops(encoder, labelled, tmp_path):
+    flags = [encoder, "--data", labelled["data"], *LINEAR, "--finetune", "--epochs", "3", "--batch_size", "8"]
+    with pytest.raises(ValueError, match="loss not finite in epoch 1; try a lower --blr"):
+        L.main([*flags, "--blr", "1e30", "--save", str(tmp_path / "w.pt")])
+    assert not (tmp_path / "w.pt").exists()
+
+
+LINEAR_ERRORS = [
+    ("", "checkpoint eval_linear.py"),
+    ("encoder.pt --fraction 0", "--fraction 0.0 above 0"),
+    ("encoder.pt --fraction 1.5", "--fraction 1.5 at most 1"),
+    ("encoder.pt --shots 2 --fraction 0.5", "--shots --fraction"),
+    ("encoder.pt --shots 2 --finetune", "--shots --protocol features"),
+    ("encoder.pt --shots 99", "--shots 99 class fewer"),
+    ("encoder.pt --shots 1", "two are needed"),
+    ("encoder.pt --shots 0", "--shots [0] above 0"),
+    ("encoder.pt --lrs 0.1 -1", "--lrs [0.1, -1.0] above 0"),
+    ("encoder.pt --finetune --epochs 0", "--epochs 0 above 0"),
+    ("encoder.pt --finetune --batch_size 999", "--batch_size 999 25"),
+    ("encoder.pt --finetune --batch_size 7 --accum 2", "--batch_size 7 --accum 2 multiple"),
+    ("encoder.pt --finetune --features encoder.pt", "--features images"),
+    ("--protocol mae --features encoder.pt", "checkpoint"),
+    ("--features encoder.pt", "--features encoder.pt --save_features"),
+    ("encoder.pt --val train", "--val train test"),
+    ("encoder.pt --val nowhere", "'nowhere' train/"),
+    ("encoder.pt --val flat", "flat"),
+    ("encoder.pt --val other/test", "other/test different another_class --classes"),
+    ("encoder.pt --data other", "other different another_class"),
+    ("encoder.pt --data flat", "--data flat labelled train/CLASS"),
+    ("encoder.pt --data trainonly", "--data trainonly labelled val/CLASS"),
+    ("encoder.pt --data toy --val val", "'val' toy only_fg"),
+    ("encoder.pt --data empty", "--data empty classes r"),
+    ("encoder.pt --img_size 30", "--img_size 16 multiple"),
+    ("decoder.pt", "decoder.pt no ViT encoder"),
+    ("missing.pt", "missing.pt"),
+    ("text.pt", "text.pt damaged"),
+    ("encoder.pt --finetune --save text.pt", "text.pt damaged"),
+    ("encoder.pt --finetune --save encoder.pt", "--save encoder.pt another file"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), LINEAR_ERRORS, ids=[x[0] for x in LINEAR_ERRORS])
+def test_eval_linear_errors(flags, words, encoder, labelled, plain, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(encoder).parent)
+    Path("text.pt").write_text("no weights")
+    torch.save({"decoder_embed.weight": zeros(2, 2)}, "decoder.pt")
+    shutil.copytree(plain, "flat")
+    for name in ("other", "trainonly", "empty"):
+        shutil.copytree(labelled["data"], name)
+    (Path("other/test/r")).rename("other/test/another_class")
+    shutil.rmtree("trainonly/test")
+    for path in Path("empty/test/r").iterdir():
+        path.unlink()
+    files = {p: p.read_bytes() for p in Path().rglob("*.pt")}
+    argv = flags.split()
+    argv += [] if "--data" in argv else ["--data", labelled["data"]]
+    with pytest.raises((ValueError, OSError)) as error:
+        L.main([*argv, "--device", "cpu"])
+    assert [w for w in words.split() if w not in str(error.value)] == []
+    assert files == {p: p.read_bytes() for p in Path().rglob("*.pt")} and not list(Path().rglob("*.jsonl"))
+
+
+def test_subsets_of_data(labelled, monkeypatch):
+    whole_set = open_data(labelled["data"], "train", 32, augment=True, seed=4)
+    rows = torch.tensor([24, 3, 11])
+    part = whole_set.subset(rows)
+    assert part.names == [whole_set.names[i] for i in rows] and part.labels.tolist() == [2, 0, 1]
+    assert len(part) == 3 and part.fingerprint != whole_set.fingerprint and part.num_classes == 3
+    for i, row in enumerate(rows.tolist()):
+        assert part[i].image.equal(whole_set[row].image) and (part[i].index, part[i].label) == (i, part.labels[i])
+    assert part[5, 1].image.shape == (3, 32, 32) and not part[5, 1].box.equal(part[6, 1].box)
+    batch = next(iter(make_loader(part, 3, workers=1)))
+    assert batch.image.equal(torch.stack([part[i].image for i in range(3)]))
+    toy_part = open_data("toy", "test").subset(torch.tensor([7, 1]))
+    assert np.array_equal(toy_part.masks, data.toy("test")[1][[7, 1]]) and toy_part.labels.tolist() == [7, 1]
+    monkeypatch.setattr(data, "open_torchvision", lambda *_: [(noise(32, 32, i), i % 4) for i in range(9)])
+    assert open_data("cifar10", root="nowhere").labels.tolist() == [i % 4 for i in range(9)]
+    assert open_data(str(Path(labelled["data"], "train", "r"))).labels.unique().tolist() == [-1]
+
+
+def test_other_folders_as_test_sets(folder, tmp_path):
+    for layout in ("val", "test", ""):
+        shutil.rmtree(tmp_path / "more", ignore_errors=True)
+        shutil.copytree(folder / "val", tmp_path / "more" / layout)
+        more = open_data(str(folder), str(tmp_path / "more"))
+        assert more.names == open_data(str(folder), "test").names and more[2].label == 2
+    write(tmp_path / "more" / "d" / "0.png", noise(40, 40))
+    with pytest.raises(ValueError, match=r"train and .*more hold different classes, \['d'\]"):
+        open_data(str(folder), str(tmp_path / "more"))
+    for name in ("toy", "cifar10"):
+        with pytest.raises(ValueError, match=f"split '.*more' of --data {name}: must be one of train, test"):
+            open_data(name, str(tmp_path / "more"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
