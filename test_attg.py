@@ -3341,8 +3341,10 @@ def test_eval_linear_of_a_data_set(encoder, labelled, tmp_path, capsys):
     assert few == L.main([*flags, "--val", "test", other, "--shots", "2", "4", "--seeds", "3"])
     assert all(0 <= r["+-"] < 50 for r in few)
     assert E.main(["--features", str(tmp_path / "new" / "f.pt"), "--device", "cpu", "--k", "3"])
-    part = L.main([*kept, "--fraction", "0.5"])
-    assert [r["top-1"] for r in part] != [r["top-1"] for r in rows] or part[0]["lr"] != rows[0]["lr"]
+    L.main([*kept, "--fraction", "0.5"])
+    *_, part = map(json.loads, (tmp_path / "new" / "eval_linear.jsonl").open())
+    assert part["settings"]["held_out"].keys() == report["settings"]["held_out"].keys()
+    assert part["settings"]["held_out"] != report["settings"]["held_out"]
 
 
 def test_toy_variants_are_test_sets(encoder, monkeypatch):

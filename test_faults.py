@@ -150,10 +150,10 @@ def command(settings):
 
 
 class Process:
-    def __init__(self, ask, out, settings, environment=None, script=SCRIPT):
+    def __init__(self, ask, out, settings, environment=None, script=(SCRIPT,)):
         self.ask, self.out, self.logs = ask, Path(out), Path(f"{out}.logs")
         self.logs.mkdir(exist_ok=True)
-        self.pid = ask([str(self.logs), environment or {}, [script, *command({"out": str(out)} | settings)]])
+        self.pid = ask([str(self.logs), environment or {}, [*script, *command({"out": str(out)} | settings)]])
 
     def steps(self):
         log = self.out / "log.jsonl"
@@ -199,7 +199,7 @@ def ask():
         server.stdin.close()
 
 
-def ranks(ask, out, settings, script=SCRIPT):
+def ranks(ask, out, settings, script=(SCRIPT,)):
     """The two processes of a launch, with the environment that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -307,7 +307,7 @@ def test_kill_while_the_log_is_written(cut, data, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Maps of a data set
 
-DISCOVERY = str(Path(SCRIPT).with_name("object_discovery.py"))
+DISCOVERY = (str(Path(SCRIPT).with_name("object_discovery.py")),)
 
 
 @pytest.fixture(scope="module")
@@ -688,6 +688,45 @@ def test_two_processes_equal_one(ask, data, distributed, tmp_path):
         for name, value in b["knn"].items():
             assert abs(a["knn"][name] - value) <= 100 / 15 + 1e-3  # one picture may turn over
             assert value > 50  # but features in another order would do no better than chance
+
+
+EVALUATIONS = {
+    "eval_knn": {"k": 5},
+    "eval_linear": {"epochs": 20},
+    "eval_linear mae": {"protocol": "mae", "epochs": 40, "batch_size": 8, "blr": 200},
+    "eval_linear finetune": {"fraction": 1, "epochs": 16, "batch_size": 8, "blr": 0.05},
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations_by_two_processes(name, ask, data, distributed, tmp_path):
+    """Each scores its share of the 15 test images, none twice; one of them writes."""
+    script = [str(Path(SCRIPT).with_name(f"{name.split()[0]}.py")), str(distributed / "encoder.pt")]
+    script += ["--finetune"] * ("finetune" in name)
+    settings = {"data": data["data"], "device": "cpu"} | EVALUATIONS[name]
+    trained = " " in name
+    save = [{"save": tmp_path / k} if trained else {"save_features": tmp_path / k} for k in ("one.pt", "two.pt")]
+    pair = ranks(ask, tmp_path / "two", settings | save[1], script)
+    runs = [Process(ask, tmp_path / "one", settings | save[0], script=script), *pair]
+    (code, one, _), (code0, two, errors), (code1, silent, _) = (run.wait() for run in runs)
+    assert (code, code0, code1) == (0, 0, 0), errors
+    one, two = (json.loads(words.splitlines()[-1])["results"] for words in (one, two))
+    written = [json.loads(line) for line in (tmp_path / "two").read_text().splitlines()]
+    assert len(written) == 1 and written[0]["results"] == two and not silent
+    a, b = (torch.load(tmp_path / k, weights_only=True) for k in ("one.pt", "two.pt"))
+    if trained:
+        assert a["step"] == b["step"] and [r["test"] for r in one] == [r["test"] for r in two]
+        right = [r["top-1"] * 15 / 100 for r in one + two]  # images
+        assert all(n > 7.5 and abs(n - round(n)) < 1e-6 for n in right), right
+        pair = ranks(ask, tmp_path / "two", settings | save[1], script)  # finished: scored again
+        assert [run.wait()[0] for run in pair] == [0, 0]
+        first, again = (json.loads(line)["results"] for line in (tmp_path / "two").read_text().splitlines())
+        assert first == again
+    else:
+        assert one == two and (one[0]["top-1"] > 50 or one[1]["top-1"] > 50)
+        for split in ("train", "test"):
+            assert all(torch.allclose(a[split][k], b[split][k], atol=1e-5) for k in ("class_token", "patch_mean"))
+            assert a[split]["labels"].equal(b[split]["labels"]) and len(a[split]["labels"]) in (25, 15)
 
 
 @pytest.mark.parametrize("guidance", ["none", "attg"])
