@@ -4,6 +4,7 @@ Speed and memory, each beside its peers in the same run, taking turns.
     python bench.py kernel            # the loss: PyTorch, torch.compile and the fused kernel; minutes on a GPU or a CPU
     python bench.py kernel --sweep --batches 256     # the kernel's constants, on a GPU
     python bench.py maps              # TokenCut's normalised cut against scipy, and its share of the backbone's time
+    python bench.py knn               # k-NN of 50,000 in 1,281,167 features of 1024 values; on a CPU a tenth of each
 
 Prints a table and writes it, every figure behind it and a picture to --out (default out/bench).
 """
@@ -13,6 +14,7 @@ import importlib
 import json
 import math
 import platform
+import re
 import shutil
 import statistics
 import time
@@ -27,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from attg_mae import Config, build_model, normalize
+from attg_mae import Config, build_model, knn_classify, normalize
 from data import toy
 from object_discovery import tokencut
 
@@ -261,9 +263,68 @@ def maps(args, device, out):
     torch.set_num_threads(threads)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# k-NN
+
+
+def peak_memory(call, device):
+    """MiB that the call needs at most, beyond what there was before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts from here
+        before = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        call()
+        return (int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) - before) / 2**10
+    except OSError:
+        return "not measured"
+
+
+def knn_plain(bank, labels, queries, k, num_classes, chunks=100):
+    """The usual way to write it: a hundredth of the queries at a time, votes through a one-hot (b, k, C)."""
+    bank, guesses = F.normalize(bank, dim=1).T, []
+    for x in F.normalize(queries, dim=1).chunk(chunks):
+        similarity, ids = (x @ bank).topk(k, dim=1)
+        votes = F.one_hot(labels[ids], num_classes) * (similarity / 0.07).exp()[..., None]  # (b, k, C)
+        guesses.append(votes.sum(dim=1).topk(5).indices)
+    return torch.cat(guesses)
+
+
+def knn(args, device, out):
+    """Seconds and memory of the vote of the 20 nearest among noisy copies of 1,000 points."""
+    n, queries, width = args.knn or ((1_281_167, 50_000, 1024) if device.type == "cuda" else (128_117, 5_000, 102))
+    generator, classes, k = torch.Generator().manual_seed(0), min(1000, n), 20
+    points = torch.randn(classes, width, generator=generator)
+    labels, truth = torch.arange(n) % classes, torch.arange(queries) % classes
+    bank = (points[labels] + 1.5 * torch.randn(n, width, generator=generator)).to(device)
+    x = (points[truth] + 1.5 * torch.randn(queries, width, generator=generator)).to(device)
+    labels, nothing = labels.to(device), lambda: None
+    calls = {"knn_classify": lambda _=None: knn_classify(bank, labels, x, k, num_classes=classes)}
+    calls["one-hot"] = lambda _=None: knn_plain(bank, labels, x, k, classes)
+    if device.type == "cpu" and find_spec("sklearn"):
+        from sklearn.neighbors import KNeighborsClassifier
+
+        peer = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+        arrays = bank.numpy(), labels.numpy(), x.numpy()
+        calls["scikit-learn"] = lambda _=None: torch.from_numpy(peer.fit(*arrays[:2]).predict(arrays[2]))[:, None]
+    memory = {name: peak_memory(call, device) for name, call in calls.items()}
+    right = {name: 100 * (call()[:, 0].cpu() == truth).double().mean().item() for name, call in calls.items()}
+    times = take_turns({name: (nothing, call) for name, call in calls.items()}, device, min(args.repeats, 5))
+    rows, ours = [], percentiles(times["knn_classify"])[0]
+    for name in calls:
+        median, p20, p80 = (t / 1e3 for t in percentiles(times[name]))
+        rows.append({"k-NN": name, "bank": n, "queries": queries, "width": width, "classes": classes, "k": k})
+        rows[-1] |= {"s": median, "p20": p20, "p80": p80, "x knn_classify": median * 1e3 / ours}
+        rows[-1] |= {"peak MiB": memory[name], "top-1 %": right[name]}
+    table(rows, out, "knn", machine(device))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kernel", "maps"])
+    parser.add_argument("what", choices=["kernel", "maps", "knn"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", default="out/bench", type=Path)
     parser.add_argument("--repeats", type=int, help="calls of each, taking turns (default 50, CPU 7)")
@@ -271,6 +332,7 @@ def main(argv=None):
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--size", type=int, default=224, help="images, in pixels")
+    parser.add_argument("--knn", type=int, nargs=3, metavar=("BANK", "QUERIES", "WIDTH"), help="sizes of knn")
     parser.add_argument("--sweep", action="store_true", help="the kernel's constants")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
@@ -278,7 +340,7 @@ def main(argv=None):
     args.batches = args.batches or ([32, 64, 128, 256, 512, 1024] if device.type == "cuda" else [32])
     print(machine(device), flush=True)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        {"kernel": sweep if args.sweep else kernel, "maps": maps}[args.what](args, device, args.out)
+        {"kernel": sweep if args.sweep else kernel, "maps": maps, "knn": knn}[args.what](args, device, args.out)
 
 
 if __name__ == "__main__":

@@ -3646,6 +3646,21 @@ def test_bench_maps(tmp_path):
         assert math.isclose(r["% of backbone"], 100 * r["ms"] / r["backbone ms"])
 
 
+def test_bench_knn(tmp_path):
+    bench.main(["knn", "--device", "cpu", "--knn", "5000", "300", "32", "--repeats", "2", "--out", str(tmp_path)])
+    _, *rows = [json.loads(line) for line in (tmp_path / "knn.jsonl").read_text().splitlines()]
+    assert [r["k-NN"] for r in rows] == ["knn_classify", "one-hot", "scikit-learn"]
+    assert len({round(r["top-1 %"], 3) for r in rows}) == 1 and 10 < rows[0]["top-1 %"] < 90
+    assert rows[0]["x knn_classify"] == 1 and all(0 < r["p20"] <= r["s"] <= r["p80"] for r in rows)
+    assert all(math.isclose(r["x knn_classify"], r["s"] / rows[0]["s"]) for r in rows)
+
+
+def test_bench_memory_is_that_of_the_call():
+    kept = []
+    size = bench.peak_memory(lambda: kept.append(torch.ones(2**24)), torch.device(DEVICE))
+    assert size == "not measured" or 60 < size < 80  # MiB
+
+
 def test_bench_takes_turns():
     calls, seen = {n: (lambda n=n: seen.append((n, "prepare")), lambda _, n=n: seen.append(n)) for n in "ab"}, []
     times = bench.take_turns(calls, torch.device("cpu"), 2)
