@@ -14,6 +14,7 @@ Shapes: n training images, B test images, D width, C classes, Q queries, N image
 import argparse
 import pickle
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -204,11 +205,12 @@ def evaluate(args, device, rank, world):
 
 def main(argv=None):
     """Returns the rows of `evaluate`; prints them as a table and, with all settings, as a last line of JSON."""
-    args = arguments(argv)
+    args, began = arguments(argv), time.perf_counter()
     with processes(args.device) as (device, rank, world):
         rows = evaluate(args, device, rank, world)
         if rank == 0:
-            report(rows, vars(args), args.out or Path(args.checkpoint or args.features).with_name("eval_knn.jsonl"))
+            settings = vars(args) | {"seconds": round(time.perf_counter() - began, 1)}
+            report(rows, settings, args.out or Path(args.checkpoint or args.features).with_name("eval_knn.jsonl"))
     return rows
 
 

@@ -382,10 +382,9 @@ def online(args, device, rank, world):
 
 def main(argv=None):
     """Returns the rows of figures; prints them as a table and, with all settings, as a last line of JSON."""
-    args = arguments(argv)
+    args, began = arguments(argv), time.perf_counter()
     with attg_mae.processes(args.device) as (device, rank, world):
         args.workers = (0 if device.type == "cpu" else 8) if args.workers is None else args.workers
-        began = time.perf_counter()
         rows = (probe if args.protocol == "features" else online)(args, device, rank, world)
         if rank == 0:
             settings = vars(args) | {"seconds": round(time.perf_counter() - began, 1)}

@@ -3513,8 +3513,8 @@ def test_other_folders_as_test_sets(folder, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The README: every command and every piece of code it shows is run, on small models and pictures
 
-SCRIPTS = "attg_mae|object_discovery|eval_knn"
-COMMANDS = re.findall(rf"^(?:pip .* && )?(?:python|torchrun \S+) ({SCRIPTS})\.py(.*)$", README, re.M)
+SCRIPTS = "attg_mae|object_discovery|eval_knn|eval_linear"
+COMMANDS = re.findall(rf"(?:^|(?:\| |and )`)(?:pip .* && )?(?:python|torchrun \S+) ({SCRIPTS})\.py([^#`\n]*)", README, re.M)
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 SMALL = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
 SMALL |= {"img_size": 32, "patch_size": 16}
@@ -3535,22 +3535,37 @@ def place(tmp_path, monkeypatch):
 def test_readme_command(script, command, place, monkeypatch, tmp_path_factory):
     argv = command.split()
     pictures = "path/to/images" if "--data" not in argv else argv[argv.index("--data") + 1]
-    if script == "eval_knn":
+    if script.startswith("eval"):
         model = A.build_model(A.Config(**SMALL))
-        for path in ("mae_pretrain_vit_base.pth", "out/toy-vit_micro-attg/encoder.pt"):
+        folders = ("toy-vit_micro-attg", "imagenet-vit_large-attg")
+        for path in ("mae_pretrain_vit_base.pth", *(f"out/{name}/encoder.pt" for name in folders)):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             torch.save({"model": model.state_dict(), "config": asdict(model.cfg)}, path)
         for name in ("a", "b", "q"):
             write(Path("path/to/jpg") / f"{name}.jpg", noise(40, 40))
         truth = {"bbx": [0, 0, 20, 20], "easy": [0], "hard": [1], "junk": []}
-        Path("gnd_roxford5k.pkl").write_bytes(pickle.dumps({"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [truth]}))
+        gnd = pickle.dumps({"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [truth]})
+        for name in ("gnd_roxford5k.pkl", "gnd_rparis6k.pkl"):
+            Path(name).write_bytes(gnd)
+        Path("imagenet100.txt").write_text("r\nb\n")
         labelled = make_data(tmp_path_factory.mktemp("few"))["data"]
-        for folder in ("train", "test"):  # 20 of a class, as the command's shots want
-            for i in range(20):
+        for folder in ("train", "test"):  # 50 of a class, as the commands' shots want
+            for i in range(50):
                 for c in Path(labelled, folder).iterdir():
                     write(c / f"more{i}.png", noise(32, 32, i))
-        monkeypatch.setattr(E, "open_data", lambda _, *args, **kw: open_data(labelled, *args, **kw))
-        assert len(E.main([*argv, "--device=cpu"])) >= 4
+
+        def opened(_, split, *args, **kw):
+            return open_data(labelled, "train" if split == "train" else "test", *args, **kw)
+
+        def untrained(x, labels, lrs, num_classes, **_):
+            return zeros(len(lrs), x.shape[1], num_classes)
+
+        for module in (E, L):
+            monkeypatch.setattr(module, "open_data", opened)
+        monkeypatch.setattr(L, "train_heads", untrained)
+        few = ["--epochs=1", "--batch_size=8"] if script == "eval_linear" else []
+        rows = {"eval_knn": E, "eval_linear": L}[script].main([*argv, "--device=cpu", *few])
+        assert len(rows) >= 1 and ("--val" not in argv or {r["test"] for r in rows} <= set(argv))
         return
     if script == "object_discovery":
         model = A.build_model(A.Config("vit_small", depth=1, **{k: v for k, v in SMALL.items() if k == "img_size"}))
@@ -3585,7 +3600,7 @@ def test_readme_snippets(place):
     assert names["class_tokens"].shape == names["patch_means"].shape == (16, 16)
     assert load_maps("maps.npy", open_data("path/to/images"))[0].shape == (16, 4, 4)
     assert torch.equal(names["model"].norm.weight, encoder["norm.weight"])  # timm's, the last one
-    assert len(COMMANDS) == 11 and len(SNIPPETS) == 3
+    assert len(COMMANDS) == 25 and len(SNIPPETS) == 3
 
 
 def test_model_compiles_once_for_all_tau():
