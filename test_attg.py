@@ -3514,7 +3514,8 @@ def test_other_folders_as_test_sets(folder, tmp_path):
 # The README: every command and every piece of code it shows is run, on small models and pictures
 
 SCRIPTS = "attg_mae|object_discovery|eval_knn|eval_linear"
-COMMANDS = re.findall(rf"(?:^|(?:\| |and )`)(?:pip .* && )?(?:python|torchrun \S+) ({SCRIPTS})\.py([^#`\n]*)", README, re.M)
+START = r"(?:^|(?:\| |and )`)(?:pip .* && )?(?:python|torchrun \S+)"  # of a line, or code in a table
+COMMANDS = re.findall(rf"{START} ({SCRIPTS})\.py([^#`\n]*)", README, re.M)
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 SMALL = {"width": 16, "depth": 1, "heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
 SMALL |= {"img_size": 32, "patch_size": 16}
