@@ -340,7 +340,7 @@ RENAMES = (  # prefixes, and HF's names before and since transformers 5 -> timm'
     (r"(\d)\.output\.dense", r"\1.mlp.fc2"),
 )  # fmt: skip
 
-def save_checkpoint(path, **parts):
+def save_checkpoint(path, /, **parts):
     """Writes tensors and plain types, all or nothing; OSError names the file, and the old one stays."""
     try:
         with replacing(path) as temporary:

@@ -44,7 +44,7 @@ import torchvision
 from PIL import Image, ImageDraw
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, is_image_file, make_dataset
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # mean, standard deviation
@@ -108,6 +108,16 @@ def train_view(picture, size, seed, scale=CROP_SCALE, after=None):
     image = after(image) if after else image
     torch.set_rng_state(state)
     return image, (x / picture.width, y / picture.height, (x + w) / picture.width, (y + h) / picture.height), flip
+
+
+def rand_augment(mean):
+    """
+    For train_view's `after`: timm's rand-m9-mstd0.5-inc1 (MAE's fine-tuning) as near as torchvision comes to it: two
+    operations at magnitude 9 of 10, each with probability 0.5; without Invert, SolarizeAdd and noise of magnitudes.
+    """
+    fill = [round(255 * x) for x in mean]
+    one = v2.RandAugment(1, magnitude=9, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BICUBIC, fill=fill)
+    return v2.Compose([v2.RandomApply([one], 0.5), v2.RandomApply([one], 0.5)])
 
 
 def eval_view(picture, size):
@@ -292,6 +302,17 @@ def open_torchvision(name, split, root):
     return ConcatDataset(parts)
 
 
+def open_labelled(name, tests, size, augment=False, seed=0, classes=None):
+    """The training set and {test: test set} of what --data names, all labelled, or ValueError; see open_data."""
+    train_set = open_data(name, "train", size, augment, seed, classes)
+    test_sets = {test: open_data(name, test, size, classes=classes) for test in tests}
+    if not all(x and x.labelled for x in (train_set, *test_sets.values())):
+        raise ValueError(f"--data {name}: needs labelled images, train/CLASS and val/CLASS or test/CLASS")
+    if name == "stl10":                                     # most of it has no labels
+        train_set = train_set.subset((train_set.labels >= 0).nonzero().flatten())
+    return train_set, test_sets
+
+
 def shot_indices(labels, shots, seed):
     """
     The images (m,) chosen of labels (n,): `shots` of each class, or that share of it (at least one) if shots is a
@@ -381,6 +402,11 @@ class Feed:
         pairs = zip(next(self.asked), sample.index.tolist(), strict=True)
         self.unreadable |= {asked for (_, asked), got in pairs if asked != got}
         return sample
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -517,11 +543,12 @@ def report(rows, settings, path):
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         print("  ".join(map(str.ljust, line, widths)).rstrip())
-    line = json.dumps({"settings": settings, "torch": torch.__version__, "results": rows})
+    rows = [{k: v if v == v else None for k, v in row.items()} for row in rows]     # JSON has no NaN
+    line = json.dumps({"settings": settings, "torch": torch.__version__, "results": rows}, allow_nan=False)
+    print(line)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(line + "\n")
-    print(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from attg_mae import FEATURES, features_of, knn_classify, load_checkpoint, load_encoder, processes, save_checkpoint
-from data import Sample, open_data, report, shot_indices, to_rgb
+from data import Sample, open_labelled, report, sha256, shot_indices, to_rgb
 
 
 def accuracy(bank, labels, queries, truth, ks, num_classes, device, rank=0, world=1):
@@ -127,6 +127,9 @@ class Landmarks(Dataset):
 # The command line
 
 
+SOURCE = ("checkpoint", "data", "classes", "img_size", "precision")  # of features
+
+
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -142,6 +145,7 @@ def arguments(argv):
     add("--gnd", help="its ground truth [gnd_NAME.pkl in the folder --data]")
     add("--features", help="file of --save_features to start from")
     add("--save_features", help="file to write the features to")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder [%(default)s]")
     add("--img_size", type=int, help="input size in pixels [the checkpoint's]")
     add("--batch_size", type=int, default=256)
     add("--workers", type=int, default=None, help="loader processes of each process [CPU 0, GPU 8]")
@@ -161,7 +165,7 @@ def evaluate(args, device, rank, world):
     gnd = load_ground_truth(args.gnd or Path(args.data, f"gnd_{args.retrieval}.pkl")) if args.retrieval else None
     if args.features:
         parts = load_checkpoint(args.features)
-        if not {"train", "test"} <= set(parts):
+        if not {"train", "test", "settings"} <= set(parts):
             raise ValueError(f"--features {args.features}: holds {sorted(parts)[:5]}; name a file of --save_features")
     else:
         model = load_encoder(args.checkpoint, img_size=args.img_size).to(device)
@@ -170,15 +174,19 @@ def evaluate(args, device, rank, world):
             boxes = [query["bbx"] for query in gnd["gnd"]]
             pair = Landmarks(args.data, gnd["imlist"], size), Landmarks(args.data, gnd["qimlist"], size, boxes)
         else:
-            pair = [open_data(args.data, split, size, classes=args.classes) for split in ("train", "test")]
-            if not (pair[1] and all(x.labelled for x in pair)):
-                raise ValueError(f"--data {args.data}: needs labelled images, train/CLASS and val/CLASS or test/CLASS")
+            train_set, tests = open_labelled(args.data, ["test"], size, classes=args.classes)
+            pair = train_set, tests["test"]
+            for shots in args.shots:  # are there enough?
+                shot_indices(train_set.labels, shots, 0)
         loader = {"batch_size": args.batch_size, "workers": workers if args.workers is None else args.workers}
-        found = [features_of(model, dataset, loader, None, rank, world) for dataset in pair]
+        dtype = torch.bfloat16 if args.precision == "bf16" else None
+        found = [features_of(model, dataset, loader, dtype, rank, world) for dataset in pair]
         found = [dict(zip((*FEATURES, "labels"), x, strict=True)) for x in found]
-        parts = dict(zip(("train", "test"), found, strict=True))
+        source = {"sha256": sha256(args.checkpoint), "val": ["test"]} | {k: getattr(args, k) for k in SOURCE}
+        parts = {"train": found[0], "test": found[1], "settings": source}
         if args.save_features and rank == 0:
             save_checkpoint(args.save_features, **parts)
+    vars(args).update(parts["settings"])
     bank, queries, rows = parts["train"], parts["test"], []
     if args.retrieval:
         for feature in FEATURES:
@@ -186,6 +194,8 @@ def evaluate(args, device, rank, world):
                 rows.append({"feature": feature, "protocol": f"{args.retrieval} {name}", **scores})
         return rows
     known = bank["labels"] >= 0
+    if not known.any():
+        raise ValueError(f"--features {args.features}: of images without labels; add --retrieval and --gnd")
     labels, num_classes = bank["labels"][known], int(bank["labels"].max()) + 1
     setup = {"num_classes": num_classes, "device": device, "rank": rank, "world": world}
     for feature in FEATURES:
@@ -207,10 +217,10 @@ def main(argv=None):
     """Returns the rows of `evaluate`; prints them as a table and, with all settings, as a last line of JSON."""
     args, began = arguments(argv), time.perf_counter()
     with processes(args.device) as (device, rank, world):
+        out = args.out or Path(args.features or args.checkpoint).with_name("eval_knn.jsonl")
         rows = evaluate(args, device, rank, world)
         if rank == 0:
-            settings = vars(args) | {"seconds": round(time.perf_counter() - began, 1)}
-            report(rows, settings, args.out or Path(args.checkpoint or args.features).with_name("eval_knn.jsonl"))
+            report(rows, vars(args) | {"seconds": round(time.perf_counter() - began, 1)}, out)
     return rows
 
 

@@ -27,23 +27,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import Subset
 from torchvision.ops import stochastic_depth
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import attg_mae
+import data
 from attg_mae import DECODER, FEATURES, MAE, features_of, load_checkpoint, load_encoder, lr_at, normalize, require
-from data import Feed, TrainBatches, make_loader, open_data, report, seed_for, shot_indices, train_view
+from data import Feed, TrainBatches, make_loader, open_labelled, seed_for, shot_indices, train_view
 
 LRS = tuple(10 ** (e / 2) for e in range(-8, 2))  # 1e-4 to 3, SGD with momentum 0.9 on standardised features
-FIELDS = "epochs batch_size blr warmup_epochs weight_decay layer_decay drop_path min_lr smoothing".split()
-RECIPES = {  # of facebookresearch/mae by protocol and depth; other models as depth 12
-    ("mae", 12): (90, 16384, 0.1, 10, 0.0, 1.0, 0.0, 0.0, 0.0),
-    ("mae", 24): (50, 16384, 0.1, 10, 0.0, 1.0, 0.0, 0.0, 0.0),
-    ("mae", 32): (50, 16384, 0.1, 10, 0.0, 1.0, 0.0, 0.0, 0.0),
-    ("finetune", 12): (100, 1024, 5e-4, 5, 0.05, 0.65, 0.1, 1e-6, 0.1),
-    ("finetune", 24): (50, 1024, 1e-3, 5, 0.05, 0.75, 0.2, 1e-6, 0.1),
-    ("finetune", 32): (50, 1024, 1e-3, 5, 0.05, 0.75, 0.3, 1e-6, 0.1),
-}
+RECIPES = {  # of facebookresearch/mae
+    "mae": {"epochs": 90, "batch_size": 16384, "blr": 0.1, "warmup_epochs": 10, "weight_decay": 0.0, "min_lr": 0.0},
+    "finetune": {"epochs": 100, "batch_size": 1024, "blr": 5e-4, "warmup_epochs": 5, "weight_decay": 0.05,
+                 "min_lr": 1e-6, "layer_decay": 0.65, "drop_path": 0.1},
+}  # fmt: skip
+LARGE = {"epochs": 50, "blr": 1e-3, "layer_decay": 0.75, "drop_path": 0.2}
+DEEPER = {("mae", 24): {"epochs": 50}, ("mae", 32): {"epochs": 50}, ("finetune", 24): LARGE}
+DEEPER["finetune", 32] = LARGE | {"drop_path": 0.3}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,12 +56,12 @@ def train_heads(x, labels, lrs, num_classes, epochs, batch_size, seed):
     rates = torch.tensor(lrs, device=x.device).repeat_interleave(num_classes)  # (R * C,): one product for all
     weights = torch.zeros(x.shape[1], len(lrs) * num_classes, device=x.device)
     momentum, generator = torch.zeros_like(weights), torch.Generator().manual_seed(seed_for("probe", seed))
-    steps_per_epoch = math.ceil(len(x) / batch_size)
+    steps_per_epoch = math.ceil(len(x) / batch_size)  # of equal batches: a small last one would count too much
     total = max(1000, epochs * steps_per_epoch)
     for step in tqdm(range(total), desc="probe", leave=False, disable=None):
         if step % steps_per_epoch == 0:
-            order = torch.randperm(len(x), generator=generator).to(x.device)
-        i = order[step % steps_per_epoch * batch_size :][:batch_size]
+            order = torch.randperm(len(x), generator=generator).to(x.device).tensor_split(steps_per_epoch)
+        i = order[step % steps_per_epoch]
         error = (x[i] @ weights).view(len(i), -1, num_classes).softmax(dim=2)  # (B, R, C)
         error[torch.arange(len(i), device=x.device), :, labels[i]] -= 1
         momentum.mul_(0.9).addmm_(x[i].T, error.flatten(1), alpha=1 / len(i))  # the gradient of the cross-entropy
@@ -79,35 +79,33 @@ def linear_probe(features, labels, tests, lrs=LRS, epochs=100, batch_size=1024, 
     """Trains a linear layer on features (n, D) and labels (n,), and scores it on tests {name: (features, labels)}.
 
     Features are standardised by the training images' mean and variance (a BatchNorm without affine whose statistics are
-    exact). A fifth of the training images, spread over the classes, is held out, each fifth in turn if there are up to
-    10,000; their cross-entropy (steadier than their accuracy) chooses among lrs. Then all images are trained on.
-    Returns {"lr": the choice, "held_out": loss for each of lrs, "results": {name: [top-1, top-5] in percent}}.
+    exact). A fifth of the training images, spread over the classes, is held out to choose among lrs, each fifth in turn
+    if there are up to 10,000. Then all images are trained on.
+    Returns {"lr": the choice, "held_out": [top-1 for each of lrs], "results": {name: [top-1, top-5]}}, in percent.
     """
     num_classes = num_classes or int(labels.max()) + 1
     require(labels.bincount().max() > 1, "one image a class: two are needed, for one helps to choose the learning rate")
+    require(features.isfinite().all(), "some features are not finite; was the encoder trained to the end?")
     var, mean = torch.var_mean(features, dim=0, correction=0)
     train = functools.partial(train_heads, num_classes=num_classes, epochs=epochs, batch_size=batch_size, seed=seed)
 
     def standardise(x):
         return F.pad((x - mean) / (var + 1e-6).sqrt(), (0, 1), value=1.0).to(device)  # (n, D + 1)
 
-    def average(measure, x, truth, weights):
+    def score(x, truth, weights):
         parts = zip(x.split(4096), truth.split(4096), strict=True)
-        return sum(measure(a @ weights, b).cpu().double() for a, b in parts) / len(truth)
-
-    def losses(logits, truth):
-        return torch.stack([F.cross_entropy(x, truth, reduction="sum") for x in logits])
+        return 100 * sum(hits(a @ weights, b).cpu().double() for a, b in parts) / len(truth)  # (R, 2)
 
     x, y, fold = standardise(features), labels.to(device), torch.empty(len(labels), dtype=torch.long)
     fold[shot_indices(labels, 1.0, seed)] = torch.arange(len(labels)) % 5  # class by class, in random order
     folds = [(fold == k).to(device) for k in fold.unique()[: 5 if len(labels) <= 10_000 else 1]]
-    each = [average(losses, x[held], y[held], train(x[~held], y[~held], lrs)) for held in folds]
-    loss = torch.stack(each).mean(dim=0).nan_to_num(nan=math.inf)
-    best = lrs[loss.argmin()]
+    each = [score(x[held], y[held], train(x[~held], y[~held], lrs))[:, 0] for held in folds]
+    held_out = torch.stack(each).mean(dim=0)
+    best = lrs[held_out.argmax()]
     weights, results = train(x, y, [best]), {}
     for name, (a, b) in tests.items():
-        results[name] = (100 * average(hits, standardise(a), b.to(device), weights)[0]).tolist()
-    return {"lr": best, "held_out": loss.tolist(), "results": results}
+        results[name] = score(standardise(a), b.to(device), weights)[0].tolist()
+    return {"lr": best, "held_out": held_out.tolist(), "results": results}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +113,7 @@ def linear_probe(features, labels, tests, lrs=LRS, epochs=100, batch_size=1024, 
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD whose steps for matrices are scaled to 0.001 |weights| / |gradient| (You et al., arXiv 1708.03888; MAE)."""
+    """SGD whose steps for matrices are scaled by 0.001 |weights| / |gradient| (You et al., arXiv 1708.03888; MAE)."""
 
     def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0, trust=0.001):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
@@ -148,13 +146,13 @@ class Probe(nn.Module):
     def forward(self, imgs):
         with torch.no_grad():
             tokens = self.tokens(imgs).float()  # (B, N, D)
-        features = self.norm(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)).chunk(2, dim=1)  # 2 x (B, D)
-        return torch.stack([head(x) for head, x in zip(self.heads, features, strict=True)])  # (F, B, C)
+        with torch.autocast(imgs.device.type, enabled=False):
+            features = self.norm(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)).chunk(2, dim=1)
+            return torch.stack([head(x) for head, x in zip(self.heads, features, strict=True)])  # (F, B, C)
 
 
 class Classifier(MAE):
-    """The encoder with stochastic depth, then the mean of the patch tokens, a LayerNorm and a linear layer. Parameter
-    names are timm's (VisionTransformer with global_pool="avg")."""
+    """The encoder with stochastic depth, then fc_norm and head on the mean of the patch tokens, as timm names them."""
 
     def __init__(self, encoder, num_classes, drop_path):
         super().__init__(encoder.cfg)
@@ -187,13 +185,6 @@ def layer_groups(model, weight_decay, layer_decay):
     return [*groups.values()]
 
 
-def augmentation(mean):
-    """timm's rand-m9-mstd0.5-inc1 as near as torchvision comes: two operations at 9 of 10, probability 0.5 each."""
-    fill = [round(255 * x) for x in mean]
-    one = v2.RandAugment(1, magnitude=9, num_magnitude_bins=11, interpolation=InterpolationMode.BICUBIC, fill=fill)
-    return v2.Compose([v2.RandomApply([one], 0.5), v2.RandomApply([one], 0.5)])
-
-
 def mix(imgs, labels, num_classes):
     """Random erasing by noise, then mixup or cutmix of the batch: images (B, 3, H, W), targets (B, C)."""
     erase = v2.RandomErasing(0.25, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value="random")
@@ -205,13 +196,16 @@ def fit(model, optimizer, train_set, cfg, args, device, rank, world):
     """Trains the model for args.epochs. Goes on from args.save if it is there, and writes it after each epoch."""
     epoch_steps = len(train_set) // args.batch_size
     total, start, peak = args.epochs * epoch_steps, 0, args.blr * args.batch_size / 256
-    settings = {k: v for k, v in vars(args).items() if k not in ("device", "workers", "out", "save", "val")}
+    settings = {k: v for k, v in vars(args).items() if k not in "checkpoint device workers out save val".split()}
     if args.save and Path(args.save).exists():
         parts = load_checkpoint(args.save)
-        require(parts.get("settings") == settings, f"--save {args.save}: of other settings; name another file")
+        differ = [f"{k} {v}" for k, v in settings.items() if parts.get("settings", {}).get(k, "none") != v]
+        require(not differ, f"--save {args.save}: of a run without {', '.join(differ)}; name another file")
         model.load_state_dict(parts["model"])
         optimizer.load_state_dict(parts["optimizer"])
         start = parts["step"]
+        if rank == 0:
+            tqdm.write(f"continuing {args.save} after epoch {start // epoch_steps} of {args.epochs}")
     batches = TrainBatches(len(train_set), args.batch_size, start, total, args.seed, args.accum, rank, world)
     feed = Feed(train_set, batches, workers=args.workers, pin_memory=device.type == "cuda")
     ddp = nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -231,7 +225,7 @@ def fit(model, optimizer, train_set, cfg, args, device, rank, world):
             with ddp.no_sync() if world > 1 and micro + 1 < args.accum else contextlib.nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                     logits = ddp(imgs)
-                each = [F.cross_entropy(x.float(), targets, label_smoothing=args.smoothing) for x in logits]
+                each = [F.cross_entropy(x.float(), targets, label_smoothing=0.1 * args.finetune) for x in logits]
                 (sum(each) / args.accum).backward()
             losses += torch.stack([sum(each).detach() / len(each), torch.ones((), device=device)])
         optimizer.step()
@@ -240,15 +234,19 @@ def fit(model, optimizer, train_set, cfg, args, device, rank, world):
             loss, epoch = (losses[0] / losses[1]).item(), (step + 1) // epoch_steps
             require(math.isfinite(loss), f"loss not finite in epoch {epoch}; try a lower --blr or --precision fp32")
             losses.zero_()
+            require(len(feed.unreadable) <= len(train_set) / 100, f"--data {args.data}: over 1 % of it is unreadable")
             if rank == 0:
                 tqdm.write(f"epoch {epoch}/{args.epochs} loss {loss:.4f} lr {rate:.2e}")
             if args.save and rank == 0:
                 parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings}
                 attg_mae.save_checkpoint(args.save, **parts, step=step + 1)
+    for statistic in model.buffers() if world > 1 else ():  # each process has seen other images
+        torch.distributed.broadcast(statistic, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
+SOURCE = ("checkpoint", "sha256", "data", "classes", "val", "img_size", "precision")  # of features
+OPTIONS = {("features",): "shots lrs features save_features", ("finetune",): "layer_decay drop_path",
+           ("mae", "finetune"): "accum blr warmup_epochs weight_decay save"}  # fmt: skip
 
 
 def arguments(argv):
@@ -265,15 +263,15 @@ def arguments(argv):
     add("--seeds", type=int, default=5, help="random choices of the --shots [%(default)s]")
     add("--seed", type=int, default=0, help="of --fraction, order, augmentation [%(default)s]")
     add("--lrs", type=float, nargs="+", default=LRS, help="learning rates of --protocol features [1e-4 to 3]")
-    add("--epochs", type=int, help="[features 100; mae 90, from ViT-L on 50; --finetune 100, from ViT-L on 50]")
-    add("--batch_size", type=int, help="of all processes [1024, mae 16384; a tenth of the images if they are few]")
-    add("--accum", type=int, default=1, help="micro-batches a step is split into, to save memory [%(default)s]")
+    add("--epochs", type=int, help="[features 100, at least 1,000 steps; mae 90, --finetune 100, from ViT-L on 50]")
+    add("--batch_size", type=int, help="of all processes [1024, mae 16384; for these two a tenth of few images]")
+    add("--accum", type=int, help="micro-batches of a step [for mae of 512 images, --finetune 128]")
     add("--blr", type=float, help="lr = blr * batch_size / 256 [mae 0.1; --finetune 5e-4, from ViT-L on 1e-3]")
-    add("--warmup_epochs", type=float, help="[mae 10, --finetune 5, at most a fifth of all]")
+    add("--warmup_epochs", type=float, help="[mae 10, --finetune 5; a fifth of few epochs]")
     add("--weight_decay", type=float, help="[mae 0, --finetune 0.05]")
     add("--layer_decay", type=float, help="of the learning rate, --finetune [0.65, from ViT-L on 0.75]")
     add("--drop_path", type=float, help="stochastic depth, --finetune [0.1, ViT-L 0.2, ViT-H 0.3]")
-    add("--precision", choices=("fp32", "bf16"), help="of mae and --finetune [bf16 on a GPU that has it]")
+    add("--precision", choices=("fp32", "bf16"), help="[features fp32, others bf16 on a GPU that has it]")
     add("--features", help="file of --save_features to start from, of this program or eval_knn.py")
     add("--save_features", help="file to write the features to")
     add("--save", help="file for the trained weights, written after each epoch; the same command continues from it")
@@ -282,53 +280,53 @@ def arguments(argv):
     add("--device", help="cuda, mps or cpu [the first there is]")
     add("--out", help="file that the results are added to [eval_linear.jsonl beside the checkpoint or the features]")
     args = parser.parse_args(argv)
+    require(not args.finetune or args.protocol == "features", "--finetune and --protocol mae: use one of them")
     args.protocol = "finetune" if args.finetune else args.protocol
-    online = args.protocol != "features"
-    require(args.checkpoint or (args.features and not online), "a checkpoint is needed: eval_linear.py CHECKPOINT")
-    require(not (args.shots and (online or args.fraction < 1)), "--shots: for --protocol features, without --fraction")
-    require(not (online and args.features), "--features: for --protocol features; --finetune and mae see images")
+    for protocols, names in OPTIONS.items():
+        for name in names.split() if args.protocol not in protocols else ():
+            unused = getattr(args, name) == parser.get_default(name)
+            require(unused, f"--{name}: of {' and '.join(protocols)}, does nothing in {args.protocol}; leave it out")
+    require(args.checkpoint or args.features, "a checkpoint is needed: eval_linear.py CHECKPOINT, or --features FILE")
     require(0 < args.fraction <= 1, f"--fraction {args.fraction}: must be above 0, at most 1")
+    fits = min(args.shots, default=2) > 1 and (not args.shots or args.fraction == 1)
+    require(fits, f"--shots {args.shots}: 2 are needed, one to choose the learning rate; and no --fraction beside it")
     require("train" not in args.val, "--val train: that is what is trained on; name test sets")
-    for name in ("seeds", "accum", "epochs", "batch_size", "lrs", "shots", "blr"):
-        value = getattr(args, name)
-        require(value is None or torch.tensor(value).gt(0).all(), f"--{name} {value}: must be above 0")
+    for name in "seeds accum epochs batch_size lrs blr warmup_epochs weight_decay layer_decay drop_path".split():
+        value, least = getattr(args, name), 0 if name in ("warmup_epochs", "weight_decay", "drop_path") else 1e-12
+        require(value is None or torch.tensor(value).min() >= least, f"--{name} {value}: must be above 0")
     return args
 
 
 def complete(args, n, depth, device, world):
     """Fills in MAE's values for what was not given; with few images a batch is a tenth of them."""
-    values = dict(zip(FIELDS, RECIPES.get((args.protocol, depth), RECIPES[args.protocol, 12]), strict=True))
-    part = args.accum * world
-    values["batch_size"] = max(1, min(values["batch_size"], n // 10) // part) * part
+    values = RECIPES[args.protocol] | DEEPER.get((args.protocol, depth), {})
+    values["warmup_epochs"] = min(values["warmup_epochs"], (args.epochs or values["epochs"]) / 5)
+    batch, most = args.batch_size or min(values["batch_size"], n // 10), 512 if args.protocol == "mae" else 128
+    accum = args.accum or max(1, batch // (most * world))
+    values |= {"accum": accum, "batch_size": max(1, batch // (accum * world)) * accum * world}
     values["precision"] = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
     for name, value in values.items():
         setattr(args, name, value if getattr(args, name, None) is None else getattr(args, name))
-    args.warmup_epochs = min(args.warmup_epochs, args.epochs / 5)
-
-
-def open_sets(args, size, augment=False):
-    """The training set and {name: test set}, all with labels."""
-    train_set = open_data(args.data, "train", size, augment, args.seed, args.classes)
-    tests = {name: open_data(args.data, name, size, classes=args.classes) for name in args.val}
-    whole = all(x and x.labelled for x in (train_set, *tests.values()))
-    require(whole, f"--data {args.data}: needs labelled images, train/CLASS and val/CLASS or test/CLASS")
-    return train_set, tests
 
 
 def probe(args, device, rank, world):
     """The rows of the linear probe on kept features. One process trains."""
     if args.features:
         parts = load_checkpoint(args.features)
-        whole = "train" in parts and len(parts) > 1 and all("labels" in part for part in parts.values())
+        whole = {"train", "settings"} < set(parts) and (parts["train"]["labels"] >= 0).any()
         require(whole, f"--features {args.features}: holds {sorted(parts)[:5]}; name a file of --save_features")
     else:
         encoder = load_encoder(args.checkpoint, img_size=args.img_size).to(device)
-        train_set, tests = open_sets(args, encoder.cfg.size)
-        parts, setup = {}, ({"workers": args.workers}, None, rank, world)
+        train_set, tests = open_labelled(args.data, args.val, encoder.cfg.size, classes=args.classes)
+        for n in args.shots:  # are there enough?
+            shot_indices(train_set.labels, n, 0)
+        setup = {"workers": args.workers}, torch.bfloat16 if args.precision == "bf16" else None, rank, world
+        parts = {"settings": {k: getattr(args, k) for k in SOURCE}}
         for name, dataset in {"train": train_set, **tests}.items():
             parts[name] = dict(zip((*FEATURES, "labels"), features_of(encoder, dataset, *setup), strict=True))
         if args.save_features and rank == 0:
             attg_mae.save_checkpoint(args.save_features, **parts)
+    vars(args).update(parts.pop("settings"))
     train, rows = parts.pop("train"), []
     cases = [(f"{n} shots", n, range(args.seeds)) for n in args.shots] or [("linear", args.fraction, [args.seed])]
     args.epochs, args.batch_size, args.held_out = args.epochs or 100, args.batch_size or 1024, {}
@@ -339,9 +337,9 @@ def probe(args, device, rank, world):
             i = shot_indices(labels, share, seed)
             tests = {name: (part[feature], part["labels"]) for name, part in parts.items()}
             runs.append(linear_probe(x[i], labels[i], tests, *setup, seed, device=device))
-            grid = {f"{lr:.2g}": float(f"{loss:.4g}") for lr, loss in zip(args.lrs, runs[-1]["held_out"], strict=True)}
+            grid = {f"{lr:.2g}": round(top, 2) for lr, top in zip(args.lrs, runs[-1]["held_out"], strict=True)}
             args.held_out[f"{feature}, {protocol}, seed {seed}"] = grid
-            tqdm.write(f"{feature}, {protocol}, seed {seed}, held-out loss by learning rate: {grid}")
+            tqdm.write(f"{feature}, {protocol}, seed {seed}, held-out top-1 by learning rate: {grid}")
         for name in tests:
             top = torch.tensor([run["results"][name] for run in runs], dtype=torch.float64)  # (seeds, 2)
             row = {"feature": feature, "protocol": protocol, "test": name, "top-1": top[:, 0].mean().item()}
@@ -353,9 +351,11 @@ def probe(args, device, rank, world):
 def online(args, device, rank, world):
     """The rows of MAE's probe or of fine-tuning."""
     encoder = load_encoder(args.checkpoint, img_size=args.img_size).to(device)
-    cfg, after = encoder.cfg, augmentation(encoder.cfg.mean) if args.finetune else None
-    train_set, tests = open_sets(args, cfg.size, functools.partial(train_view, scale=(0.08, 1.0), after=after))
-    train_set = train_set.subset(shot_indices(train_set.labels, args.fraction, args.seed).sort().values)
+    cfg, after = encoder.cfg, data.rand_augment(encoder.cfg.mean) if args.finetune else None
+    view = functools.partial(train_view, scale=(0.08, 1.0), after=after)
+    train_set, tests = open_labelled(args.data, args.val, cfg.size, view, args.seed, args.classes)
+    if args.fraction < 1:
+        train_set = train_set.subset(shot_indices(train_set.labels, args.fraction, args.seed).sort().values)
     complete(args, len(train_set), cfg.depth, device, world)
     torch.manual_seed(seed_for("head", args.seed))
     if args.finetune:
@@ -381,14 +381,15 @@ def online(args, device, rank, world):
 
 
 def main(argv=None):
-    """Returns the rows of figures; prints them as a table and, with all settings, as a last line of JSON."""
+    """Returns the rows of figures; the first process prints them as a table and, with all settings, as JSON."""
     args, began = arguments(argv), time.perf_counter()
     with attg_mae.processes(args.device) as (device, rank, world):
+        args.sha256 = data.sha256(args.checkpoint) if args.checkpoint else None
         args.workers = (0 if device.type == "cpu" else 8) if args.workers is None else args.workers
+        out = args.out or Path(args.features or args.checkpoint).with_name("eval_linear.jsonl")
         rows = (probe if args.protocol == "features" else online)(args, device, rank, world)
         if rank == 0:
-            settings = vars(args) | {"seconds": round(time.perf_counter() - began, 1)}
-            report(rows, settings, args.out or Path(args.checkpoint or args.features).with_name("eval_linear.jsonl"))
+            data.report(rows, vars(args) | {"seconds": round(time.perf_counter() - began, 1)}, out)
     return rows
 
 

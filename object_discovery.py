@@ -15,7 +15,6 @@ Shapes: B images, H heads, L patches of a grid (h, w), d or D channels.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import re
@@ -35,7 +34,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from attg_mae import load_checkpoint, load_encoder, normalize, processes
-from data import IMAGENET, chunks, load_maps, make_loader, open_data, replacing, save_maps, save_sheet, to_rgb
+from data import IMAGENET, chunks, load_maps, make_loader, open_data, replacing, save_maps, save_sheet, sha256, to_rgb
 from kernels import normalize_map
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,11 +155,6 @@ CNNS = {  # the convolutional stages of torchvision's classifiers, and what foll
         torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), m.classifier),
     ),
 }
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(url, remedy):
