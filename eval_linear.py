@@ -4,7 +4,7 @@ What a linear layer, or fine-tuning, makes of an encoder (arXiv 2402.15172, Tabl
     python eval_linear.py out/NAME/encoder.pt --data PATH_OR_NAME                          # linear probe
     python eval_linear.py out/NAME/encoder.pt --data PATH_OR_NAME --shots 10 25 50         # labelled images a class
     python eval_linear.py out/NAME/encoder.pt --data in9l --val original only_fg mixed_rand     # ImageNet-9
-    torchrun --nproc_per_node=8 eval_linear.py CHECKPOINT --data imagenet --protocol mae --accum 4
+    torchrun --nproc_per_node=8 eval_linear.py CHECKPOINT --data imagenet --protocol mae
     torchrun --nproc_per_node=8 eval_linear.py CHECKPOINT --data imagenet --finetune --fraction 0.1
 
 --protocol features (default): linear layers with a grid of learning rates on features that are computed once; held-out
@@ -272,7 +272,7 @@ def arguments(argv):
     add("--layer_decay", type=float, help="of the learning rate, --finetune [0.65, from ViT-L on 0.75]")
     add("--drop_path", type=float, help="stochastic depth, --finetune [0.1, ViT-L 0.2, ViT-H 0.3]")
     add("--precision", choices=("fp32", "bf16"), help="[features fp32, others bf16 on a GPU that has it]")
-    add("--features", help="file of --save_features to start from, of this program or eval_knn.py")
+    add("--features", help="file of --save_features, of this program or eval_knn.py; its images and test sets")
     add("--save_features", help="file to write the features to")
     add("--save", help="file for the trained weights, written after each epoch; the same command continues from it")
     add("--img_size", type=int, help="input size in pixels [the checkpoint's]")

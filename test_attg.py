@@ -3280,7 +3280,7 @@ def test_fine_tuning_mixes_and_erases():
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index(labelled):
-    after = L.augmentation((0.5, 0.5, 0.5))
+    after = data.rand_augment((0.5, 0.5, 0.5))
     view = partial(data.train_view, scale=(0.08, 1.0), after=after)
     sets = [open_data(labelled["data"], "train", 32, augment=x, seed=3) for x in (view, view, True)]
     before = torch.get_rng_state()
