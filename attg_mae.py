@@ -441,8 +441,8 @@ def knn_classify(train_features, train_labels, test_features, k=20, temperature=
     or (K, B, min(5, C)) for a list of k. Takes 2^26 similarities at a time on a GPU, 2^23 on a CPU (its cache)."""
     num_classes = num_classes or int(train_labels.max()) + 1
     bank = F.normalize(train_features.float(), dim=1).T  # (D, n)
-    ks, rankings = [k] if isinstance(k, int) else k, []
-    for x in F.normalize(test_features.float(), dim=1).split(max(1, 2 ** (26 if bank.is_cuda else 23) // bank.shape[1])):
+    ks, rankings, size = [k] if isinstance(k, int) else k, [], 2 ** (26 if bank.is_cuda else 23)
+    for x in F.normalize(test_features.float(), dim=1).split(max(1, size // bank.shape[1])):
         similarity, ids = (x @ bank).topk(min(max(ks), bank.shape[1]), dim=1)  # (b, k)
         labels, weights = train_labels[ids], ((similarity - 1) / temperature).exp()  # - 1: no overflow
         votes = torch.zeros(len(ks), len(x), num_classes, device=x.device)  # (K, b, C)
