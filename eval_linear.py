@@ -75,7 +75,7 @@ def hits(logits, truth):
     return torch.stack([right[..., 0].sum(dim=-1), right.any(dim=-1).sum(dim=-1)], dim=-1).float()
 
 
-def linear_probe(features, labels, tests, lrs=LRS, epochs=100, batch_size=1024, seed=0, num_classes=None, device="cpu"):
+def linear_probe(features, labels, tests, lrs=LRS, epochs=100, batch_size=256, seed=0, num_classes=None, device="cpu"):
     """Trains a linear layer on features (n, D) and labels (n,), and scores it on tests {name: (features, labels)}.
 
     Features are standardised by the training images' mean and variance (a BatchNorm without affine whose statistics are
@@ -264,7 +264,7 @@ def arguments(argv):
     add("--seed", type=int, default=0, help="of --fraction, order, augmentation [%(default)s]")
     add("--lrs", type=float, nargs="+", default=LRS, help="learning rates of --protocol features [1e-4 to 3]")
     add("--epochs", type=int, help="[features 100, at least 1,000 steps; mae 90, --finetune 100, from ViT-L on 50]")
-    add("--batch_size", type=int, help="of all processes [1024, mae 16384; for these two a tenth of few images]")
+    add("--batch_size", type=int, help="of all processes [features 256; mae 16384, --finetune 1024, a tenth of few]")
     add("--accum", type=int, help="micro-batches of a step [for mae of 512 images, --finetune 128]")
     add("--blr", type=float, help="lr = blr * batch_size / 256 [mae 0.1; --finetune 5e-4, from ViT-L on 1e-3]")
     add("--warmup_epochs", type=float, help="[mae 10, --finetune 5; a fifth of few epochs]")
@@ -329,7 +329,7 @@ def probe(args, device, rank, world):
     vars(args).update(parts.pop("settings"))
     train, rows = parts.pop("train"), []
     cases = [(f"{n} shots", n, range(args.seeds)) for n in args.shots] or [("linear", args.fraction, [args.seed])]
-    args.epochs, args.batch_size, args.held_out = args.epochs or 100, args.batch_size or 1024, {}
+    args.epochs, args.batch_size, args.held_out = args.epochs or 100, args.batch_size or 256, {}
     setup = args.lrs, args.epochs, args.batch_size
     for feature, (protocol, share, seeds) in itertools.product(FEATURES if rank == 0 else (), cases):
         runs, x, labels = [], train[feature], train["labels"]
