@@ -3103,7 +3103,8 @@ def test_heads_equal_torch_sgd():
 def test_probe_reaches_scikit_learn(n, classes, spread):
     """Within half a point of logistic regression, whose strength is chosen by held-out images as well."""
     (x, y), test = blobs(n, classes, spread=spread), blobs(6000, classes, spread=spread, seed=5)
-    got = L.linear_probe(x, y, {"a": test, "b": (test[0][:50], test[1][:50])})
+    epochs = 100 if n < 10_000 else 20
+    got = L.linear_probe(x, y, {"a": test, "b": (test[0][:50], test[1][:50])}, epochs=epochs)
     a, b = got["results"]["a"], got["results"]["b"]
     scaler = sklearn.preprocessing.StandardScaler().fit(x)
     fit = sklearn.linear_model.LogisticRegressionCV(
@@ -3112,7 +3113,7 @@ def test_probe_reaches_scikit_learn(n, classes, spread):
     truth = test[1].numpy()
     want = 100 * (fit.predict(scaler.transform(test[0])) == truth).mean()
     assert a[0] >= want - 0.5
-    assert L.linear_probe(x, y, {"a": test}, lrs=[1e-5])["results"]["a"][0] < want - 0.5  # hardly trained
+    assert L.linear_probe(x, y, {"a": test}, lrs=[1e-5], epochs=epochs)["results"]["a"][0] < want - 0.5  # hardly trained
     best = np.argsort(-fit.predict_proba(scaler.transform(test[0])), axis=1)[:, :5]
     assert a[1] >= 100 * (best == truth[:, None]).any(1).mean() - 1
     assert len(got["held_out"]) == len(L.LRS) and got["lr"] == L.LRS[np.argmax(got["held_out"])]
@@ -3345,9 +3346,9 @@ def test_eval_linear_of_a_data_set(encoder, labelled, tmp_path, capsys, monkeypa
     assert L.main(kept) == rows
     settings = json.loads((tmp_path / "new" / "eval_linear.jsonl").read_text())["settings"]
     assert settings["features"] and all(settings[k] == report["settings"][k] for k in L.SOURCE)  # where they are from
-    few = L.main([*kept, "--shots", "2", "4", "--seeds", "3"])
-    assert [(r["protocol"], len(r["lr"].split())) for r in few[:4]] == [("2 shots", 3)] * 2 + [("4 shots", 3)] * 2
-    assert few == L.main([*flags, "--val", "test", other, "--shots", "2", "4", "--seeds", "3"])
+    few = L.main([*kept, "--shots", "2", "4", "--seeds", "2"])
+    assert [(r["protocol"], len(r["lr"].split())) for r in few[:4]] == [("2 shots", 2)] * 2 + [("4 shots", 2)] * 2
+    assert few == L.main([*flags, "--val", "test", other, "--shots", "2", "4", "--seeds", "2"])
     assert all(0 <= r["+-"] < 50 for r in few)
     assert E.main(["--features", str(tmp_path / "new" / "f.pt"), "--device", "cpu", "--k", "3"])
     whole_probe, sizes = L.linear_probe, []
