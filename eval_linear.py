@@ -50,14 +50,14 @@ DEEPER["finetune", 32] = LARGE | {"drop_path": 0.3}
 # The probe on kept features
 
 
-def train_heads(x, labels, lrs, num_classes, epochs, batch_size, seed):
+def train_heads(x, labels, lrs, num_classes, epochs, batch_size, seed, least=1000):
     """Softmax regressions (R, D + 1, C), one for each learning rate, the last row the biases; x (n, D + 1), labels (n,)
-    on one device. SGD with momentum 0.9, half-cycle cosine; at least 1,000 steps."""
+    on one device. SGD with momentum 0.9, half-cycle cosine; at least `least` steps."""
     rates = torch.tensor(lrs, device=x.device).repeat_interleave(num_classes)  # (R * C,): one product for all
     weights = torch.zeros(x.shape[1], len(lrs) * num_classes, device=x.device)
     momentum, generator = torch.zeros_like(weights), torch.Generator().manual_seed(seed_for("probe", seed))
     steps_per_epoch = math.ceil(len(x) / batch_size)  # of equal batches: a small last one would count too much
-    total = max(1000, epochs * steps_per_epoch)
+    total = max(least, epochs * steps_per_epoch)
     for step in tqdm(range(total), desc="probe", leave=False, disable=None):
         if step % steps_per_epoch == 0:
             order = torch.randperm(len(x), generator=generator).to(x.device).tensor_split(steps_per_epoch)
