@@ -3032,6 +3032,15 @@ def test_eval_knn_retrieval(encoder, tmp_path):
         E.main(flags)
 
 
+@pytest.fixture
+def wrong(encoder, plain, monkeypatch):
+    """The working directory: encoder.pt, files that are none, a flat folder."""
+    monkeypatch.chdir(Path(encoder).parent)
+    Path("text.pt").write_text("no weights")
+    torch.save({"decoder_embed.weight": zeros(2, 2)}, "decoder.pt")
+    shutil.copytree(plain, "flat")
+
+
 KNN_ERRORS = [
     ("", "checkpoint --features"),
     ("encoder.pt --k 0", "--k above"),
@@ -3048,11 +3057,7 @@ KNN_ERRORS = [
 
 
 @pytest.mark.parametrize(("flags", "words"), KNN_ERRORS, ids=[x[0] for x in KNN_ERRORS])
-def test_eval_knn_errors(flags, words, encoder, labelled, plain, tmp_path, monkeypatch):
-    monkeypatch.chdir(Path(encoder).parent)
-    Path("text.pt").write_text("no weights")
-    torch.save({"decoder_embed.weight": zeros(2, 2)}, "decoder.pt")
-    shutil.copytree(plain, "flat")
+def test_eval_knn_errors(flags, words, wrong, labelled):
     shutil.copytree(labelled["data"], "other")
     test = next(x for x in (Path("other/test"), Path("other/val")) if x.is_dir())
     next(test.iterdir()).rename(test / "another_class")
@@ -3480,14 +3485,10 @@ LINEAR_ERRORS = [
 
 
 @pytest.mark.parametrize(("flags", "words"), LINEAR_ERRORS, ids=[x[0] for x in LINEAR_ERRORS])
-def test_eval_linear_errors(flags, words, encoder, labelled, plain, tmp_path, monkeypatch):
-    monkeypatch.chdir(Path(encoder).parent)
-    Path("text.pt").write_text("no weights")
-    torch.save({"decoder_embed.weight": zeros(2, 2)}, "decoder.pt")
-    shutil.copytree(plain, "flat")
+def test_eval_linear_errors(flags, words, wrong, labelled):
     for name in ("other", "trainonly", "empty"):
         shutil.copytree(labelled["data"], name)
-    (Path("other/test/r")).rename("other/test/another_class")
+    Path("other/test/r").rename("other/test/another_class")
     shutil.rmtree("trainonly/test")
     for path in Path("empty/test/r").iterdir():
         path.unlink()
