@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torchvision.ops import roi_align
 from tqdm import tqdm
 
-from data import IMAGENET, Feed, TrainBatches, make_loader, open_data, open_maps, replacing, save_sheet, seed_for
+from common.data import IMAGENET, Feed, TrainBatches, make_loader, open_data, open_maps, replacing, save_sheet, seed_for
 from kernels import attg_loss, is_flat, normalize_map
 
 # -- Configuration -----------------------------------------------------------------------------------------------------

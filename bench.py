@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from attg_mae import Config, build_model, knn_classify, normalize
-from data import toy
+from common.data import toy
 from object_discovery import tokencut
 
 K = importlib.import_module("kernels.attg_loss")  # the package re-exports a function of the same name

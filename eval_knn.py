@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from attg_mae import FEATURES, features_of, knn_classify, load_checkpoint, load_encoder, processes, save_checkpoint
-from data import Sample, open_labelled, report, sha256, shot_indices, to_rgb
+from common.data import Sample, open_labelled, report, sha256, shot_indices, to_rgb
 
 
 def accuracy(bank, labels, queries, truth, ks, num_classes, device, rank=0, world=1):

@@ -31,9 +31,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import attg_mae
-import data
+from common import data
 from attg_mae import DECODER, FEATURES, MAE, features_of, load_checkpoint, load_encoder, lr_at, normalize, require
-from data import Feed, TrainBatches, make_loader, open_labelled, seed_for, shot_indices, train_view
+from common.data import Feed, TrainBatches, make_loader, open_labelled, seed_for, shot_indices, train_view
 
 LRS = tuple(10 ** (e / 2) for e in range(-8, 2))  # 1e-4 to 3, SGD with momentum 0.9 on standardised features
 RECIPES = {  # of facebookresearch/mae

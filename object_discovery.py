@@ -34,7 +34,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from attg_mae import load_checkpoint, load_encoder, normalize, processes
-from data import IMAGENET, chunks, load_maps, make_loader, open_data, replacing, save_maps, save_sheet, sha256, to_rgb
+from common.data import IMAGENET, chunks, load_maps, make_loader, open_data, replacing, save_maps, save_sheet, sha256, to_rgb
 from kernels import normalize_map
 
 # ---------------------------------------------------------------------------------------------------------------------

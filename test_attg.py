@@ -53,11 +53,11 @@ from torchvision.ops import roi_align
 
 import attg_mae as A
 import bench
-import data
+from common import data
 import eval_knn as E
 import eval_linear as L
 import object_discovery as O
-from data import IMAGENET, TrainBatches, load_maps, make_loader, open_data, open_labelled, save_maps, seed_for
+from common.data import IMAGENET, TrainBatches, load_maps, make_loader, open_data, open_labelled, save_maps, seed_for
 from test_faults import (
     TINY,
     after_step,
@@ -1818,7 +1818,7 @@ def test_tiny_pictures_are_only_resized(tmp_path, picture, whole):
 # the toy set
 
 def test_toy_is_the_same_in_another_process():
-    code = ("import hashlib, data\n"
+    code = ("import hashlib; from common import data\n"
             "i, m, _ = data.toy('test'); v = data.toy('mixed_rand')[0]\n"
             "print(*(hashlib.sha256(a[:300].tobytes()).hexdigest() for a in (i, m, v)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=SOURCE, capture_output=True, text=True, check=True)

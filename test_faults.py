@@ -33,7 +33,7 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import attg_mae as A
-from data import TrainBatches, open_data, save_maps
+from common.data import TrainBatches, open_data, save_maps
 
 SCRIPT = A.__file__
 TINY = dict(img_size=16, patch_size=4, width=32, depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
@@ -797,7 +797,7 @@ sys.path.insert(0, {str(Path(SCRIPT).parent)!r})
 before = signal.getsignal(signal.SIGINT), torch.get_rng_state(), torch.get_num_threads()
 def query(*_): raise AssertionError("CUDA query")
 for name in ("is_available", "device_count", "current_device", "init", "_lazy_init"): setattr(torch.cuda, name, query)
-import attg_mae, bench, data, eval_knn, kernels, object_discovery
+import attg_mae, bench, common.data, eval_knn, kernels, object_discovery
 after = signal.getsignal(signal.SIGINT), torch.get_rng_state(), torch.get_num_threads()
 assert before[0] == after[0] and before[1].equal(after[1]) and before[2] == after[2]
 assert not torch.distributed.is_initialized()

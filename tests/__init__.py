@@ -1,0 +1,1 @@
+"""Tests, one file for each room of the project; the claims are in test_attg.py."""
