@@ -31,10 +31,12 @@ import torch
 import torch.nn.functional as F
 
 from attg_mae import Config, build_model, knn_classify, normalize
-from common.data import toy
+from common.toy import toy
 from object_discovery import tokencut
 
-K = importlib.import_module("kernels.attg_loss")  # the package re-exports a function of the same name
+K = importlib.import_module(
+    "kernels.attg_loss"
+)  # the package re-exports a function of the same name
 
 
 def percentiles(times):
@@ -52,7 +54,10 @@ def take_turns(calls, device, repeats):
     """
     times = {name: [] for name in calls}
     if device.type == "cuda":
-        a, cache = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16), torch.empty(2**27, device=device)
+        a, cache = (
+            torch.randn(8192, 8192, device=device, dtype=torch.bfloat16),
+            torch.empty(2**27, device=device),
+        )
         for _ in range(repeats + 1):
             for name, (prepare, call) in calls.items():
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -64,7 +69,10 @@ def take_turns(calls, device, repeats):
                 end.record()
                 times[name].append((start, end))
         torch.cuda.synchronize()
-        return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs[1:]] for name, pairs in times.items()}
+        return {
+            name: [a.elapsed_time(b) / 1e3 for a, b in pairs[1:]]
+            for name, pairs in times.items()
+        }
     for _ in range(repeats + 1):
         for name, (prepare, call) in calls.items():
             x = prepare()
@@ -78,31 +86,54 @@ def copy_bandwidth(device, repeats=20):
     """Bytes read and written in a second by a copy that is larger than any cache."""
     x = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     y = torch.empty_like(x)
-    return 2 * x.nbytes / statistics.median(take_turns({"": (lambda: x, y.copy_)}, device, repeats)[""])
+    return (
+        2
+        * x.nbytes
+        / statistics.median(take_turns({"": (lambda: x, y.copy_)}, device, repeats)[""])
+    )
 
 
 def machine(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "triton") if find_spec(p))
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    versions = ", ".join(
+        f"{p} {version(p)}" for p in ("torch", "triton") if find_spec(p)
+    )
     return f"{name}, {torch.get_num_threads()} CPU threads, Python {platform.python_version()}, {versions}"
 
 
 def table(rows, out, name, title):
     """Prints rows (dicts of one set of keys) as a Markdown table, and writes it, and title and rows as JSON lines."""
-    cells = [list(rows[0]), *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    cells = [
+        list(rows[0]),
+        *(
+            [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
+            for row in rows
+        ),
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
     lines = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in cells]
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text("\n".join([title, "", *lines, ""]))
-    (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"on": title}, *rows]))
+    (out / f"{name}.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [{"on": title}, *rows])
+    )
     print("\n".join(lines), f"\nwritten: {out}/{name}.md, {name}.jsonl", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
-SHAPES = {"ViT-B/L 16": 16, "ViT-H 14": 14, "patch 8": 8, "patch 4": 4}  # of 224 px images
+SHAPES = {
+    "ViT-B/L 16": 16,
+    "ViT-H 14": 14,
+    "patch 8": 8,
+    "patch 4": 4,
+}  # of 224 px images
 
 
 def loss_passes(loss, batch, patch, size, dtype, device):
@@ -113,8 +144,13 @@ def loss_passes(loss, batch, patch, size, dtype, device):
     32 bytes: small patches in images cost more than these bytes.)
     """
     L, P, kept = (size // patch) ** 2, patch * patch * 3, (size // patch) ** 2 // 4
-    pred = torch.randn(batch, L + 1, P, device=device, dtype=dtype)[:, 1:].requires_grad_()
-    imgs, attn = torch.randn(batch, 3, size, size, device=device), torch.rand(batch, L, device=device)
+    pred = torch.randn(batch, L + 1, P, device=device, dtype=dtype)[
+        :, 1:
+    ].requires_grad_()
+    imgs, attn = (
+        torch.randn(batch, 3, size, size, device=device),
+        torch.rand(batch, L, device=device),
+    )
     mask = (torch.rand(batch, L, device=device).argsort(1) >= kept).float()
     tau = torch.tensor(0.75, device=device)
 
@@ -132,18 +168,24 @@ def loss_passes(loss, batch, patch, size, dtype, device):
 def kernel(args, device, out):
     losses = {"eager": partial(K.attg_loss, impl="torch")}
     if device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++"))):
-        losses["compile"] = torch.compile(losses["eager"], fullgraph=True, dynamic=False)
+        losses["compile"] = torch.compile(
+            losses["eager"], fullgraph=True, dynamic=False
+        )
     else:
         print("no C++ compiler: without torch.compile")
     if device.type == "cuda":
         losses["triton"] = partial(K.attg_loss, impl="triton")
     else:
-        print("no GPU: this measures the PyTorch path on the CPU; the kernel is for GPUs")
+        print(
+            "no GPU: this measures the PyTorch path on the CPU; the kernel is for GPUs"
+        )
     bandwidth, rows = copy_bandwidth(device), []
     print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
     for shape, dtype, batch in product(args.shapes, args.dtypes, args.batches):
         torch.compiler.reset()
-        make = partial(loss_passes, batch=batch, patch=SHAPES[shape], size=args.size, device=device)
+        make = partial(
+            loss_passes, batch=batch, patch=SHAPES[shape], size=args.size, device=device
+        )
         passes, memory = {}, {}
         for name, loss in losses.items():
             passes[name] = make(loss, dtype=getattr(torch, dtype))
@@ -156,14 +198,41 @@ def kernel(args, device, out):
                 passes[name]["both"][1]()
                 memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
         for which in ("forward", "backward", "both"):
-            times = take_turns({name: calls[which][:2] for name, calls in passes.items()}, device, args.repeats)
+            times = take_turns(
+                {name: calls[which][:2] for name, calls in passes.items()},
+                device,
+                args.repeats,
+            )
             for name in losses:
                 median, p20, p80 = percentiles(times[name])
                 rate = passes[name][which][2] / median / 1e6  # GB/s
-                rows.append({"shape": shape, "pred": dtype, "batch": batch, "pass": which, "loss": name, "ms": median})
-                rows[-1] |= {"p20": p20, "p80": p80, "x eager": percentiles(times["eager"])[0] / median, "GB/s": rate}
-                rows[-1] |= {"% of copy": 1e11 * rate / bandwidth, "peak MiB": memory.get(name, "not measured")}
-        print(*(f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in rows[-1].items()), flush=True)
+                rows.append(
+                    {
+                        "shape": shape,
+                        "pred": dtype,
+                        "batch": batch,
+                        "pass": which,
+                        "loss": name,
+                        "ms": median,
+                    }
+                )
+                rows[-1] |= {
+                    "p20": p20,
+                    "p80": p80,
+                    "x eager": percentiles(times["eager"])[0] / median,
+                    "GB/s": rate,
+                }
+                rows[-1] |= {
+                    "% of copy": 1e11 * rate / bandwidth,
+                    "peak MiB": memory.get(name, "not measured"),
+                }
+        print(
+            *(
+                f"{k} {v:.4g}" if isinstance(v, float) else v
+                for k, v in rows[-1].items()
+            ),
+            flush=True,
+        )
     table(rows, out, "kernel", f"{machine(device)}; copy {bandwidth / 1e9:.0f} GB/s")
     figure(rows, bandwidth, out / "kernel.png")
 
@@ -174,16 +243,34 @@ def figure(rows, bandwidth, path):
         from matplotlib.figure import Figure
     except ImportError:
         return print("no picture: pip install matplotlib")
-    shapes, dtypes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "pred"))
-    canvas = Figure(figsize=(1.5 + 2.5 * len(shapes), 0.5 + 2.3 * len(dtypes)), layout="constrained")
+    shapes, dtypes = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "pred")
+    )
+    canvas = Figure(
+        figsize=(1.5 + 2.5 * len(shapes), 0.5 + 2.3 * len(dtypes)), layout="constrained"
+    )
     axes = canvas.subplots(len(dtypes), len(shapes), sharey=True, squeeze=False)
     for (dtype, shape), axis in zip(product(dtypes, shapes), axes.flat, strict=True):
         for name in dict.fromkeys(row["loss"] for row in rows):
-            mine = [r for r in rows if (r["shape"], r["pred"], r["pass"], r["loss"]) == (shape, dtype, "both", name)]
-            axis.plot([r["batch"] for r in mine], [r["GB/s"] for r in mine], marker="o", label=name)
+            mine = [
+                r
+                for r in rows
+                if (r["shape"], r["pred"], r["pass"], r["loss"])
+                == (shape, dtype, "both", name)
+            ]
+            axis.plot(
+                [r["batch"] for r in mine],
+                [r["GB/s"] for r in mine],
+                marker="o",
+                label=name,
+            )
         axis.axhline(bandwidth / 1e9, color="grey", linestyle="--", label="copy")
-        axis.set(title=f"{shape}, {dtype}", xlabel="batch", xscale="log", ylim=(0, None))
-        axis.set_xticks([r["batch"] for r in mine], [str(r["batch"]) for r in mine], minor=False)
+        axis.set(
+            title=f"{shape}, {dtype}", xlabel="batch", xscale="log", ylim=(0, None)
+        )
+        axis.set_xticks(
+            [r["batch"] for r in mine], [str(r["batch"]) for r in mine], minor=False
+        )
         axis.minorticks_off()
     axes.flat[-1].legend()
     canvas.supylabel("GB/s, forward + backward")
@@ -198,13 +285,36 @@ def sweep(args, device, out):
     rows = []
     loss, constants = partial(K.attg_loss, impl="triton"), (K.TILE, K.STEPS, K.WARP)
     for shape, dtype in product(args.shapes, args.dtypes):
-        call = loss_passes(loss, max(args.batches), SHAPES[shape], args.size, getattr(torch, dtype), device)["both"][:2]
-        for K.TILE, K.STEPS, K.WARP in product((1024, 2048, 4096), (1, 2, 4, 8), (128, 256, 512)):
-            median, p20, p80 = percentiles(take_turns({"": call}, device, args.repeats)[""])
+        call = loss_passes(
+            loss,
+            max(args.batches),
+            SHAPES[shape],
+            args.size,
+            getattr(torch, dtype),
+            device,
+        )["both"][:2]
+        for K.TILE, K.STEPS, K.WARP in product(
+            (1024, 2048, 4096), (1, 2, 4, 8), (128, 256, 512)
+        ):
+            median, p20, p80 = percentiles(
+                take_turns({"": call}, device, args.repeats)[""]
+            )
             rows.append({"shape": shape, "pred": dtype, "batch": max(args.batches)})
-            rows[-1] |= {"TILE": K.TILE, "STEPS": K.STEPS, "WARP": K.WARP, "ms": median, "p20": p20, "p80": p80}
+            rows[-1] |= {
+                "TILE": K.TILE,
+                "STEPS": K.STEPS,
+                "WARP": K.WARP,
+                "ms": median,
+                "p20": p20,
+                "p80": p80,
+            }
     K.TILE, K.STEPS, K.WARP = constants
-    table(sorted(rows, key=lambda row: (row["shape"], row["pred"], row["ms"])), out, "sweep", machine(device))
+    table(
+        sorted(rows, key=lambda row: (row["shape"], row["pred"], row["ms"])),
+        out,
+        "sweep",
+        machine(device),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,9 +325,17 @@ def cut_features(L, batch, keys):
     """{kind: features (B, L, d)}: keys of a ViT, an object before a background, smooth and plain noise."""
     side, normal = math.isqrt(L), torch.Generator().manual_seed(0)
     inside = (torch.rand(batch, L, 1, generator=normal) < 0.3).float()
-    object_, background = (torch.randn(batch, 1, 64, generator=normal) for _ in range(2))
+    object_, background = (
+        torch.randn(batch, 1, 64, generator=normal) for _ in range(2)
+    )
     noise = torch.randn(batch, L, 64, generator=normal)
-    smooth = F.interpolate(torch.randn(batch, 64, 4, 4, generator=normal), side, mode="bilinear").flatten(2).mT
+    smooth = (
+        F.interpolate(
+            torch.randn(batch, 64, 4, 4, generator=normal), side, mode="bilinear"
+        )
+        .flatten(2)
+        .mT
+    )
     blocks = inside * object_ + (1 - inside) * background + 0.3 * noise
     return {"keys of ViT-S": keys, "keys, centred": keys - keys.mean(1, keepdim=True), "two blocks": blocks,
             "smooth": smooth, "noise": noise}  # fmt: skip
@@ -237,29 +355,75 @@ def maps(args, device, out):
     rows, batch, host, nothing = [], args.batches[0], torch.device("cpu"), lambda: None
     for patch in (16, 8):
         L = (args.size // patch) ** 2
-        model = build_model(Config("vit_small", img_size=args.size, patch_size=patch)).eval().to(device)
-        imgs = torch.from_numpy(toy("test")[0][:batch]).permute(0, 3, 1, 2).float().to(device)
+        model = (
+            build_model(Config("vit_small", img_size=args.size, patch_size=patch))
+            .eval()
+            .to(device)
+        )
+        imgs = (
+            torch.from_numpy(toy("test")[0][:batch])
+            .permute(0, 3, 1, 2)
+            .float()
+            .to(device)
+        )
         imgs = normalize(F.interpolate(imgs, args.size, mode="bilinear"), model.cfg)
         with torch.no_grad(), threadpool_limits(1):
             keys = model.last_qkv(imgs)[1][:, :, 1:].transpose(1, 2).flatten(2).cpu()
             forward = {"": (nothing, lambda _, m=model, x=imgs: m.last_qkv(x))}
-            backbone = percentiles(take_turns(forward, device, args.repeats)[""])[0] / batch
+            backbone = (
+                percentiles(take_turns(forward, device, args.repeats)[""])[0] / batch
+            )
             for kind, features in cut_features(L, batch, keys).items():
                 x = F.normalize(features.double(), dim=-1)
                 affinity = torch.where(x @ x.mT > 0.2, 1.0, 1e-5).numpy()
                 degree = [np.diag(a.sum(1)) for a in affinity]
-                problems = cycle([(d - a, d) for a, d in zip(affinity, degree, strict=True)])
-                calls = {"scipy": (lambda p=problems: next(p), lambda x: scipy.linalg.eigh(*x, subset_by_index=[1, 2]))}
-                ours = {"tokencut": (partial(torch.Tensor.to, features, device), tokencut)}
+                problems = cycle(
+                    [(d - a, d) for a, d in zip(affinity, degree, strict=True)]
+                )
+                calls = {
+                    "scipy": (
+                        lambda p=problems: next(p),
+                        lambda x: scipy.linalg.eigh(*x, subset_by_index=[1, 2]),
+                    )
+                }
+                ours = {
+                    "tokencut": (partial(torch.Tensor.to, features, device), tokencut)
+                }
                 if device == host:
                     times = take_turns(calls | ours, host, args.repeats)
                 else:
-                    times = take_turns(calls, host, args.repeats) | take_turns(ours, device, args.repeats)
-                scipy_ms, (median, p20, p80) = percentiles(times["scipy"])[0], percentiles(times["tokencut"])
-                rows.append({"graphs": kind, "L": L, "batch": batch, "scipy ms": scipy_ms, "ms": median / batch})
-                rows[-1] |= {"p20": p20 / batch, "p80": p80 / batch, "x scipy": scipy_ms * batch / median}
-                rows[-1] |= {"backbone ms": backbone, "% of backbone": 100 * median / batch / backbone}
-                print(*(f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in rows[-1].items()), flush=True)
+                    times = take_turns(calls, host, args.repeats) | take_turns(
+                        ours, device, args.repeats
+                    )
+                scipy_ms, (median, p20, p80) = (
+                    percentiles(times["scipy"])[0],
+                    percentiles(times["tokencut"]),
+                )
+                rows.append(
+                    {
+                        "graphs": kind,
+                        "L": L,
+                        "batch": batch,
+                        "scipy ms": scipy_ms,
+                        "ms": median / batch,
+                    }
+                )
+                rows[-1] |= {
+                    "p20": p20 / batch,
+                    "p80": p80 / batch,
+                    "x scipy": scipy_ms * batch / median,
+                }
+                rows[-1] |= {
+                    "backbone ms": backbone,
+                    "% of backbone": 100 * median / batch / backbone,
+                }
+                print(
+                    *(
+                        f"{k} {v:.4g}" if isinstance(v, float) else v
+                        for k, v in rows[-1].items()
+                    ),
+                    flush=True,
+                )
     table(rows, out, "maps", machine(device))
     torch.set_num_threads(threads)
 
@@ -276,11 +440,20 @@ def peak_memory(call, device):
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc: free memory goes back, or the call would use it unseen
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts from here
-        before = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # glibc: free memory goes back, or the call would use it unseen
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # Linux: the peak starts from here
+        before = int(
+            re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+        )
         call()
-        return (int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) - before) / 2**10
+        return (
+            int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+            - before
+        ) / 2**10
     except (AttributeError, OSError):
         return "not measured"
 
@@ -290,59 +463,125 @@ def knn_plain(bank, labels, queries, k, num_classes, chunks=100):
     bank, guesses = F.normalize(bank, dim=1).T, []
     for x in F.normalize(queries, dim=1).chunk(chunks):
         similarity, ids = (x @ bank).topk(k, dim=1)
-        votes = F.one_hot(labels[ids], num_classes) * (similarity / 0.07).exp()[..., None]  # (b, k, C)
+        votes = (
+            F.one_hot(labels[ids], num_classes) * (similarity / 0.07).exp()[..., None]
+        )  # (b, k, C)
         guesses.append(votes.sum(dim=1).topk(5).indices)
     return torch.cat(guesses)
 
 
 def knn(args, device, out):
     """Seconds and memory of the vote of the 20 nearest among noisy copies of 1,000 points."""
-    n, queries, width = args.knn or ((1_281_167, 50_000, 1024) if device.type == "cuda" else (128_117, 5_000, 102))
+    n, queries, width = args.knn or (
+        (1_281_167, 50_000, 1024) if device.type == "cuda" else (128_117, 5_000, 102)
+    )
     generator, classes, k = torch.Generator().manual_seed(0), min(1000, n), 20
     points = torch.randn(classes, width, generator=generator)
     labels, truth = torch.arange(n) % classes, torch.arange(queries) % classes
-    bank = (points[labels] + 1.5 * torch.randn(n, width, generator=generator)).to(device)
-    x = (points[truth] + 1.5 * torch.randn(queries, width, generator=generator)).to(device)
+    bank = (points[labels] + 1.5 * torch.randn(n, width, generator=generator)).to(
+        device
+    )
+    x = (points[truth] + 1.5 * torch.randn(queries, width, generator=generator)).to(
+        device
+    )
     labels, nothing = labels.to(device), lambda: None
-    calls = {"knn_classify": lambda _=None: knn_classify(bank, labels, x, k, num_classes=classes)}
+    calls = {
+        "knn_classify": lambda _=None: knn_classify(
+            bank, labels, x, k, num_classes=classes
+        )
+    }
     calls["one-hot"] = lambda _=None: knn_plain(bank, labels, x, k, classes)
     if device.type == "cpu" and find_spec("sklearn"):
         from sklearn.neighbors import KNeighborsClassifier
 
-        peer = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+        peer = KNeighborsClassifier(
+            k,
+            metric="cosine",
+            algorithm="brute",
+            weights=lambda d: np.exp((1 - d) / 0.07),
+        )
         arrays = bank.numpy(), labels.numpy(), x.numpy()
-        calls["scikit-learn"] = lambda _=None: torch.from_numpy(peer.fit(*arrays[:2]).predict(arrays[2]))[:, None]
+        calls["scikit-learn"] = lambda _=None: torch.from_numpy(
+            peer.fit(*arrays[:2]).predict(arrays[2])
+        )[:, None]
     memory = {name: peak_memory(call, device) for name, call in calls.items()}
-    right = {name: 100 * (call()[:, 0].cpu() == truth).double().mean().item() for name, call in calls.items()}
-    times = take_turns({name: (nothing, call) for name, call in calls.items()}, device, min(args.repeats, 5))
+    right = {
+        name: 100 * (call()[:, 0].cpu() == truth).double().mean().item()
+        for name, call in calls.items()
+    }
+    times = take_turns(
+        {name: (nothing, call) for name, call in calls.items()},
+        device,
+        min(args.repeats, 5),
+    )
     rows, ours = [], percentiles(times["knn_classify"])[0]
     for name in calls:
         median, p20, p80 = (t / 1e3 for t in percentiles(times[name]))
-        rows.append({"k-NN": name, "bank": n, "queries": queries, "width": width, "classes": classes, "k": k})
-        rows[-1] |= {"s": median, "p20": p20, "p80": p80, "x knn_classify": median * 1e3 / ours}
+        rows.append(
+            {
+                "k-NN": name,
+                "bank": n,
+                "queries": queries,
+                "width": width,
+                "classes": classes,
+                "k": k,
+            }
+        )
+        rows[-1] |= {
+            "s": median,
+            "p20": p20,
+            "p80": p80,
+            "x knn_classify": median * 1e3 / ours,
+        }
         rows[-1] |= {"peak MiB": memory[name], "top-1 %": right[name]}
     table(rows, out, "knn", machine(device))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["kernel", "maps", "knn"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--out", default="out/bench", type=Path)
-    parser.add_argument("--repeats", type=int, help="calls of each, taking turns (default 50, CPU 7)")
-    parser.add_argument("--batches", type=int, nargs="+", help="default 32 to 1024, CPU 32; maps takes the first")
-    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--repeats", type=int, help="calls of each, taking turns (default 50, CPU 7)"
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        help="default 32 to 1024, CPU 32; maps takes the first",
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["bfloat16", "float32"],
+        default=["bfloat16", "float32"],
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--size", type=int, default=224, help="images, in pixels")
-    parser.add_argument("--knn", type=int, nargs=3, metavar=("BANK", "QUERIES", "WIDTH"), help="sizes of knn")
+    parser.add_argument(
+        "--knn",
+        type=int,
+        nargs=3,
+        metavar=("BANK", "QUERIES", "WIDTH"),
+        help="sizes of knn",
+    )
     parser.add_argument("--sweep", action="store_true", help="the kernel's constants")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     args.repeats = args.repeats or (50 if device.type == "cuda" else 7)
-    args.batches = args.batches or ([32, 64, 128, 256, 512, 1024] if device.type == "cuda" else [32])
+    args.batches = args.batches or (
+        [32, 64, 128, 256, 512, 1024] if device.type == "cuda" else [32]
+    )
     print(machine(device), flush=True)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        {"kernel": sweep if args.sweep else kernel, "maps": maps, "knn": knn}[args.what](args, device, args.out)
+        {"kernel": sweep if args.sweep else kernel, "maps": maps, "knn": knn}[
+            args.what
+        ](args, device, args.out)
 
 
 if __name__ == "__main__":

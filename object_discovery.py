@@ -24,17 +24,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from PIL.Image import Resampling
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from attg_mae import load_checkpoint, load_encoder, normalize, processes
-from common.data import IMAGENET, chunks, load_maps, make_loader, open_data, replacing, save_maps, save_sheet, sha256, to_rgb
+from attg_mae import IMAGENET, load_encoder, normalize
+from common.data import make_loader, open_data, to_rgb
+from common.files import replacing, save_sheet, sha256
+from common.maps import chunks, load_maps, quality, read_mask, save_maps, true_masks
+from common.run import load_checkpoint, processes, wait
 from kernels import normalize_map
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,23 +54,35 @@ def tokencut(features, tau=0.2, eps=1e-5):
     """
     B, L, _ = features.shape
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    x = (features.cpu() if features.device.type == "mps" else features).to(dtype)  # MPS has no float64
+    x = (features.cpu() if features.device.type == "mps" else features).to(
+        dtype
+    )  # MPS has no float64
     norm = x.norm(dim=-1, keepdim=True)
     bad = (~norm.isfinite()).any(1).flatten().nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"the features of image {', '.join(map(str, bad))} of the batch hold NaN or inf")
+        raise ValueError(
+            f"the features of image {', '.join(map(str, bad))} of the batch hold NaN or inf"
+        )
     if L < 2 or B == 0:
         return features.new_zeros(B, L, dtype=dtype)
     x = x / norm.clamp_min(1e-12)
-    start = torch.randn(L, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device)
+    start = torch.randn(
+        L, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).to(x.device)
     steps, out = min(L - 1, 96), []
-    for part in x.split(max(1, 2 ** (19 if x.device.type == "cpu" else 27) // L**2)):  # A of 4 MB (cache) or 1 GB
+    for part in x.split(
+        max(1, 2 ** (19 if x.device.type == "cpu" else 27) // L**2)
+    ):  # A of 4 MB (cache) or 1 GB
         with torch.autocast(x.device.type, enabled=False):
             A = part @ part.mT > tau
-        S = (A | A.mT).double().clamp_(min=eps)  # | because rounding need not be symmetric
+        S = (
+            (A | A.mT).double().clamp_(min=eps)
+        )  # | because rounding need not be symmetric
         d = S.sum(-1)
         r = torch.where(d > 0, d.rsqrt(), 0)  # d is 0 for a zero vector if eps is 0
-        S.mul_(r[:, :, None]).mul_(r[:, None])  # D^-1/2 A D^-1/2: we want its second largest eigenvalue, >= 0
+        S.mul_(r[:, :, None]).mul_(
+            r[:, None]
+        )  # D^-1/2 A D^-1/2: we want its second largest eigenvalue, >= 0
         # Lanczos: Q is an orthonormal basis, SQ its image. Row 0 is the known eigenvector of eigenvalue 1, there
         # for the others to stay orthogonal to: what they find is the largest eigenvalue of the rest.
         Q, SQ = S.new_empty(2, len(part), steps + 1, L)
@@ -79,7 +92,9 @@ def tokencut(features, tau=0.2, eps=1e-5):
             P, last = Q[:, :j], Q[:, max(0, j - 3) : j]
             w = w - w @ last.mT @ last  # enough in exact arithmetic
             beta = w.norm(dim=-1, keepdim=True)
-            w = torch.where(beta < 1e-10, start.roll(j), w / beta)  # few distinct eigenvalues: a new start
+            w = torch.where(
+                beta < 1e-10, start.roll(j), w / beta
+            )  # few distinct eigenvalues: a new start
             w = w - w @ P.mT @ P
             Q[:, j : j + 1] = w / w.norm(dim=-1, keepdim=True)
             w = SQ[:, j : j + 1] = Q[:, j : j + 1] @ S
@@ -95,10 +110,16 @@ def tokencut(features, tau=0.2, eps=1e-5):
         v = v[:, 0]
         if not found.all():
             u = Q[~found, 0]  # its eigenvalue: 1 -> -1, out of the way
-            v[~found] = torch.linalg.eigh(S[~found] - 2 * u[:, :, None] * u[:, None]).eigenvectors[:, :, -1]
+            v[~found] = torch.linalg.eigh(
+                S[~found] - 2 * u[:, :, None] * u[:, None]
+            ).eigenvectors[:, :, -1]
         y = r * v
         size = y.abs()
-        first = (size >= (1 - 1e-6) * size.amax(1, keepdim=True)).int().argmax(1, keepdim=True)
+        first = (
+            (size >= (1 - 1e-6) * size.amax(1, keepdim=True))
+            .int()
+            .argmax(1, keepdim=True)
+        )
         out.append(y * y.gather(1, first).sign())
     return torch.cat(out).to(dtype).to(features.device)
 
@@ -120,8 +141,14 @@ def grad_cam(features, classify, grid, size):
         features = features.detach().requires_grad_()
         scores = classify(features).amax(dim=1)
         (gradient,) = torch.autograd.grad(scores.sum(), features)
-    cam = (gradient.mean(dim=(2, 3), keepdim=True) * features.detach()).sum(dim=1, keepdim=True).relu()
-    cam = F.interpolate(cam, size, mode="bilinear", align_corners=False)  # (B, 1, *size)
+    cam = (
+        (gradient.mean(dim=(2, 3), keepdim=True) * features.detach())
+        .sum(dim=1, keepdim=True)
+        .relu()
+    )
+    cam = F.interpolate(
+        cam, size, mode="bilinear", align_corners=False
+    )  # (B, 1, *size)
     return F.adaptive_avg_pool2d(cam, grid)[:, 0]
 
 
@@ -133,7 +160,9 @@ def patch_statistics(imgs, p):
     """
     x = F.unfold(imgs, p, stride=p).unflatten(1, (imgs.shape[1], -1))  # (B, 3, p*p, L)
     x = torch.cat([x.mean(dim=2), x.std(dim=2)], dim=1).mT  # (B, L, 6)
-    return (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True).clamp_min(1e-6)
+    return (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True).clamp_min(
+        1e-6
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,12 +176,16 @@ DINO = {  # facebookresearch/dino's released weights
 }
 CNNS = {  # the convolutional stages of torchvision's classifiers, and what follows them
     "resnet50": lambda m: (
-        torch.nn.Sequential(m.conv1, m.bn1, m.relu, m.maxpool, m.layer1, m.layer2, m.layer3, m.layer4),
+        torch.nn.Sequential(
+            m.conv1, m.bn1, m.relu, m.maxpool, m.layer1, m.layer2, m.layer3, m.layer4
+        ),
         torch.nn.Sequential(m.avgpool, torch.nn.Flatten(), m.fc),
     ),
     "mobilenet_v2": lambda m: (
         m.features,
-        torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), m.classifier),
+        torch.nn.Sequential(
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), m.classifier
+        ),
     ),
 }
 
@@ -167,32 +200,51 @@ def download(url, remedy):
             torch.hub.download_url_to_file(url, str(path))
         except Exception as error:  # urllib has many
             where = f"get {url} elsewhere and put it at {path}, or {remedy}"
-            raise ValueError(f"{path.name} could not be downloaded ({error}); {where}") from error
+            raise ValueError(
+                f"{path.name} could not be downloaded ({error}); {where}"
+            ) from error
         with replacing(note) as temporary:
             temporary.write_text(sha256(path))
-    known = [note.read_text().strip()] if note.is_file() else re.findall(r"-([0-9a-f]{8})\.pth$", path.name)
+    known = (
+        [note.read_text().strip()]
+        if note.is_file()
+        else re.findall(r"-([0-9a-f]{8})\.pth$", path.name)
+    )
     if known and not sha256(path).startswith(known[0]):
-        raise ValueError(f"{path} is damaged: its sha256 is not {known[0]}; delete it and {note.name}")
+        raise ValueError(
+            f"{path} is damaged: its sha256 is not {known[0]}; delete it and {note.name}"
+        )
     return path
 
 
 def vit(args, device):
     path = Path(args.backbone)
     if args.backbone in DINO:
-        remedy = "pass --backbone CHECKPOINT, or --backbone pixels, which needs no weights"
-        path = download(f"https://dl.fbaipublicfiles.com/dino/{DINO[args.backbone]}", remedy)
+        remedy = (
+            "pass --backbone CHECKPOINT, or --backbone pixels, which needs no weights"
+        )
+        path = download(
+            f"https://dl.fbaipublicfiles.com/dino/{DINO[args.backbone]}", remedy
+        )
     if not path.is_file():
         names = f"{', '.join(DINO)}, pixels, or a checkpoint of this project, MAE, DINO, timm or Hugging Face"
-        raise ValueError(f"--backbone {args.backbone}: no such file; choose from {names}")
+        raise ValueError(
+            f"--backbone {args.backbone}: no such file; choose from {names}"
+        )
     model = load_encoder(str(path), img_size=args.img_size).to(device)
-    model.cfg.mean, model.cfg.std = tuple(args.mean or model.cfg.mean), tuple(args.std or model.cfg.std)
+    model.cfg.mean, model.cfg.std = (
+        tuple(args.mean or model.cfg.mean),
+        tuple(args.std or model.cfg.std),
+    )
 
     @torch.no_grad()
     def maps(imgs):
         q, k, _ = model.last_qkv(normalize(imgs, model.cfg))  # (B, H, 1 + L, d)
         if args.method == "dino":
             return class_attention(q, k).unflatten(1, model.cfg.grid)
-        return cut(k[:, :, 1:].transpose(1, 2).flatten(2), args).unflatten(1, model.cfg.grid)
+        return cut(k[:, :, 1:].transpose(1, 2).flatten(2), args).unflatten(
+            1, model.cfg.grid
+        )
 
     about = {"sha256": sha256(path), "mean": model.cfg.mean, "std": model.cfg.std}
     return maps, model.cfg.size, model.cfg.grid, about
@@ -201,10 +253,14 @@ def vit(args, device):
 def pixels(args, device):
     size, p = args.img_size or 224, 16
     if size < 2 * p or size % p:
-        raise ValueError(f"--img_size {size}: --backbone pixels takes multiples of {p}, from {2 * p} on")
+        raise ValueError(
+            f"--img_size {size}: --backbone pixels takes multiples of {p}, from {2 * p} on"
+        )
 
     def maps(imgs):
-        return cut(patch_statistics(imgs / 255, p), args).unflatten(1, (size // p, size // p))
+        return cut(patch_statistics(imgs / 255, p), args).unflatten(
+            1, (size // p, size // p)
+        )
 
     return maps, (size, size), (size // p, size // p), {}
 
@@ -216,7 +272,9 @@ def cut(features, args):
     features = features.where(finite[:, None, None], 0.0).float()
     y = tokencut(features, args.cut)
     y = (y > y.mean(dim=1, keepdim=True)).float() if args.binary else y
-    edges = torch.stack([(x @ x.mT > args.cut).sum() for x in F.normalize(features, dim=-1)])  # (B,)
+    edges = torch.stack(
+        [(x @ x.mT > args.cut).sum() for x in F.normalize(features, dim=-1)]
+    )  # (B,)
     y = y.masked_fill(((edges == L * L) | (edges <= L))[:, None], 0.0)
     return y.masked_fill(~finite[:, None], torch.nan)
 
@@ -229,12 +287,20 @@ def cnn(args, device):
     try:
         model.load_state_dict(load_checkpoint(path))
     except RuntimeError as error:
-        raise ValueError(f"--weights {path}: not torchvision's {args.backbone} ({error})") from error
-    features, classify = CNNS[args.backbone](model.to(device).eval().requires_grad_(False))
+        raise ValueError(
+            f"--weights {path}: not torchvision's {args.backbone} ({error})"
+        ) from error
+    features, classify = CNNS[args.backbone](
+        model.to(device).eval().requires_grad_(False)
+    )
     size, grid = (args.img_size or 224,) * 2, (args.grid or 14,) * 2
-    cfg = SimpleNamespace(mean=tuple(args.mean or IMAGENET[0]), std=tuple(args.std or IMAGENET[1]))
+    cfg = SimpleNamespace(
+        mean=tuple(args.mean or IMAGENET[0]), std=tuple(args.std or IMAGENET[1])
+    )
     if size[0] < 32:
-        raise ValueError(f"--img_size {size[0]}: {args.backbone} needs 32 pixels or more, and was trained on 224")
+        raise ValueError(
+            f"--img_size {size[0]}: {args.backbone} needs 32 pixels or more, and was trained on 224"
+        )
 
     def maps(imgs):
         with torch.no_grad():
@@ -254,14 +320,6 @@ def masks(args, device):
 # The job
 
 
-def read_mask(folder, name):
-    """The PNG of the same relative path, grey, 0 to 255. Palette pictures: index 0 is background, all else object.
-    Pictures of 0 and 1: 1 is object."""
-    picture = Image.open(Path(folder, name).with_suffix(".png"))
-    grey = np.asarray(picture) > 0 if picture.mode == "P" else np.asarray(to_rgb(picture).convert("L"))
-    return Image.fromarray(np.uint8(grey) * 255 if grey.max() <= 1 else grey)
-
-
 class Whole(Dataset):
     """Whole pictures squashed to (h, w): [i] -> (uint8 (C, h, w), could it be read). Unreadable ones are black."""
 
@@ -275,15 +333,16 @@ class Whole(Dataset):
         h, w = self.size
         try:
             if self.folder:
-                return pil_to_tensor(read_mask(self.folder, self.dataset.names[i]).resize((w, h), Resampling.BOX)), True
-            return pil_to_tensor(to_rgb(self.dataset.read(i)[0]).resize((w, h), Resampling.BICUBIC)), True
+                return pil_to_tensor(
+                    read_mask(self.folder, self.dataset.names[i]).resize(
+                        (w, h), Resampling.BOX
+                    )
+                ), True
+            return pil_to_tensor(
+                to_rgb(self.dataset.read(i)[0]).resize((w, h), Resampling.BICUBIC)
+            ), True
         except Exception:  # decoders raise OSError, SyntaxError, ValueError ...
             return torch.zeros(1 if self.folder else 3, h, w, dtype=torch.uint8), False
-
-
-def wait(world):
-    if world > 1:
-        dist.barrier()
 
 
 def job_files(path):
@@ -293,19 +352,29 @@ def job_files(path):
     return Path(f"{path}.part"), Path(f"{path}.part.json"), logs
 
 
-def discover(maps, whole, grid, path, settings, batch_size, workers, device, rank, world):
+def discover(
+    maps, whole, grid, path, settings, batch_size, workers, device, rank, world
+):
     """Runs maps over all pictures, into NAME.npy and its manifest; an interrupted job goes on where it was.
 
     The unit of work is a block of batch_size consecutive pictures. Rows go to NAME.npy.part, numbers of finished blocks
     to NAME.done.RANK after them, settings to NAME.npy.part.json: a job of other settings does not continue this one.
     """
     part, about, _ = job_files(path)
-    shape, job = (len(whole), *grid), settings | {"fingerprint": whole.dataset.fingerprint, "batch_size": batch_size}
-    blocks = [range(i, min(i + batch_size, len(whole))) for i in range(0, len(whole), batch_size)]
+    shape, job = (
+        (len(whole), *grid),
+        settings | {"fingerprint": whole.dataset.fingerprint, "batch_size": batch_size},
+    )
+    blocks = [
+        range(i, min(i + batch_size, len(whole)))
+        for i in range(0, len(whole), batch_size)
+    ]
 
     def finished():
         text = "\n".join(file.read_text() for file in job_files(path)[2])
-        return {int(number) for number in re.findall(r"(\d+);", text)}  # without ; it was killed while it wrote
+        return {
+            int(number) for number in re.findall(r"(\d+);", text)
+        }  # without ; it was killed while it wrote
 
     def clean():
         for file in (about, part, *job_files(path)[2]):
@@ -313,7 +382,12 @@ def discover(maps, whole, grid, path, settings, batch_size, workers, device, ran
 
     if rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not (about.is_file() and part.is_file() and part.stat().st_size == 2 * math.prod(shape) and finished()):
+        if not (
+            about.is_file()
+            and part.is_file()
+            and part.stat().st_size == 2 * math.prod(shape)
+            and finished()
+        ):
             clean()
             with open(part, "wb") as file:
                 file.truncate(2 * math.prod(shape))
@@ -322,18 +396,30 @@ def discover(maps, whole, grid, path, settings, batch_size, workers, device, ran
         differ = differences(job, json.loads(about.read_text()))
         if differ:
             remedy = f"give another name, or delete {part.name}, {about.name} and {path.stem}.done.* to start anew"
-            raise ValueError(f"--out {path}: an unfinished job is there that was begun with {differ}; {remedy}")
+            raise ValueError(
+                f"--out {path}: an unfinished job is there that was begun with {differ}; {remedy}"
+            )
     wait(world)
     done = finished()
     wait(world)  # before anybody adds to it
     mine = [i for i in range(len(blocks)) if i not in done][rank::world]
     if rank == 0 and done:
         print(f"going on: {len(done)} of {len(blocks)} blocks are there")
-    loader = make_loader(whole, batch_sampler=[blocks[i] for i in mine], workers=workers)
+    loader = make_loader(
+        whole, batch_sampler=[blocks[i] for i in mine], workers=workers
+    )
     count = sum(len(blocks[i]) for i in mine)  # of this process
-    seconds = 0.1 if sys.stderr.isatty() else 60  # between two states of the bar; a line each in a log file
-    bar = tqdm(total=count, unit="img", desc="maps", mininterval=seconds, disable=rank > 0)
-    with bar, open(part, "r+b") as rows, open(path.with_suffix(f".done.{rank}"), "a") as log:
+    seconds = (
+        0.1 if sys.stderr.isatty() else 60
+    )  # between two states of the bar; a line each in a log file
+    bar = tqdm(
+        total=count, unit="img", desc="maps", mininterval=seconds, disable=rank > 0
+    )
+    with (
+        bar,
+        open(part, "r+b") as rows,
+        open(path.with_suffix(f".done.{rank}"), "a") as log,
+    ):
         for i, (imgs, readable) in zip(mine, loader, strict=True):
             m = normalize_map(maps(imgs.to(device)).float().flatten(1)).cpu()  # (B, L)
             m[~readable] = torch.nan  # failed, which zeros would not tell
@@ -347,14 +433,26 @@ def discover(maps, whole, grid, path, settings, batch_size, workers, device, ran
     if rank == 0:
         missing = set(range(len(blocks))) - finished()
         if missing:
-            raise ValueError(f"--out {path}: {len(missing)} blocks are missing; run the same command again")
+            raise ValueError(
+                f"--out {path}: {len(missing)} blocks are missing; run the same command again"
+            )
         rows = np.memmap(part, "<f2", "r", shape=shape)
         if all(np.isnan(m).all() for _, m in chunks(rows)):
             clean()
-            first = whole.dataset.names[0] + f" in --masks {whole.folder}, as .png" * bool(whole.folder)
-            reasons = "no picture could be read, or --backbone, --mean or --std are wrong"
-            raise ValueError(f"not one of {len(whole)} maps is finite: {reasons}; the first picture is {first}")
-        large = [int(first + i) for first, m in chunks(rows) for i in np.flatnonzero((m > 0.5).mean((1, 2)) > 0.9)]
+            first = whole.dataset.names[
+                0
+            ] + f" in --masks {whole.folder}, as .png" * bool(whole.folder)
+            reasons = (
+                "no picture could be read, or --backbone, --mean or --std are wrong"
+            )
+            raise ValueError(
+                f"not one of {len(whole)} maps is finite: {reasons}; the first picture is {first}"
+            )
+        large = [
+            int(first + i)
+            for first, m in chunks(rows)
+            for i in np.flatnonzero((m > 0.5).mean((1, 2)) > 0.9)
+        ]
         save_maps(path, rows, whole.dataset, large=large, **settings)
         del rows
         clean()
@@ -363,70 +461,16 @@ def discover(maps, whole, grid, path, settings, batch_size, workers, device, ran
 
 def differences(new, old):
     """In words; a backbone's weights count, not the name of their file."""
-    keys = [k for k in new if old.get(k) != new[k] and not (k == "backbone" and "sha256" in new)]
+    keys = [
+        k
+        for k in new
+        if old.get(k) != new[k] and not (k == "backbone" and "sha256" in new)
+    ]
     return ", ".join(f"{k} {old.get(k)}, not {new[k]}" for k in keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How good are they
-
-
-def quality(maps, truth):
-    """Mean IoU, CorLoc and area under the ROC, in percent, of maps against truth: an iterable of bool (H, W) or None.
-
-    A map is cut at its mean, as in TokenCut. IoU: the enlarged map's region and the mask. CorLoc: share of images where
-    the box around the part of the region that holds the maximum overlaps the mask's box by half (IoU > 0.5). ROC: the
-    enlarged map's values, over pixels, mean of the images. Images whose mask is missing, empty or full are left out.
-    """
-    scores = []
-    for m, mask in zip(maps, truth, strict=True):
-        if mask is None or mask.all() or not mask.any():
-            continue
-        m = np.float32(m)
-        large = F.interpolate(torch.from_numpy(m)[None, None], mask.shape, mode="bilinear", align_corners=False)
-        large = large[0, 0].numpy()
-        region, zoom = large > m.mean(), np.array(mask.shape) / m.shape
-        iou = (region & mask).sum() / (region | mask).sum()
-        (a0, a1), (b0, b1) = box(part_of_maximum(m)) * zoom, box(mask)  # corners (y, x)
-        common = np.prod(np.clip(np.minimum(a1, b1) - np.maximum(a0, b0), 0, None))
-        found = common > 0.5 * (np.prod(a1 - a0) + np.prod(b1 - b0) - common)
-        _, inverse, counts = np.unique(large, return_inverse=True, return_counts=True)
-        rank = (counts.cumsum() - (counts - 1) / 2)[inverse.reshape(large.shape)]  # ties share their mean rank
-        n = int(mask.sum())
-        scores.append((iou, found, (rank[mask].sum() - n * (n + 1) / 2) / (n * (mask.size - n))))
-    if not scores:
-        raise ValueError("--masks: no picture has a mask with both object and background; is it the right folder?")
-    means = (100 * np.mean(scores, axis=0)).tolist()
-    return dict(zip(("IoU", "CorLoc", "AUROC"), means, strict=True)) | {"images": len(scores)}
-
-
-def part_of_maximum(m):
-    """bool (h, w): the 4-connected part of m > mean that holds the (first) maximum; nothing of a flat map."""
-    region = m > m.mean()
-    part = (np.arange(m.size).reshape(m.shape) == m.argmax()) & region
-    while True:
-        p = np.pad(part, 1)
-        grown = (part | p[:-2, 1:-1] | p[2:, 1:-1] | p[1:-1, :-2] | p[1:-1, 2:]) & region
-        if (grown == part).all():
-            return part
-        part = grown
-
-
-def box(region):
-    """The corners ((y0, x0), (y1, x1)) of a region, bool (h, w), in cells; zeros if it is empty."""
-    cells = np.argwhere(region)
-    return np.stack([cells.min(0), cells.max(0) + 1]) if len(cells) else np.zeros((2, 2))
-
-
-def true_masks(dataset, folder, ids):
-    """The masks, bool (H, W), of a folder or of the toy set; None for a picture that has none. Object is what lies
-    above half of the mask's own maximum, so that 0/1 and 0/255 both do."""
-    for i in ids:
-        try:
-            mask = np.asarray(read_mask(folder, dataset.names[i])) if folder else dataset.masks[i]
-            yield mask > mask.max() / 2
-        except Exception:  # no such file, or no picture: decoders raise OSError, SyntaxError, ValueError ...
-            yield None
 
 
 def show(path, dataset, files, ids, tau=0.75, cell=112):
@@ -439,8 +483,15 @@ def show(path, dataset, files, ids, tau=0.75, cell=112):
         columns.append((Path(name).stem[:18], grey(F.interpolate(m, (cell, cell)))))
         if name == next(iter(files)):
             w = torch.exp(F.interpolate(m, (cell, cell)) / tau)
-            smooth = F.interpolate(m, (cell, cell), mode="bilinear", align_corners=False)
-            columns += [(f"exp(M / {tau}), 1 to {math.exp(1 / tau):.2f}", grey((w - 1) / (math.exp(1 / tau) - 1)))]
+            smooth = F.interpolate(
+                m, (cell, cell), mode="bilinear", align_corners=False
+            )
+            columns += [
+                (
+                    f"exp(M / {tau}), 1 to {math.exp(1 / tau):.2f}",
+                    grey((w - 1) / (math.exp(1 / tau) - 1)),
+                )
+            ]
             columns += [("overlay", imgs * (0.15 + 0.85 * smooth))]
     save_sheet(path, columns, cell=cell)
 
@@ -450,48 +501,143 @@ def show(path, dataset, files, ids, tau=0.75, cell=112):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--method", choices=("tokencut", "dino", "gradcam", "masks"), default="tokencut")
-    add("--backbone", help=f"{', '.join(DINO)}, a checkpoint, or pixels (tokencut); {', '.join(CNNS)} (gradcam)")
-    add("--weights", help="file with the weights of gradcam's backbone [torchvision's, downloaded once]")
-    add("--binary", action="store_true", help="TokenCut's bipartition at the mean instead of the eigenvector")
-    add("--cut", type=float, default=0.2, help="cosine above which two patches belong together [%(default)s]")
-    add("--masks", help="folder of PNG masks: the maps of --method masks, else the truth to compare the maps with")
+    add(
+        "--method", choices=("tokencut", "dino", "gradcam", "masks"), default="tokencut"
+    )
+    add(
+        "--backbone",
+        help=f"{', '.join(DINO)}, a checkpoint, or pixels (tokencut); {', '.join(CNNS)} (gradcam)",
+    )
+    add(
+        "--weights",
+        help="file with the weights of gradcam's backbone [torchvision's, downloaded once]",
+    )
+    add(
+        "--binary",
+        action="store_true",
+        help="TokenCut's bipartition at the mean instead of the eigenvector",
+    )
+    add(
+        "--cut",
+        type=float,
+        default=0.2,
+        help="cosine above which two patches belong together [%(default)s]",
+    )
+    add(
+        "--masks",
+        help="folder of PNG masks: the maps of --method masks, else the truth to compare the maps with",
+    )
     add("--data", default="toy", help="as for attg_mae.py [%(default)s]")
     add("--classes", help="file with the class folders to keep, one a line")
     add("--out", default="maps.npy", type=Path, help="map file [%(default)s]")
-    add("--img_size", type=int, help="input size of the backbone in pixels [a checkpoint's own, else 224]")
-    add("--grid", type=int, help="cells a side of the maps of gradcam [14] and masks [56]")
-    add("--mean", type=float, nargs=3, help="channel means of the backbone's input [the checkpoint's, ImageNet's]")
+    add(
+        "--img_size",
+        type=int,
+        help="input size of the backbone in pixels [a checkpoint's own, else 224]",
+    )
+    add(
+        "--grid",
+        type=int,
+        help="cells a side of the maps of gradcam [14] and masks [56]",
+    )
+    add(
+        "--mean",
+        type=float,
+        nargs=3,
+        help="channel means of the backbone's input [the checkpoint's, ImageNet's]",
+    )
     add("--std", type=float, nargs=3, help="channel deviations")
-    add("--batch_size", type=int, default=64, help="pictures in a block of work [%(default)s]")
+    add(
+        "--batch_size",
+        type=int,
+        default=64,
+        help="pictures in a block of work [%(default)s]",
+    )
     add("--device", help="cuda, mps or cpu [the first there is]")
     add("--workers", type=int, help="loader processes of each process [CPU 0, GPU 8]")
-    add("--show", type=int, default=0, metavar="N", help="write a sheet of N pictures beside the map file")
-    add("--with", dest="others", nargs="+", default=[], type=Path, help="more map files to compare")
+    add(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write a sheet of N pictures beside the map file",
+    )
+    add(
+        "--with",
+        dest="others",
+        nargs="+",
+        default=[],
+        type=Path,
+        help="more map files to compare",
+    )
     args = parser.parse_args(argv)
     method, gradcam = args.method, args.method == "gradcam"
-    used = {"gradcam": "backbone weights img_size grid mean std", "masks": "grid", "dino": "backbone img_size mean std"}
-    used = used.get(method, "backbone img_size binary" + " mean std" * (args.backbone != "pixels")).split()
+    used = {
+        "gradcam": "backbone weights img_size grid mean std",
+        "masks": "grid",
+        "dino": "backbone img_size mean std",
+    }
+    used = used.get(
+        method, "backbone img_size binary" + " mean std" * (args.backbone != "pixels")
+    ).split()
     names = ("backbone", "weights", "img_size", "grid", "mean", "std", "binary")
-    unused = [f"--{k}" for k in names if getattr(args, k) not in (None, False) and k not in used]
-    args.backbone = args.backbone or {"gradcam": "resnet50", "masks": None}.get(method, "dino_vits16")
-    flat = Path(args.data).is_dir() and args.out.resolve().parent == Path(args.data).resolve()
+    unused = [
+        f"--{k}"
+        for k in names
+        if getattr(args, k) not in (None, False) and k not in used
+    ]
+    args.backbone = args.backbone or {"gradcam": "resnet50", "masks": None}.get(
+        method, "dino_vits16"
+    )
+    flat = (
+        Path(args.data).is_dir()
+        and args.out.resolve().parent == Path(args.data).resolve()
+    )
     lost = [str(path) for path in args.others if not path.is_file()]
     low = [f"--{k} {v}: must be {least} or more" for k, least in (("batch_size", 1), ("img_size", 1), ("grid", 1),
            ("show", 0), ("workers", 0)) if (v := getattr(args, k)) is not None and v < least]  # fmt: skip
     wrong = (
         (args.out.suffix != ".npy", f"--out {args.out}: must end in .npy"),
-        (flat, f"--out {args.out}: is among the pictures of --data; choose another folder"),
-        (gradcam and args.backbone not in CNNS, f"--backbone {args.backbone}: gradcam takes {' or '.join(CNNS)}"),
-        (not gradcam and args.backbone in CNNS, f"--backbone {args.backbone}: is for --method gradcam"),
-        (args.weights and not gradcam, "--weights: is for --method gradcam; name a checkpoint with --backbone"),
-        (method == "dino" and args.backbone == "pixels", "--backbone pixels: has no attention; use --method tokencut"),
-        (method == "masks" and not args.masks, "--method masks: name their folder, --masks DIR"),
-        (args.masks and not Path(args.masks).is_dir(), f"--masks {args.masks}: no such folder"),
-        (unused, f"{', '.join(unused)}: --method {method} --backbone {args.backbone} does not use it; leave it out"),
-        (lost, f"--with {', '.join(lost)}: no such .npy file; name map files that are finished"),
+        (
+            flat,
+            f"--out {args.out}: is among the pictures of --data; choose another folder",
+        ),
+        (
+            gradcam and args.backbone not in CNNS,
+            f"--backbone {args.backbone}: gradcam takes {' or '.join(CNNS)}",
+        ),
+        (
+            not gradcam and args.backbone in CNNS,
+            f"--backbone {args.backbone}: is for --method gradcam",
+        ),
+        (
+            args.weights and not gradcam,
+            "--weights: is for --method gradcam; name a checkpoint with --backbone",
+        ),
+        (
+            method == "dino" and args.backbone == "pixels",
+            "--backbone pixels: has no attention; use --method tokencut",
+        ),
+        (
+            method == "masks" and not args.masks,
+            "--method masks: name their folder, --masks DIR",
+        ),
+        (
+            args.masks and not Path(args.masks).is_dir(),
+            f"--masks {args.masks}: no such folder",
+        ),
+        (
+            unused,
+            f"{', '.join(unused)}: --method {method} --backbone {args.backbone} does not use it; leave it out",
+        ),
+        (
+            lost,
+            f"--with {', '.join(lost)}: no such .npy file; name map files that are finished",
+        ),
         (low, ", ".join(low)),
         (not -1 < args.cut < 1, f"--cut {args.cut}: is a cosine, between -1 and 1"),
     )
@@ -508,19 +654,46 @@ def main(argv=None):
         dataset = open_data(args.data, "train", classes=args.classes)
         if rank:
             wait(world)  # the first process downloads
-        make = {"gradcam": cnn, "masks": masks}.get(args.method, pixels if args.backbone == "pixels" else vit)
+        make = {"gradcam": cnn, "masks": masks}.get(
+            args.method, pixels if args.backbone == "pixels" else vit
+        )
         maps, size, grid, about = make(args, device)
         if rank == 0:
             wait(world)
-        settings = {"method": args.method, "backbone": args.backbone, "input": size, "grid": grid} | about
+        settings = {
+            "method": args.method,
+            "backbone": args.backbone,
+            "input": size,
+            "grid": grid,
+        } | about
         if args.method == "tokencut":
             settings |= {"binary": args.binary, "cut": args.cut}
         settings = json.loads(json.dumps(settings))
-        workers = args.workers if args.workers is not None else 0 if device.type == "cpu" else 8
+        workers = (
+            args.workers
+            if args.workers is not None
+            else 0
+            if device.type == "cpu"
+            else 8
+        )
         whole = Whole(dataset, size, args.masks if args.method == "masks" else None)
         try:
-            if not (args.out.is_file() and args.out.with_suffix(".json").is_file()) or job_files(args.out)[1].is_file():
-                discover(maps, whole, grid, args.out, settings, args.batch_size, workers, device, rank, world)
+            if (
+                not (args.out.is_file() and args.out.with_suffix(".json").is_file())
+                or job_files(args.out)[1].is_file()
+            ):
+                discover(
+                    maps,
+                    whole,
+                    grid,
+                    args.out,
+                    settings,
+                    args.batch_size,
+                    workers,
+                    device,
+                    rank,
+                    world,
+                )
         except OSError as error:
             text = f"--out {args.out}: cannot be written ({error}); choose another place, or make room and run it again"
             raise OSError(text) from error
@@ -533,25 +706,48 @@ def main(argv=None):
             files[str(path)], manifest = load_maps(path, dataset)
         except ValueError as error:
             flag = "--out" if path == args.out else "--with"
-            raise ValueError(f"{flag} {path}: {error}; or delete it, or give another name") from error
+            raise ValueError(
+                f"{flag} {path}: {error}; or delete it, or give another name"
+            ) from error
         counts = [f"{len(manifest[k])} {k}" for k in ("flat", "failed")]
-        counts.append(f"{len(manifest['settings'].get('large', []))} larger than 90 % of the picture")
-        print(f"{path}: {len(dataset)} maps of {manifest['shape'][1:]} by {manifest['method']}, {', '.join(counts)}")
-        if manifest["method"] == "tokencut" and len(manifest["flat"]) > len(dataset) / 10:
-            print("hint: flat maps weigh nothing. Patches that are all alike call for a higher --cut (0.5 to 0.9)")
+        counts.append(
+            f"{len(manifest['settings'].get('large', []))} larger than 90 % of the picture"
+        )
+        print(
+            f"{path}: {len(dataset)} maps of {manifest['shape'][1:]} by {manifest['method']}, {', '.join(counts)}"
+        )
+        if (
+            manifest["method"] == "tokencut"
+            and len(manifest["flat"]) > len(dataset) / 10
+        ):
+            print(
+                "hint: flat maps weigh nothing. Patches that are all alike call for a higher --cut (0.5 to 0.9)"
+            )
         if manifest["failed"]:
             names = ", ".join(dataset.names[i] for i in manifest["failed"][:10])
-            print(f"failed, unreadable or not finite: {names} ... (all are in the manifest; delete it to try again)")
+            print(
+                f"failed, unreadable or not finite: {names} ... (all are in the manifest; delete it to try again)"
+            )
         if path == args.out:
-            differ = differences(settings, {"method": manifest["method"], **manifest["settings"]})
+            differ = differences(
+                settings, {"method": manifest["method"], **manifest["settings"]}
+            )
             if differ:
-                raise ValueError(f"--out {path}: was made with {differ}; delete it or give another name")
+                raise ValueError(
+                    f"--out {path}: was made with {differ}; delete it or give another name"
+                )
             result["manifest"] = manifest
     folder = None if args.method == "masks" else args.masks
     if folder or dataset.masks is not None:
         for name, rows in files.items():
-            q = result["quality"][name] = quality(rows, true_masks(dataset, folder, range(len(dataset))))
-            print("{}: IoU {IoU:.1f}, CorLoc {CorLoc:.1f}, AUROC {AUROC:.1f} on {images} images".format(name, **q))
+            q = result["quality"][name] = quality(
+                rows, true_masks(dataset, folder, range(len(dataset)))
+            )
+            print(
+                "{}: IoU {IoU:.1f}, CorLoc {CorLoc:.1f}, AUROC {AUROC:.1f} on {images} images".format(
+                    name, **q
+                )
+            )
     if args.show:
         ids = np.unique(np.linspace(0, len(dataset) - 1, args.show).round().astype(int))
         show(args.out.with_suffix(".png"), dataset, files, ids)
@@ -565,6 +761,8 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"object_discovery.py: error: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"object_discovery.py: error: out of memory ({error}); use a smaller --batch_size")
+        sys.exit(
+            f"object_discovery.py: error: out of memory ({error}); use a smaller --batch_size"
+        )
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on")

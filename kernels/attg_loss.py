@@ -38,14 +38,26 @@ import torch
 from torch import Tensor
 
 FLAT = 1e-5  # a map with max - min <= FLAT * max|M| says nothing; without this rule 1e-7 of noise becomes full range
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported at the first call only
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter, on CPU tensors: for tests
-MAX_TILE = 16384  # values that fit into the registers and the shared memory of one program
+HAS_TRITON = (
+    importlib.util.find_spec("triton") is not None
+)  # imported at the first call only
+INTERPRETED = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # Triton's interpreter, on CPU tensors: for tests
+MAX_TILE = (
+    16384  # values that fit into the registers and the shared memory of one program
+)
 TILE = 1024  # values in a tile, or more if P is more; these three have not been tuned on a GPU yet
 STEPS = 4  # tiles that a program takes one after the other
 WARP = 256  # values in a tile for each warp
-NAMESPACE = __name__.replace(".", "_")  # of the operators: two copies of this file may live in one process
-FUSED = (torch.float32, torch.bfloat16, torch.float16)  # what it reads, beside uint8 targets
+NAMESPACE = __name__.replace(
+    ".", "_"
+)  # of the operators: two copies of this file may live in one process
+FUSED = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+)  # what it reads, beside uint8 targets
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The specification, in PyTorch
@@ -54,19 +66,25 @@ FUSED = (torch.float32, torch.bfloat16, torch.float16)  # what it reads, beside 
 def is_flat(attn: Tensor) -> Tensor:
     """(B, L) maps -> (B,) bool: max - min <= 1e-5 max|M|, and finite."""
     low, high = attn.aminmax(dim=1)
-    return (high - low <= FLAT * torch.maximum(high.abs(), low.abs())) & (high - low < math.inf)
+    return (high - low <= FLAT * torch.maximum(high.abs(), low.abs())) & (
+        high - low < math.inf
+    )
 
 
 def normalize_map(attn: Tensor) -> Tensor:
     """Min-max normalises each map, attn (B, L), to [0, 1] over its L patches; a flat map becomes zeros (weight 1)."""
     if attn.dim() != 2 or not attn.is_floating_point():
-        raise ValueError(f"attn: got {attn.dtype} of shape {tuple(attn.shape)}; pass floats of shape (B, L)")
+        raise ValueError(
+            f"attn: got {attn.dtype} of shape {tuple(attn.shape)}; pass floats of shape (B, L)"
+        )
     attn = attn if attn.dtype == torch.float64 else attn.float()
     low, high = (x[:, None] for x in attn.aminmax(dim=1))
     return torch.where(is_flat(attn)[:, None], 0.0, (attn - low) / (high - low))
 
 
-def _patch_loss(pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn):
+def _patch_loss(
+    pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn
+):
     """mask * w * l of shape (B, L)."""
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
     if target.dim() == 4:
@@ -77,7 +95,9 @@ def _patch_loss(pred, target, mask, attn, tau, norm_pix, eps, patch_size, normal
     y = pred.to(dtype)
     if mask is not None:
         mask = mask.bool()
-        y = torch.where(mask[..., None], y, 0.0)  # a product would keep NaN (NaN * 0), here and in the gradient
+        y = torch.where(
+            mask[..., None], y, 0.0
+        )  # a product would keep NaN (NaN * 0), here and in the gradient
     if norm_pix:  # in these steps, not by torch.var_mean, which is slower on CPUs
         x = x - x.mean(dim=-1, keepdim=True)
         x = x / (x.square().sum(dim=-1, keepdim=True) / (x.shape[-1] - 1) + eps).sqrt()
@@ -127,7 +147,9 @@ def _kernel(
     lane = (pixel < P // C) & (c < C)
     e = (pixel * C + c).to(tl.int64)  # place in the patch
     if PATCH > 0:
-        within = (pixel // PATCH).to(tl.int64) * target_y + (pixel % PATCH).to(tl.int64) * target_x
+        within = (pixel // PATCH).to(tl.int64) * target_y + (pixel % PATCH).to(
+            tl.int64
+        ) * target_x
         within += c.to(tl.int64) * target_c
     else:
         within = e * target_x
@@ -139,7 +161,9 @@ def _kernel(
             bad = tl.full([MAP], 0.0, tl.float32)
             for piece in range(MAPS):
                 i = piece * MAP + tl.arange(0, MAP)
-                m = tl.load(attn + b * attn_b + i.to(tl.int64) * attn_l, i < L, 0.0).to(tl.float32)
+                m = tl.load(attn + b * attn_b + i.to(tl.int64) * attn_l, i < L, 0.0).to(
+                    tl.float32
+                )
                 low = tl.where(i < L, tl.minimum(low, m), low)
                 high = tl.where(i < L, tl.maximum(high, m), high)
                 bad = tl.where(m == m, bad, m)
@@ -162,16 +186,26 @@ def _kernel(
             corner = (line * target_y + column * target_x) * PATCH
         else:
             corner = row * target_y
-        y = tl.load(pred + b * pred_b + (row * pred_l)[:, None, None] + e * pred_e, read, 0.0).to(tl.float32)
-        x = tl.load(target + b * target_b + corner[:, None, None] + within, read, 0).to(tl.float32)
+        y = tl.load(
+            pred + b * pred_b + (row * pred_l)[:, None, None] + e * pred_e, read, 0.0
+        ).to(tl.float32)
+        x = tl.load(target + b * target_b + corner[:, None, None] + within, read, 0).to(
+            tl.float32
+        )
         if BYTES:
             x = x * (1 / 255)
         if BACKWARD:
             mean = tl.load(stats + at * 3, keep, 0.0)
             rstd = tl.load(stats + at * 3 + 1, keep, 0.0)
             w = tl.load(stats + at * 3 + 2, keep, 0.0)
-            scale = tl.load(grad + b * grad_b + row * grad_l, keep, 0.0).to(tl.float32) * w * (2 / P)
-            g = scale[:, None, None] * (y - (x - mean[:, None, None]) * rstd[:, None, None])
+            scale = (
+                tl.load(grad + b * grad_b + row * grad_l, keep, 0.0).to(tl.float32)
+                * w
+                * (2 / P)
+            )
+            g = scale[:, None, None] * (
+                y - (x - mean[:, None, None]) * rstd[:, None, None]
+            )
             g = tl.where(read, g, 0.0).to(out.dtype.element_ty)
             tl.store(out + (at * P)[:, None, None] + e, g, inside[:, None, None] & lane)
         else:
@@ -189,8 +223,12 @@ def _kernel(
                     m = tl.div_rn(m - low, high - low)
                 m = tl.div_rn(m, t)
                 m = tl.where(m < -1000, -1000, m)  # -inf is weight 0
-                n = tl.floor(m * 1.4426950408889634 + 0.5)  # exp(m) = exp(m - n ln 2) 2^n: the GPU's exp alone is not
-                w = tl.exp(m - n * 0.693359375 + n * 2.12194440e-4) * tl.exp2(n)  # exact enough for large m (Eq. 1)
+                n = tl.floor(
+                    m * 1.4426950408889634 + 0.5
+                )  # exp(m) = exp(m - n ln 2) 2^n: the GPU's exp alone is not
+                w = tl.exp(m - n * 0.693359375 + n * 2.12194440e-4) * tl.exp2(
+                    n
+                )  # exact enough for large m (Eq. 1)
             error = tl.where(read, y - x, 0.0)
             loss = w * (tl.sum(tl.sum(error * error, 1), 1) / P)
             tl.store(out + at, tl.where(keep, loss, 0.0), inside)
@@ -214,7 +252,20 @@ def _tile(P, C):
     return 1 << (P // C - 1).bit_length(), 1 << (C - 1).bit_length()
 
 
-def _launch(pred, target, mask, attn, tau, stats, out, grad, norm_pix, eps, patch_size, normalize_attn):
+def _launch(
+    pred,
+    target,
+    mask,
+    attn,
+    tau,
+    stats,
+    out,
+    grad,
+    norm_pix,
+    eps,
+    patch_size,
+    normalize_attn,
+):
     """One pass over the patches, forward (grad None) or backward."""
     triton, kernel = _triton()
     B, L, P = pred.shape
@@ -223,7 +274,10 @@ def _launch(pred, target, mask, attn, tau, stats, out, grad, norm_pix, eps, patc
     pixels, channels = _tile(P, C)
     lanes = pixels * channels
     rows = max(1, min(TILE // lanes, triton.next_power_of_2(L)))
-    steps, piece = min(STEPS, triton.cdiv(L, rows)), min(4096, triton.next_power_of_2(L))
+    steps, piece = (
+        min(STEPS, triton.cdiv(L, rows)),
+        min(4096, triton.next_power_of_2(L)),
+    )
     kernel[(B * triton.cdiv(L, rows * steps),)](
         pred, target, mask, attn, tau, stats, out, grad,
         L, target.shape[3] // patch_size if images else 1, eps, FLAT, *pred.stride(),
@@ -245,25 +299,58 @@ def _op(
     loss, stats = _op_fake(pred)
     if loss.numel():
         with torch.cuda.device_of(pred):
-            _launch(pred, target, mask, attn, tau, stats, loss, None, norm_pix, eps, patch_size, normalize_attn)
+            _launch(
+                pred,
+                target,
+                mask,
+                attn,
+                tau,
+                stats,
+                loss,
+                None,
+                norm_pix,
+                eps,
+                patch_size,
+                normalize_attn,
+            )
     return loss, stats
 
 
 @_op.register_fake
 def _op_fake(pred, *_):
     B, L, _ = pred.shape
-    return pred.new_empty((B, L), dtype=torch.float32), pred.new_empty((B, L, 3), dtype=torch.float32)
+    return pred.new_empty((B, L), dtype=torch.float32), pred.new_empty(
+        (B, L, 3), dtype=torch.float32
+    )
 
 
 @torch.library.custom_op(f"{NAMESPACE}::patch_loss_backward", mutates_args=())
 def _op_backward(
-    grad: Tensor, pred: Tensor, target: Tensor, mask: Tensor | None, stats: Tensor, patch_size: int
+    grad: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    stats: Tensor,
+    patch_size: int,
 ) -> Tensor:
     """The gradient for pred, of its shape and dtype. The upstream gradient, (B, L), is applied in fp32."""
     out = _op_backward_fake(grad, pred)
     if out.numel():
         with torch.cuda.device_of(pred):
-            _launch(pred, target, mask, None, None, stats, out, grad, False, 0.0, patch_size, False)
+            _launch(
+                pred,
+                target,
+                mask,
+                None,
+                None,
+                stats,
+                out,
+                grad,
+                False,
+                0.0,
+                patch_size,
+                False,
+            )
     return out
 
 
@@ -314,10 +401,14 @@ def _is_fused(pred, target, attn, impl):
         odd.append(f"a patch takes {pixels} x {channels} values, above {MAX_TILE}")
     obstacle = "; ".join(odd) or _obstacle(pred.device)
     if impl == "triton" and obstacle:
-        raise ValueError(f'impl: "triton" cannot run here: {obstacle}; pass "auto" or "torch"')
+        raise ValueError(
+            f'impl: "triton" cannot run here: {obstacle}; pass "auto" or "torch"'
+        )
     fused = impl == "triton" or (pred.is_cuda and not obstacle)
     if impl == "auto" and not torch.compiler.is_compiling():
-        _say("fused Triton kernel" if fused else f"PyTorch ({obstacle or 'cpu tensors'})")
+        _say(
+            "fused Triton kernel" if fused else f"PyTorch ({obstacle or 'cpu tensors'})"
+        )
     return fused
 
 
@@ -360,15 +451,33 @@ def attg_loss(
     _check(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, impl)
     if _is_fused(pred, target, attn, impl):
         like = {"device": pred.device}
-        tau = tau.to(**like, non_blocking=True) if isinstance(tau, Tensor) else torch.full((), tau, **like)
-        loss, _ = _op(pred, target, mask, attn, tau, norm_pix, eps, patch_size or 0, normalize_attn)  # (B, L)
+        tau = (
+            tau.to(**like, non_blocking=True)
+            if isinstance(tau, Tensor)
+            else torch.full((), tau, **like)
+        )
+        loss, _ = _op(
+            pred,
+            target,
+            mask,
+            attn,
+            tau,
+            norm_pix,
+            eps,
+            patch_size or 0,
+            normalize_attn,
+        )  # (B, L)
     else:
-        loss = _patch_loss(pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn)  # (B, L)
+        loss = _patch_loss(
+            pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn
+        )  # (B, L)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    return loss.sum() / (max(loss.numel(), 1) if mask is None else (mask != 0).sum().clamp(min=1))
+    return loss.sum() / (
+        max(loss.numel(), 1) if mask is None else (mask != 0).sum().clamp(min=1)
+    )
 
 
 def _check(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, impl):
@@ -376,17 +485,33 @@ def _check(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, 
         return f"{x.dtype} of shape {tuple(x.shape)}"
 
     if pred.dim() != 3 or not pred.is_floating_point() or 0 in pred.shape[1:]:
-        raise ValueError(f"pred: got {shape(pred)}; pass floats of shape (B, L, P), L and P above 0")
+        raise ValueError(
+            f"pred: got {shape(pred)}; pass floats of shape (B, L, P), L and P above 0"
+        )
     B, L, P = pred.shape
     if not (target.is_floating_point() or target.dtype == torch.uint8):
-        raise ValueError(f"target: got {shape(target)}; pass floats, or uint8 (read as value / 255)")
+        raise ValueError(
+            f"target: got {shape(target)}; pass floats, or uint8 (read as value / 255)"
+        )
     if target.dim() == 4:
-        if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
-            raise ValueError(f"patch_size: got {patch_size!r}; target is images (B, C, H, W), pass their patch size")
+        if (
+            isinstance(patch_size, bool)
+            or not isinstance(patch_size, int)
+            or patch_size < 1
+        ):
+            raise ValueError(
+                f"patch_size: got {patch_size!r}; target is images (B, C, H, W), pass their patch size"
+            )
         H, W = target.shape[2:]
         if H % patch_size or W % patch_size:
-            raise ValueError(f"target: {H}x{W} images do not divide into patches of {patch_size}; crop or resize them")
-        expected = (target.shape[0], (H // patch_size) * (W // patch_size), patch_size**2 * target.shape[1])
+            raise ValueError(
+                f"target: {H}x{W} images do not divide into patches of {patch_size}; crop or resize them"
+            )
+        expected = (
+            target.shape[0],
+            (H // patch_size) * (W // patch_size),
+            patch_size**2 * target.shape[1],
+        )
     else:
         expected = tuple(target.shape)
     if expected != (B, L, P):
@@ -396,26 +521,36 @@ def _check(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, 
         )
     for name, x in (("mask", mask), ("attn", attn)):
         if x is not None and tuple(x.shape) != (B, L):
-            raise ValueError(f"{name}: got {shape(x)}; pass one value for each patch of pred, shape {(B, L)}")
+            raise ValueError(
+                f"{name}: got {shape(x)}; pass one value for each patch of pred, shape {(B, L)}"
+            )
     if mask is not None and mask.is_complex():
         raise ValueError(f"mask: got {shape(mask)}; pass bool or 0/1, 1 = removed")
     if attn is not None and not attn.is_floating_point():
         raise ValueError(f"attn: got {shape(attn)}; pass floats")
     for name, x in (("target", target), ("attn", attn), ("tau", tau)):
         if isinstance(x, Tensor) and x.requires_grad:
-            raise ValueError(f"{name}: requires a gradient, but the loss has one for pred only; pass {name}.detach()")
+            raise ValueError(
+                f"{name}: requires a gradient, but the loss has one for pred only; pass {name}.detach()"
+            )
     for name, x in (("target", target), ("mask", mask), ("attn", attn)):
         if x is not None and x.device != pred.device:
-            raise ValueError(f"{name}: is on {x.device}, pred on {pred.device}; move it with .to(pred.device)")
+            raise ValueError(
+                f"{name}: is on {x.device}, pred on {pred.device}; move it with .to(pred.device)"
+            )
     if isinstance(tau, Tensor):
         if tau.dim() != 0:
-            raise ValueError(f"tau: got a tensor of shape {tuple(tau.shape)}; pass a float or a 0-d tensor")
+            raise ValueError(
+                f"tau: got a tensor of shape {tuple(tau.shape)}; pass a float or a 0-d tensor"
+            )
     elif isinstance(tau, bool) or not isinstance(tau, Real) or not (0 < tau < math.inf):
         raise ValueError(f"tau: got {tau!r}; pass a finite number above 0")
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps!r}; pass a finite number, 0 or above")
     if norm_pix and P == 1:
-        raise ValueError("norm_pix: patches of one value (P = 1) have no variance; pass norm_pix=False")
+        raise ValueError(
+            "norm_pix: patches of one value (P = 1) have no variance; pass norm_pix=False"
+        )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction: got {reduction!r}; pass "mean", "sum" or "none"')
     if impl not in ("auto", "torch", "triton"):
