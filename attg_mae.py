@@ -1,146 +1,127 @@
 """
-Attention-Guided Masked Autoencoders (Sick, Engel, Hermosilla, Ropinski; arXiv 2402.15172) in one file.
+Attention-guided masked autoencoders (Sick, Engel, Hermosilla, Ropinski; arXiv 2402.15172)
+in one file, to be read from top to bottom.
 
-A ViT masked autoencoder (He et al., arXiv 2111.06377) whose per-patch reconstruction loss is weighted by
-exp(M_norm / tau): M is an attention map of the object, found without labels ahead of training. Masking stays random.
+A masked autoencoder (MAE; He et al., arXiv 2111.06377) hides 75 % of the patches of an
+image and learns to predict them from the others; every hidden patch counts the same.
+Here each counts by an attention map M of the object in the image, which was found
+without labels ahead of training (object_discovery.py). Masking stays random.
 
-    python attg_mae.py                                                   # the embedded toy set on a CPU
-    python attg_mae.py --data /path/to/images --maps maps.npy --model vit_small --accum 16               # one GPU
-    torchrun --nproc_per_node=8 attg_mae.py --model vit_large --data /path/to/imagenet --maps maps.npy   # eight
-    python attg_mae.py --init mae_visualize_vit_large.pth --model vit_large --data photos --epochs 0     # pictures only
+    M_norm = (M - min M) / (max M - min M)
+    w      = exp(M_norm / tau)                               Eq. 1
+    l      = mean over the values of a patch of (pred - x_norm)^2
+    loss   = sum(mask * w * l) / sum(mask)                   Eq. 2
 
-The run folder (--out) receives config.json, log.jsonl, last.pt, encoder.pt and reconstructions.png. The same command
-continues an interrupted run. The first command takes about 4 minutes on 2 CPU cores.
+x_norm is the patch normalised by its own mean and deviation. The background (M_norm = 0)
+has weight 1, as in MAE. tau starts at 0.75 and rises: guidance is strongest at first.
 
-Shapes: B images, L patches in an image, K of them kept (visible), N = 1 + L tokens, D width, H heads,
-p patch size, P = p*p*C values in a patch. mask is (B, L), 1 = removed = predicted.
+    python attg_mae.py                        # the embedded toy set, a CPU, some minutes
+    python attg_mae.py --data path/to/images --maps maps.npy --model vit_small --accum 16
+    torchrun --nproc_per_node=8 attg_mae.py --model vit_large --data DIR --maps maps.npy
+    python attg_mae.py --init WEIGHTS --model vit_large --data DIR --epochs 0    # pictures
+
+The run folder (--out) receives config.json, log.jsonl, last.pt, encoder.pt and
+reconstructions.png. The same command continues an interrupted run.
+
+Shapes, in the comments behind the lines: B images, L patches in an image, K of them kept
+(visible), N = 1 + L tokens, D width, H heads, p patch size, P = p*p*C values in a patch.
+mask is (B, L): 1 = removed = predicted.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
-import json
 import math
-import os
-import re
-import signal
-import subprocess
 import sys
-import time
 import typing
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
 from torchvision.ops import roi_align
-from tqdm import tqdm
 
-from common.data import Feed, TrainBatches, open_data, seed_for
-from common.features import (  # noqa: F401
-    FEATURES,
-    extract_features,
-    features_of,
-    knn_accuracy,
-    knn_classify,
-)
-from common.files import replacing, require, save_sheet
-from common.maps import open_maps
-from common.run import find_checkpoint, load_checkpoint, processes, save_checkpoint  # noqa: F401
-from common.weights import DECODER, HEADS, load_weights, read_weights
+from common.bookkeeping import Run
+from common.data import generator_for, seed_for
+from common.features import extract_features, knn_classify
+from common.pictures import save_reconstructions
+from common.run import load_checkpoint, processes, save_checkpoint, stop_signals
+from common.weights import DECODER, config_of_weights, load_weights, read_weights
 from kernels import attg_loss, is_flat, normalize_map
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, standard deviation
+__all__ = ["MAE", "Config", "ViT", "build_model", "extract_features", "knn_classify"]
+__all__ += ["load_checkpoint", "load_encoder", "save_checkpoint", "train"]
 
-# -- Configuration -----------------------------------------------------------------------------------------------------
-FIELDS = "patch_size img_size width depth heads decoder_width decoder_depth decoder_heads epochs batch_size blr".split()
+# -- Configuration ---------------------------------------------------------------------
+
+# ViT-L with MAE's decoder and schedule. The other presets say how they differ from it.
+MAE_DECODER = {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
+MAE_SCHEDULE = {"epochs": 800, "batch_size": 4096, "blr": 1.5e-4}
+VIT_LARGE = {"img_size": 224, "patch_size": 16, "width": 1024, "depth": 24, "heads": 16}
+VIT_LARGE |= MAE_DECODER | MAE_SCHEDULE
+
+SMALL_DECODER = {"decoder_width": 256, "decoder_heads": 8}
+TINY_DECODER = {"decoder_width": 192, "decoder_depth": 4, "decoder_heads": 3}
+# For pictures of 32 pixels, and for minutes on a CPU.
+VIT_MICRO = {"img_size": 32, "patch_size": 4, "width": 128, "depth": 4, "heads": 4}
+VIT_MICRO |= {"decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4}
+VIT_MICRO |= {"epochs": 8, "batch_size": 64, "blr": 6e-3}
+
 PRESETS = {
-    "vit_micro": (4, 32, 128, 4, 4, 64, 2, 4, 8, 64, 6e-3),
-    "vit_tiny": (16, 224, 192, 12, 3, 192, 4, 3, 800, 4096, 1.5e-4),
-    "vit_small": (16, 224, 384, 12, 6, 256, 4, 8, 800, 4096, 1.5e-4),
-    "vit_base": (16, 224, 768, 12, 12, 512, 8, 16, 800, 4096, 1.5e-4),
-    "vit_large": (16, 224, 1024, 24, 16, 512, 8, 16, 800, 4096, 1.5e-4),
-    "vit_huge": (14, 224, 1280, 32, 16, 512, 8, 16, 800, 4096, 1.5e-4),
-}
-FIXED = {
-    *FIELDS[:8],
-    "in_chans",
-    "data",
-    "classes",
-    "batch_size",
-    "seed",
-}  # of a run, once it has begun
-FREE = {
-    "out",
-    "epochs",
-    "precision",
-    "compile",
-    "device",
-    "workers",
-    "resume",
-    "knn_every",
-    "save_every",
-    "log_every",
+    "vit_micro": VIT_MICRO,
+    "vit_tiny": VIT_LARGE | {"width": 192, "depth": 12, "heads": 3} | TINY_DECODER,
+    "vit_small": VIT_LARGE | {"width": 384, "depth": 12, "heads": 6} | SMALL_DECODER,
+    "vit_base": VIT_LARGE | {"width": 768, "depth": 12, "heads": 12},
+    "vit_large": VIT_LARGE,
+    "vit_huge": VIT_LARGE | {"width": 1280, "depth": 32, "patch_size": 14},
 }
 GUIDANCE = ("attg", "none", "inverted", "foreground", "background", "input_masking")
+PRECISION = ("auto", "fp32", "bf16", "fp16")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def flag(default, text, **more):
-    text += " [%(default)s]" * (default is not None)
+    """A setting and its help; Config.fill_in replaces None, by what stands in brackets."""
+    if default is not None:
+        text += " [%(default)s]"
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run; the command line is generated from it. None is filled in from the preset of `model`."""
+    """Every setting of a run. The command line is generated from it."""
 
-    model: str = flag("vit_micro", "architecture preset", choices=tuple(PRESETS))
-    data: str = flag(
-        "toy", "toy, a torchvision name, an ImageFolder root or a folder of images"
-    )
-    maps: str | None = flag(
-        None, "attention maps (.npy beside its .json); toy brings its own"
-    )
-    out: str | None = flag(None, "run folder (out/DATA-MODEL-GUIDANCE)")
-    guidance: str = flag(
-        "attg",
-        "attg = the paper, none = vanilla MAE, others = ablations",
-        choices=GUIDANCE,
-    )
-    map_norm: str = flag(
-        "image",
-        "min-max normalise over the whole image or the crop",
-        choices=("image", "crop"),
-    )
+    model: str = flag("vit_micro", "preset of the model", choices=tuple(PRESETS))
+    data: str = flag("toy", "toy, a torchvision name, or a folder of images")
+    maps: str | None = flag(None, "attention maps, .npy beside its .json [toy's own]")
+    out: str | None = flag(None, "run folder [out/DATA-MODEL-GUIDANCE]")
+
+    # The method
+    guidance: str = flag("attg", "the paper's, none = MAE, ablations", choices=GUIDANCE)
+    map_norm: str = flag("image", "maps are normalised over", choices=("image", "crop"))
     tau: float = flag(0.75, "temperature at the start (paper)")
     tau_end: float = flag(1.0, "temperature at the end (ours; the paper names none)")
-    tau_schedule: str = flag(
-        "cosine",
-        "half-cycle cosine from tau to tau_end (paper)",
-        choices=("cosine", "constant"),
-    )
+    tau_schedule: str = flag("cosine", "of tau", choices=("cosine", "constant"))
     mask_ratio: float = flag(0.75, "share of patches removed")
-    norm_pix: bool = flag(
-        True, "predict patches normalised by their own mean and variance"
-    )
-    epochs: int | None = flag(
-        None, "passes over the data (800; vit_micro 8; toy at 224 px 1)"
-    )
+    norm_pix: bool = flag(True, "predict patches normalised by their mean and variance")
+
+    # The schedule
+    epochs: int | None = flag(None, "passes over the data [800; vit_micro 8]")
     batch_size: int | None = flag(
-        None, "images in a step, all processes together (4096; vit_micro 64)"
+        None, "images in a step, all processes [4096; micro 64]"
     )
     accum: int = flag(1, "micro-batches a step is split into, to save memory")
-    blr: float | None = flag(
-        None, "lr = blr * batch_size / 256 (1.5e-4; vit_micro 6e-3)"
-    )
+    blr: float | None = flag(None, "lr = blr * batch_size / 256 [1.5e-4; micro 6e-3]")
     lr: float | None = flag(None, "learning rate at its peak, instead of blr")
-    warmup_epochs: float | None = flag(None, "linear warm-up (5 %% of the epochs)")
-    weight_decay: float = flag(0.05, "AdamW, not on biases and norms")
+    warmup_epochs: float | None = flag(None, "linear warm-up [5 %% of the epochs]")
+    weight_decay: float = flag(0.05, "of AdamW, not on biases and norms")
     clip_grad: float = flag(0.0, "largest gradient norm, 0 = no clipping (MAE)")
+
+    # The model, where it is not the preset's
     img_size: int | tuple | None = flag(None, "input size in pixels")
     patch_size: int | None = flag(None, "patch size in pixels")
     in_chans: int = flag(3, "channels (pictures from files have 3)")
@@ -150,130 +131,135 @@ class Config:
     decoder_width: int | None = flag(None, "decoder width")
     decoder_depth: int | None = flag(None, "decoder blocks")
     decoder_heads: int | None = flag(None, "decoder heads")
-    mean: tuple = flag(
-        IMAGENET[0], "channel means of the input normalisation", type=float, nargs=3
-    )
-    std: tuple = flag(
-        IMAGENET[1],
-        "channel deviations of the input normalisation",
-        type=float,
-        nargs=3,
-    )
+
+    # The pictures
+    mean: tuple = flag(IMAGENET_MEAN, "channel means of the input", type=float, nargs=3)
+    std: tuple = flag(IMAGENET_STD, "channel deviations", type=float, nargs=3)
     classes: str | None = flag(None, "file with the class folders to keep, one a line")
-    precision: str = flag(
-        "auto",
-        "auto = bf16 (fp16) on a GPU, else fp32",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )
+
+    # The machine
+    precision: str = flag("auto", "auto = bf16 or fp16 on GPUs", choices=PRECISION)
     compile: bool = flag(False, "torch.compile the model")
-    device: str | None = flag(None, "cuda, mps or cpu (the first there is)")
-    workers: int | None = flag(
-        None, "loader processes of each process (CPU 0, GPU up to 16)"
-    )
+    device: str | None = flag(None, "cuda, mps or cpu [the first there is]")
+    workers: int | None = flag(None, "loader processes of each [CPU 0, GPU up to 16]")
     seed: int = flag(0, "decides weights, order, augmentation and masks")
+
+    # Files
     init: str | None = flag(
-        None, "start from these weights: this project's, MAE's, timm's, HF's or DINO's"
+        None, "weights to start from: ours, MAE's, timm's, HF's, DINO's"
     )
     resume: str = flag(
-        "auto",
-        "auto = continue OUT/last.pt if it is there, none = start anew, or a checkpoint's path",
+        "auto", "auto = from OUT/last.pt if there, none = anew, or a file"
     )
     knn_every: int = flag(0, "epochs between k-NN evaluations (0 = at the end only)")
     save_every: int = flag(1, "epochs between checkpoints")
     log_every: int = flag(20, "steps between log lines")
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value, choices = getattr(self, f.name), f.metadata.get("choices")
-            require(
-                not choices or value in choices,
-                f"--{f.name} {value}: choose from {', '.join(choices or ())}",
-            )
-        defaults = dict(zip(FIELDS, PRESETS[self.model], strict=True))
-        if (
-            self.data == "toy" and self.model != "vit_micro"
-        ):  # toy enlarged to 224 px only shows that everything runs
+        self.fill_in()
+        self.check()
+        self.derive()
+
+    def fill_in(self):
+        """What was not given: the preset's, or what follows from other settings."""
+        if self.model not in PRESETS:
+            raise ValueError(f"--model {self.model}: choose from {', '.join(PRESETS)}")
+        defaults = dict(PRESETS[self.model])
+        if self.data == "toy" and self.model != "vit_micro":
+            # Enlarged to 224 pixels it only shows that everything runs.
             defaults |= {"epochs": 1, "batch_size": 64}
-        defaults["out"] = (
-            f"out/{Path(self.data).resolve().name}-{self.model}-{self.guidance}"
-        )
+        data = Path(self.data).resolve().name
+        defaults["out"] = f"out/{data}-{self.model}-{self.guidance}"
         for name, value in defaults.items():
-            setattr(
-                self,
-                name,
-                value if getattr(self, name) is None else getattr(self, name),
-            )
-        self.warmup_epochs = (
-            0.05 * self.epochs if self.warmup_epochs is None else self.warmup_epochs
-        )
-        for name in (
-            "batch_size",
-            "accum",
-            "save_every",
-            "log_every",
-            "patch_size",
-            "tau",
-            "tau_end",
-        ):
-            require(
-                0 < getattr(self, name) < math.inf,
-                f"--{name} {getattr(self, name)}: must be above 0",
-            )
-        self.lr = self.blr * self.batch_size / 256 if self.lr is None else self.lr
-        self.blr = self.lr * 256 / self.batch_size
-        for name in (
-            "epochs",
-            "knn_every",
-            "warmup_epochs",
-            "clip_grad",
-            "weight_decay",
-            "lr",
-            "workers",
-        ):
-            require(
-                (getattr(self, name) or 0) >= 0,
-                f"--{name} {getattr(self, name)}: must not be negative",
-            )
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.warmup_epochs is None:
+            self.warmup_epochs = 0.05 * self.epochs
         self.mean, self.std = tuple(self.mean), tuple(self.std)
-        self.size = (
-            (self.img_size,) * 2
-            if isinstance(self.img_size, int)
-            else tuple(self.img_size)
-        )  # (height, width)
+
+    def check(self):
+        """ValueError names the flag, the value and the remedy."""
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata.get("choices")
+            if choices and value not in choices:
+                words = ", ".join(choices)
+                raise ValueError(f"--{field.name} {value}: choose from {words}")
+        for name in POSITIVE:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
+        for name in NOT_NEGATIVE:
+            # None is filled in later, a NaN is refused.
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)}: must not be negative"
+                )
         (h, w), p = self.size, self.patch_size
-        require(
-            h % p == w % p == 0 < h * w,
-            f"--img_size {h}x{w} is not divisible by --patch_size {p}; use a multiple",
-        )
-        for width, heads in (
+        if h % p or w % p or h * w <= 0:
+            raise ValueError(
+                f"--img_size {h}x{w} is not divisible by --patch_size {p}; use a multiple"
+            )
+        encoder, decoder = (
             (self.width, self.heads),
             (self.decoder_width, self.decoder_heads),
-        ):
-            require(
-                width % heads == width % 4 == 0,
-                f"width {width}: must be divisible by 4 and by its {heads} heads",
-            )
-        self.grid = (h // p, w // p)  # (rows, columns) of patches
-        L, K = math.prod(self.grid), int(math.prod(self.grid) * (1 - self.mask_ratio))
-        require(
-            0 < K < L,
-            f"--mask_ratio {self.mask_ratio}: must keep and remove at least one of {L} patches",
         )
+        for width, heads in (encoder, decoder):
+            if width % heads or width % 4:
+                raise ValueError(
+                    f"width {width}: must be divisible by 4 and by its {heads} heads"
+                )
+        L = math.prod(self.grid)
+        if not 0 < int(L * (1 - self.mask_ratio)) < L:
+            raise ValueError(
+                f"--mask_ratio {self.mask_ratio}: must keep and remove at least one of "
+                f"{L} patches"
+            )
+
+    def derive(self):
+        """lr from blr, or blr from lr."""
+        if self.lr is None:
+            self.lr = self.blr * self.batch_size / 256
+        self.blr = self.lr * 256 / self.batch_size
+
+    @property
+    def size(self):
+        """(height, width) of the input in pixels."""
+        if isinstance(self.img_size, int):
+            return (self.img_size, self.img_size)
+        return tuple(self.img_size)
+
+    @property
+    def grid(self):
+        """(rows, columns) of patches."""
+        return tuple(side // self.patch_size for side in self.size)
 
 
-# -- Model: MAE's ViT, with its parameter names ------------------------------------------------------------------------
+POSITIVE = ("batch_size", "accum", "save_every", "log_every", "patch_size")
+POSITIVE += ("tau", "tau_end")
+NOT_NEGATIVE = ("epochs", "knn_every", "warmup_epochs", "clip_grad", "weight_decay")
+NOT_NEGATIVE += ("lr", "blr", "workers")
+# What a run keeps when it is continued, and what may differ even once it has ended.
+FIXED = {"patch_size", "img_size", "in_chans", "width", "depth", "heads"}
+FIXED |= {"decoder_width", "decoder_depth", "decoder_heads"}
+FIXED |= {"data", "classes", "batch_size", "seed"}
+FREE = {"out", "epochs", "precision", "compile", "device", "workers", "resume"}
+FREE |= {"knn_every", "save_every", "log_every"}
+
+# -- Model: MAE's ViT, with its parameter names ----------------------------------------
+
+
 def sincos_table(dim, grid):
-    """Fixed positions (1 + L, dim), zeros for the class token; the first half of the channels encodes the column."""
-    omega = 10000.0 ** -(
-        torch.arange(dim // 4, dtype=torch.float64) / (dim / 4)
-    )  # (dim/4,)
-    row, column = torch.meshgrid(
-        *(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij"
-    )
-    angles = [axis.reshape(-1, 1) * omega for axis in (column, row)]  # 2 x (L, dim/4)
-    table = torch.cat(
-        [f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1
-    )  # (L, dim)
+    """Fixed positions (1 + L, dim), zeros for the class token.
+
+    The first half of the channels encodes the column, the second the row (MAE).
+    """
+    exponent = torch.arange(dim // 4, dtype=torch.float64) / (dim / 4)
+    omega = 10000.0**-exponent  # (dim/4,)
+    rows = torch.arange(grid[0], dtype=torch.float64)
+    columns = torch.arange(grid[1], dtype=torch.float64)
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    x = column.reshape(-1, 1) * omega  # (L, dim/4)
+    y = row.reshape(-1, 1) * omega
+    table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)  # (L, dim)
     return torch.cat([torch.zeros(1, dim), table.float()])  # (1 + L, dim)
 
 
@@ -285,16 +271,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def split_qkv(self, x):
-        B, N, D = x.shape
-        return (
-            self.qkv(x)
-            .reshape(B, N, 3, self.num_heads, -1)
-            .permute(2, 0, 3, 1, 4)
-            .unbind(0)
-        )  # 3 x (B, H, N, D/H)
+        """Tokens (B, N, D) -> q, k, v, each (B, H, N, D/H)."""
+        B, N, _ = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)  # (B, N, 3, H, D/H)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x):
-        x = F.scaled_dot_product_attention(*self.split_qkv(x))  # (B, H, N, D/H)
+        q, k, v = self.split_qkv(x)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
@@ -304,117 +288,133 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)
-            )
-        )
+        layers = OrderedDict()
+        layers["fc1"] = nn.Linear(dim, 4 * dim)
+        layers["act"] = nn.GELU()
+        layers["fc2"] = nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(layers)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
-class MAE(nn.Module):
+class ViT(nn.Module):
+    """The encoder. Its weights come from MAE below, or from a file (load_encoder)."""
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        convolution = nn.Conv2d(cfg.in_chans, cfg.width, cfg.patch_size, cfg.patch_size)
-        self.patch_embed = nn.Sequential(OrderedDict(proj=convolution))
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.width))
-        self.pos_embed = nn.Parameter(
-            sincos_table(cfg.width, cfg.grid)[None], requires_grad=False
-        )  # (1, N, D)
-        self.blocks = nn.Sequential(
-            *(Block(cfg.width, cfg.heads) for _ in range(cfg.depth))
-        )
-        self.norm = nn.LayerNorm(cfg.width, eps=1e-6)
-        self.decoder_embed = nn.Linear(cfg.width, cfg.decoder_width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, cfg.decoder_width))
-        self.decoder_pos_embed = nn.Parameter(
-            sincos_table(cfg.decoder_width, cfg.grid)[None], requires_grad=False
-        )
-        blocks = [
-            Block(cfg.decoder_width, cfg.decoder_heads)
-            for _ in range(cfg.decoder_depth)
-        ]
+        p, D = cfg.patch_size, cfg.width
+        projection = nn.Conv2d(cfg.in_chans, D, kernel_size=p, stride=p)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        positions = sincos_table(D, cfg.grid)[None]  # (1, N, D)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.blocks = nn.Sequential(*[Block(D, cfg.heads) for _ in range(cfg.depth)])
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+
+    def normalize(self, imgs):
+        """uint8 (B, C, H, W) -> the normalised floats that the other methods take."""
+        return normalize(imgs, self.cfg)
+
+    def patchify(self, imgs):
+        """(B, C, H, W) -> (B, L, P), the values of a patch in the order (p, p, C)."""
+        expected = (self.cfg.in_chans, *self.cfg.size)
+        if tuple(imgs.shape[1:]) != expected:
+            raise ValueError(
+                f"imgs: got {tuple(imgs.shape)}; this model takes (B, *{expected})"
+            )
+        return patchify(imgs, self.cfg.patch_size)
+
+    def unpatchify(self, patches):
+        """(B, L, P) -> (B, C, H, W)."""
+        (h, w), p = self.cfg.grid, self.cfg.patch_size
+        x = patches.reshape(-1, h, w, p, p, self.cfg.in_chans)
+        x = torch.einsum("bhwpqc->bchpwq", x)  # (B, C, h, p, w, p)
+        return x.reshape(-1, self.cfg.in_chans, h * p, w * p)
+
+    def embed(self, patches, ids_keep=None):
+        """Patches (B, L, P) -> tokens (B, N, D) of all patches with their positions.
+
+        With ids_keep (B, K): those of the visible patches alone, (B, 1 + K, D).
+        """
+        B = len(patches)
+        positions = self.pos_embed[:, 1:].expand(B, -1, -1)  # (B, L, D)
+        if ids_keep is not None:
+            patches = take(patches, ids_keep)  # (B, K, P)
+            positions = take(positions, ids_keep)  # (B, K, D)
+        # The convolution as a matrix product, so that only visible patches pay for it.
+        proj = self.patch_embed.proj
+        weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P)
+        x = F.linear(patches, weight, proj.bias) + positions
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
+        return torch.cat([cls_token, x], dim=1)
+
+    def forward_encoder(self, patches, ids_keep=None):
+        """As embed, after all blocks and the last norm."""
+        return self.norm(self.blocks(self.embed(patches, ids_keep)))
+
+    def forward_features(self, imgs):
+        """Images (B, C, H, W) -> tokens (B, N, D), nothing masked.
+
+        [:, 0] is the class token.
+        """
+        return self.forward_encoder(self.patchify(imgs))
+
+    def last_qkv(self, imgs):
+        """q, k, v of the last block, each (B, H, N, D/H)."""
+        x = self.blocks[:-1](self.embed(self.patchify(imgs)))
+        last = self.blocks[-1]
+        return last.attn.split_qkv(last.norm1(x))
+
+
+class MAE(ViT):
+    """The encoder, and the decoder that predicts the hidden patches."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        D = cfg.decoder_width
+        self.decoder_embed = nn.Linear(cfg.width, D)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
+        positions = sincos_table(D, cfg.grid)[None]  # (1, N, D)
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        blocks = [Block(D, cfg.decoder_heads) for _ in range(cfg.decoder_depth)]
         self.decoder_blocks = nn.Sequential(*blocks)
-        self.decoder_norm = nn.LayerNorm(cfg.decoder_width, eps=1e-6)
-        self.decoder_pred = nn.Linear(
-            cfg.decoder_width, cfg.patch_size**2 * cfg.in_chans
-        )
+        self.decoder_norm = nn.LayerNorm(D, eps=1e-6)
+        self.decoder_pred = nn.Linear(D, cfg.patch_size**2 * cfg.in_chans)
+        self.initialize_weights()
+
+    def initialize_weights(self):
+        """Encoder and decoder as in MAE."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(
-            self.patch_embed.proj.weight.view(cfg.width, -1)
-        )  # as a linear layer, which it is here
+        # The convolution counts as the linear layer that it is in embed.
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.cfg.width, -1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def patchify(self, imgs):
-        """(B, C, H, W) -> (B, L, P), the values of a patch in the order (p, p, C)."""
-        C, (h, w), p = self.cfg.in_chans, self.cfg.grid, self.cfg.patch_size
-        expected = (C, h * p, w * p)
-        require(
-            tuple(imgs.shape[1:]) == expected,
-            f"imgs: got {tuple(imgs.shape)}; this model takes (B, *{expected})",
-        )
-        return (
-            imgs.reshape(-1, C, h, p, w, p)
-            .permute(0, 2, 4, 3, 5, 1)
-            .reshape(-1, h * w, p * p * C)
-        )
-
-    def unpatchify(self, patches):
-        """(B, L, P) -> (B, C, H, W)."""
-        C, (h, w), p = self.cfg.in_chans, self.cfg.grid, self.cfg.patch_size
-        return (
-            patches.reshape(-1, h, w, p, p, C)
-            .permute(0, 5, 1, 3, 2, 4)
-            .reshape(-1, C, h * p, w * p)
-        )
-
-    def embed(self, patches, ids_keep=None):
-        """Patches (B, L, P) -> tokens (B, N, D), or (B, 1 + K, D) of the visible ones, ids_keep (B, K)."""
-        B, pos = len(patches), self.pos_embed[:, 1:].expand(len(patches), -1, -1)
-        if ids_keep is not None:
-            ids = ids_keep[..., None]
-            patches = patches.gather(
-                1, ids.expand(-1, -1, patches.shape[-1])
-            )  # (B, K, P)
-            pos = pos.gather(1, ids.expand(-1, -1, pos.shape[-1]))  # (B, K, D)
-        proj = self.patch_embed.proj  # as a product, so that only visible patches pay
-        x = (
-            F.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)
-            + pos
-        )
-        return torch.cat(
-            [(self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1), x], dim=1
-        )
-
-    def normalize(self, imgs):
-        return normalize(imgs, self.cfg)
-
-    def forward_encoder(self, patches, ids_keep=None):
-        return self.norm(
-            self.blocks(self.embed(patches, ids_keep))
-        )  # (B, 1 + K, D), or (B, N, D) of all patches
+    def random_masking(self, noise, mask_ratio):
+        """noise (B, L): its lowest values stay visible -> ids_keep (B, K), mask (B, L)."""
+        K = int(noise.shape[1] * (1 - mask_ratio))
+        ids_keep = noise.argsort(dim=1)[:, :K]
+        mask = torch.ones(noise.shape, device=noise.device).scatter(1, ids_keep, 0.0)
+        return ids_keep, mask
 
     def forward_decoder(self, latent, ids_keep):
-        x = self.decoder_embed(latent)  # (B, 1 + K, D)
+        """Tokens (B, 1 + K, D) of the visible patches -> pred (B, L, P) of all."""
+        x = self.decoder_embed(latent)  # (B, 1 + K, D), D now the decoder's
         B, _, D = x.shape
-        tokens = self.mask_token.to(x.dtype).expand(
-            B, self.decoder_pos_embed.shape[1] - 1, D
-        )  # (B, L, D)
-        tokens = tokens.scatter(
-            1, ids_keep[..., None].expand(-1, -1, D), x[:, 1:]
-        )  # visible ones at their place
+        L = self.decoder_pos_embed.shape[1] - 1
+        # Mask tokens everywhere, then the visible ones at their places.
+        tokens = self.mask_token.to(x.dtype).expand(B, L, D)
+        places = ids_keep[..., None].expand(-1, -1, D)  # (B, K, D)
+        tokens = tokens.scatter(1, places, x[:, 1:])
         x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed  # (B, N, D)
-        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[
-            :, 1:
-        ]  # (B, L, P)
+        x = self.decoder_norm(self.decoder_blocks(x))
+        return self.decoder_pred(x)[:, 1:]  # (B, L, P)
 
     def forward(
         self,
@@ -425,113 +425,159 @@ class MAE(nn.Module):
         noise=None,
         normalize_attn=True,
     ):
-        """The loss (Eq. 2), pred (B, L, P) and mask (B, L), 1 = removed, of normalised float imgs (B, C, H, W).
-        attn (B, L): attention map, None = vanilla; tau: float or 0-d tensor; noise (B, L): the lowest stay visible."""
+        """The loss (Eq. 2), pred (B, L, P) and mask (B, L) of images (B, C, H, W).
+
+        attn (B, L): attention map M, or M_norm with normalize_attn=False; None is MAE.
+        tau: float or 0-d tensor. noise (B, L): the lowest stay visible; None is random.
+        """
         patches = self.patchify(imgs)  # (B, L, P)
         B, L, _ = patches.shape
-        noise = torch.rand(B, L, device=imgs.device) if noise is None else noise
-        ids_keep = noise.argsort(dim=1)[:, : int(L * (1 - mask_ratio))]  # (B, K)
-        mask = torch.ones(B, L, device=imgs.device).scatter(1, ids_keep, 0.0)
-        pred = self.forward_decoder(
-            self.forward_encoder(patches, ids_keep), ids_keep
-        )  # (B, L, P)
-        options = {
-            "tau": tau,
-            "norm_pix": self.cfg.norm_pix,
-            "normalize_attn": normalize_attn,
-        }
-        loss = attg_loss(pred, patches, mask, attn, **options)  # Eq. 1 and 2
+        if noise is None:
+            noise = torch.rand(B, L, device=imgs.device)
+        if attn is not None and tuple(attn.shape) != (B, L):
+            raise ValueError(
+                f"attn: got {tuple(attn.shape)}; one value a patch is {(B, L)}"
+            )
+        ids_keep, mask = self.random_masking(noise, mask_ratio)
+        latent = self.forward_encoder(patches, ids_keep)  # (B, 1 + K, D)
+        pred = self.forward_decoder(latent, ids_keep)  # (B, L, P)
+        if attn is not None and normalize_attn:
+            attn = normalize_map(attn)
+        loss = masked_loss(pred, patches, mask, attn, tau, self.cfg.norm_pix)
         return loss, pred, mask
-
-    def forward_features(self, imgs):
-        """(B, C, H, W) -> tokens (B, N, D) after the last norm, nothing masked; [:, 0] is the class token."""
-        return self.forward_encoder(self.patchify(imgs))
-
-    def last_qkv(self, imgs):
-        """q, k, v of the last block, each (B, H, N, D/H)."""
-        x, last = self.blocks[:-1](self.embed(self.patchify(imgs))), self.blocks[-1]
-        return last.attn.split_qkv(last.norm1(x))
 
 
 build_model = MAE
 
 
-# -- Guidance: from the map of an image to the weights of its patches --------------------------------------------------
-def pool_maps(maps, box, flip, grid):
-    """Mean of the maps (B, h, w) of whole pictures under each patch of the augmented images: (B, L) fp32.
-    box (B, 4): the crop x0, y0, x1, y1 as fractions of width and height; flip (B,) bool comes after it."""
-    h, w = maps.shape[1:]
-    x0, y0, x1, y1 = box.unbind(1)
-    rois = torch.stack(
-        [torch.arange(len(maps), device=maps.device), x0 * w, y0 * h, x1 * w, y1 * h],
-        dim=1,
-    ).float()
-    pooled = roi_align(
-        maps.float()[:, None],
-        rois,
-        grid,
-        spatial_scale=1.0,
-        sampling_ratio=-1,
-        aligned=True,
-    )
-    return torch.where(flip[:, None, None, None], pooled.flip(-1), pooled).flatten(1)
+def patchify(imgs, p):
+    """(B, C, H, W) -> (B, L, P), the values of a patch in the order (p, p, C)."""
+    x = imgs.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, p)
+    x = torch.einsum("bchpwq->bhwpqc", x)  # (B, h, w, p, p, C)
+    return x.flatten(1, 2).flatten(2)
 
 
-def guide(m, noise, flat, guidance):
-    """What M_norm, m (B, L), does to a step: (attn, noise). w = exp(attn / tau), -inf is weight 0, None weight 1.
-    noise (B, L) decides the mask; flat (B,) marks maps that say nothing, their patches have weight 1 in every mode."""
-    if guidance == "none":
-        return None, noise
-    if (
-        guidance == "input_masking"
-    ):  # the lowest M stays visible; sorting by noise first puts ties in random order
-        order = noise.argsort(dim=1)
-        m = m.masked_fill(flat[:, None], 0.0).gather(1, order)
-        order = order.gather(1, m.argsort(dim=1, stable=True))
-        return None, order.argsort(dim=1).to(noise.dtype)  # the rank of each patch
-    if guidance in ("inverted", "background"):
-        m = 1 - m
-    if guidance in ("foreground", "background"):
-        m = m.masked_fill(m < m.quantile(0.1, dim=1, keepdim=True), -math.inf)
-    return m.masked_fill(flat[:, None], 0.0), noise
-
-
-@functools.cache
-def channels(values, device):  # cached, for a tensor made of a list waits for the GPU
-    return torch.tensor(values, device=device).view(1, -1, 1, 1)
+def take(x, ids):
+    """The rows ids (B, K) of x (B, L, D): (B, K, D)."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def normalize(imgs, cfg):
-    """uint8 (B, 3, H, W) -> fp32, (x / 255 - mean) / std."""
-    return (imgs / 255 - channels(cfg.mean, imgs.device)) / channels(
-        cfg.std, imgs.device
-    )
+    """uint8 (B, C, H, W) -> fp32, (x / 255 - mean) / std."""
+    mean, std = channels(cfg.mean, imgs.device), channels(cfg.std, imgs.device)
+    return (imgs / 255 - mean) / std
 
 
-def prepare(sample, noise, maps, cfg, device):
-    """A batch from the loader -> (imgs, attn, noise) on the device; maps (n, h, w) on the host or None."""
+@functools.cache  # for a tensor made of a list waits for the GPU
+def channels(values, device):
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
-    def move(x):  # from pinned memory, or the copy waits for the GPU
-        return (x.pin_memory() if device.type == "cuda" else x).to(
-            device, non_blocking=True
-        )
 
-    image, box, flip, noise = map(move, (sample.image, sample.box, sample.flip, noise))
-    imgs = normalize(torch.where(flip[:, None, None, None], image.flip(-1), image), cfg)
-    if maps is None or cfg.guidance == "none":
-        return imgs, None, noise
-    m = move(torch.from_numpy(maps[sample.index.numpy()])).float()  # (B, h, w)
-    flat = is_flat(m.flatten(1))  # (B,)
-    m = pool_maps(m, box, flip, cfg.grid)  # (B, L)
+# -- Loss ------------------------------------------------------------------------------
+
+
+def masked_loss(pred, patches, mask, m_norm=None, tau=0.75, norm_pix=True, fused=None):
+    """The loss of the paper from pred and patches (B, L, P), mask and m_norm (B, L).
+
+    m_norm None is the loss of MAE; -inf is weight 0. norm_pix: the target is each patch
+    normalised by its own mean and variance. fused: one kernel each way that reads the
+    masked patches only, by default on a GPU; the lines below are what it computes.
+    """
+    if fused is None:
+        fused = pred.is_cuda
+    if fused:
+        options = {"tau": tau, "norm_pix": norm_pix, "normalize_attn": False}
+        return attg_loss(pred, patches, mask, m_norm, **options)
+
+    target = patches
+    if norm_pix:
+        P = patches.shape[-1]
+        centred = patches - patches.mean(dim=-1, keepdim=True)
+        variance = centred.square().sum(dim=-1, keepdim=True) / (P - 1)
+        target = centred / (variance + 1e-6).sqrt()
+    error = (pred - target).square().mean(dim=-1)  # (B, L)
+    if m_norm is None:
+        return (mask * error).sum() / mask.sum()
+    weight = torch.exp(m_norm / tau)  # Eq. 1
+    return (mask * weight * error).sum() / mask.sum()  # Eq. 2
+
+
+# -- Guidance: from the map of a picture to the weights of the patches of a crop -------
+
+
+def pool_maps(maps, box, flip, grid):
+    """Mean of the maps (B, h, w) of whole pictures under each patch of their crops.
+
+    box (B, 4): the crop x0, y0, x1, y1 as fractions of width and height; flip (B,) bool:
+    mirrored after it. Returns (B, L) fp32.
+    """
+    B, h, w = maps.shape
+    index = torch.arange(B, device=maps.device)  # which map a box belongs to
+    x0, y0, x1, y1 = box.unbind(1)
+    rois = torch.stack([index, x0 * w, y0 * h, x1 * w, y1 * h], dim=1).float()
+    pooled = roi_align(
+        maps.float()[:, None],
+        rois,
+        output_size=grid,
+        spatial_scale=1.0,
+        sampling_ratio=-1,
+        aligned=True,  # without it everything is off by half a cell
+    )  # (B, 1, rows, columns)
+    mirrored = pooled.flip(-1)
+    return torch.where(flip[:, None, None, None], mirrored, pooled).flatten(1)
+
+
+def crop_maps(maps, box, flip, cfg):
+    """M_norm (B, L) of a batch of crops, and flat (B,): maps that say nothing.
+
+    maps (B, h, w) are min-max normalised over the whole picture, and so the pooled crop
+    is M_norm: one without the object keeps weights near 1. --map_norm crop normalises
+    the crop instead, as Algorithm 1 reads to the letter.
+    """
+    m_norm = pool_maps(maps, box, flip, cfg.grid)  # (B, L)
     if cfg.map_norm == "crop":
-        flat, m = is_flat(m), normalize_map(m)
-    return imgs, *guide(m, noise, flat, cfg.guidance)
+        return normalize_map(m_norm), is_flat(m_norm)
+    return m_norm, is_flat(maps.float().flatten(1))
 
 
-# -- Schedules and optimiser -------------------------------------------------------------------------------------------
+def guide(m, noise, flat, guidance):
+    """What M_norm, m (B, L), does to a step: (attn, noise), w = exp(attn / tau).
+
+    attn None is weight 1, -inf weight 0. noise (B, L) decides the mask. The patches of
+    flat maps (B,) have weight 1 in every mode. attg is the method, the others are the
+    paper's ablations (Table 10).
+    """
+    if guidance == "none":
+        return None, noise
+    if guidance == "input_masking":
+        return None, hide_highest(m.masked_fill(flat[:, None], 0.0), noise)
+    if guidance in ("inverted", "background"):
+        m = 1 - m
+    if guidance in ("foreground", "background"):
+        lowest = m.quantile(0.1, dim=1, keepdim=True)
+        m = m.masked_fill(m < lowest, -math.inf)
+    return m.masked_fill(flat[:, None], 0.0), noise
+
+
+def hide_highest(m, noise):
+    """Noise (B, L) by which the patches of highest m (B, L) are hidden, not random ones.
+
+    It is each patch's rank. Sorted by noise first, patches of equal m are in random order.
+    """
+    order = noise.argsort(dim=1)
+    by_map = m.gather(1, order).argsort(dim=1, stable=True)
+    ranks = order.gather(1, by_map).argsort(dim=1)
+    return ranks.to(noise.dtype)
+
+
+# -- Schedules and optimiser -----------------------------------------------------------
+
+
 def tau_at(step, total_steps, cfg):
     """Temperature of Eq. 1: a half-cycle cosine from cfg.tau up to cfg.tau_end."""
-    rise = 0.0 if cfg.tau_schedule == "constant" else cfg.tau_end - cfg.tau
+    if cfg.tau_schedule == "constant":
+        return cfg.tau
+    rise = cfg.tau_end - cfg.tau
     return cfg.tau + rise * (1 - math.cos(math.pi * step / total_steps)) / 2
 
 
@@ -539,408 +585,237 @@ def lr_at(step, total_steps, warmup_steps, lr):
     """Linear warm-up from 0, then a half-cycle cosine down to 0 (MAE)."""
     if step < warmup_steps:
         return lr * step / warmup_steps
-    return (
-        lr
-        * (
-            1
-            + math.cos(
-                math.pi * (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-            )
-        )
-        / 2
-    )
-
-
-def mask_noise(seed, step, batch_size, grid):
-    """(batch_size, L) uniform noise of a whole global batch: a function of seed and step, the same everywhere."""
-    generator = torch.Generator().manual_seed(seed_for("masks", seed, step))
-    return torch.rand(batch_size, math.prod(grid), generator=generator)
+    angle = math.pi * (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return lr * (1 + math.cos(angle)) / 2
 
 
 def param_groups(model, weight_decay):
-    """No weight decay on biases and norms (MAE); the fixed position tables are in no group."""
-    params = [p for p in model.parameters() if p.requires_grad]
+    """For AdamW: no weight decay on biases and norms (MAE); fixed positions are in none."""
+    decay, no_decay = [], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.dim() > 1:
+            decay.append(parameter)
+        else:
+            no_decay.append(parameter)
     return [
-        {
-            "params": [p for p in params if (p.dim() > 1) == m],
-            "weight_decay": m * weight_decay,
-        }
-        for m in (1, 0)
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
     ]
 
 
-# -- Files: checkpoints, and weights from here and elsewhere -----------------------------------------------------------
+# -- One step of training --------------------------------------------------------------
 
 
-def load_encoder(path_or_state_dict, heads=None, img_size=None):
-    """An encoder in eval mode from a checkpoint or export of this project, or weights of MAE, timm, HF or DINO.
-    Use forward_features and last_qkv, on images normalised by .cfg.mean and .cfg.std, ImageNet's unless the file says
-    otherwise (many of timm's and HF's ViTs want 0.5 and 0.5). Its decoder has no blocks.
-    heads: for widths that are no standard ViT's. img_size: int or (height, width), if not that of the weights: sin-cos
-    positions are made anew, learned ones resized. ValueError if there is no such encoder in the file."""
-    state, config, name = read_weights(path_or_state_dict)
-    if config is None:
-        width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-        heads = heads or HEADS.get(width)
-        require(
-            heads,
-            f"no standard ViT has width {width}, and the weights do not tell the heads; pass heads=",
-        )
-        config = {
-            "model": "vit_base",
-            "in_chans": in_chans,
-            "patch_size": patch_size,
-            "width": width,
-            "heads": heads,
-        }
-        config["depth"] = sum(
-            bool(re.fullmatch(r"blocks\.\d+\.norm1\.weight", k)) for k in state
-        )
-        config["img_size"] = patch_size * math.isqrt(state["pos_embed"].shape[1] - 1)
-    config = {
-        f.name: config[f.name] for f in dataclasses.fields(Config) if f.name in config
-    }
-    config |= {"img_size": img_size or config["img_size"], "decoder_depth": 0}
-    model = build_model(Config(**config))
-    load_weights(
-        model,
-        {k: v for k, v in state.items() if not DECODER.match(k)},
-        name,
-        sincos_table,
-    )
-    return model.eval()
+class Batch(typing.NamedTuple):
+    """A micro-batch of random crops on the device."""
+
+    image: torch.Tensor  # (B, C, H, W) uint8, not flipped yet
+    maps: torch.Tensor | None  # (B, h, w) of the whole pictures; None = vanilla MAE
+    box: torch.Tensor  # (B, 4) where the crops are, see pool_maps
+    flip: torch.Tensor  # (B,) bool
+    noise: torch.Tensor  # (B, L) decides the mask
 
 
-# -- Features and k-NN -------------------------------------------------------------------------------------------------
+def views(batch, cfg):
+    """The model's input: imgs (B, C, H, W), attn (B, L) or None, noise (B, L)."""
+    mirrored = batch.image.flip(-1)
+    image = torch.where(batch.flip[:, None, None, None], mirrored, batch.image)
+    imgs = normalize(image, cfg)
+    if batch.maps is None:
+        return imgs, None, batch.noise
+    m_norm, flat = crop_maps(batch.maps, batch.box, batch.flip, cfg)  # (B, L), (B,)
+    attn, noise = guide(m_norm, batch.noise, flat, cfg.guidance)
+    return imgs, attn, noise
 
 
-# -- Training ----------------------------------------------------------------------------------------------------------
-LINE = "step {step:6}/{total} epoch {epoch:6.2f} loss {loss:.4f} mse {mse:.4f} lr {lr:.2e} tau {tau:.3f} "
-LINE += "{img_s:7.1f} img/s data {data_wait:4.0%} ETA {eta}"
+def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
+    """One optimisation step: Algorithm 1 of the paper, over cfg.accum micro-batches.
+
+    tau: 0-d tensor. dtype: of autocast, None is fp32. scaler: for fp16, else it does
+    nothing. Returns (3,) on the device: loss, unweighted error, gradient norm.
+    """
+    losses = torch.zeros(2, device=tau.device)
+    for number, batch in enumerate(batches, start=1):
+        imgs, attn, noise = views(batch, cfg)
+        # Processes exchange gradients once a step, with the last micro-batch.
+        exchange = number == cfg.accum or not isinstance(model, DistributedDataParallel)
+        with contextlib.nullcontext() if exchange else model.no_sync():
+            with torch.autocast(tau.device.type, dtype, enabled=dtype is not None):
+                loss, pred, mask = model(
+                    imgs, attn, tau, cfg.mask_ratio, noise, normalize_attn=False
+                )
+            scaler.scale(loss / cfg.accum).backward()
+        loss = mse = loss.detach()
+        if attn is not None:
+            # The loss of MAE, to compare runs by: the weighted one depends on tau.
+            patches = patchify(imgs, cfg.patch_size)
+            mse = masked_loss(pred.detach(), patches, mask, norm_pix=cfg.norm_pix)
+        losses += torch.stack([loss, mse]) / cfg.accum
+
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return torch.cat([losses, norm[None]])
 
 
-@torch.no_grad()
-def save_reconstructions(path, model, dataset, maps, count=8):
-    """A sheet: original | map | masked | reconstruction, the visible patches pasted in."""
-    cfg, device = (
-        dataclasses.replace(model.cfg, guidance="attg", map_norm="image"),
-        model.cls_token.device,
-    )
-    ids = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
-    sample = torch.utils.data.default_collate([dataset[i] for i in ids])
-    imgs, m, noise = prepare(
-        sample, mask_noise(cfg.seed, 0, len(ids), cfg.grid), maps, cfg, device
-    )
-    _, pred, mask = model.forward(imgs, mask_ratio=cfg.mask_ratio, noise=noise)
-    patches, hidden = model.patchify(imgs), mask[..., None].bool()
-    title = "reconstruction" + " (true patch mean, std)" * cfg.norm_pix
-    if cfg.norm_pix:
-        var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        pred = pred * (var + 1e-6).sqrt() + mean
-    shown = {
-        "original": patches,
-        "masked": patches.masked_fill(hidden, 0.0),
-        title: torch.where(hidden, pred, patches),
-    }
-    mean, std = channels(cfg.mean, device), channels(cfg.std, device)
-    columns = [
-        (name, (model.unpatchify(x) * std + mean).clamp(0, 1))
-        for name, x in shown.items()
-    ]
-    if m is not None:
-        columns.insert(
-            1,
-            (
-                "map",
-                F.interpolate(m.view(-1, 1, *cfg.grid), cfg.size).expand(-1, 3, -1, -1),
-            ),
-        )
-    save_sheet(path, columns)
+# -- The run ---------------------------------------------------------------------------
 
 
 def train(cfg):
-    """Pre-trains; returns {"step", "knn", "out", "stopped"}. Reads torchrun's environment, writes files to cfg.out."""
-    stop = []  # the signals received: the step is finished first, a second signal acts at once
-    with contextlib.ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            old = signal.signal(
-                number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL))
+    """Pre-trains a model and writes the run folder, cfg.out.
+
+    One process, or one of several if torchrun's environment says so. Returns {"step":
+    the last one, "knn": {feature: top-1 in percent} if there are labels, "out": the
+    folder, "stopped": the signal that ended the run early, or None}.
+    """
+    with stop_signals() as signals, processes(cfg.device) as (device, rank, world):
+        run = Run(cfg, device, rank, world, signals)
+        checkpoint = run.find_checkpoint(FIXED, FREE)
+        model = first_model(cfg, checkpoint, run.log).to(device)
+        if cfg.epochs == 0:
+            draw(model, run)
+            return {"step": 0, "knn": {}, "out": str(run.out), "stopped": None}
+
+        groups = param_groups(model, cfg.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+        scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
+        run.begin(model, optimizer, scaler, checkpoint)
+        if cfg.compile:
+            model.compile()
+        parallel = DistributedDataParallel(model) if world > 1 else model
+        # A tensor: under torch.compile a float would recompile at every step.
+        tau = torch.zeros((), device=device)
+
+        for step in run.steps():
+            if run.knn_is_due(step):
+                run.evaluate(step)
+            lr = lr_at(step, run.total_steps, run.warmup_steps, cfg.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            tau.fill_(tau_at(step, run.total_steps, cfg))
+            batches = micro_batches(step, run)
+            values = train_step(
+                parallel, optimizer, scaler, batches, tau, cfg, run.dtype
             )
-            stack.callback(signal.signal, number, old)
-        return run(cfg, *stack.enter_context(processes(cfg.device)), stop)
+            if run.after(step + 1, values, lr, tau):
+                return run.stopped(step + 1)
+
+        result = run.finish()
+        draw(model, run)
+        return result
 
 
-def run(cfg, device, rank, world, stop):
-    out = Path(cfg.out)
-
-    def say(text, record=None):
-        if rank == 0 and text:
-            tqdm.write(text)
-        if rank == 0 and record:
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def evaluate(step):
-        if not (train_set.labelled and test_set and test_set.labelled):
-            return {}
-        knn = knn_accuracy(model, train_set, test_set, loader_args, dtype, rank, world)
-        words = ", ".join(
-            f"{name.replace('_', ' ')} {value:.2f} %" for name, value in knn.items()
-        )
-        say(
-            f"step {step}: k-NN (k = 20) on the test split: {words}",
-            {"step": step, "knn": knn},
-        )
-        return knn
-
-    # -- data
-    train_set = open_data(
-        cfg.data, "train", cfg.size, augment=True, seed=cfg.seed, classes=cfg.classes
-    )
-    test_set = open_data(cfg.data, "test", cfg.size, classes=cfg.classes)
-    vanilla = cfg.guidance == "none" or (
-        cfg.epochs == 0 and not cfg.maps and train_set.masks is None
-    )
-    maps = None if vanilla else open_maps(cfg.maps, train_set, cfg.data)
-    steps_per_epoch = max(1, len(train_set) // cfg.batch_size)
-    total = cfg.epochs * steps_per_epoch
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = 0 if device.type == "cpu" else min(16, cores)
-    loader_args = {
-        "workers": workers if cfg.workers is None else cfg.workers,
-        "pin_memory": device.type == "cuda",
-    }
-    # -- model, optimiser, state
-    parts = find_checkpoint(cfg, total, say, FIXED, FREE) if total else None
+def first_model(cfg, checkpoint, log):
+    """The model before its first step, of --seed or --init; a checkpoint comes later."""
     torch.manual_seed(seed_for("weights", cfg.seed))
     model = build_model(cfg)
-    if cfg.init and not parts:
-        say(
-            f"--init {cfg.init}: {load_weights(model, read_weights(cfg.init)[0], cfg.init, sincos_table)}"
-        )
-    model.to(device)
-    out.mkdir(parents=True, exist_ok=True)
-    if cfg.epochs == 0:
-        if rank == 0:
-            save_reconstructions(out / "reconstructions.png", model, train_set, maps)
-        say(f"pictures: {out / 'reconstructions.png'}")
-        return {"step": 0, "knn": {}, "out": str(out), "stopped": None}
-    precision = (
-        "fp32"
-        if device.type != "cuda"
-        else "bf16"
-        if torch.cuda.is_bf16_supported(False)
-        else "fp16"
-    )
-    precision = precision if cfg.precision == "auto" else cfg.precision
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    optimizer = torch.optim.AdamW(
-        param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, 0.95), fused=True
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    state, start = {"model": model, "optimizer": optimizer, "scaler": scaler}, 0
-    if parts:
-        start = parts["step"]
-        for name in filter(parts.get, state):  # the scaler's part is empty without fp16
-            state[name].load_state_dict(parts[name])
-        optimizer.param_groups[0]["weight_decay"] = cfg.weight_decay
-        parts.clear()
-    batches = TrainBatches(
-        len(train_set), cfg.batch_size, start, total, cfg.seed, cfg.accum, rank, world
-    )
-    feed = Feed(
-        train_set, batches, **loader_args
-    )  # counts unreadable pictures and the time spent waiting
-    micro_size = cfg.batch_size // (cfg.accum * world)
-    if cfg.compile:
-        model.compile()
-    ddp = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    params = [p for p in model.parameters() if p.requires_grad]
-    # -- run folder and first words
-    if rank == 0:
-        lines = (
-            (out / "log.jsonl").read_text()
-            if start and (out / "log.jsonl").exists()
-            else ""
-        )
-        lines = lines[: lines.rfind("\n") + 1].splitlines(
-            keepends=True
-        )  # a killed run leaves half a line,
-        lines = [
-            x for x in lines if (json.loads(x)["step"], '"knn"' in x) <= (start, False)
-        ]  # and what comes again
-        with replacing(out / "log.jsonl") as temporary:
-            temporary.write_text("".join(lines))
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    git = subprocess.getstatusoutput(
-        f'git -C "{Path(__file__).parent}" describe --always --dirty'
-    )
-    versions = f"attg_mae {'unknown' if git[0] else git[1]}, python {sys.version.split()[0]}, torch {torch.__version__}"
-    say(
-        f"{versions}, {name}, {precision}, {torch.get_num_threads()} threads, {loader_args}\n{cfg}"
-    )
-    words = "smoke test, on the toy set enlarged: " * (
-        cfg.data == "toy" and cfg.model != "vit_micro"
-    )
-    words += f"{len(train_set)} images, {sum(p.numel() for p in params) / 1e6:.1f} M parameters, {total} steps of "
-    words += f"{cfg.batch_size} = {micro_size} x {world} ranks x {cfg.accum}, base lr {cfg.blr:.2e}, lr {cfg.lr:.2e}"
-    say(
-        f"{words}, tau {tau_at(0, total, cfg)} to {tau_at(total, total, cfg)}, out {out}"
-    )
-    # -- the loop
-    tau = torch.zeros(
-        (), device=device
-    )  # a tensor: a float would recompile at every step
-    history = []  # (3,) a step: loss, unweighted mse, gradient norm; on the device until the log line
-    began = logged = time.perf_counter()
-    for step in tqdm(
-        range(start, total),
-        initial=start,
-        total=total,
-        disable=None if rank == 0 else True,
-        leave=False,
-    ):
-        if step and cfg.knn_every and step % (cfg.knn_every * steps_per_epoch) == 0:
-            evaluate(step)
-            logged = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(
-                step, total, cfg.warmup_epochs * steps_per_epoch, cfg.lr
-            )
-        tau.fill_(tau_at(step, total, cfg))
-        all_noise = mask_noise(cfg.seed, step, cfg.batch_size, cfg.grid)
-        losses = torch.zeros(2, device=device)
-        for micro in range(cfg.accum):
-            share = slice(
-                (micro * world + rank) * micro_size,
-                (micro * world + rank + 1) * micro_size,
-            )
-            imgs, attn, noise = prepare(next(feed), all_noise[share], maps, cfg, device)
-            local = (
-                world > 1 and micro + 1 < cfg.accum
-            )  # gradients travel with the last micro-batch
-            with ddp.no_sync() if local else contextlib.nullcontext():
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss, pred, mask = ddp(
-                        imgs, attn, tau, cfg.mask_ratio, noise, normalize_attn=False
-                    )
-                scaler.scale(loss / cfg.accum).backward()
-            mse = loss.detach()
-            if (
-                attn is not None
-            ):  # the loss of a vanilla MAE, to compare with; the weighted one depends on tau
-                mse = attg_loss(
-                    pred.detach(),
-                    imgs,
-                    mask,
-                    norm_pix=cfg.norm_pix,
-                    patch_size=cfg.patch_size,
-                )
-            losses += torch.stack([loss.detach(), mse]) / cfg.accum
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(params, cfg.clip_grad or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        history.append(torch.cat([losses, norm[None]]))
-        done = step + 1
-        epoch, rest = divmod(done, steps_per_epoch)
-        if rest and done % cfg.log_every and not (stop and world == 1):
-            continue  # nothing so far waits for the device
-        history.append(
-            torch.tensor([len(stop), len(feed.unreadable), 0.0], device=device) * world
-        )
-        values = torch.stack(history) / world
-        if world > 1:
-            dist.all_reduce(values)
-        *rows, (stopping, bad, _) = values.tolist()
-        history.clear()
-        require(
-            bad <= len(train_set) / 100,
-            f"--data {cfg.data}: over 1 % unreadable, {bad:.0f} so far",
-        )
-        for at, (loss, mse, norm) in enumerate(rows, done - len(rows)):
-            if not math.isfinite(
-                loss + mse + (norm if precision != "fp16" else 0.0)
-            ):  # fp16's scaler skips such steps
-                part = (
-                    "gradient"
-                    if math.isfinite(loss)
-                    else "weight"
-                    if math.isfinite(mse)
-                    else "prediction or input"
-                )
-                ids = batches.indices(at).tolist()
-                say("", {"step": at + 1, "not_finite": part, "indices": ids})
-                words = f"{part} not finite; images {ids[:9]} ... (all in log.jsonl). Checkpoints are from before"
-                raise ValueError(
-                    f"step {at + 1}: {words}. Try a lower --lr, --clip_grad 1 or --precision fp32"
-                )
-        now = time.perf_counter()
-        rate = 1 / (now - logged)
-        finite = ([*filter(math.isfinite, x)] for x in zip(*rows, strict=True))
-        loss, mse, norm = (sum(x) / max(1, len(x)) for x in finite)
-        record = {
-            "step": done,
-            "epoch": done / steps_per_epoch,
-            "loss": loss,
-            "mse": mse,
-            "grad_norm": norm,
-        }
-        record |= {
-            "lr": group["lr"],
-            "tau": tau.item(),
-            "skipped": sum(not math.isfinite(x[2]) for x in rows),
-        }
-        record |= {
-            "img_s": len(rows) * cfg.batch_size * rate,
-            "data_wait": feed.waited * rate,
-            "unreadable": int(bad),
-        }
-        eta = datetime.timedelta(
-            seconds=round((total - done) * (now - began) / (done - start))
-        )
-        odd = [f" {k} {record[k]}" for k in ("skipped", "unreadable") if record[k]]
-        say(LINE.format(**record, total=total, eta=eta) + "".join(odd), record)
-        feed.waited, logged = 0.0, now
-        if rank == 0 and (
-            stopping or done == total or (rest == 0 and epoch % cfg.save_every == 0)
-        ):
-            states = {name: part.state_dict() for name, part in state.items()}
-            save_checkpoint(
-                out / "last.pt", **states, step=done, config=dataclasses.asdict(cfg)
-            )
-        if stopping and done < total:
-            say(f"stopped by a signal after step {done}; the same command continues")
-            return {
-                "step": done,
-                "knn": {},
-                "out": str(out),
-                "stopped": (stop or [signal.SIGTERM])[0],
-            }
-        if rest == 0:
-            feed.unreadable.clear()
+    if cfg.init and not checkpoint:
+        weights = read_weights(cfg.init)[0]
+        words = load_weights(model, weights, cfg.init, sincos_table)
+        log.say(f"--init {cfg.init}: {words}")
+    return model
 
-    knn = evaluate(total)
-    if rank == 0:
-        weights = {k: v for k, v in model.state_dict().items() if not DECODER.match(k)}
-        save_checkpoint(
-            out / "encoder.pt", model=weights, config=dataclasses.asdict(cfg)
-        )
-        save_reconstructions(out / "reconstructions.png", model, train_set, maps)
-    say(f"pictures: {out / 'reconstructions.png'}, encoder: {out / 'encoder.pt'}")
-    return {"step": total, "knn": knn, "out": str(out), "stopped": None}
+
+def mask_noise(seed, step, batch_size, grid):
+    """(batch_size, L) uniform noise of the global batch of a step.
+
+    A function of seed and step: any number of processes draws the same, and there is no
+    state of a generator to save.
+    """
+    generator = generator_for("masks", seed, step)
+    return torch.rand(batch_size, math.prod(grid), generator=generator)
+
+
+def micro_batches(step, run):
+    """The cfg.accum Batches of a step that are this process's, from the loader.
+
+    Each takes its rows of the global batch's noise as it takes its pictures, so that
+    processes and accumulation change nothing.
+    """
+    cfg = run.cfg
+    noise = mask_noise(cfg.seed, step, cfg.batch_size, cfg.grid)
+    size = cfg.batch_size // (cfg.accum * run.world)
+    for micro in range(cfg.accum):
+        first = (micro * run.world + run.rank) * size
+        sample, mine = next(run.feed), noise[first : first + size]
+        yield to_device(sample, mine, run.maps, run.device)
+
+
+def to_device(sample, noise, maps, device):
+    """The Batch of a Sample from the loader; maps (n, h, w) on the host, or None."""
+
+    def move(x):
+        # From pinned memory, or the copy waits for the GPU.
+        x = x.pin_memory() if device.type == "cuda" else x
+        return x.to(device, non_blocking=True)
+
+    if maps is not None:
+        maps = move(torch.from_numpy(maps[sample.index.numpy()])).float()  # (B, h, w)
+    image, box, flip = move(sample.image), move(sample.box), move(sample.flip)
+    return Batch(image, maps, box, flip, move(noise))
+
+
+def draw(model, run, count=8):
+    """reconstructions.png: pictures evenly spread over the training set, their maps."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    path = run.out / "reconstructions.png"
+    if run.rank == 0:
+        last = len(run.train_set) - 1
+        ids = torch.linspace(0, last, min(count, last + 1)).long().tolist()
+        sample = default_collate([run.train_set[i] for i in ids])
+        noise = mask_noise(run.cfg.seed, 0, len(ids), run.cfg.grid)
+        batch = to_device(sample, noise, run.maps, run.device)
+        # The map as it is, whatever an ablation makes of it.
+        cfg = dataclasses.replace(run.cfg, guidance="attg", map_norm="image")
+        imgs, m_norm, noise = views(batch, cfg)
+        save_reconstructions(path, model, imgs, m_norm, noise)
+    run.log.say(f"pictures: {path}")
+
+
+# -- Weights from files ----------------------------------------------------------------
+
+
+def load_encoder(path_or_state_dict, heads=None, img_size=None):
+    """A ViT in eval mode from a file of this project, MAE, DINO, timm or Hugging Face.
+
+    Use forward_features and last_qkv on images normalised by .cfg.mean and .cfg.std,
+    which are ImageNet's unless the file says otherwise (many of timm's and HF's ViTs
+    want 0.5 and 0.5). heads: for widths that are no standard ViT's. img_size: int or
+    (height, width), if not that of the weights: sin-cos positions are made anew, learned
+    ones resized. ValueError if there is no such encoder in the file.
+    """
+    state, stored, name = read_weights(path_or_state_dict)
+    stored = stored or config_of_weights(state, heads)
+    known = {field.name for field in dataclasses.fields(Config)}
+    settings = {key: value for key, value in stored.items() if key in known}
+    if img_size:
+        settings["img_size"] = img_size
+    model = ViT(Config(**settings))
+    encoder = {key: value for key, value in state.items() if not DECODER.match(key)}
+    load_weights(model, encoder, name, sincos_table)
+    return model.eval()
+
+
+# -- Command line ----------------------------------------------------------------------
 
 
 def main(argv=None):
+    """Trains as the flags say; returns what `train` does."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for f in dataclasses.fields(Config):
-        kind = {"type": (typing.get_args(f.type) or (f.type,))[0]}  # int | None -> int
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
-        parser.add_argument(f"--{f.name}", **kind | {"default": f.default} | f.metadata)
+    for field in dataclasses.fields(Config):
+        options = {"default": field.default, **field.metadata}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif "type" not in options:
+            # int | None -> int
+            options["type"] = (typing.get_args(field.type) or (field.type,))[0]
+        parser.add_argument(f"--{field.name}", **options)
     return train(Config(**vars(parser.parse_args(argv))))
 
 

@@ -61,6 +61,10 @@ def seed_for(*words):
     )
 
 
+def generator_for(*words):
+    return torch.Generator().manual_seed(seed_for(*words))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One picture
 

@@ -1,10 +1,13 @@
 """
-Features of whole images, nothing masked, and the k-NN on them.
+Features of whole images, nothing masked, and the k-NN classifier on them.
+
+Shapes: n training images, B test images, D width, C classes, k neighbours.
 """
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from common.data import make_loader
@@ -14,21 +17,39 @@ FEATURES = ("class_token", "patch_mean")
 
 @torch.no_grad()
 def extract_features(model, loader, dtype=None):
-    """Class tokens (n, D), means of the patch tokens (n, D), labels (n,) of a loader of data.Sample, on the CPU.
-    After the last norm, nothing masked; dtype autocasts the forward pass."""
-    device, parts = model.cls_token.device, []
+    """Class tokens (n, D), means of the patch tokens (n, D) and labels (n,), on the CPU.
+
+    loader yields data.Sample; the tokens are those after the last norm, nothing is
+    masked; dtype autocasts the forward pass.
+    """
+    device = model.cls_token.device
+    class_tokens, patch_means, labels = [], [], []
     for sample in tqdm(loader, desc="features", leave=False, disable=None):
+        imgs = model.normalize(sample.image.to(device))
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            tokens = model.forward_features(
-                model.normalize(sample.image.to(device))
-            ).float()  # (B, N, D)
-        parts.append(
-            (tokens[:, 0].cpu(), tokens[:, 1:].mean(dim=1).cpu(), sample.label)
-        )
-    return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+            tokens = model.forward_features(imgs).float()  # (B, 1 + L, D)
+        class_tokens.append(tokens[:, 0].cpu())
+        patch_means.append(tokens[:, 1:].mean(dim=1).cpu())
+        labels.append(sample.label)
+    return torch.cat(class_tokens), torch.cat(patch_means), torch.cat(labels)
 
 
-@torch.no_grad()
+def features_of(model, dataset, loader_args, dtype, rank, world):
+    """extract_features of a data set, in its order, in every process.
+
+    Each process extracts every world-th image, then all exchange what they have.
+    """
+    share = Subset(dataset, range(rank, len(dataset), world))
+    mine = extract_features(model, make_loader(share, **loader_args), dtype)
+    if world == 1:
+        return mine
+    parts = [None] * world
+    dist.all_gather_object(parts, mine)
+    ids = [torch.arange(r, len(dataset), world) for r in range(world)]
+    order = torch.cat(ids).argsort()
+    return tuple(torch.cat(part)[order] for part in zip(*parts, strict=True))
+
+
 def knn_classify(
     train_features,
     train_labels,
@@ -37,62 +58,59 @@ def knn_classify(
     temperature=0.07,
     num_classes=None,
 ):
-    """Weighted k-NN (DINO's): each of the k neighbours of highest cosine s votes exp(s / temperature) for its class.
-    train_features (n, D), train_labels (n,) int64, test_features (B, D). Returns classes, best first: (B, min(5, C)),
-    or (K, B, min(5, C)) for a list of k. Takes 2^26 similarities at a time on a GPU, 2^23 on a CPU (its cache)."""
+    """Weighted k-NN (DINO's): the classes of each test image, best first.
+
+    train_features (n, D), train_labels (n,) int64, test_features (B, D); all on one
+    device. Each of the k neighbours of highest cosine s votes exp(s / temperature) for
+    its class. Returns (B, min(5, C)).
+    """
+    rankings = knn_rankings(
+        train_features, train_labels, test_features, [k], temperature, num_classes
+    )
+    return rankings[0]
+
+
+@torch.no_grad()
+def knn_rankings(
+    train_features,
+    train_labels,
+    test_features,
+    ks,
+    temperature=0.07,
+    num_classes=None,
+):
+    """knn_classify for each k of ks in one pass: (len(ks), B, min(5, C))."""
     num_classes = num_classes or int(train_labels.max()) + 1
     bank = F.normalize(train_features.float(), dim=1).T  # (D, n)
-    ks, rankings, size = (
-        [k] if isinstance(k, int) else k,
-        [],
-        2 ** (26 if bank.is_cuda else 23),
-    )
-    for x in F.normalize(test_features.float(), dim=1).split(
-        max(1, size // bank.shape[1])
-    ):
-        similarity, ids = (x @ bank).topk(min(max(ks), bank.shape[1]), dim=1)  # (b, k)
-        labels, weights = (
-            train_labels[ids],
-            ((similarity - 1) / temperature).exp(),
-        )  # - 1: no overflow
-        votes = torch.zeros(len(ks), len(x), num_classes, device=x.device)  # (K, b, C)
-        for vote, n in zip(votes, ks, strict=True):
-            vote.scatter_add_(1, labels[:, :n], weights[:, :n])
-        rankings.append(
-            votes.sort(dim=2, descending=True, stable=True).indices[..., :5]
-        )
-    return (
-        torch.cat(rankings, dim=1)[0]
-        if isinstance(k, int)
-        else torch.cat(rankings, dim=1)
-    )
+    queries = F.normalize(test_features.float(), dim=1)  # (B, D)
+    neighbours = min(max(ks), bank.shape[1])
+    # Similarities at a time: what is left of a GPU's memory, or what fits a CPU's cache.
+    most = 2**26 if bank.is_cuda else 2**23
+    rankings = []
+    for x in queries.split(max(1, most // bank.shape[1])):
+        similarity, ids = (x @ bank).topk(neighbours, dim=1)  # (b, k)
+        labels = train_labels[ids]
+        # The same factor for all votes changes no ranking; minus 1 it cannot overflow.
+        weights = ((similarity - 1) / temperature).exp()
+        votes = torch.zeros(len(ks), len(x), num_classes, device=x.device)
+        for vote, k in zip(votes, ks, strict=True):
+            vote.scatter_add_(1, labels[:, :k], weights[:, :k])
+        # stable: of classes with equal votes the lower number comes first
+        ranking = votes.sort(dim=2, descending=True, stable=True).indices
+        rankings.append(ranking[..., :5])
+    return torch.cat(rankings, dim=1)
 
 
-def features_of(model, dataset, loader_args, dtype, rank, world):
-    """extract_features of a data set, in its order, in every process; each of them extracts its share."""
-    share = torch.utils.data.Subset(dataset, range(rank, len(dataset), world))
-    parts = [extract_features(model, make_loader(share, **loader_args), dtype)] * world
-    if world > 1:
-        dist.all_gather_object(parts, parts[rank])
-    order = torch.cat(
-        [torch.arange(r, len(dataset), world) for r in range(world)]
-    ).argsort()
-    return [torch.cat(x)[order] for x in zip(*parts, strict=True)]
-
-
-def knn_accuracy(model, train_set, test_set, *setup):
-    """Top-1 in percent of the k-NN (k = 20) from train_set to test_set, by feature. setup: what features_of takes."""
-    features = [
-        features_of(model, dataset, *setup) for dataset in (train_set, test_set)
-    ]
-    (*banks, labels), (*queries, truth) = [
-        [x.to(model.cls_token.device) for x in split] for split in features
-    ]
-    known = labels >= 0
-    hits = [
-        knn_classify(bank[known], labels[known], x)[:, 0] == truth
-        for bank, x in zip(banks, queries, strict=True)
-    ]
-    return dict(
-        zip(FEATURES, [100 * hit.float().mean().item() for hit in hits], strict=True)
-    )
+def knn_accuracy(model, train_set, test_set, loader_args, dtype, rank, world):
+    """{feature: top-1 in percent} of the k-NN (k = 20) from train_set to test_set."""
+    device = model.cls_token.device
+    setup = (loader_args, dtype, rank, world)
+    *banks, labels = features_of(model, train_set, *setup)
+    *queries, truth = features_of(model, test_set, *setup)
+    labelled = labels >= 0  # stl10 trains on pictures without labels as well
+    labels, truth = labels[labelled].to(device), truth.to(device)
+    accuracy = {}
+    for name, bank, query in zip(FEATURES, banks, queries, strict=True):
+        guess = knn_classify(bank[labelled].to(device), labels, query.to(device))[:, 0]
+        accuracy[name] = 100 * (guess == truth).float().mean().item()
+    return accuracy

@@ -1,113 +1,342 @@
 """
-A run: its processes, signals, log, checkpoints, and how it is continued.
+A run: its processes and signals, its log, its checkpoints, and how it is continued.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
+import math
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from common.files import replacing, require
 
-
-def save_checkpoint(path, /, **parts):
-    """Writes tensors and plain types, all or nothing; OSError names the file, and the old one stays."""
-    try:
-        with replacing(path) as temporary:
-            torch.save(parts, temporary)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch.save raises RuntimeError on a full disk
-        raise OSError(
-            f"{path} could not be written: {error}; is the disk full? An earlier {path} is intact"
-        ) from error
-
-
-def load_checkpoint(path):
-    """What torch.save wrote, on the CPU: tensors and plain types. ValueError for all else, of which nothing is run."""
-    try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # facebookresearch/mae's training files hold one
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        raise ValueError(
-            f"{path}: damaged, or no checkpoint of tensors ({type(error).__name__}: {error})"
-        ) from error
-    require(
-        isinstance(loaded, dict),
-        f"{path}: no checkpoint, it holds a {type(loaded).__name__}",
-    )
-    return loaded
-
-
-def find_checkpoint(cfg, total, say, fixed, free):
-    """The parts of the checkpoint to continue, or None; settings that differ are named, or refused."""
-    path = Path(cfg.out, "last.pt") if cfg.resume == "auto" else Path(cfg.resume)
-    if cfg.resume == "none" or (cfg.resume == "auto" and not path.exists()):
-        return None
-    parts = load_checkpoint(path)
-    lacks = {"model", "optimizer", "scaler", "step", "config"} - set(parts)
-    require(
-        not lacks,
-        f"{path}: not a training checkpoint of this project, lacks {sorted(lacks)}; try --init",
-    )
-    new, old = json.loads(
-        json.dumps([dataclasses.asdict(cfg), parts["config"]])
-    )  # tuples become lists
-    differ = {k: f"--{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]}
-    wrong = [
-        differ[k]
-        for k in differ
-        if k in fixed or (parts["step"] >= total and k not in free)
-    ]
-    require(
-        not wrong,
-        f"{path} is of another run: {', '.join(wrong)}; change --out, or start anew: --resume none",
-    )
-    say(
-        f"continuing {path} after step {parts['step']}"
-        + f"; the new value holds: {[*differ.values()]}" * bool(differ)
-    )
-    return parts
+# -- Processes and signals -------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def processes(name):
-    """(device, rank, world): the named device or the best there is; torchrun's group of processes for as long."""
-    rank, local_rank, world = (
-        int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    )
-    kinds = (
-        ["cuda"] * torch.cuda.is_available()
-        + ["mps"] * torch.backends.mps.is_available()
-        + ["cpu"]
-    )
-    require(
-        not name or name.split(":")[0] in kinds,
-        f"--device {name}: there is none here; choose from {kinds}",
-    )
+    """(device, rank, world): the named device or the best there is.
+
+    Under torchrun the group of processes exists for as long as the block runs.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    kinds = ["cpu"]
+    if torch.backends.mps.is_available():
+        kinds.insert(0, "mps")
+    if torch.cuda.is_available():
+        kinds.insert(0, "cuda")
+    known = not name or name.split(":")[0] in kinds
+    require(known, f"--device {name}: there is none here; choose from {kinds}")
     device = torch.device(name or kinds[0])
     if device.type == "cuda":
-        device = torch.device(
-            "cuda", local_rank if device.index is None else device.index
-        )
+        if device.index is None:
+            device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield device, rank, max(1, world)
-    if (
-        world > 1
-    ):  # not after an error: it would wait for the other processes, which torchrun ends
+    # Not after an error: it would wait for the other processes, which torchrun ends.
+    if world > 1:
         dist.destroy_process_group()
 
 
 def wait(world):
+    """Until all processes are here."""
     if world > 1:
         dist.barrier()
+
+
+def total_over_processes(numbers, device, world):
+    """Sums of a few numbers over all processes, as a list."""
+    totals = torch.tensor(numbers, dtype=torch.float32, device=device)
+    if world > 1:
+        dist.all_reduce(totals)
+    return totals.tolist()
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that receives SIGTERM and SIGINT as they come, for the run to end well.
+
+    A second signal of the kind acts at once. The old handlers return afterwards.
+    """
+    received = []
+
+    def note(number, _):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    old = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        old[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def default_workers(device):
+    """Loader processes of each process: none beside a CPU that is busy training."""
+    if device.type == "cpu":
+        return 0
+    cores = os.cpu_count() or 1
+    return min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def choose_precision(name, device):
+    """(name, dtype of autocast or None) of --precision; auto is the best for the device."""
+    if name == "auto":
+        name = "fp32"
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return name, dtypes[name]
+
+
+def describe_machine(device):
+    """Versions, git revision, device and threads, in a line."""
+    folder = Path(__file__).parent.parent
+    status, revision = subprocess.getstatusoutput(
+        f'git -C "{folder}" describe --always --dirty'
+    )
+    if status != 0:
+        revision = "unknown"
+    name = device.type
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    python = sys.version.split()[0]
+    versions = f"attg_mae {revision}, python {python}, torch {torch.__version__}"
+    return f"{versions}, {name}, {torch.get_num_threads()} threads"
+
+
+# -- Checkpoints -----------------------------------------------------------------------
+
+
+def save_checkpoint(path, /, **parts):
+    """Writes tensors and plain types, all or nothing.
+
+    OSError names the file; an earlier one stays as it was.
+    """
+    try:
+        with replacing(path) as temporary:
+            torch.save(parts, temporary)
+    # torch.save raises RuntimeError on a full disk.
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"{path} could not be written: {error}; is the disk full? "
+            f"An earlier {path} is intact"
+        ) from error
+
+
+def load_checkpoint(path):
+    """What torch.save wrote, on the CPU: tensors and plain types.
+
+    ValueError for all else, of which nothing is run.
+    """
+    try:
+        # facebookresearch/mae's training files hold a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        raise ValueError(
+            f"{path}: damaged, or no checkpoint of tensors "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    kind = type(loaded).__name__
+    require(isinstance(loaded, dict), f"{path}: no checkpoint, it holds a {kind}")
+    return loaded
+
+
+def find_checkpoint(cfg, total_steps, log, fixed, free):
+    """The parts of the checkpoint that this run continues, or None.
+
+    fixed: settings that may not change in a run. free: those that may even change once
+    it has ended (any other would pass an old result off as new). ValueError names them.
+    """
+    if cfg.resume == "none":
+        return None
+    path = Path(cfg.resume)
+    if cfg.resume == "auto":
+        path = Path(cfg.out, "last.pt")
+        if not path.exists():
+            return None
+    parts = load_checkpoint(path)
+    lacks = sorted({"model", "optimizer", "scaler", "step", "config"} - set(parts))
+    require(
+        not lacks,
+        f"{path}: not a training checkpoint of this project, lacks {lacks}; try --init",
+    )
+    # Through JSON, which makes lists of tuples, as torch.save may have.
+    new = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    old = json.loads(json.dumps(parts["config"]))
+    ended = parts["step"] >= total_steps
+    differences, refused = [], []
+    for name, value in new.items():
+        if old.get(name) == value:
+            continue
+        words = f"--{name} {old.get(name)} -> {value}"
+        differences.append(words)
+        if name in fixed or (ended and name not in free):
+            refused.append(words)
+    require(
+        not refused,
+        f"{path} is of another run: {', '.join(refused)}; "
+        "change --out, or start anew: --resume none",
+    )
+    note = f"; the new value holds: {differences}" if differences else ""
+    log.say(f"continuing {path} after step {parts['step']}{note}")
+    return parts
+
+
+# -- The log ---------------------------------------------------------------------------
+
+LINE = (
+    "step {step:6}/{total} epoch {epoch:6.2f} loss {loss:.4f} mse {mse:.4f} "
+    "lr {lr:.2e} tau {tau:.3f} {img_s:7.1f} img/s data {data_wait:4.0%} ETA {eta}"
+)
+
+
+class Log:
+    """What a run says, and what it writes to log.jsonl; only the first process does."""
+
+    def __init__(self, out, rank):
+        self.path = Path(out, "log.jsonl")
+        self.first = rank == 0
+
+    def say(self, text):
+        if self.first:
+            tqdm.write(text)
+
+    def record(self, values):
+        """Adds a line of JSON."""
+        if self.first:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def begin(self, cfg, step):
+        """Writes config.json, and keeps of an earlier log what this run does not repeat.
+
+        It goes on after `step`: later steps come again, and so does the k-NN of `step`
+        itself. A killed run leaves half a line.
+        """
+        if not self.first:
+            return
+        text = ""
+        if step and self.path.exists():
+            text = self.path.read_text()
+        whole = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+        kept = []
+        for line in whole:
+            record = json.loads(line)
+            repeated = record["step"] == step and "knn" in record
+            if record["step"] <= step and not repeated:
+                kept.append(line)
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(kept))
+        config = json.dumps(dataclasses.asdict(cfg), indent=1)
+        self.path.with_name("config.json").write_text(config)
+
+
+class Meter:
+    """Loss, unweighted error and gradient norm of the steps since the last log line.
+
+    They stay on the device until they are read, so that no step waits for it.
+    """
+
+    def __init__(self, start, total, steps_per_epoch, batch_size, world):
+        self.start, self.total = start, total
+        self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
+        self.world = world
+        self.values = []  # (3,) a step
+        self.began = self.logged = time.perf_counter()
+
+    def add(self, values):
+        self.values.append(values)
+
+    def read(self):
+        """[[loss, mse, gradient norm], ...] of these steps, means of the processes."""
+        values = torch.stack(self.values) / self.world
+        if self.world > 1:
+            dist.all_reduce(values)
+        self.values.clear()
+        return values.tolist()
+
+    def pause(self):
+        """Time up to here, of an evaluation, is not that of a step."""
+        self.logged = time.perf_counter()
+
+    def record(self, step, rows, lr, tau, waited, unreadable):
+        """What a line of the log tells after `step`; rows: of read()."""
+        now = time.perf_counter()
+        seconds = now - self.logged
+        loss, mse, norm = (mean_of_finite(row[i] for row in rows) for i in range(3))
+        self.logged = now
+        return {
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "loss": loss,
+            "mse": mse,
+            "grad_norm": norm,
+            "lr": lr,
+            "tau": tau,
+            # steps that fp16's scaler left out
+            "skipped": sum(not math.isfinite(row[2]) for row in rows),
+            "img_s": len(rows) * self.batch_size / seconds,
+            "data_wait": waited / seconds,
+            "unreadable": unreadable,
+        }
+
+    def line(self, record):
+        """The record in words, with the time that is left."""
+        each = (self.logged - self.began) / (record["step"] - self.start)
+        eta = datetime.timedelta(seconds=round((self.total - record["step"]) * each))
+        line = LINE.format(**record, total=self.total, eta=eta)
+        for name in ("skipped", "unreadable"):
+            if record[name]:
+                line += f" {name} {record[name]}"
+        return line
+
+
+def mean_of_finite(values):
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / max(1, len(finite))
+
+
+def refuse_not_finite(rows, step, batches, precision, log):
+    """ValueError if a loss, an error or a gradient is NaN or inf.
+
+    rows: Meter.read() of the steps up to `step`. Names the first such step, its images
+    and what went wrong first. fp16's scaler skips steps of infinite gradients itself.
+    """
+    for at, (loss, mse, norm) in enumerate(rows, step - len(rows)):
+        if precision == "fp16":
+            norm = 0.0
+        if math.isfinite(loss + mse + norm):
+            continue
+        if math.isfinite(loss):
+            part = "gradient"
+        elif math.isfinite(mse):
+            part = "weight"
+        else:
+            part = "prediction or input"
+        ids = batches.indices(at).tolist()
+        log.record({"step": at + 1, "not_finite": part, "indices": ids})
+        raise ValueError(
+            f"step {at + 1}: {part} not finite; images {ids[:9]} ... (all in log.jsonl). "
+            "Checkpoints are from before. "
+            "Try a lower --lr, --clip_grad 1 or --precision fp32"
+        )

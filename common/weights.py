@@ -1,5 +1,6 @@
 """
-Weights from here and elsewhere: the layouts of facebookresearch/mae, DINO, timm and Hugging Face.
+Weights from here and elsewhere: the layouts of facebookresearch/mae, DINO, timm and
+Hugging Face are read as those of this project.
 """
 
 import math
@@ -12,107 +13,151 @@ from common.files import require
 from common.run import load_checkpoint
 
 DECODER = re.compile("decoder|mask_token")
-
-
-HEADS = {
-    192: 3,
-    384: 6,
-    768: 12,
-    1024: 16,
-    1280: 16,
-}  # by width, for files that do not say
-
-
-RENAMES = (  # prefixes, and HF's names before and since transformers 5 -> timm's and MAE's
-    (r"^((module|_orig_mod|backbone|vit|decoder)\.)+", ""), (r"^embeddings\.", ""),
-    (r"^position_embeddings", "pos_embed"), (r"^patch_embeddings\.projection", "patch_embed.proj"),
-    (r"^(encoder\.)?layers?\.", "blocks."), (r"^decoder_layers\.", "decoder_blocks."),
-    (r"layernorm_before", "norm1"), (r"layernorm_after", "norm2"),
-    (r"^layernorm\.", "norm."), (r"attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.", r"attn.\1."),
-    (r"attention\.(?:output\.dense|o_proj)\.", "attn.proj."), (r"intermediate\.dense", "mlp.fc1"),
+CLASSIFIER = re.compile("head|fc_norm|pooler|classifier")
+POSITIONS = ("pos_embed", "decoder_pos_embed")
+# What every encoder of ours holds, by its name in timm and facebookresearch/mae.
+ESSENTIAL = (
+    "cls_token",
+    "pos_embed",
+    "patch_embed.proj.weight",
+    "blocks.0.attn.qkv.weight",
+)
+# Heads of the standard ViTs by their width, for files that do not tell.
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+# Prefixes that wrappers leave, then Hugging Face's names before and since transformers 5.
+RENAMES = (
+    (r"^((module|_orig_mod|backbone|vit|decoder)\.)+", ""),
+    (r"^embeddings\.", ""),
+    (r"^position_embeddings", "pos_embed"),
+    (r"^patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^(encoder\.)?layers?\.", "blocks."),
+    (r"^decoder_layers\.", "decoder_blocks."),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"^layernorm\.", "norm."),
+    (r"attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.", r"attn.\1."),
+    (r"attention\.(?:output\.dense|o_proj)\.", "attn.proj."),
+    (r"intermediate\.dense", "mlp.fc1"),
     (r"(\d)\.output\.dense", r"\1.mlp.fc2"),
-)  # fmt: skip
+)
 
 
 def read_weights(source):
-    """A file or state dict of any known layout -> (state dict in MAE's names, this project's config or None, name)."""
-    state = source if isinstance(source, dict) else load_checkpoint(source)
+    """A file or state dict of any known layout -> (state dict, config, name).
+
+    The state dict has MAE's names; config is this project's, as a dict, or None; name
+    stands for the source in messages. ValueError if there is no ViT encoder in it.
+    """
+    if isinstance(source, dict):
+        state, name = source, "the state dict"
+    else:
+        state, name = load_checkpoint(source), source
     config = state.get("config")
-    config = (
-        config if isinstance(config, dict) and "decoder_heads" in config else None
-    )  # others have one, too
+    if not (isinstance(config, dict) and "decoder_heads" in config):
+        config = None  # others store a config, too
     for key in ("model", "state_dict", "teacher"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    weights = {}
-    for key, value in state.items():
-        for pattern, new in RENAMES:
-            key = re.sub(pattern, new, key)
-        weights[key] = value
-    for key, q in [
-        (key, q) for key, q in weights.items() if ".attn.q." in key
-    ]:  # an absent k or v: wrong shape
-        parts = [weights.pop(key.replace(".q.", f".{x}."), q[:0]) for x in "qkv"]
-        weights[key.replace(".q.", ".qkv.")] = torch.cat(parts)
-    lacks = {
-        "cls_token",
-        "pos_embed",
-        "patch_embed.proj.weight",
-        "blocks.0.attn.qkv.weight",
-    } - set(weights)
-    name = "the state dict" if isinstance(source, dict) else source
-    require(
-        not lacks,
-        f"{name}: no ViT encoder in it: lacks {sorted(lacks)}, found {sorted(weights)[:8]}",
-    )
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    weights = join_qkv({rename(key): value for key, value in state.items()})
+    lacks = sorted(set(ESSENTIAL) - set(weights))
+    found = sorted(weights)[:8]
+    require(not lacks, f"{name}: no ViT encoder in it: lacks {lacks}, found {found}")
     return weights, config, name
 
 
+def rename(key):
+    for pattern, new in RENAMES:
+        key = re.sub(pattern, new, key)
+    return key
+
+
+def join_qkv(weights):
+    """Hugging Face keeps queries, keys and values apart: here they are one matrix."""
+    joined = {}
+    for key, value in weights.items():
+        if ".attn.q." in key:
+            # Where k or v is missing the matrix is too small, which loading then says.
+            parts = [
+                weights.get(key.replace(".q.", f".{x}."), value[:0]) for x in "qkv"
+            ]
+            joined[key.replace(".q.", ".qkv.")] = torch.cat(parts)
+        elif ".attn.k." not in key and ".attn.v." not in key:
+            joined[key] = value
+    return joined
+
+
+def config_of_weights(state, heads=None):
+    """Settings of a Config, as the shapes of an encoder's weights tell them."""
+    width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+    heads = heads or HEADS.get(width)
+    require(
+        heads,
+        f"no standard ViT has width {width}, and the weights do not tell the heads; "
+        "pass heads=",
+    )
+    blocks = [key for key in state if re.fullmatch(r"blocks\.\d+\.norm1\.weight", key)]
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    return {
+        "model": "vit_base",
+        "in_chans": in_chans,
+        "patch_size": patch_size,
+        "img_size": patch_size * side,
+        "width": width,
+        "depth": len(blocks),
+        "heads": heads,
+    }
+
+
+def fit_positions(positions, own, grid, sincos_table):
+    """Positions (1, 1 + L, D) of a square grid, for a model of another grid.
+
+    own: the model's. Sin-cos tables are replaced by them, learned ones are resized; what
+    is no square grid is left to load_state_dict to refuse.
+    """
+    side = math.isqrt(positions.shape[1] - 1)
+    table = sincos_table(positions.shape[2], (side, side))  # (1 + L, D)
+    if positions.shape[1:] != table.shape:
+        return positions
+    if torch.allclose(positions[0].float(), table, atol=1e-4):
+        return own
+    if table.shape == own.shape[1:]:
+        return positions
+    image = positions[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    # Hugging Face resizes so: bicubic, corners not aligned, no antialiasing.
+    image = F.interpolate(
+        image, grid, mode="bicubic", align_corners=False, antialias=False
+    )
+    return torch.cat([positions[:, :1], image.flatten(2).mT], dim=1)
+
+
 def load_weights(model, state, name, sincos_table):
-    """Loads what read_weights gave; returns in words what was not in it. ValueError if the encoder is not whole."""
-    for k in {"pos_embed", "decoder_pos_embed"} & set(
-        state
-    ):  # positions of a square grid
-        side = math.isqrt(state[k].shape[1] - 1)
-        table, new = (
-            sincos_table(state[k].shape[2], (side, side)),
-            model.get_parameter(k),
-        )
-        if state[k].shape[1:] == table.shape and torch.allclose(
-            state[k][0].float(), table, atol=1e-4
-        ):
-            state = {**state, k: new}  # sin-cos: made anew
-        elif state[k].shape[1:] == table.shape != new.shape[1:]:  # learned: resized
-            grid = (
-                state[k][:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-            )  # (1, D, side, side)
-            grid = F.interpolate(
-                grid,
-                model.cfg.grid,
-                mode="bicubic",
-                align_corners=False,
-                antialias=False,
-            )
-            state = {
-                **state,
-                k: torch.cat([state[k][:, :1], grid.flatten(2).mT], dim=1),
-            }
+    """Loads what read_weights gave; returns in words what was not in it.
+
+    ValueError if the encoder is not whole, or a weight has no place in the model.
+    """
+    state = dict(state)
+    for key in POSITIONS:
+        if key in state:
+            own = model.get_parameter(key)
+            state[key] = fit_positions(state[key], own, model.cfg.grid, sincos_table)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # shapes
-        raise ValueError(
-            f"{name} does not fit this {model.cfg.model}: {error}"
-        ) from error
-    fresh = not any(map(DECODER.match, state))
-    wrong = [f"no {k}" for k in missing if not (fresh and DECODER.match(k))]
-    wrong += [
-        f"unexpected {k}"
-        for k in unexpected
-        if not re.match("head|fc_norm|pooler|classifier", k)
-    ]
-    require(
-        not wrong, f"{name} does not fit this {model.cfg.model}: {', '.join(wrong)}"
-    )
-    notes = ["no decoder in it, the decoder starts afresh"] * fresh + [
-        f"{k} is not used" for k in unexpected
-    ]
+        message = f"{name} does not fit this {model.cfg.model}: {error}"
+        raise ValueError(message) from error
+
+    has_decoder = any(DECODER.match(key) for key in state)
+    wrong = []
+    for key in missing:
+        if has_decoder or not DECODER.match(key):
+            wrong.append(f"no {key}")
+    for key in unexpected:
+        if not CLASSIFIER.match(key):
+            wrong.append(f"unexpected {key}")
+    words = ", ".join(wrong)
+    require(not wrong, f"{name} does not fit this {model.cfg.model}: {words}")
+
+    notes = [f"{key} is not used" for key in unexpected]
+    if not has_decoder:
+        notes.insert(0, "no decoder in it, the decoder starts afresh")
     return ", ".join(notes) or "every weight found"

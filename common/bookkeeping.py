@@ -1,0 +1,251 @@
+"""
+What surrounds the steps of a pre-training run: its pictures, first words, log, k-NN,
+checkpoints and end. Nothing of the method is here.
+"""
+
+import dataclasses
+import signal
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.data import Feed, TrainBatches, open_data
+from common.features import knn_accuracy
+from common.files import require
+from common.maps import open_maps
+from common.run import (
+    Log,
+    Meter,
+    choose_precision,
+    default_workers,
+    describe_machine,
+    find_checkpoint,
+    refuse_not_finite,
+    save_checkpoint,
+    total_over_processes,
+)
+from common.weights import DECODER
+
+
+class Run:
+    """One run of a Config, on one of `world` processes; signals: see run.stop_signals."""
+
+    def __init__(self, cfg, device, rank, world, signals):
+        self.cfg, self.device, self.signals = cfg, device, signals
+        self.rank, self.world = rank, world
+        self.out = Path(cfg.out)
+        self.log = Log(self.out, rank)
+        self.precision, self.dtype = choose_precision(cfg.precision, device)
+        self.start = 0
+        self.open_pictures()
+        self.steps_per_epoch = max(1, len(self.train_set) // cfg.batch_size)
+        self.total_steps = cfg.epochs * self.steps_per_epoch
+        self.warmup_steps = cfg.warmup_epochs * self.steps_per_epoch
+
+    def open_pictures(self):
+        """train_set, test_set or None, maps (n, h, w) or None, settings of loaders."""
+        cfg = self.cfg
+        self.train_set = open_data(
+            cfg.data, "train", cfg.size, True, cfg.seed, cfg.classes
+        )
+        self.test_set = open_data(cfg.data, "test", cfg.size, classes=cfg.classes)
+        self.maps = None
+        has_maps = cfg.maps is not None or self.train_set.masks is not None
+        # Guided training is refused without maps; drawing pictures needs none.
+        if cfg.guidance != "none" and (has_maps or cfg.epochs > 0):
+            self.maps = open_maps(cfg.maps, self.train_set, cfg.data)
+        workers = cfg.workers
+        if workers is None:
+            workers = default_workers(self.device)
+        pin_memory = self.device.type == "cuda"
+        self.loader_args = {"workers": workers, "pin_memory": pin_memory}
+
+    def find_checkpoint(self, fixed, free):
+        """Parts of the checkpoint to continue, or None; see run.find_checkpoint."""
+        if self.total_steps == 0:
+            return None
+        return find_checkpoint(self.cfg, self.total_steps, self.log, fixed, free)
+
+    def begin(self, model, optimizer, scaler, parts):
+        """From the start, or from the parts of a checkpoint: loader, log, first words."""
+        cfg = self.cfg
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        if parts:
+            self.start = parts["step"]
+            model.load_state_dict(parts["model"])
+            optimizer.load_state_dict(parts["optimizer"])
+            if parts["scaler"]:  # empty without fp16
+                scaler.load_state_dict(parts["scaler"])
+            # the stored one would replace a new --weight_decay
+            optimizer.param_groups[0]["weight_decay"] = cfg.weight_decay
+        self.batches = TrainBatches(
+            len(self.train_set),
+            cfg.batch_size,
+            self.start,
+            self.total_steps,
+            cfg.seed,
+            cfg.accum,
+            self.rank,
+            self.world,
+        )
+        self.feed = Feed(self.train_set, self.batches, **self.loader_args)
+        self.log.begin(cfg, self.start)
+        self.introduce()
+        self.meter = Meter(
+            self.start,
+            self.total_steps,
+            self.steps_per_epoch,
+            cfg.batch_size,
+            self.world,
+        )
+
+    def introduce(self):
+        """The first words: what will be trained, and which settings are unusual."""
+        cfg, say = self.cfg, self.log.say
+        say(f"{describe_machine(self.device)}, {self.precision}")
+
+        what = "training a vanilla MAE"
+        if self.maps is not None:
+            what = f"training an MAE guided by attention maps ({cfg.guidance})"
+        if cfg.data == "toy" and cfg.model != "vit_micro":
+            what = f"smoke test, on the toy set enlarged: {what}"
+        trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
+        height, width = cfg.size
+        say(
+            f"{what}: {cfg.model}, {sum(trained) / 1e6:.1f} M parameters, on "
+            f"{len(self.train_set)} images of {cfg.data}, {height} x {width} pixels in "
+            f"patches of {cfg.patch_size} x {cfg.patch_size}"
+        )
+
+        micro = cfg.batch_size // (cfg.accum * self.world)
+        say(
+            f"epochs: {cfg.epochs}, steps: {self.total_steps}, images in a step: "
+            f"{cfg.batch_size} = {micro} x {self.world} (processes) x {cfg.accum} (--accum)"
+        )
+        tau = f"tau {cfg.tau}"
+        if cfg.tau_schedule != "constant":
+            tau += f" to {cfg.tau_end}"
+        say(
+            f"lr {cfg.lr:.2e} (base lr {cfg.blr:.2e}) after a warm-up of "
+            f"{cfg.warmup_epochs:g} epochs, {tau}"
+        )
+
+        unusual = " ".join(differences_from_defaults(cfg)) or "none"
+        say(f"settings that are not the defaults: {unusual}")
+        say(f"run folder {self.out}, all settings in its config.json")
+
+    def steps(self):
+        """The steps that are left, under a progress bar."""
+        return tqdm(
+            range(self.start, self.total_steps),
+            initial=self.start,
+            total=self.total_steps,
+            # None shows it in terminals only
+            disable=None if self.rank == 0 else True,
+            leave=False,
+        )
+
+    def knn_is_due(self, step):
+        every = self.cfg.knn_every * self.steps_per_epoch
+        return step > 0 and every > 0 and step % every == 0
+
+    def evaluate(self, step):
+        """{feature: k-NN accuracy on the test split}, empty if there are no labels."""
+        train_set, test_set = self.train_set, self.test_set
+        if not (train_set.labelled and test_set and test_set.labelled):
+            return {}
+        setup = (self.loader_args, self.dtype, self.rank, self.world)
+        knn = knn_accuracy(self.model, train_set, test_set, *setup)
+        words = [f"{name.replace('_', ' ')} {x:.2f} %" for name, x in knn.items()]
+        self.log.say(
+            f"step {step}: k-NN (k = 20) on the test split: {', '.join(words)}"
+        )
+        self.log.record({"step": step, "knn": knn})
+        self.meter.pause()
+        return knn
+
+    def after(self, done, values, lr, tau):
+        """Takes what step number `done` gave; logs and saves when it is time.
+
+        True if the run is to stop here. values (3,): loss, unweighted error, gradient
+        norm. Between two log lines nothing waits for the device.
+        """
+        self.meter.add(values)
+        epoch, rest = divmod(done, self.steps_per_epoch)
+        # With one process a stop signal need not wait for the log line.
+        stop_now = self.signals and self.world == 1
+        if rest and done % self.cfg.log_every and not stop_now:
+            return False
+
+        stopping = self.write_log(done, lr, tau)
+        if rest == 0:
+            self.feed.unreadable.clear()
+        ended = done == self.total_steps
+        at_epoch = rest == 0 and epoch % self.cfg.save_every == 0
+        if self.rank == 0 and (stopping or ended or at_epoch):
+            save_checkpoint(
+                self.out / "last.pt",
+                model=self.model.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                scaler=self.scaler.state_dict(),
+                step=done,
+                config=dataclasses.asdict(self.cfg),
+            )
+        return stopping and not ended
+
+    def write_log(self, done, lr, tau):
+        """Checks and logs the steps since the last line; all processes come here at once.
+
+        Returns whether any of them has received a stop signal.
+        """
+        rows = self.meter.read()
+        counts = [len(self.signals), len(self.feed.unreadable)]
+        signals, unreadable = total_over_processes(counts, self.device, self.world)
+        require(
+            unreadable <= len(self.train_set) / 100,
+            f"--data {self.cfg.data}: over 1 % unreadable, {unreadable:.0f} so far",
+        )
+        refuse_not_finite(rows, done, self.batches, self.precision, self.log)
+        waited, self.feed.waited = self.feed.waited, 0.0
+        record = self.meter.record(done, rows, lr, tau.item(), waited, int(unreadable))
+        self.log.say(self.meter.line(record))
+        self.log.record(record)
+        return signals > 0
+
+    def stopped(self, done):
+        """The result of a run that a signal ended, perhaps one of another process."""
+        self.log.say(
+            f"stopped by a signal after step {done}; the same command continues"
+        )
+        number = self.signals[0] if self.signals else signal.SIGTERM
+        return {"step": done, "knn": {}, "out": str(self.out), "stopped": number}
+
+    def finish(self):
+        """The result of a run that came to its end: k-NN, encoder.pt."""
+        knn = self.evaluate(self.total_steps)
+        if self.rank == 0:
+            state = self.model.state_dict()
+            encoder = {k: v for k, v in state.items() if not DECODER.match(k)}
+            config = dataclasses.asdict(self.cfg)
+            save_checkpoint(self.out / "encoder.pt", model=encoder, config=config)
+        out = str(self.out)
+        return {"step": self.total_steps, "knn": knn, "out": out, "stopped": None}
+
+
+def differences_from_defaults(cfg):
+    """The flags, with their values, that are not what Config fills in without them."""
+    usual = type(cfg)(model=cfg.model, data=cfg.data, guidance=cfg.guidance)
+    sizes = {"epochs": cfg.epochs, "batch_size": cfg.batch_size}
+    follows = {"warmup_epochs": None, "lr": None, "blr": None}
+    implied = dataclasses.replace(usual, **sizes, **follows)
+    flags = []
+    for field in dataclasses.fields(cfg):
+        default = field.default
+        if field.name in follows:
+            default = getattr(implied, field.name)
+        elif default is None:
+            default = getattr(usual, field.name)
+        value = getattr(cfg, field.name)
+        if value != default:
+            flags.append(f"--{field.name} {value}")
+    return flags
