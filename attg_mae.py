@@ -83,6 +83,11 @@ GUIDANCE = ("attg", "none", "inverted", "foreground", "background", "input_maski
 PRECISION = ("auto", "fp32", "bf16", "fp16")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+POSITIVE = ("batch_size", "accum", "save_every", "log_every", "patch_size")
+POSITIVE += ("tau", "tau_end")
+NOT_NEGATIVE = ("epochs", "knn_every", "warmup_epochs", "clip_grad", "weight_decay")
+NOT_NEGATIVE += ("lr", "blr", "workers")
+
 
 def flag(default, text, **more):
     """A setting and its help; Config.fill_in replaces None, by what stands in brackets."""
@@ -233,18 +238,30 @@ class Config:
         return tuple(side // self.patch_size for side in self.size)
 
 
-POSITIVE = ("batch_size", "accum", "save_every", "log_every", "patch_size")
-POSITIVE += ("tau", "tau_end")
-NOT_NEGATIVE = ("epochs", "knn_every", "warmup_epochs", "clip_grad", "weight_decay")
-NOT_NEGATIVE += ("lr", "blr", "workers")
-# What a run keeps when it is continued, and what may differ even once it has ended.
-FIXED = {"patch_size", "img_size", "in_chans", "width", "depth", "heads"}
-FIXED |= {"decoder_width", "decoder_depth", "decoder_heads"}
-FIXED |= {"data", "classes", "batch_size", "seed"}
-FREE = {"out", "epochs", "precision", "compile", "device", "workers", "resume"}
-FREE |= {"knn_every", "save_every", "log_every"}
-
 # -- Model: MAE's ViT, with its parameter names ----------------------------------------
+
+
+def patchify(imgs, p):
+    """(B, C, H, W) -> (B, L, P), the values of a patch in the order (p, p, C)."""
+    x = imgs.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, p)
+    x = torch.einsum("bchpwq->bhwpqc", x)  # (B, h, w, p, p, C)
+    return x.flatten(1, 2).flatten(2)
+
+
+def take(x, ids):
+    """The rows ids (B, K) of x (B, L, D): (B, K, D)."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def normalize(imgs, cfg):
+    """uint8 (B, C, H, W) -> fp32, (x / 255 - mean) / std."""
+    mean, std = channels(cfg.mean, imgs.device), channels(cfg.std, imgs.device)
+    return (imgs / 255 - mean) / std
+
+
+@functools.cache  # for a tensor made of a list waits for the GPU
+def channels(values, device):
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def sincos_table(dim, grid):
@@ -450,29 +467,6 @@ class MAE(ViT):
 build_model = MAE
 
 
-def patchify(imgs, p):
-    """(B, C, H, W) -> (B, L, P), the values of a patch in the order (p, p, C)."""
-    x = imgs.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, p)
-    x = torch.einsum("bchpwq->bhwpqc", x)  # (B, h, w, p, p, C)
-    return x.flatten(1, 2).flatten(2)
-
-
-def take(x, ids):
-    """The rows ids (B, K) of x (B, L, D): (B, K, D)."""
-    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def normalize(imgs, cfg):
-    """uint8 (B, C, H, W) -> fp32, (x / 255 - mean) / std."""
-    mean, std = channels(cfg.mean, imgs.device), channels(cfg.std, imgs.device)
-    return (imgs / 255 - mean) / std
-
-
-@functools.cache  # for a tensor made of a list waits for the GPU
-def channels(values, device):
-    return torch.tensor(values, device=device).view(1, -1, 1, 1)
-
-
 # -- Loss ------------------------------------------------------------------------------
 
 
@@ -663,6 +657,13 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
 
 
 # -- The run ---------------------------------------------------------------------------
+
+# What a run keeps when it is continued, and what may differ even once it has ended.
+FIXED = {"patch_size", "img_size", "in_chans", "width", "depth", "heads"}
+FIXED |= {"decoder_width", "decoder_depth", "decoder_heads"}
+FIXED |= {"data", "classes", "batch_size", "seed"}
+FREE = {"out", "epochs", "precision", "compile", "device", "workers", "resume"}
+FREE |= {"knn_every", "save_every", "log_every"}
 
 
 def train(cfg):

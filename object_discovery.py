@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from attg_mae import IMAGENET, load_encoder, normalize
+from attg_mae import IMAGENET_MEAN, IMAGENET_STD, load_encoder, normalize
 from common.data import make_loader, open_data, to_rgb
 from common.files import replacing, save_sheet, sha256
 from common.maps import chunks, load_maps, quality, read_mask, save_maps, true_masks
@@ -295,7 +295,7 @@ def cnn(args, device):
     )
     size, grid = (args.img_size or 224,) * 2, (args.grid or 14,) * 2
     cfg = SimpleNamespace(
-        mean=tuple(args.mean or IMAGENET[0]), std=tuple(args.std or IMAGENET[1])
+        mean=tuple(args.mean or IMAGENET_MEAN), std=tuple(args.std or IMAGENET_STD)
     )
     if size[0] < 32:
         raise ValueError(

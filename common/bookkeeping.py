@@ -228,6 +228,7 @@ class Run:
             encoder = {k: v for k, v in state.items() if not DECODER.match(k)}
             config = dataclasses.asdict(self.cfg)
             save_checkpoint(self.out / "encoder.pt", model=encoder, config=config)
+        self.log.say(f"encoder: {self.out / 'encoder.pt'}")
         out = str(self.out)
         return {"step": self.total_steps, "knn": knn, "out": out, "stopped": None}
 
