@@ -14,6 +14,12 @@ without labels ahead of training (object_discovery.py). Masking stays random.
 
 x_norm is the patch normalised by its own mean and deviation. The background (M_norm = 0)
 has weight 1, as in MAE. tau starts at 0.75 and rises: guidance is strongest at first.
+A map is made of the whole picture, and so are its min and max (--map_norm crop takes the
+crop's, as the paper's Algorithm 1 reads). It is cropped and flipped with the picture and
+averaged over each patch.
+
+The method is masked_loss, crop_maps, guide and tau_at; train_step joins them. The rest
+is MAE: its model, its schedules, a training loop.
 
     python attg_mae.py                        # the embedded toy set, a CPU, some minutes
     python attg_mae.py --data path/to/images --maps maps.npy --model vit_small --accum 16
@@ -24,8 +30,8 @@ The run folder (--out) receives config.json, log.jsonl, last.pt, encoder.pt and
 reconstructions.png. The same command continues an interrupted run.
 
 Shapes, in the comments behind the lines: B images, L patches in an image, K of them kept
-(visible), N = 1 + L tokens, D width, H heads, p patch size, P = p*p*C values in a patch.
-mask is (B, L): 1 = removed = predicted.
+(visible), N = 1 + L tokens, D width (of encoder or decoder), p patch size, P = p*p*C
+values in a patch. mask is (B, L): 1 = removed = predicted.
 """
 
 import argparse
@@ -42,17 +48,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import default_collate
 from torchvision.ops import roi_align
 
 from common.bookkeeping import Run
-from common.data import generator_for, seed_for
+from common.data import generator_for, seed_for, to_device
 from common.features import extract_features, knn_classify
 from common.pictures import save_reconstructions
 from common.run import load_checkpoint, processes, save_checkpoint, stop_signals
 from common.weights import DECODER, config_of_weights, load_weights, read_weights
 from kernels import attg_loss, is_flat, normalize_map
 
+# For `from attg_mae import ...`, those of other files included.
 __all__ = ["MAE", "Config", "ViT", "build_model", "extract_features", "knn_classify"]
 __all__ += ["load_checkpoint", "load_encoder", "save_checkpoint", "train"]
 
@@ -90,7 +96,7 @@ NOT_NEGATIVE += ("lr", "blr", "workers")
 
 
 def flag(default, text, **more):
-    """A setting and its help; Config.fill_in replaces None, by what stands in brackets."""
+    """A setting and its help, which says in brackets what stands in for None."""
     if default is not None:
         text += " [%(default)s]"
     return dataclasses.field(default=default, metadata={"help": text, **more})
@@ -104,16 +110,18 @@ class Config:
     data: str = flag("toy", "toy, a torchvision name, or a folder of images")
     maps: str | None = flag(None, "attention maps, .npy beside its .json [toy's own]")
     out: str | None = flag(None, "run folder [out/DATA-MODEL-GUIDANCE]")
-
     # The method
-    guidance: str = flag("attg", "the paper's, none = MAE, ablations", choices=GUIDANCE)
-    map_norm: str = flag("image", "maps are normalised over", choices=("image", "crop"))
+    guidance: str = flag(
+        "attg", "attg = the paper, none = MAE, or an ablation", choices=GUIDANCE
+    )
+    map_norm: str = flag("image", "what M_norm is of", choices=("image", "crop"))
     tau: float = flag(0.75, "temperature at the start (paper)")
     tau_end: float = flag(1.0, "temperature at the end (ours; the paper names none)")
-    tau_schedule: str = flag("cosine", "of tau", choices=("cosine", "constant"))
+    tau_schedule: str = flag(
+        "cosine", "how tau goes to its end", choices=("cosine", "constant")
+    )
     mask_ratio: float = flag(0.75, "share of patches removed")
     norm_pix: bool = flag(True, "predict patches normalised by their mean and variance")
-
     # The schedule
     epochs: int | None = flag(None, "passes over the data [800; vit_micro 8]")
     batch_size: int | None = flag(
@@ -125,7 +133,6 @@ class Config:
     warmup_epochs: float | None = flag(None, "linear warm-up [5 %% of the epochs]")
     weight_decay: float = flag(0.05, "of AdamW, not on biases and norms")
     clip_grad: float = flag(0.0, "largest gradient norm, 0 = no clipping (MAE)")
-
     # The model, where it is not the preset's
     img_size: int | tuple | None = flag(None, "input size in pixels")
     patch_size: int | None = flag(None, "patch size in pixels")
@@ -136,19 +143,16 @@ class Config:
     decoder_width: int | None = flag(None, "decoder width")
     decoder_depth: int | None = flag(None, "decoder blocks")
     decoder_heads: int | None = flag(None, "decoder heads")
-
     # The pictures
     mean: tuple = flag(IMAGENET_MEAN, "channel means of the input", type=float, nargs=3)
     std: tuple = flag(IMAGENET_STD, "channel deviations", type=float, nargs=3)
     classes: str | None = flag(None, "file with the class folders to keep, one a line")
-
     # The machine
     precision: str = flag("auto", "auto = bf16 or fp16 on GPUs", choices=PRECISION)
     compile: bool = flag(False, "torch.compile the model")
     device: str | None = flag(None, "cuda, mps or cpu [the first there is]")
     workers: int | None = flag(None, "loader processes of each [CPU 0, GPU up to 16]")
     seed: int = flag(0, "decides weights, order, augmentation and masks")
-
     # Files
     init: str | None = flag(
         None, "weights to start from: ours, MAE's, timm's, HF's, DINO's"
@@ -193,7 +197,7 @@ class Config:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
         for name in NOT_NEGATIVE:
-            # None is filled in later, a NaN is refused.
+            # lr and workers may still be None; a NaN is refused.
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(
                     f"--{name} {getattr(self, name)}: must not be negative"
@@ -259,7 +263,8 @@ def normalize(imgs, cfg):
     return (imgs / 255 - mean) / std
 
 
-@functools.cache  # for a tensor made of a list waits for the GPU
+# Cached, because making a tensor of a list waits for the GPU.
+@functools.cache
 def channels(values, device):
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
@@ -288,14 +293,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def split_qkv(self, x):
-        """Tokens (B, N, D) -> q, k, v, each (B, H, N, D/H)."""
+        """Tokens (B, N, D) -> q, k, v, each (B, heads, N, D/heads)."""
         B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)  # (B, N, 3, H, D/H)
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x):
         q, k, v = self.split_qkv(x)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, D/H)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D/heads)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
@@ -323,6 +328,7 @@ class ViT(nn.Module):
         super().__init__()
         self.cfg = cfg
         p, D = cfg.patch_size, cfg.width
+        # A convolution by name, for the weights of others; embed applies it.
         projection = nn.Conv2d(cfg.in_chans, D, kernel_size=p, stride=p)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
@@ -380,7 +386,7 @@ class ViT(nn.Module):
         return self.forward_encoder(self.patchify(imgs))
 
     def last_qkv(self, imgs):
-        """q, k, v of the last block, each (B, H, N, D/H)."""
+        """q, k, v of the last block, each (B, heads, N, D/heads), for attention maps."""
         x = self.blocks[:-1](self.embed(self.patchify(imgs)))
         last = self.blocks[-1]
         return last.attn.split_qkv(last.norm1(x))
@@ -464,7 +470,7 @@ class MAE(ViT):
         return loss, pred, mask
 
 
-build_model = MAE
+build_model = MAE  # the name that other programs call
 
 
 # -- Loss ------------------------------------------------------------------------------
@@ -474,8 +480,8 @@ def masked_loss(pred, patches, mask, m_norm=None, tau=0.75, norm_pix=True, fused
     """The loss of the paper from pred and patches (B, L, P), mask and m_norm (B, L).
 
     m_norm None is the loss of MAE; -inf is weight 0. norm_pix: the target is each patch
-    normalised by its own mean and variance. fused: one kernel each way that reads the
-    masked patches only, by default on a GPU; the lines below are what it computes.
+    normalised by its own mean and variance. fused: a kernel forward and one backward
+    that read the masked patches only, by default on a GPU; the lines below are what they compute.
     """
     if fused is None:
         fused = pred.is_cuda
@@ -509,29 +515,27 @@ def pool_maps(maps, box, flip, grid):
     index = torch.arange(B, device=maps.device)  # which map a box belongs to
     x0, y0, x1, y1 = box.unbind(1)
     rois = torch.stack([index, x0 * w, y0 * h, x1 * w, y1 * h], dim=1).float()
+    # aligned: without it all is off by half a cell. sampling_ratio -1: as many samples
+    # as a patch covers cells of the map.
     pooled = roi_align(
-        maps.float()[:, None],
-        rois,
-        output_size=grid,
-        spatial_scale=1.0,
-        sampling_ratio=-1,
-        aligned=True,  # without it everything is off by half a cell
+        maps.float()[:, None], rois, grid, sampling_ratio=-1, aligned=True
     )  # (B, 1, rows, columns)
     mirrored = pooled.flip(-1)
     return torch.where(flip[:, None, None, None], mirrored, pooled).flatten(1)
 
 
 def crop_maps(maps, box, flip, cfg):
-    """M_norm (B, L) of a batch of crops, and flat (B,): maps that say nothing.
+    """M_norm (B, L) of a batch of crops, and flat (B,): constant maps, of no object.
 
-    maps (B, h, w) are min-max normalised over the whole picture, and so the pooled crop
-    is M_norm: one without the object keeps weights near 1. --map_norm crop normalises
-    the crop instead, as Algorithm 1 reads to the letter.
+    maps (B, h, w) were min-max normalised over their whole pictures when the map file
+    was written, so their means under the patches are M_norm, and a crop without the
+    object keeps weights near 1. --map_norm crop normalises anew over the patches of the
+    crop, as Algorithm 1 reads.
     """
-    m_norm = pool_maps(maps, box, flip, cfg.grid)  # (B, L)
+    m = pool_maps(maps, box, flip, cfg.grid)  # (B, L)
     if cfg.map_norm == "crop":
-        return normalize_map(m_norm), is_flat(m_norm)
-    return m_norm, is_flat(maps.float().flatten(1))
+        return normalize_map(m), is_flat(m)
+    return m, is_flat(maps.flatten(1))
 
 
 def guide(m, noise, flat, guidance):
@@ -539,7 +543,7 @@ def guide(m, noise, flat, guidance):
 
     attn None is weight 1, -inf weight 0. noise (B, L) decides the mask. The patches of
     flat maps (B,) have weight 1 in every mode. attg is the method, the others are the
-    paper's ablations (Table 10).
+    paper's ablations (Table 10): foreground drops the tenth of lowest M_norm only.
     """
     if guidance == "none":
         return None, noise
@@ -585,14 +589,9 @@ def lr_at(step, total_steps, warmup_steps, lr):
 
 def param_groups(model, weight_decay):
     """For AdamW: no weight decay on biases and norms (MAE); fixed positions are in none."""
-    decay, no_decay = [], []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.dim() > 1:
-            decay.append(parameter)
-        else:
-            no_decay.append(parameter)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in trained if p.dim() > 1]
+    no_decay = [p for p in trained if p.dim() <= 1]
     return [
         {"params": decay, "weight_decay": weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
@@ -602,18 +601,13 @@ def param_groups(model, weight_decay):
 # -- One step of training --------------------------------------------------------------
 
 
-class Batch(typing.NamedTuple):
-    """A micro-batch of random crops on the device."""
+def model_inputs(batch, cfg):
+    """What the model takes: imgs (B, C, H, W), attn (B, L) or None, noise (B, L).
 
-    image: torch.Tensor  # (B, C, H, W) uint8, not flipped yet
-    maps: torch.Tensor | None  # (B, h, w) of the whole pictures; None = vanilla MAE
-    box: torch.Tensor  # (B, 4) where the crops are, see pool_maps
-    flip: torch.Tensor  # (B,) bool
-    noise: torch.Tensor  # (B, L) decides the mask
-
-
-def views(batch, cfg):
-    """The model's input: imgs (B, C, H, W), attn (B, L) or None, noise (B, L)."""
+    batch: random crops on the device, as image (B, C, H, W) uint8, not flipped yet; maps
+    (B, h, w) of the whole pictures, or None for a vanilla MAE; box (B, 4) and flip (B,)
+    as in pool_maps; noise (B, L), which decides the mask unless guide replaces it.
+    """
     mirrored = batch.image.flip(-1)
     image = torch.where(batch.flip[:, None, None, None], mirrored, batch.image)
     imgs = normalize(image, cfg)
@@ -632,18 +626,24 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
     """
     losses = torch.zeros(2, device=tau.device)
     for number, batch in enumerate(batches, start=1):
-        imgs, attn, noise = views(batch, cfg)
+        imgs, attn, noise = model_inputs(batch, cfg)
         # Processes exchange gradients once a step, with the last micro-batch.
         exchange = number == cfg.accum or not isinstance(model, DistributedDataParallel)
         with contextlib.nullcontext() if exchange else model.no_sync():
             with torch.autocast(tau.device.type, dtype, enabled=dtype is not None):
                 loss, pred, mask = model(
-                    imgs, attn, tau, cfg.mask_ratio, noise, normalize_attn=False
+                    imgs,
+                    attn,
+                    tau=tau,
+                    mask_ratio=cfg.mask_ratio,
+                    noise=noise,
+                    normalize_attn=False,  # crop_maps has done it
                 )
             scaler.scale(loss / cfg.accum).backward()
-        loss = mse = loss.detach()
+        loss = loss.detach()
+        mse = loss
         if attn is not None:
-            # The loss of MAE, to compare runs by: the weighted one depends on tau.
+            # The unweighted loss, to compare runs by: the weighted one depends on tau.
             patches = patchify(imgs, cfg.patch_size)
             mse = masked_loss(pred.detach(), patches, mask, norm_pix=cfg.norm_pix)
         losses += torch.stack([loss, mse]) / cfg.accum
@@ -658,7 +658,8 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
 
 # -- The run ---------------------------------------------------------------------------
 
-# What a run keeps when it is continued, and what may differ even once it has ended.
+# Settings of a run that is continued: FIXED must be the same, FREE may always differ,
+# the others (lr, tau ...) may differ as long as it has not ended.
 FIXED = {"patch_size", "img_size", "in_chans", "width", "depth", "heads"}
 FIXED |= {"decoder_width", "decoder_depth", "decoder_heads"}
 FIXED |= {"data", "classes", "batch_size", "seed"}
@@ -746,33 +747,17 @@ def micro_batches(step, run):
         yield to_device(sample, mine, run.maps, run.device)
 
 
-def to_device(sample, noise, maps, device):
-    """The Batch of a Sample from the loader; maps (n, h, w) on the host, or None."""
-
-    def move(x):
-        # From pinned memory, or the copy waits for the GPU.
-        x = x.pin_memory() if device.type == "cuda" else x
-        return x.to(device, non_blocking=True)
-
-    if maps is not None:
-        maps = move(torch.from_numpy(maps[sample.index.numpy()])).float()  # (B, h, w)
-    image, box, flip = move(sample.image), move(sample.box), move(sample.flip)
-    return Batch(image, maps, box, flip, move(noise))
-
-
-def draw(model, run, count=8):
-    """reconstructions.png: pictures evenly spread over the training set, their maps."""
-    run.out.mkdir(parents=True, exist_ok=True)
+def draw(model, run):
+    """reconstructions.png: examples of the training set, with their maps if any."""
     path = run.out / "reconstructions.png"
     if run.rank == 0:
-        last = len(run.train_set) - 1
-        ids = torch.linspace(0, last, min(count, last + 1)).long().tolist()
-        sample = default_collate([run.train_set[i] for i in ids])
-        noise = mask_noise(run.cfg.seed, 0, len(ids), run.cfg.grid)
-        batch = to_device(sample, noise, run.maps, run.device)
+        run.out.mkdir(parents=True, exist_ok=True)
+        examples = run.examples()
+        noise = mask_noise(run.cfg.seed, 0, len(examples.index), run.cfg.grid)
+        batch = to_device(examples, noise, run.maps, run.device)
         # The map as it is, whatever an ablation makes of it.
         cfg = dataclasses.replace(run.cfg, guidance="attg", map_norm="image")
-        imgs, m_norm, noise = views(batch, cfg)
+        imgs, m_norm, noise = model_inputs(batch, cfg)
         save_reconstructions(path, model, imgs, m_norm, noise)
     run.log.say(f"pictures: {path}")
 
@@ -783,11 +768,10 @@ def draw(model, run, count=8):
 def load_encoder(path_or_state_dict, heads=None, img_size=None):
     """A ViT in eval mode from a file of this project, MAE, DINO, timm or Hugging Face.
 
-    Use forward_features and last_qkv on images normalised by .cfg.mean and .cfg.std,
-    which are ImageNet's unless the file says otherwise (many of timm's and HF's ViTs
-    want 0.5 and 0.5). heads: for widths that are no standard ViT's. img_size: int or
-    (height, width), if not that of the weights: sin-cos positions are made anew, learned
-    ones resized. ValueError if there is no such encoder in the file.
+    Its .cfg.mean and .cfg.std are ImageNet's unless the file says otherwise (many of
+    timm's and HF's ViTs want 0.5 and 0.5). heads: for widths that are no standard ViT's.
+    img_size: int or (height, width), if not that of the weights: sin-cos positions are
+    made anew, learned ones resized. ValueError if there is no such encoder in the file.
     """
     state, stored, name = read_weights(path_or_state_dict)
     stored = stored or config_of_weights(state, heads)

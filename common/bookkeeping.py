@@ -7,6 +7,8 @@ import dataclasses
 import signal
 from pathlib import Path
 
+import torch
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from common.data import Feed, TrainBatches, open_data
@@ -59,6 +61,12 @@ class Run:
             workers = default_workers(self.device)
         pin_memory = self.device.type == "cuda"
         self.loader_args = {"workers": workers, "pin_memory": pin_memory}
+
+    def examples(self, count=8):
+        """A batched Sample of pictures, evenly spread over the training set."""
+        number = len(self.train_set)
+        ids = torch.linspace(0, number - 1, min(count, number)).long()
+        return default_collate([self.train_set[i] for i in ids.tolist()])
 
     def find_checkpoint(self, fixed, free):
         """Parts of the checkpoint to continue, or None; see run.find_checkpoint."""

@@ -641,3 +641,30 @@ class Feed:
 # ---------------------------------------------------------------------------------------------------------------------
 # The embedded data set: objects on textured backgrounds. Shapes and textures are drawn once as small tables, rounded to
 # 8 bit; a picture looks them up at turned and scaled coordinates: fast, and the same bits on every machine.
+
+
+class Batch(NamedTuple):
+    """A micro-batch of training on the device; see attg_mae.model_inputs."""
+
+    image: torch.Tensor  # uint8 (B, 3, h, w), random crops, not flipped yet
+    maps: torch.Tensor | None  # float32 (B, h, w) of the whole pictures
+    box: torch.Tensor  # float32 (B, 4)
+    flip: torch.Tensor  # bool (B,)
+    noise: torch.Tensor  # float32 (B, L), decides the mask
+
+
+def to_device(sample, noise, all_maps, device):
+    """The Batch of a batched Sample; all_maps (n, h, w) on the host, or None."""
+
+    def move(x):
+        # From pinned memory, or the copy waits for the GPU.
+        if device.type == "cuda":
+            x = x.pin_memory()
+        return x.to(device, non_blocking=True)
+
+    maps = None
+    if all_maps is not None:
+        rows = torch.from_numpy(all_maps[sample.index.numpy()])
+        maps = move(rows).float()
+    image, box, flip = move(sample.image), move(sample.box), move(sample.flip)
+    return Batch(image, maps, box, flip, move(noise))
