@@ -1,134 +1,318 @@
 """
-Training and scoring of classifiers on pictures: shared by MAE's linear probe and fine-tuning.
+Training and scoring of classifiers on pictures: shared by MAE's linear probe and by
+fine-tuning.
+
+A model here takes normalised images and gives logits (F, B, C), one row for each of the F
+features that it classifies by; model.normalize makes its input from uint8 images.
+
+Shapes: n training images, B images, C classes, F features.
 """
 
 import contextlib
+import dataclasses
 import math
 from pathlib import Path
 
 import torch
-import torch.nn as nn
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
 from tqdm import tqdm
 
+from common.data import Feed, TrainBatches, make_loader, seed_for, shot_indices
+from common.files import require
+from common.run import load_checkpoint, save_checkpoint
 
-def hits(logits, truth):
-    """Number of right answers (..., 2) in the first and the first five classes: logits (..., B, C), truth (B,)."""
-    right = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == truth[:, None]
-    return torch.stack(
-        [right[..., 0].sum(dim=-1), right.any(dim=-1).sum(dim=-1)], dim=-1
-    ).float()
+# -- Settings --------------------------------------------------------------------------
 
 
-def fit(model, optimizer, train_set, cfg, args, device, rank, world):
-    """Trains the model for args.epochs. Goes on from args.save if it is there, and writes it after each epoch."""
-    epoch_steps = len(train_set) // args.batch_size
-    total, start, peak = args.epochs * epoch_steps, 0, args.blr * args.batch_size / 256
-    settings = {
-        k: v
-        for k, v in vars(args).items()
-        if k not in "checkpoint device workers out save val".split()
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; lr = blr * batch_size / 256."""
+
+    epochs: int
+    batch_size: int  # images of a step, over all processes and micro-batches
+    blr: float
+    warmup_epochs: float
+    weight_decay: float
+    min_lr: float
+    accum: int = 1  # micro-batches of a step
+    layer_decay: float | None = None  # None: not of this protocol
+    drop_path: float | None = None
+    precision: str = "fp32"
+
+
+def fill_in(recipe, args, images, most, device, world):
+    """The recipe for so many training images, with the values that args has in its place.
+
+    With few images a batch is a tenth of them and warm-up a fifth of the epochs. `most`:
+    images that a process takes at a time, unless args.accum says otherwise.
+    """
+    given = {}
+    for field in dataclasses.fields(Recipe):
+        value = getattr(args, field.name, None)
+        if value is not None:
+            given[field.name] = value
+
+    epochs = given.get("epochs", recipe.epochs)
+    batch = given.get("batch_size", min(recipe.batch_size, images // 10))
+    accum = given.get("accum", max(1, batch // (most * world)))
+    # Every micro-batch of every process has the same size.
+    parts = accum * world
+    precision = "fp32"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(False):
+        precision = "bf16"
+    fitted = {
+        "warmup_epochs": min(recipe.warmup_epochs, epochs / 5),
+        "batch_size": max(1, batch // parts) * parts,
+        "accum": accum,
+        "precision": precision,
     }
-    if args.save and Path(args.save).exists():
-        parts = load_checkpoint(args.save)
-        differ = [
-            f"{k} {v}"
-            for k, v in settings.items()
-            if parts.get("settings", {}).get(k, "none") != v
-        ]
-        require(
-            not differ,
-            f"--save {args.save}: of a run without {', '.join(differ)}; name another file",
+    return dataclasses.replace(recipe, **(fitted | given))
+
+
+OR_ZERO = ("warmup_epochs", "weight_decay", "drop_path")
+
+
+def check_positive(args, names):
+    """ValueError unless these settings are above 0, or not given; of some 0 will do."""
+    for name in names:
+        value = getattr(args, name)
+        if value is None:
+            continue
+        least = 0 if name in OR_ZERO else 1e-12
+        positive = torch.tensor(value).min() >= least
+        require(positive, f"--{name} {value}: must be above 0")
+
+
+def take_fraction(train_set, fraction, seed):
+    """That share of each class's images, in the order of the data set."""
+    if fraction == 1:
+        return train_set
+    rows = shot_indices(train_set.labels, fraction, seed)
+    return train_set.subset(rows.sort().values)
+
+
+# -- Training --------------------------------------------------------------------------
+
+# Settings in which a continued run may differ from the one that wrote the file.
+FREE = ("checkpoint", "device", "workers", "out", "save", "val")
+
+
+def fit(
+    model,
+    optimizer,
+    train_set,
+    recipe,
+    settings,
+    lr_at,
+    place,
+    mix=None,
+    label_smoothing=0.0,
+):
+    """Trains the model for recipe.epochs, by cross-entropy summed over its features.
+
+    settings: all of the run, as they are reported: of them data, seed, workers and save
+    are used here. Goes on from the file settings["save"] if it is there, and writes it
+    after each epoch. lr_at(step, total_steps, warmup_steps, lr): the schedule. place:
+    (device, rank, world). mix(imgs, labels, C) gives the images and targets to train on.
+    """
+    device, rank, world = place
+    epoch_steps = len(train_set) // recipe.batch_size
+    total_steps = recipe.epochs * epoch_steps
+    start = continue_run(model, optimizer, settings)
+    if start > 0 and rank == 0:
+        epoch = start // epoch_steps
+        tqdm.write(
+            f"continuing {settings['save']} after epoch {epoch} of {recipe.epochs}"
         )
-        model.load_state_dict(parts["model"])
-        optimizer.load_state_dict(parts["optimizer"])
-        start = parts["step"]
-        if rank == 0:
-            tqdm.write(
-                f"continuing {args.save} after epoch {start // epoch_steps} of {args.epochs}"
-            )
+    feed = open_feed(train_set, recipe, settings, start, total_steps, place)
+    parallel = DistributedDataParallel(model) if world > 1 else model
+    model.train()
+
+    losses = torch.zeros(2, device=device)  # their sum and number in this epoch
+    progress = {"initial": start, "total": total_steps, "leave": False}
+    # None: no bar where there is no terminal.
+    progress["disable"] = None if rank == 0 else True
+    for step in tqdm(range(start, total_steps), **progress):
+        lr = set_lr(optimizer, step, epoch_steps, recipe, lr_at)
+        for micro in range(recipe.accum):
+            sample = next(feed)
+            torch.manual_seed(seed_for("fit", settings["seed"], step, micro, rank))
+            imgs, targets = training_batch(sample, model, device)
+            if mix is not None:
+                imgs, targets = mix(imgs, targets, train_set.num_classes)
+            last = micro + 1 == recipe.accum
+            loss = backward(parallel, imgs, targets, recipe, label_smoothing, last)
+            losses += torch.stack([loss, torch.ones((), device=device)])
+        optimizer.step()
+        optimizer.zero_grad()
+        epoch, rest = divmod(step + 1, epoch_steps)
+        if rest == 0:
+            loss = check_epoch(epoch, losses, feed, train_set, settings)
+            losses.zero_()
+            if rank == 0:
+                tqdm.write(f"epoch {epoch}/{recipe.epochs} loss {loss:.4f} lr {lr:.2e}")
+                save_run(model, optimizer, step + 1, settings)
+    if world > 1:
+        # Statistics of a BatchNorm: each process has seen other images.
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def set_lr(optimizer, step, epoch_steps, recipe, lr_at):
+    """Sets and returns the learning rate; groups of parameters may have a "scale"."""
+    total_steps = recipe.epochs * epoch_steps
+    warmup_steps = recipe.warmup_epochs * epoch_steps
+    # min_lr lies under the whole schedule, warm-up included.
+    peak = recipe.blr * recipe.batch_size / 256 - recipe.min_lr
+    lr = recipe.min_lr + lr_at(step, total_steps, warmup_steps, peak)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)
+    return lr
+
+
+def open_feed(train_set, recipe, settings, start, total_steps, place):
+    """The micro-batches of this process from step `start` on."""
+    device, rank, world = place
     batches = TrainBatches(
         len(train_set),
-        args.batch_size,
+        recipe.batch_size,
         start,
-        total,
-        args.seed,
-        args.accum,
+        total_steps,
+        settings["seed"],
+        recipe.accum,
         rank,
         world,
     )
-    feed = Feed(
-        train_set, batches, workers=args.workers, pin_memory=device.type == "cuda"
-    )
-    ddp = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    model.train()
-    losses = torch.zeros(2, device=device)  # their sum and number in this epoch
-    for step in tqdm(
-        range(start, total),
-        initial=start,
-        total=total,
-        disable=None if rank == 0 else True,
-        leave=False,
-    ):
-        rate = args.min_lr + lr_at(
-            step, total, args.warmup_epochs * epoch_steps, peak - args.min_lr
+    pinned = device.type == "cuda"
+    return Feed(train_set, batches, workers=settings["workers"], pin_memory=pinned)
+
+
+def training_batch(sample, model, device):
+    """Normalised images (B, 3, H, W), flipped where the sample says so; labels (B,)."""
+    image = sample.image.to(device, non_blocking=True)
+    flip = sample.flip.to(device, non_blocking=True)
+    labels = sample.label.to(device, non_blocking=True)
+    image = torch.where(flip[:, None, None, None], image.flip(-1), image)
+    return model.normalize(image), labels
+
+
+def backward(model, imgs, targets, recipe, label_smoothing, last):
+    """Adds the gradient of a micro-batch; returns its loss, the features' mean.
+
+    targets: labels (B,) or probabilities (B, C). last: of the step.
+    """
+    bf16 = recipe.precision == "bf16"
+    # Processes exchange gradients once a step, with the last micro-batch.
+    exchange = last or not isinstance(model, DistributedDataParallel)
+    with contextlib.nullcontext() if exchange else model.no_sync():
+        with torch.autocast(imgs.device.type, torch.bfloat16, enabled=bf16):
+            logits = model(imgs)  # (F, B, C)
+        # The sum: the heads of a probe share no weights, each is trained as if alone.
+        total = sum(
+            F.cross_entropy(x.float(), targets, label_smoothing=label_smoothing)
+            for x in logits
         )
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("scale", 1.0)
-        for micro in range(args.accum):
-            sample = next(feed)
-            torch.manual_seed(seed_for("fit", args.seed, step, micro, rank))
-            image, flip, targets = (
-                x.to(device, non_blocking=True)
-                for x in (sample.image, sample.flip, sample.label)
-            )
-            imgs = normalize(
-                torch.where(flip[:, None, None, None], image.flip(-1), image), cfg
-            )
-            if args.finetune:
-                imgs, targets = mix(imgs, targets, train_set.num_classes)
-            with (
-                ddp.no_sync()
-                if world > 1 and micro + 1 < args.accum
-                else contextlib.nullcontext()
-            ):
-                with torch.autocast(
-                    device.type, torch.bfloat16, enabled=args.precision == "bf16"
-                ):
-                    logits = ddp(imgs)
-                each = [
-                    F.cross_entropy(
-                        x.float(), targets, label_smoothing=0.1 * args.finetune
-                    )
-                    for x in logits
-                ]
-                (sum(each) / args.accum).backward()
-            losses += torch.stack(
-                [sum(each).detach() / len(each), torch.ones((), device=device)]
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % epoch_steps == 0:
-            loss, epoch = (losses[0] / losses[1]).item(), (step + 1) // epoch_steps
-            require(
-                math.isfinite(loss),
-                f"loss not finite in epoch {epoch}; try a lower --blr or --precision fp32",
-            )
-            losses.zero_()
-            require(
-                len(feed.unreadable) <= len(train_set) / 100,
-                f"--data {args.data}: over 1 % of it is unreadable",
-            )
-            if rank == 0:
-                tqdm.write(f"epoch {epoch}/{args.epochs} loss {loss:.4f} lr {rate:.2e}")
-            if args.save and rank == 0:
-                parts = {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "settings": settings,
-                }
-                attg_mae.save_checkpoint(args.save, **parts, step=step + 1)
-    for statistic in (
-        model.buffers() if world > 1 else ()
-    ):  # each process has seen other images
-        torch.distributed.broadcast(statistic, 0)
+        (total / recipe.accum).backward()
+    return total.detach() / len(logits)
+
+
+def check_epoch(epoch, losses, feed, train_set, settings):
+    """The mean loss of an epoch; ValueError if it, or the data, is no good."""
+    loss = (losses[0] / losses[1]).item()
+    require(
+        math.isfinite(loss),
+        f"loss not finite in epoch {epoch}; try a lower --blr or --precision fp32",
+    )
+    require(
+        len(feed.unreadable) <= len(train_set) / 100,
+        f"--data {settings['data']}: over 1 % of it is unreadable",
+    )
+    return loss
+
+
+# -- The file of --save ----------------------------------------------------------------
+
+
+def fixed_settings(settings):
+    return {name: value for name, value in settings.items() if name not in FREE}
+
+
+def save_run(model, optimizer, step, settings):
+    """Writes the file settings["save"], if one is wanted."""
+    if not settings["save"]:
+        return
+    save_checkpoint(
+        settings["save"],
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        settings=fixed_settings(settings),
+        step=step,
+    )
+
+
+def continue_run(model, optimizer, settings):
+    """Loads the file settings["save"]; returns its step, or 0 if there is no file.
+
+    ValueError if it is of a run with other settings, which are named.
+    """
+    path = settings["save"]
+    if not path or not Path(path).exists():
+        return 0
+    parts = load_checkpoint(path)
+    old = parts.get("settings", {})
+    differ = []
+    for name, value in fixed_settings(settings).items():
+        # "none", for None is a value.
+        if old.get(name, "none") != value:
+            differ.append(f"{name} {value}")
+    words = ", ".join(differ)
+    require(not differ, f"--save {path}: of a run without {words}; name another file")
+    model.load_state_dict(parts["model"])
+    optimizer.load_state_dict(parts["optimizer"])
+    return parts["step"]
+
+
+# -- Scoring ---------------------------------------------------------------------------
+
+
+def hits(logits, truth):
+    """Number of right answers (..., 2) in the first and in the first five classes.
+
+    logits (..., B, C), truth (B,).
+    """
+    best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # (..., B, 5)
+    right = best == truth[:, None]
+    first = right[..., 0].sum(dim=-1)
+    any_of_five = right.any(dim=-1).sum(dim=-1)
+    return torch.stack([first, any_of_five], dim=-1).float()
+
+
+@torch.no_grad()
+def score(model, tests, features, protocol, settings, place):
+    """The rows of figures, in percent: top-1 and top-5 of each feature on each test set.
+
+    tests: {name: data set}; features: the names of the model's rows of logits. Each
+    process scores its share of the images, none twice.
+    """
+    device, rank, world = place
+    bf16 = settings["precision"] == "bf16"
+    model.eval()
+    rows = []
+    for name, dataset in tests.items():
+        share = Subset(dataset, range(rank, len(dataset), world))
+        counts = torch.zeros(len(features), 2, device=device)
+        for sample in make_loader(share, workers=settings["workers"]):
+            imgs = model.normalize(sample.image.to(device))
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = model(imgs)  # (F, B, C)
+            counts += hits(logits.float(), sample.label.to(device))
+        if world > 1:
+            dist.all_reduce(counts)
+        percent = 100 * counts.cpu().double() / len(dataset)
+        for feature, (top1, top5) in zip(features, percent.tolist(), strict=True):
+            row = {"feature": feature, "protocol": protocol, "test": name}
+            rows.append(row | {"top-1": top1, "top-5": top5})
+    return rows
