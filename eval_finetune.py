@@ -1,5 +1,5 @@
 """
-Fine-tuning of all weights of an encoder (arXiv 2402.15172, Tables 5 and 7, section 6).
+Fine-tuning of all weights of an encoder (arXiv 2402.15172, Table 2 and section 6).
 
     python eval_finetune.py out/NAME/encoder.pt --data PATH_OR_NAME --save finetuned.pt
     python eval_finetune.py out/NAME/encoder.pt --data PATH_OR_NAME --fraction 0.1

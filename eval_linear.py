@@ -1,5 +1,5 @@
 """
-What a linear layer makes of an encoder (arXiv 2402.15172, Tables 1, 2, 5, 6 and 7).
+What a linear layer makes of an encoder (arXiv 2402.15172, Tables 1, 5, 6 and 7).
 
     python eval_linear.py out/NAME/encoder.pt --data PATH_OR_NAME
     python eval_linear.py out/NAME/encoder.pt --data PATH_OR_NAME --shots 10 25 50
