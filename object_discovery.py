@@ -1,15 +1,23 @@
 """
-Attention maps for a whole data set, once, ahead of training (Sick et al., arXiv 2402.15172): TokenCut, DINO, Grad-CAM.
+Attention maps for a whole data set, made once, ahead of training (Sick et al.,
+arXiv 2402.15172), by TokenCut, by DINO's class attention or by Grad-CAM.
 
-    python object_discovery.py --method tokencut --backbone dino_vits16 --data PATH_OR_NAME --out maps.npy
-    python object_discovery.py --method dino --backbone mae_pretrain_vit_base.pth --data PATH --out maps.npy
-    python object_discovery.py --method gradcam --backbone resnet50 --data PATH --out maps.npy
-    python object_discovery.py --method masks --masks DIR --data PATH --out maps.npy          # your own PNG masks
-    torchrun --nproc_per_node=8 object_discovery.py --method tokencut --data PATH --out maps.npy
+    python object_discovery.py --backbone pixels --out maps.npy --show 8
+    python object_discovery.py --method tokencut --backbone dino_vits16 --data DATA --out maps.npy
+    python object_discovery.py --method dino --backbone ENCODER.pt --data DATA --out maps.npy
+    python object_discovery.py --method gradcam --backbone resnet50 --data DATA --out maps.npy
+    python object_discovery.py --method masks --masks DIR --data DATA --out maps.npy
+    torchrun --nproc_per_node=8 object_discovery.py --method tokencut --data DATA --out maps.npy
 
-Maps are made of the whole picture squashed to the input size; attg_mae.py --maps pools them over each crop. The
-backbone of tokencut and dino may be any checkpoint of this project or of MAE, so that no outside weights are needed. An
-interrupted job goes on with the same command. --show N draws a sheet, --masks DIR (or the toy set) tells the quality.
+The first needs no weights and no data: the embedded toy set takes about half a
+minute on one CPU core. The backbone of tokencut and dino may be any checkpoint of
+this project or of MAE; dino_vits16 is downloaded. --method masks takes PNG masks of
+your own as the maps. DATA is a folder or a name, as for attg_mae.py.
+
+Maps are made of the whole picture squashed to the input size; attg_mae.py --maps
+pools them over each crop. An interrupted job goes on with the same command.
+--show N draws a sheet beside the map file. --masks DIR (or the toy set, which has
+masks) tells how good the maps are.
 
 Shapes: B images, H heads, L patches of a grid (h, w), d or D channels.
 """
@@ -19,8 +27,9 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,95 +47,166 @@ from common.maps import chunks, load_maps, quality, read_mask, save_maps, true_m
 from common.run import load_checkpoint, processes, wait
 from kernels import normalize_map
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The methods
+# ----------------------------------------------------------------------------
+# The methods: TokenCut
+
+
+def normalised_affinity(edges, eps):
+    """The symmetric form of the cut's eigenproblem, of a graph edges: bool (B, L, L).
+
+    (D - A) y = lambda D y becomes S v = (1 - lambda) v with S = D^-1/2 A D^-1/2 and
+    y = D^-1/2 v: the second-smallest lambda is the second-largest eigenvalue of S.
+    Returns S (B, L, L), the diagonal of D^-1/2 (B, L), and the largest eigenvector
+    of S, which is known: D^1/2 1, of eigenvalue 1 (B, L). All float64.
+    """
+    A = edges.double().clamp_(min=eps)
+    degree = A.sum(dim=-1)
+    # With eps = 0 a zero vector has degree 0: it is left out of the graph.
+    scale = torch.where(degree > 0, degree.rsqrt(), 0)
+    # In place, because A is what fills the cache.
+    S = A.mul_(scale[:, :, None]).mul_(scale[:, None])
+    trivial = (degree / degree.sum(dim=1, keepdim=True)).sqrt()
+    return S, scale, trivial
+
+
+def positive_peak(y):
+    """y (B, L) with the sign that makes its entry of largest magnitude positive."""
+    size = y.abs()
+    # Of entries that are equal but for rounding the first one decides.
+    nearly_largest = size >= (1 - 1e-6) * size.amax(dim=1, keepdim=True)
+    first = nearly_largest.int().argmax(dim=1, keepdim=True)
+    return y * y.gather(1, first).sign()
+
+
+def tokencut_dense(edges, eps):
+    """TokenCut by the book: what `tokencut` computes, with a dense eigen-solver.
+
+    edges: bool (B, L, L), symmetric. Returns y (B, L), float64. It takes O(L^3) an
+    image, and serves those on which `lanczos` does not converge.
+    """
+    S, scale, trivial = normalised_affinity(edges, eps)
+    # The trivial eigenvalue goes from 1 to -1, so the second largest comes out last.
+    deflated = S - 2 * trivial[:, :, None] * trivial[:, None]
+    v = torch.linalg.eigh(deflated).eigenvectors[:, :, -1]
+    return positive_peak(scale * v)
+
+
+# Numbers of Lanczos steps after which convergence is tested, and the most of them.
+LANCZOS_TESTS = (16, 24, 32, 40, 52, 64, 80)
+LANCZOS_STEPS = 96
+
+
+def lanczos(S, trivial):
+    """The second-largest eigenvector of each S (B, L, L), and whether it converged.
+
+    trivial (B, L): the largest one. Returns v (B, L), float64, and bool (B,).
+    """
+    B, L, _ = S.shape
+    steps = min(L - 1, LANCZOS_STEPS)
+    # The same start for every image: a vector must not depend on its batch.
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(L, generator=generator, dtype=torch.float64).to(S.device)
+
+    # Rows of `basis` are orthonormal, rows of `images` are S times them. Row 0 is the
+    # trivial eigenvector. All others are orthogonal to it, so that the largest
+    # eigenvalue they see is the second largest of S.
+    basis, images = S.new_empty(2, B, steps + 1, L)
+    basis[:, 0] = trivial
+    w = start.expand(B, 1, L)
+    for j in range(1, steps + 1):
+        # In exact arithmetic w needs to be made orthogonal to the last few rows only.
+        recent = basis[:, max(0, j - 3) : j]
+        w = w - w @ recent.mT @ recent
+        # Nothing is left where S has few distinct eigenvalues: start anew there, with
+        # another vector, or rounding errors would be blown up to a basis vector.
+        beta = w.norm(dim=-1, keepdim=True)
+        w = torch.where(beta < 1e-10, start.roll(j), w / beta)
+        # Rounding brings the earlier rows back, and the trivial one above all.
+        earlier = basis[:, :j]
+        w = w - w @ earlier.mT @ earlier
+        basis[:, j : j + 1] = w / w.norm(dim=-1, keepdim=True)
+        w = basis[:, j : j + 1] @ S
+        images[:, j : j + 1] = w
+        if j in LANCZOS_TESTS or j == steps:
+            v, converged = largest_pair(basis[:, 1 : j + 1], images[:, 1 : j + 1])
+            if converged.all():
+                break
+    return v, converged
+
+
+def largest_pair(basis, images):
+    """Rayleigh-Ritz: S's largest eigenvector in the span of `basis`, and is it one.
+
+    basis, images (B, j, L): orthonormal rows q and the rows S q. Returns v (B, L) and
+    bool (B,). A vector is accepted by its residual |S v - theta v| alone. Its error is
+    residual / gap, but the gap of the Ritz values must not be used: two eigenvalues
+    that lie close together look like one at first, and the next gap looks wide.
+    """
+    theta, coordinates = torch.linalg.eigh(basis @ images.mT)
+    largest = coordinates[:, :, -1:].mT  # (B, 1, j)
+    v = largest @ basis
+    image = largest @ images
+    residual = (image - theta[:, -1:, None] * v).norm(dim=-1).flatten()
+    return v[:, 0], residual <= 1e-12
 
 
 @torch.no_grad()
 def tokencut(features, tau=0.2, eps=1e-5):
-    """TokenCut's map: the second-smallest generalised eigenvector of (D - A) y = lambda D y of each image.
+    """TokenCut's map: the second-smallest generalised eigenvector y of each image,
+    (D - A) y = lambda D y. Wang et al., TokenCut, arXiv 2202.11539.
 
-    features (B, L, d): a vector for each patch, any float type, any device. Returns (B, L) on that device, float64 for
-    float64 features, else float32. A_ij = 1 where the cosine of features i and j is above tau, else eps; a zero vector
-    has cosine 0 to all. D = diag(A 1). y^T D y = 1 as in scipy.linalg.eigh(D - A, D), the entry of largest magnitude is
-    positive. The vector of an image does not depend on its batch, up to rounding. One patch alone has none: zeros.
-    ValueError names the images whose features are not finite. Wang et al., TokenCut, arXiv 2202.11539.
+    features (B, L, d): a vector for each patch, any float type, any device. Returns
+    (B, L) on that device, float64 for float64 features, else float32.
+
+    A_ij = 1 where the cosine of features i and j is above tau, else eps; a zero vector
+    has cosine 0 to all. D = diag(A 1). y^T D y = 1 as in scipy.linalg.eigh(D - A, D),
+    and the entry of largest magnitude is positive. The vector of an image does not
+    depend on its batch, up to rounding. One patch alone has none: zeros.
+    ValueError names the images whose features are not finite.
     """
     B, L, _ = features.shape
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    x = (features.cpu() if features.device.type == "mps" else features).to(
-        dtype
-    )  # MPS has no float64
+    # MPS has no float64.
+    x = features.cpu() if features.device.type == "mps" else features
+    x = x.to(dtype)
     norm = x.norm(dim=-1, keepdim=True)
-    bad = (~norm.isfinite()).any(1).flatten().nonzero().flatten().tolist()
+    bad = (~norm.isfinite()).any(dim=1).flatten().nonzero().flatten().tolist()
     if bad:
-        raise ValueError(
-            f"the features of image {', '.join(map(str, bad))} of the batch hold NaN or inf"
-        )
+        names = ", ".join(map(str, bad))
+        raise ValueError(f"the features of image {names} of the batch hold NaN or inf")
     if L < 2 or B == 0:
         return features.new_zeros(B, L, dtype=dtype)
     x = x / norm.clamp_min(1e-12)
-    start = torch.randn(
-        L, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ).to(x.device)
-    steps, out = min(L - 1, 96), []
-    for part in x.split(
-        max(1, 2 ** (19 if x.device.type == "cpu" else 27) // L**2)
-    ):  # A of 4 MB (cache) or 1 GB
+
+    # As many images at a time as fill 4 MB of a CPU's cache, or 1 GB of a GPU.
+    values = 2**19 if x.device.type == "cpu" else 2**27
+    vectors = []
+    for part in x.split(max(1, values // L**2)):
+        # Autocast would round the cosines to 16 bits.
         with torch.autocast(x.device.type, enabled=False):
-            A = part @ part.mT > tau
-        S = (
-            (A | A.mT).double().clamp_(min=eps)
-        )  # | because rounding need not be symmetric
-        d = S.sum(-1)
-        r = torch.where(d > 0, d.rsqrt(), 0)  # d is 0 for a zero vector if eps is 0
-        S.mul_(r[:, :, None]).mul_(
-            r[:, None]
-        )  # D^-1/2 A D^-1/2: we want its second largest eigenvalue, >= 0
-        # Lanczos: Q is an orthonormal basis, SQ its image. Row 0 is the known eigenvector of eigenvalue 1, there
-        # for the others to stay orthogonal to: what they find is the largest eigenvalue of the rest.
-        Q, SQ = S.new_empty(2, len(part), steps + 1, L)
-        Q[:, 0] = (d / d.sum(1, keepdim=True)).sqrt()
-        w = start.expand(len(part), 1, L)
-        for j in range(1, steps + 1):
-            P, last = Q[:, :j], Q[:, max(0, j - 3) : j]
-            w = w - w @ last.mT @ last  # enough in exact arithmetic
-            beta = w.norm(dim=-1, keepdim=True)
-            w = torch.where(
-                beta < 1e-10, start.roll(j), w / beta
-            )  # few distinct eigenvalues: a new start
-            w = w - w @ P.mT @ P
-            Q[:, j : j + 1] = w / w.norm(dim=-1, keepdim=True)
-            w = SQ[:, j : j + 1] = Q[:, j : j + 1] @ S
-            if j in (16, 24, 32, 40, 52, 64, 80, steps):
-                q, sq = Q[:, 1 : j + 1], SQ[:, 1 : j + 1]
-                theta, s = torch.linalg.eigh(q @ sq.mT)
-                s = s[:, :, -1:].mT
-                v, Sv = s @ q, s @ sq
-                # v is off by residual / gap; two close eigenvalues look like one at first: so no bound by theta's gap
-                found = (Sv - theta[:, -1:, None] * v).norm(dim=-1).flatten() <= 1e-12
-                if found.all():
-                    break
-        v = v[:, 0]
-        if not found.all():
-            u = Q[~found, 0]  # its eigenvalue: 1 -> -1, out of the way
-            v[~found] = torch.linalg.eigh(
-                S[~found] - 2 * u[:, :, None] * u[:, None]
-            ).eigenvectors[:, :, -1]
-        y = r * v
-        size = y.abs()
-        first = (
-            (size >= (1 - 1e-6) * size.amax(1, keepdim=True))
-            .int()
-            .argmax(1, keepdim=True)
-        )
-        out.append(y * y.gather(1, first).sign())
-    return torch.cat(out).to(dtype).to(features.device)
+            edges = part @ part.mT > tau
+        # Rounding need not be symmetric.
+        edges = edges | edges.mT
+        S, scale, trivial = normalised_affinity(edges, eps)
+        v, converged = lanczos(S, trivial)
+        y = positive_peak(scale * v)
+        if not converged.all():
+            y[~converged] = tokencut_dense(edges[~converged], eps)
+        vectors.append(y)
+    return torch.cat(vectors).to(dtype).to(features.device)
+
+
+# ----------------------------------------------------------------------------
+# The methods: DINO, Grad-CAM, and features without weights
 
 
 @torch.no_grad()
 def class_attention(q, k):
-    """DINO's map: what the class token looks at, mean of the heads. q, k (B, H, 1 + L, d) -> (B, L)."""
+    """DINO's map: what the class token looks at, mean of the heads.
+
+    q, k (B, H, 1 + L, d): queries and keys of a block, the class token first. Returns
+    (B, L). Caron et al., arXiv 2104.14294.
+    """
     scores = q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5  # (B, H, 1, 1 + L)
     return scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
 
@@ -134,152 +214,188 @@ def class_attention(q, k):
 def grad_cam(features, classify, grid, size):
     """Grad-CAM of the highest-scoring class (Selvaraju et al., arXiv 1610.02391).
 
-    features (B, C, h, w): the last convolutional stage; classify: features -> scores (B, classes). The map is upsampled
-    to the input size and averaged over the cells of the grid: (B, *grid). Gradients reach the features only.
+    features (B, C, h, w): the last convolutional stage; classify: features -> scores
+    (B, classes). The map is upsampled to the input size and averaged over the cells
+    of the grid: (B, *grid). Gradients reach the features only.
     """
     with torch.enable_grad():
         features = features.detach().requires_grad_()
         scores = classify(features).amax(dim=1)
         (gradient,) = torch.autograd.grad(scores.sum(), features)
-    cam = (
-        (gradient.mean(dim=(2, 3), keepdim=True) * features.detach())
-        .sum(dim=1, keepdim=True)
-        .relu()
-    )
-    cam = F.interpolate(
-        cam, size, mode="bilinear", align_corners=False
-    )  # (B, 1, *size)
+    weights = gradient.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+    cam = (weights * features.detach()).sum(dim=1, keepdim=True).relu()
+    cam = F.interpolate(cam, size, mode="bilinear", align_corners=False)
     return F.adaptive_avg_pool2d(cam, grid)[:, 0]
 
 
 def patch_statistics(imgs, p):
-    """Features without any weights: mean and deviation of each channel in a patch, standardised over the image.
+    """Features without any weights: mean and deviation of each channel in a patch of
+    p x p pixels, standardised over the image.
 
-    imgs (B, 3, H, W) -> (B, L, 6). It sees colour and contrast only: objects that differ from their background in
-    neither are not found.
+    imgs (B, 3, H, W) -> (B, L, 6). It sees colour and contrast only: objects that
+    differ from their background in neither are not found.
     """
-    x = F.unfold(imgs, p, stride=p).unflatten(1, (imgs.shape[1], -1))  # (B, 3, p*p, L)
+    x = F.unfold(imgs, p, stride=p)  # (B, 3 * p * p, L)
+    x = x.unflatten(1, (imgs.shape[1], -1))  # (B, 3, p * p, L)
     x = torch.cat([x.mean(dim=2), x.std(dim=2)], dim=1).mT  # (B, L, 6)
-    return (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True).clamp_min(
-        1e-6
-    )
+    deviation = x.std(dim=1, keepdim=True).clamp_min(1e-6)
+    return (x - x.mean(dim=1, keepdim=True)) / deviation
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Backbones: each gives (imgs uint8 (B, 3, H, W) -> maps (B, *grid), input size, grid, what the manifest says of it)
+# ----------------------------------------------------------------------------
+# Backbones: a function for each kind, (args, device) -> Backbone
 
-DINO = {  # facebookresearch/dino's released weights
+
+class Backbone(NamedTuple):
+    """What turns pictures into maps, and what is to be known of it."""
+
+    # uint8 (B, 3, H, W) of the input size -> float (B, *grid), NaN where it failed
+    maps: Callable
+    # (H, W) of the input, in pixels
+    size: tuple
+    # (h, w) of a map, in cells
+    grid: tuple
+    # What the manifest says of it beyond its name, plain types
+    about: dict
+
+
+class Channels(NamedTuple):
+    """How the input is normalised, in the form that `normalize` takes."""
+
+    mean: tuple
+    std: tuple
+
+
+# facebookresearch/dino's released weights, below this address
+DINO_URL = "https://dl.fbaipublicfiles.com/dino/"
+DINO = {
     "dino_vits16": "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
     "dino_vits8": "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
     "dino_vitb16": "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
     "dino_vitb8": "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
 }
-CNNS = {  # the convolutional stages of torchvision's classifiers, and what follows them
-    "resnet50": lambda m: (
-        torch.nn.Sequential(
-            m.conv1, m.bn1, m.relu, m.maxpool, m.layer1, m.layer2, m.layer3, m.layer4
-        ),
-        torch.nn.Sequential(m.avgpool, torch.nn.Flatten(), m.fc),
-    ),
-    "mobilenet_v2": lambda m: (
-        m.features,
-        torch.nn.Sequential(
-            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), m.classifier
-        ),
-    ),
-}
 
 
 def download(url, remedy):
-    """The file of the url in torch.hub's folder, downloaded once. Its sha256 is noted then, and checked each time."""
+    """The path of the url's file in torch.hub's folder, downloaded once.
+
+    Its sha256 is noted then, and checked each time; without a note, as when somebody
+    put the file there, torchvision's file names hold its first digits. ValueError, with
+    the remedy, if there is no network; ValueError if the file has changed.
+    """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     note = Path(f"{path}.sha256")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path))
-        except Exception as error:  # urllib has many
-            where = f"get {url} elsewhere and put it at {path}, or {remedy}"
+        # urllib raises many kinds.
+        except Exception as error:
             raise ValueError(
-                f"{path.name} could not be downloaded ({error}); {where}"
+                f"{path.name} could not be downloaded ({error}); "
+                f"get {url} elsewhere and put it at {path}, or {remedy}"
             ) from error
         with replacing(note) as temporary:
             temporary.write_text(sha256(path))
-    known = (
-        [note.read_text().strip()]
-        if note.is_file()
-        else re.findall(r"-([0-9a-f]{8})\.pth$", path.name)
-    )
+    if note.is_file():
+        known = [note.read_text().strip()]
+    else:
+        known = re.findall(r"-([0-9a-f]{8})\.pth$", path.name)
     if known and not sha256(path).startswith(known[0]):
         raise ValueError(
-            f"{path} is damaged: its sha256 is not {known[0]}; delete it and {note.name}"
+            f"{path} is damaged: its sha256 is not {known[0]}; "
+            f"delete it and {note.name}"
         )
     return path
 
 
+def cut(features, args):
+    """TokenCut's map or, with args.binary, its bipartition: features (B, L, d) -> (B, L).
+
+    Flat where all patches are alike, or none: any vector solves that. NaN where the
+    features are not finite.
+    """
+    L = features.shape[1]
+    finite = features.isfinite().all(dim=(1, 2))
+    features = features.where(finite[:, None, None], 0.0).float()
+    y = tokencut(features, args.cut)
+    if args.binary:
+        y = (y > y.mean(dim=1, keepdim=True)).float()
+    directions = F.normalize(features, dim=-1)
+    # One image at a time, for the memory. A patch is always alike to itself.
+    edges = torch.stack([(x @ x.mT > args.cut).sum() for x in directions])  # (B,)
+    all_or_none = (edges == L * L) | (edges <= L)
+    y = y.masked_fill(all_or_none[:, None], 0.0)
+    return y.masked_fill(~finite[:, None], torch.nan)
+
+
 def vit(args, device):
+    """A Vision Transformer: its last keys for the cut, its last attention for dino."""
     path = Path(args.backbone)
     if args.backbone in DINO:
         remedy = (
             "pass --backbone CHECKPOINT, or --backbone pixels, which needs no weights"
         )
-        path = download(
-            f"https://dl.fbaipublicfiles.com/dino/{DINO[args.backbone]}", remedy
-        )
+        path = download(DINO_URL + DINO[args.backbone], remedy)
     if not path.is_file():
-        names = f"{', '.join(DINO)}, pixels, or a checkpoint of this project, MAE, DINO, timm or Hugging Face"
         raise ValueError(
-            f"--backbone {args.backbone}: no such file; choose from {names}"
+            f"--backbone {args.backbone}: no such file; choose from {', '.join(DINO)}, "
+            "pixels, or a checkpoint of this project, MAE, DINO, timm or Hugging Face"
         )
     model = load_encoder(str(path), img_size=args.img_size).to(device)
-    model.cfg.mean, model.cfg.std = (
-        tuple(args.mean or model.cfg.mean),
-        tuple(args.std or model.cfg.std),
-    )
+    grid = model.cfg.grid
+    mean, std = args.mean or model.cfg.mean, args.std or model.cfg.std
+    channels = Channels(tuple(mean), tuple(std))
 
     @torch.no_grad()
     def maps(imgs):
-        q, k, _ = model.last_qkv(normalize(imgs, model.cfg))  # (B, H, 1 + L, d)
+        q, k, _ = model.last_qkv(normalize(imgs, channels))  # (B, H, 1 + L, d)
         if args.method == "dino":
-            return class_attention(q, k).unflatten(1, model.cfg.grid)
-        return cut(k[:, :, 1:].transpose(1, 2).flatten(2), args).unflatten(
-            1, model.cfg.grid
-        )
+            return class_attention(q, k).unflatten(1, grid)
+        # The heads are joined, the class token is left out.
+        keys = k[:, :, 1:].transpose(1, 2).flatten(2)  # (B, L, H * d)
+        return cut(keys, args).unflatten(1, grid)
 
-    about = {"sha256": sha256(path), "mean": model.cfg.mean, "std": model.cfg.std}
-    return maps, model.cfg.size, model.cfg.grid, about
+    about = {"sha256": sha256(path), **channels._asdict()}
+    return Backbone(maps, model.cfg.size, grid, about)
 
 
 def pixels(args, device):
+    """No weights at all: the cut of patch_statistics."""
     size, p = args.img_size or 224, 16
     if size < 2 * p or size % p:
         raise ValueError(
-            f"--img_size {size}: --backbone pixels takes multiples of {p}, from {2 * p} on"
+            f"--img_size {size}: --backbone pixels takes multiples of {p}, "
+            f"from {2 * p} on"
         )
+    grid = (size // p, size // p)
 
     def maps(imgs):
-        return cut(patch_statistics(imgs / 255, p), args).unflatten(
-            1, (size // p, size // p)
-        )
+        return cut(patch_statistics(imgs / 255, p), args).unflatten(1, grid)
 
-    return maps, (size, size), (size // p, size // p), {}
+    return Backbone(maps, (size, size), grid, {})
 
 
-def cut(features, args):
-    """TokenCut's map or bipartition. Flat where all patches are alike, or none: any vector solves that. NaN where the
-    features are not finite."""
-    finite, L = features.isfinite().all(dim=(1, 2)), features.shape[1]
-    features = features.where(finite[:, None, None], 0.0).float()
-    y = tokencut(features, args.cut)
-    y = (y > y.mean(dim=1, keepdim=True)).float() if args.binary else y
-    edges = torch.stack(
-        [(x @ x.mT > args.cut).sum() for x in F.normalize(features, dim=-1)]
-    )  # (B,)
-    y = y.masked_fill(((edges == L * L) | (edges <= L))[:, None], 0.0)
-    return y.masked_fill(~finite[:, None], torch.nan)
+def resnet50(model):
+    """torchvision's ResNet-50 in two: (its convolutional stages, what follows them)."""
+    stem = [model.conv1, model.bn1, model.relu, model.maxpool]
+    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+    head = [model.avgpool, torch.nn.Flatten(), model.fc]
+    return torch.nn.Sequential(*stem, *stages), torch.nn.Sequential(*head)
+
+
+def mobilenet_v2(model):
+    """torchvision's MobileNetV2 in two, as resnet50."""
+    pool = torch.nn.AdaptiveAvgPool2d(1)
+    head = torch.nn.Sequential(pool, torch.nn.Flatten(), model.classifier)
+    return model.features, head
+
+
+CNNS = {"resnet50": resnet50, "mobilenet_v2": mobilenet_v2}
 
 
 def cnn(args, device):
+    """A classifier of torchvision: Grad-CAM of its last convolutional stage."""
     model, path = torchvision.models.get_model(args.backbone), args.weights
     if not path:
         url = torchvision.models.get_model_weights(args.backbone).IMAGENET1K_V1.url
@@ -290,38 +406,59 @@ def cnn(args, device):
         raise ValueError(
             f"--weights {path}: not torchvision's {args.backbone} ({error})"
         ) from error
-    features, classify = CNNS[args.backbone](
-        model.to(device).eval().requires_grad_(False)
-    )
-    size, grid = (args.img_size or 224,) * 2, (args.grid or 14,) * 2
-    cfg = SimpleNamespace(
-        mean=tuple(args.mean or IMAGENET_MEAN), std=tuple(args.std or IMAGENET_STD)
-    )
-    if size[0] < 32:
+    model = model.to(device).eval().requires_grad_(False)
+    stages, classify = CNNS[args.backbone](model)
+    side, cells = args.img_size or 224, args.grid or 14
+    if side < 32:
         raise ValueError(
-            f"--img_size {size[0]}: {args.backbone} needs 32 pixels or more, and was trained on 224"
+            f"--img_size {side}: {args.backbone} needs 32 pixels or more, "
+            "and was trained on 224"
         )
+    size, grid = (side, side), (cells, cells)
+    mean, std = args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD
+    channels = Channels(tuple(mean), tuple(std))
 
     def maps(imgs):
         with torch.no_grad():
-            x = features(normalize(imgs, cfg))  # (B, C, h, w)
+            x = stages(normalize(imgs, channels))  # (B, C, h, w)
         return grad_cam(x, classify, grid, size)
 
-    return maps, size, grid, {"sha256": sha256(path), "mean": cfg.mean, "std": cfg.std}
+    about = {"sha256": sha256(path), **channels._asdict()}
+    return Backbone(maps, size, grid, about)
 
 
 def masks(args, device):
-    """The pictures of --masks are the maps."""
-    grid = (args.grid or 56,) * 2
-    return lambda imgs: imgs[:, 0].float(), grid, grid, {"masks": str(Path(args.masks))}
+    """The pictures of --masks are the maps: `Whole` reads them instead of the data."""
+    cells = args.grid or 56
+    grid = (cells, cells)
+
+    def maps(imgs):
+        return imgs[:, 0].float()
+
+    return Backbone(maps, grid, grid, {"masks": str(Path(args.masks))})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def open_backbone(args, device):
+    """The Backbone that the command line asks for."""
+    if args.method == "gradcam":
+        return cnn(args, device)
+    if args.method == "masks":
+        return masks(args, device)
+    if args.backbone == "pixels":
+        return pixels(args, device)
+    return vit(args, device)
+
+
+# ----------------------------------------------------------------------------
 # The job
 
 
 class Whole(Dataset):
-    """Whole pictures squashed to (h, w): [i] -> (uint8 (C, h, w), could it be read). Unreadable ones are black."""
+    """Whole pictures squashed to (h, w): [i] -> (uint8 (C, h, w), could it be read).
+
+    With a folder, the masks of the pictures in it, C = 1, instead of the pictures,
+    C = 3. Unreadable ones are black.
+    """
 
     def __init__(self, dataset, size, folder=None):
         self.dataset, self.size, self.folder = dataset, size, folder
@@ -329,429 +466,465 @@ class Whole(Dataset):
     def __len__(self):
         return len(self.dataset)
 
-    def __getitem__(self, i):
+    def read(self, i):
         h, w = self.size
+        if self.folder:
+            mask = read_mask(self.folder, self.dataset.names[i])
+            return pil_to_tensor(mask.resize((w, h), Resampling.BOX))
+        picture = to_rgb(self.dataset.read(i)[0])
+        return pil_to_tensor(picture.resize((w, h), Resampling.BICUBIC))
+
+    def __getitem__(self, i):
         try:
-            if self.folder:
-                return pil_to_tensor(
-                    read_mask(self.folder, self.dataset.names[i]).resize(
-                        (w, h), Resampling.BOX
-                    )
-                ), True
-            return pil_to_tensor(
-                to_rgb(self.dataset.read(i)[0]).resize((w, h), Resampling.BICUBIC)
-            ), True
-        except Exception:  # decoders raise OSError, SyntaxError, ValueError ...
-            return torch.zeros(1 if self.folder else 3, h, w, dtype=torch.uint8), False
+            return self.read(i), True
+        # Decoders raise OSError, SyntaxError, ValueError ...
+        except Exception:
+            channels = 1 if self.folder else 3
+            return torch.zeros(channels, *self.size, dtype=torch.uint8), False
 
 
-def job_files(path):
-    """NAME.npy.part, NAME.npy.part.json and the NAME.done.RANK there are, of an unfinished job."""
-    done = re.compile(re.escape(path.stem) + r"\.done\.\d+")
-    logs = [file for file in path.parent.glob("*.done.*") if done.fullmatch(file.name)]
-    return Path(f"{path}.part"), Path(f"{path}.part.json"), logs
+class JobFiles:
+    """The files of an unfinished job whose maps will be `path`, NAME.npy.
+
+    NAME.npy.part       the rows so far, float16 (n, h, w), no header
+    NAME.npy.part.json  the settings: a job of other settings does not continue this one
+    NAME.done.RANK      numbers of the blocks that process RANK has written, a line each
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.part = Path(f"{path}.part")
+        self.about = Path(f"{path}.part.json")
+
+    def log(self, rank):
+        return self.path.with_suffix(f".done.{rank}")
+
+    def logs(self):
+        """Those there are, of any number of processes."""
+        # The name may hold characters that mean something in a pattern.
+        name = re.compile(re.escape(self.path.stem) + r"\.done\.\d+")
+        files = self.path.parent.glob("*.done.*")
+        return [file for file in files if name.fullmatch(file.name)]
+
+    def finished(self):
+        """The numbers of the blocks that are written, by all processes together."""
+        text = "\n".join(file.read_text() for file in self.logs())
+        # A number without its semicolon is of a process killed while it wrote it.
+        return {int(number) for number in re.findall(r"(\d+);", text)}
+
+    def remove(self):
+        for file in (self.about, self.part, *self.logs()):
+            file.unlink(missing_ok=True)
 
 
 def discover(
     maps, whole, grid, path, settings, batch_size, workers, device, rank, world
 ):
-    """Runs maps over all pictures, into NAME.npy and its manifest; an interrupted job goes on where it was.
+    """Runs maps over all pictures, into NAME.npy and its manifest.
 
-    The unit of work is a block of batch_size consecutive pictures. Rows go to NAME.npy.part, numbers of finished blocks
-    to NAME.done.RANK after them, settings to NAME.npy.part.json: a job of other settings does not continue this one.
+    The unit of work is a block of batch_size consecutive pictures. An interrupted job
+    goes on with the blocks that are left, with any number of processes.
     """
-    part, about, _ = job_files(path)
-    shape, job = (
-        (len(whole), *grid),
-        settings | {"fingerprint": whole.dataset.fingerprint, "batch_size": batch_size},
-    )
-    blocks = [
-        range(i, min(i + batch_size, len(whole)))
-        for i in range(0, len(whole), batch_size)
-    ]
-
-    def finished():
-        text = "\n".join(file.read_text() for file in job_files(path)[2])
-        return {
-            int(number) for number in re.findall(r"(\d+);", text)
-        }  # without ; it was killed while it wrote
-
-    def clean():
-        for file in (about, part, *job_files(path)[2]):
-            file.unlink(missing_ok=True)
-
+    files = JobFiles(path)
+    shape = (len(whole), *grid)
     if rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not (
-            about.is_file()
-            and part.is_file()
-            and part.stat().st_size == 2 * math.prod(shape)
-            and finished()
-        ):
-            clean()
-            with open(part, "wb") as file:
-                file.truncate(2 * math.prod(shape))
-            with replacing(about) as temporary:
-                temporary.write_text(json.dumps(job))
-        differ = differences(job, json.loads(about.read_text()))
-        if differ:
-            remedy = f"give another name, or delete {part.name}, {about.name} and {path.stem}.done.* to start anew"
-            raise ValueError(
-                f"--out {path}: an unfinished job is there that was begun with {differ}; {remedy}"
-            )
+        fingerprint = whole.dataset.fingerprint
+        job = settings | {"fingerprint": fingerprint, "batch_size": batch_size}
+        begin_or_continue(files, shape, job)
     wait(world)
-    done = finished()
-    wait(world)  # before anybody adds to it
-    mine = [i for i in range(len(blocks)) if i not in done][rank::world]
+    done = files.finished()
+    # All have read what is done before anybody adds to it.
+    wait(world)
+    blocks = []
+    for start in range(0, len(whole), batch_size):
+        blocks.append(range(start, min(start + batch_size, len(whole))))
     if rank == 0 and done:
         print(f"going on: {len(done)} of {len(blocks)} blocks are there")
-    loader = make_loader(
-        whole, batch_sampler=[blocks[i] for i in mine], workers=workers
-    )
-    count = sum(len(blocks[i]) for i in mine)  # of this process
-    seconds = (
-        0.1 if sys.stderr.isatty() else 60
-    )  # between two states of the bar; a line each in a log file
-    bar = tqdm(
-        total=count, unit="img", desc="maps", mininterval=seconds, disable=rank > 0
-    )
-    with (
-        bar,
-        open(part, "r+b") as rows,
-        open(path.with_suffix(f".done.{rank}"), "a") as log,
-    ):
-        for i, (imgs, readable) in zip(mine, loader, strict=True):
-            m = normalize_map(maps(imgs.to(device)).float().flatten(1)).cpu()  # (B, L)
-            m[~readable] = torch.nan  # failed, which zeros would not tell
-            rows.seek(2 * blocks[i].start * math.prod(grid))
-            rows.write(m.half().numpy().astype("<f2").tobytes())
-            rows.flush()
-            log.write(f"\n{i};")
-            log.flush()
-            bar.update(len(imgs))
+    left = [number for number in range(len(blocks)) if number not in done]
+    mine = {number: blocks[number] for number in left[rank::world]}
+    write_blocks(maps, whole, mine, files, grid, workers, device, rank)
     wait(world)
     if rank == 0:
-        missing = set(range(len(blocks))) - finished()
-        if missing:
-            raise ValueError(
-                f"--out {path}: {len(missing)} blocks are missing; run the same command again"
-            )
-        rows = np.memmap(part, "<f2", "r", shape=shape)
-        if all(np.isnan(m).all() for _, m in chunks(rows)):
-            clean()
-            first = whole.dataset.names[
-                0
-            ] + f" in --masks {whole.folder}, as .png" * bool(whole.folder)
-            reasons = (
-                "no picture could be read, or --backbone, --mean or --std are wrong"
-            )
-            raise ValueError(
-                f"not one of {len(whole)} maps is finite: {reasons}; the first picture is {first}"
-            )
-        large = [
-            int(first + i)
-            for first, m in chunks(rows)
-            for i in np.flatnonzero((m > 0.5).mean((1, 2)) > 0.9)
-        ]
-        save_maps(path, rows, whole.dataset, large=large, **settings)
-        del rows
-        clean()
+        finish(files, shape, len(blocks), whole, settings)
     wait(world)
+
+
+def begin_or_continue(files, shape, job):
+    """Lays out the files of a new job, unless one of the same settings has begun."""
+    files.path.parent.mkdir(parents=True, exist_ok=True)
+    size = 2 * math.prod(shape)
+    begun = files.about.is_file() and files.part.is_file()
+    if not (begun and files.part.stat().st_size == size and files.finished()):
+        files.remove()
+        with open(files.part, "wb") as file:
+            file.truncate(size)
+        with replacing(files.about) as temporary:
+            temporary.write_text(json.dumps(job))
+    differ = differences(job, json.loads(files.about.read_text()))
+    if differ:
+        raise ValueError(
+            f"--out {files.path}: an unfinished job is there that was begun with "
+            f"{differ}; give another name, or delete {files.part.name}, "
+            f"{files.about.name} and {files.path.stem}.done.* to start anew"
+        )
+
+
+def write_blocks(maps, whole, blocks, files, grid, workers, device, rank):
+    """Maps of the blocks {number: rows} into the part file, each number into the log."""
+    loader = make_loader(whole, batch_sampler=list(blocks.values()), workers=workers)
+    # Seconds between two states of the bar: in a log file each is a line.
+    seconds = 0.1 if sys.stderr.isatty() else 60
+    bar = tqdm(
+        total=sum(map(len, blocks.values())),
+        unit="img",
+        desc="maps",
+        mininterval=seconds,
+        disable=rank > 0,
+    )
+    with bar, open(files.part, "r+b") as part, open(files.log(rank), "a") as log:
+        for (number, rows), (imgs, readable) in zip(
+            blocks.items(), loader, strict=True
+        ):
+            m = maps(imgs.to(device)).float().flatten(1)  # (B, L)
+            m = normalize_map(m).cpu()
+            # NaN is what save_maps lists as failed; zeros would look like a flat map.
+            m[~readable] = torch.nan
+            part.seek(2 * rows.start * math.prod(grid))
+            part.write(m.half().numpy().astype("<f2").tobytes())
+            part.flush()
+            # The number follows the rows, so that it never promises what is not there;
+            # it opens a line, because the line before may be torn.
+            log.write(f"\n{number};")
+            log.flush()
+            bar.update(len(imgs))
+
+
+def finish(files, shape, count, whole, settings):
+    """Writes NAME.npy and NAME.json of the part file, then removes the job's files."""
+    path = files.path
+    missing = set(range(count)) - files.finished()
+    if missing:
+        raise ValueError(
+            f"--out {path}: {len(missing)} blocks are missing; run the same command again"
+        )
+    rows = np.memmap(files.part, "<f2", "r", shape=shape)
+    if all(np.isnan(m).all() for _, m in chunks(rows)):
+        files.remove()
+        picture = whole.dataset.names[0]
+        if whole.folder:
+            picture += f" in --masks {whole.folder}, as .png"
+        raise ValueError(
+            f"not one of {len(whole)} maps is finite: no picture could be read, or "
+            f"--backbone, --mean or --std are wrong; the first picture is {picture}"
+        )
+    large = []
+    for first, m in chunks(rows):
+        share = (m > 0.5).mean((1, 2))
+        large += (first + np.flatnonzero(share > 0.9)).tolist()
+    save_maps(path, rows, whole.dataset, large=large, **settings)
+    # Unmapped before its file is removed.
+    del rows
+    files.remove()
 
 
 def differences(new, old):
-    """In words; a backbone's weights count, not the name of their file."""
-    keys = [
-        k
-        for k in new
-        if old.get(k) != new[k] and not (k == "backbone" and "sha256" in new)
-    ]
-    return ", ".join(f"{k} {old.get(k)}, not {new[k]}" for k in keys)
+    """Settings of `old` that are not those of `new`, in words, or nothing."""
+    words = []
+    for key in new:
+        # A backbone's weights count, not the name of their file.
+        if key == "backbone" and "sha256" in new:
+            continue
+        if old.get(key) != new[key]:
+            words.append(f"{key} {old.get(key)}, not {new[key]}")
+    return ", ".join(words)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How good are they
+# ----------------------------------------------------------------------------
+# The sheet
+
+
+def grey(x):
+    """(n, 1, h, w) -> (n, 3, h, w)"""
+    return x.expand(-1, 3, -1, -1)
 
 
 def show(path, dataset, files, ids, tau=0.75, cell=112):
-    """A sheet: image | for each map file its map | weights exp(M / tau) and overlay of the first."""
+    """Draws a sheet of the pictures `ids` of a data set, files: {name: maps}.
+
+    image | map, weights exp(M / tau) and overlay of the first file | maps of the others
+    """
     whole = Whole(dataset, (cell, cell))
     imgs = torch.stack([whole[i][0] for i in ids]) / 255  # (n, 3, h, w)
-    columns, grey = [("image", imgs)], lambda x: x.expand(-1, 3, -1, -1)
+    columns = [("image", imgs)]
+    first = next(iter(files))
     for name, maps in files.items():
-        m = torch.from_numpy(np.float32(maps[ids]))[:, None]
-        columns.append((Path(name).stem[:18], grey(F.interpolate(m, (cell, cell)))))
-        if name == next(iter(files)):
-            w = torch.exp(F.interpolate(m, (cell, cell)) / tau)
-            smooth = F.interpolate(
-                m, (cell, cell), mode="bilinear", align_corners=False
-            )
-            columns += [
-                (
-                    f"exp(M / {tau}), 1 to {math.exp(1 / tau):.2f}",
-                    grey((w - 1) / (math.exp(1 / tau) - 1)),
-                )
-            ]
-            columns += [("overlay", imgs * (0.15 + 0.85 * smooth))]
+        m = torch.from_numpy(np.float32(maps[ids]))[:, None]  # (n, 1, *grid)
+        cells = F.interpolate(m, (cell, cell))
+        columns.append((Path(name).stem[:18], grey(cells)))
+        if name != first:
+            continue
+        largest = math.exp(1 / tau)
+        weights = (torch.exp(cells / tau) - 1) / (largest - 1)
+        title = f"exp(M / {tau}), 1 to {largest:.2f}"
+        columns.append((title, grey(weights)))
+        smooth = F.interpolate(m, (cell, cell), mode="bilinear", align_corners=False)
+        columns.append(("overlay", imgs * (0.15 + 0.85 * smooth)))
     save_sheet(path, columns, cell=cell)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------
 # The command line
 
 
-def arguments(argv):
+def command_line():
+    """The parser of all flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add(
-        "--method", choices=("tokencut", "dino", "gradcam", "masks"), default="tokencut"
+    flag = parser.add_argument
+    methods = ("tokencut", "dino", "gradcam", "masks")
+    flag("--method", choices=methods, default="tokencut")
+    vits, cnns = ", ".join(DINO), ", ".join(CNNS)
+    text = f"{vits}, a checkpoint, or pixels (tokencut); {cnns} (gradcam)"
+    flag("--backbone", help=text)
+    text = (
+        "file with the weights of gradcam's backbone [torchvision's, downloaded once]"
     )
-    add(
-        "--backbone",
-        help=f"{', '.join(DINO)}, a checkpoint, or pixels (tokencut); {', '.join(CNNS)} (gradcam)",
-    )
-    add(
-        "--weights",
-        help="file with the weights of gradcam's backbone [torchvision's, downloaded once]",
-    )
-    add(
-        "--binary",
-        action="store_true",
-        help="TokenCut's bipartition at the mean instead of the eigenvector",
-    )
-    add(
-        "--cut",
-        type=float,
-        default=0.2,
-        help="cosine above which two patches belong together [%(default)s]",
-    )
-    add(
-        "--masks",
-        help="folder of PNG masks: the maps of --method masks, else the truth to compare the maps with",
-    )
-    add("--data", default="toy", help="as for attg_mae.py [%(default)s]")
-    add("--classes", help="file with the class folders to keep, one a line")
-    add("--out", default="maps.npy", type=Path, help="map file [%(default)s]")
-    add(
-        "--img_size",
-        type=int,
-        help="input size of the backbone in pixels [a checkpoint's own, else 224]",
-    )
-    add(
-        "--grid",
-        type=int,
-        help="cells a side of the maps of gradcam [14] and masks [56]",
-    )
-    add(
-        "--mean",
-        type=float,
-        nargs=3,
-        help="channel means of the backbone's input [the checkpoint's, ImageNet's]",
-    )
-    add("--std", type=float, nargs=3, help="channel deviations")
-    add(
-        "--batch_size",
-        type=int,
-        default=64,
-        help="pictures in a block of work [%(default)s]",
-    )
-    add("--device", help="cuda, mps or cpu [the first there is]")
-    add("--workers", type=int, help="loader processes of each process [CPU 0, GPU 8]")
-    add(
-        "--show",
-        type=int,
-        default=0,
-        metavar="N",
-        help="write a sheet of N pictures beside the map file",
-    )
-    add(
-        "--with",
-        dest="others",
-        nargs="+",
-        default=[],
-        type=Path,
-        help="more map files to compare",
-    )
-    args = parser.parse_args(argv)
-    method, gradcam = args.method, args.method == "gradcam"
-    used = {
-        "gradcam": "backbone weights img_size grid mean std",
-        "masks": "grid",
-        "dino": "backbone img_size mean std",
-    }
-    used = used.get(
-        method, "backbone img_size binary" + " mean std" * (args.backbone != "pixels")
-    ).split()
-    names = ("backbone", "weights", "img_size", "grid", "mean", "std", "binary")
-    unused = [
-        f"--{k}"
-        for k in names
-        if getattr(args, k) not in (None, False) and k not in used
-    ]
-    args.backbone = args.backbone or {"gradcam": "resnet50", "masks": None}.get(
-        method, "dino_vits16"
-    )
-    flat = (
-        Path(args.data).is_dir()
-        and args.out.resolve().parent == Path(args.data).resolve()
-    )
-    lost = [str(path) for path in args.others if not path.is_file()]
-    low = [f"--{k} {v}: must be {least} or more" for k, least in (("batch_size", 1), ("img_size", 1), ("grid", 1),
-           ("show", 0), ("workers", 0)) if (v := getattr(args, k)) is not None and v < least]  # fmt: skip
-    wrong = (
-        (args.out.suffix != ".npy", f"--out {args.out}: must end in .npy"),
-        (
-            flat,
-            f"--out {args.out}: is among the pictures of --data; choose another folder",
-        ),
-        (
-            gradcam and args.backbone not in CNNS,
-            f"--backbone {args.backbone}: gradcam takes {' or '.join(CNNS)}",
-        ),
-        (
-            not gradcam and args.backbone in CNNS,
-            f"--backbone {args.backbone}: is for --method gradcam",
-        ),
-        (
-            args.weights and not gradcam,
-            "--weights: is for --method gradcam; name a checkpoint with --backbone",
-        ),
-        (
-            method == "dino" and args.backbone == "pixels",
-            "--backbone pixels: has no attention; use --method tokencut",
-        ),
-        (
-            method == "masks" and not args.masks,
-            "--method masks: name their folder, --masks DIR",
-        ),
-        (
-            args.masks and not Path(args.masks).is_dir(),
-            f"--masks {args.masks}: no such folder",
-        ),
-        (
-            unused,
-            f"{', '.join(unused)}: --method {method} --backbone {args.backbone} does not use it; leave it out",
-        ),
-        (
-            lost,
-            f"--with {', '.join(lost)}: no such .npy file; name map files that are finished",
-        ),
-        (low, ", ".join(low)),
-        (not -1 < args.cut < 1, f"--cut {args.cut}: is a cosine, between -1 and 1"),
-    )
-    for condition, text in wrong:
-        if condition:
-            raise ValueError(text)
+    flag("--weights", help=text)
+    text = "TokenCut's bipartition at the mean instead of the eigenvector"
+    flag("--binary", action="store_true", help=text)
+    text = "cosine above which two patches belong together [%(default)s]"
+    flag("--cut", type=float, default=0.2, help=text)
+    text = "folder of PNG masks: the maps of --method masks, else the truth "
+    text += "to compare the maps with"
+    flag("--masks", help=text)
+    flag("--data", default="toy", help="as for attg_mae.py [%(default)s]")
+    flag("--classes", help="file with the class folders to keep, one a line")
+    flag("--out", default="maps.npy", type=Path, help="map file [%(default)s]")
+    text = "input size of the backbone in pixels [a checkpoint's own, else 224]"
+    flag("--img_size", type=int, help=text)
+    text = "cells a side of the maps of gradcam [14] and masks [56]"
+    flag("--grid", type=int, help=text)
+    text = "channel means of the backbone's input [the checkpoint's, ImageNet's]"
+    flag("--mean", type=float, nargs=3, help=text)
+    flag("--std", type=float, nargs=3, help="channel deviations")
+    text = "pictures in a block of work [%(default)s]"
+    flag("--batch_size", type=int, default=64, help=text)
+    flag("--device", help="cuda, mps or cpu [the first there is]")
+    text = "loader processes of each process [CPU 0, GPU 8]"
+    flag("--workers", type=int, help=text)
+    text = "write a sheet of N pictures beside the map file"
+    flag("--show", type=int, default=0, metavar="N", help=text)
+    text = "more map files to compare"
+    flag("--with", dest="others", nargs="+", default=[], type=Path, help=text)
+    return parser
+
+
+def arguments(argv):
+    """The settings of a command line; ValueError names the flag that is wrong."""
+    args = command_line().parse_args(argv)
+    unused = unused_flags(args)
+    if args.method == "gradcam":
+        args.backbone = args.backbone or "resnet50"
+    elif args.method == "masks":
+        args.backbone = args.backbone or None
+    else:
+        args.backbone = args.backbone or "dino_vits16"
+    check(args, unused)
     return args
 
 
+def unused_flags(args):
+    """Flags that are given although the method and its backbone have no use for them."""
+    used = {
+        "tokencut": ["backbone", "img_size", "mean", "std", "binary"],
+        "dino": ["backbone", "img_size", "mean", "std"],
+        "gradcam": ["backbone", "weights", "img_size", "grid", "mean", "std"],
+        "masks": ["grid"],
+    }[args.method]
+    if args.method == "tokencut" and args.backbone == "pixels":
+        used = ["backbone", "img_size", "binary"]
+    unused = []
+    for name in ("backbone", "weights", "img_size", "grid", "mean", "std", "binary"):
+        # 0 counts as not given, which is equal to False: it is refused as too low.
+        given = getattr(args, name) not in (None, False)
+        if given and name not in used:
+            unused.append(f"--{name}")
+    return unused
+
+
+def check(args, unused):
+    """Refuses what cannot work, ahead of any download; the first fault is named."""
+    method, backbone, out = args.method, args.backbone, args.out
+    if out.suffix != ".npy":
+        raise ValueError(f"--out {out}: must end in .npy")
+    # In a flat folder the sheet would become one of the pictures.
+    data = Path(args.data)
+    if data.is_dir() and out.resolve().parent == data.resolve():
+        text = "is among the pictures of --data; choose another folder"
+        raise ValueError(f"--out {out}: {text}")
+    if method == "gradcam" and backbone not in CNNS:
+        raise ValueError(f"--backbone {backbone}: gradcam takes {' or '.join(CNNS)}")
+    if method != "gradcam" and backbone in CNNS:
+        raise ValueError(f"--backbone {backbone}: is for --method gradcam")
+    if method != "gradcam" and args.weights:
+        text = "is for --method gradcam; name a checkpoint with --backbone"
+        raise ValueError(f"--weights: {text}")
+    if method == "dino" and backbone == "pixels":
+        text = "has no attention; use --method tokencut"
+        raise ValueError(f"--backbone pixels: {text}")
+    if method == "masks" and not args.masks:
+        raise ValueError("--method masks: name their folder, --masks DIR")
+    if args.masks and not Path(args.masks).is_dir():
+        raise ValueError(f"--masks {args.masks}: no such folder")
+    if unused:
+        text = f"--method {method} --backbone {backbone} does not use it; leave it out"
+        raise ValueError(f"{', '.join(unused)}: {text}")
+    lost = [str(path) for path in args.others if not path.is_file()]
+    if lost:
+        text = "no such .npy file; name map files that are finished"
+        raise ValueError(f"--with {', '.join(lost)}: {text}")
+    least = {"batch_size": 1, "img_size": 1, "grid": 1, "show": 0, "workers": 0}
+    low = []
+    for name, limit in least.items():
+        value = getattr(args, name)
+        if value is not None and value < limit:
+            low.append(f"--{name} {value}: must be {limit} or more")
+    if low:
+        raise ValueError(", ".join(low))
+    if not -1 < args.cut < 1:
+        raise ValueError(f"--cut {args.cut}: is a cosine, between -1 and 1")
+
+
+def make_maps(args, dataset, device, rank, world):
+    """Makes the map file, unless it is there. Returns its settings, plain types."""
+    # The first process downloads, the others find what it has downloaded.
+    if rank:
+        wait(world)
+    backbone = open_backbone(args, device)
+    if rank == 0:
+        wait(world)
+    settings = {
+        "method": args.method,
+        "backbone": args.backbone,
+        "input": backbone.size,
+        "grid": backbone.grid,
+    }
+    settings |= backbone.about
+    if args.method == "tokencut":
+        settings |= {"binary": args.binary, "cut": args.cut}
+    # Tuples become lists, as they are when a manifest is read.
+    settings = json.loads(json.dumps(settings))
+    workers = args.workers
+    if workers is None:
+        workers = 0 if device.type == "cpu" else 8
+    folder = args.masks if args.method == "masks" else None
+    whole = Whole(dataset, backbone.size, folder)
+    try:
+        complete = args.out.is_file() and args.out.with_suffix(".json").is_file()
+        # Both are there, yet not sure to be whole, until the job's own files are gone.
+        if not complete or JobFiles(args.out).about.is_file():
+            discover(
+                backbone.maps,
+                whole,
+                backbone.grid,
+                args.out,
+                settings,
+                args.batch_size,
+                workers,
+                device,
+                rank,
+                world,
+            )
+    except OSError as error:
+        raise OSError(
+            f"--out {args.out}: cannot be written ({error}); "
+            "choose another place, or make room and run it again"
+        ) from error
+    return settings
+
+
+def read_maps(path, flag, dataset):
+    """Reads a map file and prints what it holds. Returns (maps (n, h, w), manifest)."""
+    try:
+        maps, manifest = load_maps(path, dataset)
+    except ValueError as error:
+        raise ValueError(
+            f"{flag} {path}: {error}; or delete it, or give another name"
+        ) from error
+    flat, failed = manifest["flat"], manifest["failed"]
+    large = manifest["settings"].get("large", [])
+    method, shape = manifest["method"], manifest["shape"][1:]
+    print(
+        f"{path}: {len(dataset)} maps of {shape} by {method}, {len(flat)} flat, "
+        f"{len(failed)} failed, {len(large)} larger than 90 % of the picture"
+    )
+    if method == "tokencut" and len(flat) > len(dataset) / 10:
+        print(
+            "hint: flat maps weigh nothing. Patches that are all alike call for a "
+            "higher --cut (0.5 to 0.9)"
+        )
+    if failed:
+        names = ", ".join(dataset.names[i] for i in failed[:10])
+        print(
+            f"failed, unreadable or not finite: {names} ... "
+            "(all are in the manifest; delete it to try again)"
+        )
+    return maps, manifest
+
+
+def report_quality(files, dataset, folder):
+    """Prints how good the maps are beside the masks of a folder or of the data set.
+
+    files: {name: maps}. Returns {name: figures of common.maps.quality}, empty if there
+    are no masks.
+    """
+    figures = {}
+    if not folder and dataset.masks is None:
+        return figures
+    for name, maps in files.items():
+        truth = true_masks(dataset, folder, range(len(dataset)))
+        q = quality(maps, truth)
+        print(
+            f"{name}: IoU {q['IoU']:.1f}, CorLoc {q['CorLoc']:.1f}, "
+            f"AUROC {q['AUROC']:.1f} on {q['images']} images"
+        )
+        figures[name] = q
+    return figures
+
+
 def main(argv=None):
-    """Returns {"maps": path, "manifest": dict, "quality": {file: figures}}, the last empty without true masks."""
+    """Returns {"maps": path, "manifest": dict, "quality": {file: figures}}, the last
+    empty without true masks; of other processes than the first, without both."""
     args = arguments(argv)
     with processes(args.device) as (device, rank, world):
         dataset = open_data(args.data, "train", classes=args.classes)
-        if rank:
-            wait(world)  # the first process downloads
-        make = {"gradcam": cnn, "masks": masks}.get(
-            args.method, pixels if args.backbone == "pixels" else vit
-        )
-        maps, size, grid, about = make(args, device)
-        if rank == 0:
-            wait(world)
-        settings = {
-            "method": args.method,
-            "backbone": args.backbone,
-            "input": size,
-            "grid": grid,
-        } | about
-        if args.method == "tokencut":
-            settings |= {"binary": args.binary, "cut": args.cut}
-        settings = json.loads(json.dumps(settings))
-        workers = (
-            args.workers
-            if args.workers is not None
-            else 0
-            if device.type == "cpu"
-            else 8
-        )
-        whole = Whole(dataset, size, args.masks if args.method == "masks" else None)
-        try:
-            if (
-                not (args.out.is_file() and args.out.with_suffix(".json").is_file())
-                or job_files(args.out)[1].is_file()
-            ):
-                discover(
-                    maps,
-                    whole,
-                    grid,
-                    args.out,
-                    settings,
-                    args.batch_size,
-                    workers,
-                    device,
-                    rank,
-                    world,
-                )
-        except OSError as error:
-            text = f"--out {args.out}: cannot be written ({error}); choose another place, or make room and run it again"
-            raise OSError(text) from error
+        settings = make_maps(args, dataset, device, rank, world)
     result = {"maps": str(args.out), "manifest": None, "quality": {}}
     if rank:
         return result
-    files = {}
-    for path in (args.out, *args.others):
-        try:
-            files[str(path)], manifest = load_maps(path, dataset)
-        except ValueError as error:
-            flag = "--out" if path == args.out else "--with"
-            raise ValueError(
-                f"{flag} {path}: {error}; or delete it, or give another name"
-            ) from error
-        counts = [f"{len(manifest[k])} {k}" for k in ("flat", "failed")]
-        counts.append(
-            f"{len(manifest['settings'].get('large', []))} larger than 90 % of the picture"
+
+    maps, manifest = read_maps(args.out, "--out", dataset)
+    made_with = {"method": manifest["method"], **manifest["settings"]}
+    differ = differences(settings, made_with)
+    if differ:
+        raise ValueError(
+            f"--out {args.out}: was made with {differ}; delete it or give another name"
         )
-        print(
-            f"{path}: {len(dataset)} maps of {manifest['shape'][1:]} by {manifest['method']}, {', '.join(counts)}"
-        )
-        if (
-            manifest["method"] == "tokencut"
-            and len(manifest["flat"]) > len(dataset) / 10
-        ):
-            print(
-                "hint: flat maps weigh nothing. Patches that are all alike call for a higher --cut (0.5 to 0.9)"
-            )
-        if manifest["failed"]:
-            names = ", ".join(dataset.names[i] for i in manifest["failed"][:10])
-            print(
-                f"failed, unreadable or not finite: {names} ... (all are in the manifest; delete it to try again)"
-            )
-        if path == args.out:
-            differ = differences(
-                settings, {"method": manifest["method"], **manifest["settings"]}
-            )
-            if differ:
-                raise ValueError(
-                    f"--out {path}: was made with {differ}; delete it or give another name"
-                )
-            result["manifest"] = manifest
+    result["manifest"] = manifest
+    files = {str(args.out): maps}
+    for path in args.others:
+        files[str(path)], _ = read_maps(path, "--with", dataset)
+
+    # The masks of --method masks are the maps themselves, not the truth.
     folder = None if args.method == "masks" else args.masks
-    if folder or dataset.masks is not None:
-        for name, rows in files.items():
-            q = result["quality"][name] = quality(
-                rows, true_masks(dataset, folder, range(len(dataset)))
-            )
-            print(
-                "{}: IoU {IoU:.1f}, CorLoc {CorLoc:.1f}, AUROC {AUROC:.1f} on {images} images".format(
-                    name, **q
-                )
-            )
+    result["quality"] = report_quality(files, dataset, folder)
+
     if args.show:
-        ids = np.unique(np.linspace(0, len(dataset) - 1, args.show).round().astype(int))
-        show(args.out.with_suffix(".png"), dataset, files, ids)
-        print(f"sheet: {args.out.with_suffix('.png')}")
+        sheet = args.out.with_suffix(".png")
+        spread = np.linspace(0, len(dataset) - 1, args.show)
+        show(sheet, dataset, files, np.unique(spread.round().astype(int)))
+        print(f"sheet: {sheet}")
     return result
 
 
@@ -762,7 +935,8 @@ if __name__ == "__main__":
         sys.exit(f"object_discovery.py: error: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(
-            f"object_discovery.py: error: out of memory ({error}); use a smaller --batch_size"
+            f"object_discovery.py: error: out of memory ({error}); "
+            "use a smaller --batch_size"
         )
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on")
