@@ -12,24 +12,35 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_pil_image
 
+# A sheet of pictures, in px.
+SHEET_GAP = 4  # between pictures, and around the sheet
+SHEET_TITLES = 20  # height of the line of titles
+SHEET_NAMES = 66  # width of the column of row names
+
 
 def require(condition, message):
+    """ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def sha256(path):
+    """The checksum of a file, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path that takes the place of `path` when the block ends well: all or nothing, even if killed."""
+    """
+    A temporary path that takes the place of `path` when the block ends well: all or
+    nothing, even if killed.
+    """
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
+        # Without fsync a power cut can leave the new name with none of the content.
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -38,52 +49,83 @@ def replacing(path):
 
 
 def save_sheet(path, columns, rows=(), cell=96):
-    """Writes a sheet of pictures: columns [(title, floats (n, 3, h, w) in [0, 1]), ...], rows: a name for each row."""
-    (n, _, h, w), left = columns[0][1].shape, 66 if rows else 4
-    w, h = (side * max(1, cell // h) for side in (w, h))
+    """
+    Writes a sheet of pictures, small ones enlarged to about `cell` px of height.
+
+    columns: [(title, floats (n, 3, h, w) in [0, 1]), ...], rows: a name for each row.
+    """
+    number, _, height, width = columns[0][1].shape
+    # Whole multiples, so that each pixel of a small picture stays a square.
+    zoom = max(1, cell // height)
+    height *= zoom
+    width *= zoom
+    left = SHEET_NAMES if rows else SHEET_GAP
+    step_x = width + SHEET_GAP
+    step_y = height + SHEET_GAP
+
+    # A title may be wider than its pictures; only a canvas can measure it.
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    width = left + max(
-        i * (w + 4) + max(w + 4, draw.textlength(title))
-        for i, (title, _) in enumerate(columns)
-    )
-    sheet = Image.new("RGB", (int(width), 20 + n * (h + 4)), "white")
+    right = 0
+    for column, (title, _) in enumerate(columns):
+        needed = max(step_x, draw.textlength(title))
+        right = max(right, column * step_x + needed)
+
+    size = (int(left + right), SHEET_TITLES + number * step_y)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(rows):
-        draw.text((6, 14 + row * (h + 4) + h // 2), name, fill="black")
+        draw.text((6, 14 + row * step_y + height // 2), name, fill="black")
     for column, (title, images) in enumerate(columns):
-        draw.text((left + column * (w + 4), 4), title, fill="black")
+        x = left + column * step_x
+        draw.text((x, 4), title, fill="black")
         for row, image in enumerate(images):
-            tile = to_pil_image(image.cpu()).resize((w, h), Image.Resampling.NEAREST)
-            sheet.paste(tile, (left + column * (w + 4), 20 + row * (h + 4)))
+            tile = to_pil_image(image.cpu())
+            tile = tile.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (x, SHEET_TITLES + row * step_y))
     sheet.save(path)
 
 
+def print_table(rows):
+    """Prints rows, dicts, with a column for every key that any of them has."""
+    keys = []
+    for row in rows:
+        for key in row:
+            if key not in keys:
+                keys.append(key)
+
+    lines = [keys]
+    for row in rows:
+        line = []
+        for key in keys:
+            value = row.get(key, "")
+            line.append(f"{value:.2f}" if isinstance(value, float) else str(value))
+        lines.append(line)
+
+    widths = []
+    for column in zip(*lines, strict=True):
+        widths.append(max(len(text) for text in column))
+    for line in lines:
+        padded = []
+        for text, width in zip(line, widths, strict=True):
+            padded.append(text.ljust(width))
+        print("  ".join(padded).rstrip())
+
+
 def report(rows, settings, path):
-    """Prints rows, dicts of figures, as a table, then all of it as a line of JSON, which is also added to the file."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [
-        keys,
-        *(
-            [
-                f"{row[k]:.2f}"
-                if isinstance(row.get(k), float)
-                else str(row.get(k, ""))
-                for k in keys
-            ]
-            for row in rows
-        ),
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(map(str.ljust, line, widths)).rstrip())
-    rows = [
-        {k: v if v == v else None for k, v in row.items()} for row in rows
-    ]  # JSON has no NaN
-    line = json.dumps(
-        {"settings": settings, "torch": torch.__version__, "results": rows},
-        allow_nan=False,
-    )
+    """
+    Prints rows, dicts of figures, as a table, then all of it as a line of JSON, which
+    is also added to the file.
+    """
+    print_table(rows)
+
+    results = []
+    for row in rows:
+        # JSON has no NaN, the one value that differs from itself: null instead.
+        results.append({k: v if v == v else None for k, v in row.items()})
+    record = {"settings": settings, "torch": torch.__version__, "results": results}
+    line = json.dumps(record, allow_nan=False)
     print(line)
+
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(line + "\n")

@@ -1,23 +1,47 @@
 """
-The embedded `toy` set: objects on textured backgrounds, generated from a seed in seconds, with exact masks.
+The embedded `toy` set: objects on textured backgrounds, generated in seconds.
 
-    python -m common.toy --out toy.png        # draws a sheet of it: images, exact masks, test variants
+    python -m common.toy --out toy.png      # draws a sheet of it
 
-Shapes and textures are drawn once as small tables, rounded to 8 bit; a picture looks them up at turned and scaled
-coordinates: fast, and the same bits on every machine.
+    images, masks, labels = toy("train")    # 10,000 pictures of 32 x 32 pixels
+    images, masks, labels = toy("test")     # 2,000, and as many of each variant
+
+How a picture arises:
+    1. The object. Its class gives the silhouette, the texture and, roughly, the hue.
+       Random numbers give place, size, turn, hue and brightness; all of it is visible.
+    2. The background. Each class has a family of patterns, which goes with it most of
+       the time but not always. Random numbers give place, period, turn and two colours.
+    3. The object covers the background; its silhouette is the exact mask.
+
+The variants show the objects of the test split on other backgrounds, after "Noise or
+Signal: The Role of Image Backgrounds in Object Recognition" (arXiv 2006.09994):
+    only_fg       on black
+    mixed_same    on the pattern of their own class
+    mixed_rand    on the pattern of a random class
+    mixed_next    on the pattern of the next class
+
+Silhouettes, textures and patterns are drawn once, as small tables rounded to 8 bits. A
+picture looks them up at turned and scaled coordinates, with a table of cosines as well:
+that is fast, and gives the same bits on every machine.
 """
 
 import argparse
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from common.files import save_sheet
 
-TOY_SEED, TOY_SIZE, TABLE = 2402, 32, 64  # px a side: pictures, tables
-
+TOY_SEED = 2402
+# Pixels a side of a picture, and cells a side of a table.
+TOY_SIZE, TABLE = 32, 64
+# Directions in a full circle: all that a picture can be turned by.
+DIRECTIONS = 1024
+# Pictures drawn at once, to bound the memory.
+CHUNK = 500
 
 TOY_CLASSES = (
     "ball",
@@ -31,229 +55,345 @@ TOY_CLASSES = (
     "fish",
     "clover",
 )
+TOY_VARIANTS = ("only_fg", "mixed_same", "mixed_rand", "mixed_next")
+
+# The limits decide how hard the set is. They are to be chosen on vanilla runs only, never
+# on guided ones: k-NN on raw pixels below 45 %, vanilla pre-training clearly above.
+
+# Radius of the object, in pixels.
+TOY_RADIUS = (7.0, 10.0)
+# Turns of the hue, either way. Classes are 0.1 apart, so neighbours overlap.
+TOY_HUE_JITTER = 0.10
+# Brightness of the object's light tone, and the part of it that its dark tone has.
+TOY_LIGHT = (0.6, 1.0)
+TOY_DARK = 0.42
+# Probability of the pattern of the class; otherwise that of a random class.
+TOY_OWN_BACKGROUND = 0.7
+# Length of a background's period, in pixels.
+TOY_PERIOD = (11.0, 20.0)
+# Brightness between a background's two tones, and the difference of the two.
+TOY_MIDDLE = (0.3, 0.8)
+TOY_CONTRAST = (0.5, 0.9)
 
 
-TOY_VARIANTS = (
-    "only_fg",
-    "mixed_same",
-    "mixed_rand",
-    "mixed_next",
-)  # the test's objects on other backgrounds
-
-
-# Difficulty, to be set on vanilla runs only: k-NN on raw pixels below 45 %, vanilla pre-training clearly above.
-TOY_RADIUS = (7.0, 10.0)  # px
-
-
-TOY_HUE_JITTER = 0.10  # +- turns around the hue of the class; classes are 0.1 apart
-
-
-TOY_LIGHT = (0.6, 1.0)  # brightness of the object's light tone
-
-
-TOY_DARK = 0.42  # its dark tone has this part of it
-
-
-TOY_OWN_BACKGROUND = (
-    0.7  # probability of the family of the class, otherwise a random one
-)
-
-
-TOY_PERIOD = (11.0, 20.0)  # px per period of a background
-
-
-TOY_CONTRAST = (0.5, 0.9)  # between its two tones
+# -- Shapes and patterns ---------------------------------------------------------------
 
 
 def toy_objects(x, y, r, t):
-    """Per class the silhouette (within r < 1) and the light part of its texture; x right, y down, r and t polar."""
-    box, spot = np.maximum(abs(x), abs(y)), np.hypot(abs(x) - 0.45, abs(y) - 0.42)
-    body, tail = (
-        np.hypot((x - 0.24) / 0.7, y / 0.5) < 1,
-        (abs(x + 0.6) < 0.36) & (abs(y) < -0.75 * x - 0.1),
-    )
+    """(silhouette, light part of the texture) of each class, as in TOY_CLASSES.
+
+    x (right), y (down) and the polar r, t: arrays of one shape, as are the results,
+    which are bool. The silhouettes lie within r < 1.
+    """
+    square = np.maximum(abs(x), abs(y))
+
+    ball = r < 0.9
+    ball_light = np.sin(3 * t) > 0
+
+    box = square < 0.8
+    box_light = np.sin(6 * x) * np.sin(6 * y) > 0
+
+    # From 0 between two of the five points to 1 at a point.
+    point = abs(5 * t / np.pi % 2 - 1)
+    star = r < 0.4 + 0.58 * point**1.3
+    star_light = r < 0.45
+
+    flower = r < 0.74 + 0.24 * np.cos(6 * t)
+    flower_light = r > 0.36
+
+    heart = np.hypot(x, 0.15 - 1.15 * y - 0.75 * np.sqrt(abs(x))) < 0.87
+    heart_light = np.sin(9 * x + 0.6) > 0
+
+    cross = (np.minimum(abs(x), abs(y)) < 0.3) & (square < 0.95)
+    cross_light = np.sin(8 * (x + y)) > 0
+
+    gear = r < 0.8 + 0.16 * np.sign(np.cos(8 * t))
+    gear_light = abs(r - 0.44) < 0.17
+
+    leaf = abs(y) < 0.55 * (1 - x * x)
+    # Veins on both sides of a dark midrib.
+    leaf_light = (abs(y) > 0.09) & (np.sin(11 * (x - abs(y))) > -0.5)
+
+    body = np.hypot((x - 0.24) / 0.7, y / 0.5) < 1
+    tail = (abs(x + 0.6) < 0.36) & (abs(y) < -0.75 * x - 0.1)
+    fish = body | tail
+    fish_light = (x < 0.3) & (np.sin(10 * x) < 0.5)
+
+    clover = r < 0.2 + 0.76 * abs(np.sin(2 * t)) ** 0.6
+    # A dark spot on each of the four leaves.
+    clover_light = np.hypot(abs(x) - 0.45, abs(y) - 0.42) > 0.21
+
     return (
-        (r < 0.9, np.sin(3 * t) > 0),
-        (box < 0.8, np.sin(6 * x) * np.sin(6 * y) > 0),
-        (r < 0.4 + 0.58 * abs(5 * t / np.pi % 2 - 1) ** 1.3, r < 0.45),
-        (r < 0.74 + 0.24 * np.cos(6 * t), r > 0.36),
-        (
-            np.hypot(x, 0.15 - 1.15 * y - 0.75 * np.sqrt(abs(x))) < 0.87,
-            np.sin(9 * x + 0.6) > 0,
-        ),
-        ((np.minimum(abs(x), abs(y)) < 0.3) & (box < 0.95), np.sin(8 * (x + y)) > 0),
-        (r < 0.8 + 0.16 * np.sign(np.cos(8 * t)), abs(r - 0.44) < 0.17),
-        (
-            abs(y) < 0.55 * (1 - x * x),
-            (abs(y) > 0.09) & (np.sin(11 * (x - abs(y))) > -0.5),
-        ),
-        (body | tail, (x < 0.3) & (np.sin(10 * x) < 0.5)),
-        (r < 0.2 + 0.76 * abs(np.sin(2 * t)) ** 0.6, spot > 0.21),
+        (ball, ball_light),
+        (box, box_light),
+        (star, star_light),
+        (flower, flower_light),
+        (heart, heart_light),
+        (cross, cross_light),
+        (gear, gear_light),
+        (leaf, leaf_light),
+        (fish, fish_light),
+        (clover, clover_light),
     )
 
 
 def toy_backgrounds(x, y):
-    """The family of each class: > 0 is one tone, < 0 the other; period 1 in x and y."""
+    """The pattern of each class, as in TOY_CLASSES: > 0 is one tone, < 0 the other.
+
+    x (right) and y (down) are arrays of one shape, as are the results. All patterns
+    have the period 1 in x and in y.
+    """
     wave = 2 * np.pi
+
+    stripes = np.sin(2 * wave * x)
+    checks = np.sin(wave * x) * np.sin(wave * y)
+
+    # Two rows of bricks, one shifted by half a brick; the mortar is below 0.
+    along = (x + (y > 0.5) / 2) % 1
+    bricks = np.minimum(2 * y % 1, 1.6 * along) - 0.22
+
+    dots = np.hypot(2 * x % 1 - 0.5, 2 * y % 1 - 0.5) - 0.26
+    zigzag = (2 * y + 2 * abs(2 * x % 1 - 0.5)) % 1 - 0.5
+    waves = np.sin(2 * wave * y + 2 * np.sin(wave * x))
+    # The only pattern with a third tone: 0, where the bands do not agree.
+    plaid = np.sign(x - 0.5) + np.sign(y - 0.5)
+    rings = np.sin(5 * wave * np.hypot(x - 0.5, y - 0.5))
+    mesh = 0.93 - np.maximum(abs(np.sin(wave * x)), abs(np.sin(wave * y)))
+
+    bent = np.sin(wave * (x + y) + 2 * np.sin(wave * y))
+    blots = bent + np.sin(wave * (2 * x - y))
+
     return (
-        np.sin(2 * wave * x),  # stripes
-        np.sin(wave * x) * np.sin(wave * y),  # checks
-        np.minimum(2 * y % 1, 1.6 * ((x + (y > 0.5) / 2) % 1)) - 0.22,  # bricks
-        np.hypot(2 * x % 1 - 0.5, 2 * y % 1 - 0.5) - 0.26,  # dots
-        (2 * y + 2 * abs(2 * x % 1 - 0.5)) % 1 - 0.5,  # zigzag
-        np.sin(2 * wave * y + 2 * np.sin(wave * x)),  # waves
-        np.sign(x - 0.5) + np.sign(y - 0.5),  # plaid, 0 is a third tone
-        np.sin(5 * wave * np.hypot(x - 0.5, y - 0.5)),  # rings
-        0.93 - np.maximum(abs(np.sin(wave * x)), abs(np.sin(wave * y))),  # mesh
-        np.sin(wave * (x + y) + 2 * np.sin(wave * y))
-        + np.sin(wave * (2 * x - y)),  # blots
+        stripes,
+        checks,
+        bricks,
+        dots,
+        zigzag,
+        waves,
+        plaid,
+        rings,
+        mesh,
+        blots,
     )
+
+
+# -- Tables ----------------------------------------------------------------------------
+
+
+class Tables(NamedTuple):
+    """What pictures are looked up in; the first three are (10, 64, 64), row by column."""
+
+    shapes: np.ndarray  # bool, the silhouettes
+    lights: np.ndarray  # [0, 1], 1 = light tone of the object
+    tiles: np.ndarray  # [0, 1], 1 = first tone of the background
+    cosines: np.ndarray  # (DIRECTIONS,)
 
 
 @functools.cache
 def toy_tables():
-    """Silhouettes, bool; tones of objects and of backgrounds in [0, 1]: (10, 64, 64) each; cosines (1024,)."""
-
-    def soften(table):  # 3 x 3 mean, against aliasing
-        for axis in (1, 2):
-            table = sum(np.roll(table, k, axis) for k in (-1, 0, 1)) / 3
-        return np.round(table * 255) / 255
-
+    """The Tables. Rounding takes away the last bits, in which machines differ."""
+    # The centres of the cells: in [0, 1] for patterns, in [-1, 1] for objects.
     y, x = (np.mgrid[0:TABLE, 0:TABLE] + 0.5) / TABLE
     tiles = (np.sign(np.stack(toy_backgrounds(x, y))) + 1) / 2
+
     x, y = 2 * x - 1, 2 * y - 1
-    shapes, lights = (
-        np.stack(part)
-        for part in zip(
-            *toy_objects(x, y, np.hypot(x, y), np.arctan2(y, x)), strict=True
-        )
-    )
-    shapes[:, [0, -1]] = shapes[:, :, [0, -1]] = (
-        False  # coordinates outside are clamped to the border
-    )
-    return (
-        shapes,
-        soften(lights),
-        soften(tiles),
-        np.round(np.cos(np.arange(1024) * np.pi / 512) * 2**20) / 2**20,
-    )
+    shapes, lights = [], []
+    for shape, light in toy_objects(x, y, np.hypot(x, y), np.arctan2(y, x)):
+        shapes.append(shape)
+        lights.append(light)
+    shapes, lights = np.stack(shapes), np.stack(lights)
+    # Coordinates outside the table are clamped to its border: no object may lie there.
+    shapes[:, [0, -1], :] = False
+    shapes[:, :, [0, -1]] = False
+
+    angles = np.arange(DIRECTIONS) * np.pi / (DIRECTIONS // 2)
+    cosines = np.round(np.cos(angles) * 2**20) / 2**20
+    return Tables(shapes, soften(lights), soften(tiles), cosines)
+
+
+def soften(table):
+    """Means over 3 x 3 cells of (10, 64, 64), rounded to 8 bits: against aliasing."""
+    table = table.astype(float)
+    for axis in (1, 2):
+        before, after = np.roll(table, -1, axis), np.roll(table, 1, axis)
+        table = (before + table + after) / 3
+    return np.round(table * 255) / 255
+
+
+# -- Pictures --------------------------------------------------------------------------
+
+
+def between(limits, u):
+    """Random numbers u in [0, 1) -> from the lower limit to the upper."""
+    lower, upper = limits
+    return lower + (upper - lower) * u
 
 
 def toy_coordinates(cx, cy, turn, unit):
-    """x, y (n, 32, 32) of all pixels in frames centred at (cx, cy) px, turned by `turn` circles, `unit` px long."""
-    angle, centre, cos = (
-        (turn * 1024).astype(int),
-        np.arange(TOY_SIZE) + 0.5,
-        toy_tables()[3],
-    )
-    c, s = (
-        cos[a % 1024][:, None, None] / unit[:, None, None] for a in (angle, angle - 256)
-    )
-    dx, dy = centre - cx[:, None, None], centre[:, None] - cy[:, None, None]
-    return c * dx + s * dy, c * dy - s * dx
+    """x, y (n, 32, 32) of all pixels in n frames.
+
+    Frames are centred at (cx, cy) px and turned by `turn` circles; their unit is `unit`
+    px long. All four are (n,).
+    """
+    cosines = toy_tables().cosines
+    angle = (turn * DIRECTIONS).astype(int)
+    quarter = DIRECTIONS // 4
+    cos = cosines[angle % DIRECTIONS]
+    sin = cosines[(angle - quarter) % DIRECTIONS]
+    cos = cos[:, None, None] / unit[:, None, None]
+    sin = sin[:, None, None] / unit[:, None, None]
+
+    centre = np.arange(TOY_SIZE) + 0.5
+    # dx (n, 1, 32) along the columns, dy (n, 32, 1) along the rows.
+    dx = centre - cx[:, None, None]
+    dy = centre[:, None] - cy[:, None, None]
+    return cos * dx + sin * dy, cos * dy - sin * dx
 
 
 def toy_colour(hue, saturation, value):
-    """HSV (n,) each, hue in turns -> RGB (n, 1, 1, 3) in [0, 1]."""
-    ramp = np.clip(abs((6 * hue[:, None] + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
-    return (value[:, None] * (1 - saturation[:, None] * (1 - ramp)))[:, None, None]
+    """HSV, each (n,), the hue in turns -> RGB (n, 1, 1, 3) in [0, 1]."""
+    # Each of red, green and blue is full in a third of the circle, fades over a sixth.
+    sixths = 6 * hue[:, None] + np.array([0, 4, 2])
+    ramp = np.clip(abs(sixths % 6 - 3) - 1, 0, 1)
+    rgb = value[:, None] * (1 - saturation[:, None] * (1 - ramp))
+    return rgb[:, None, None]
+
+
+def render_objects(labels, numbers):
+    """Colours (n, 32, 32, 3) in [0, 1] and masks (n, 32, 32), bool.
+
+    labels (n,), numbers (n, 6) in [0, 1).
+    """
+    right, down, size, turn, jitter, light = numbers.T
+    tables = toy_tables()
+
+    radius = between(TOY_RADIUS, size)
+    # The whole object lies in the picture.
+    inside = (radius, TOY_SIZE - radius)
+    cx, cy = between(inside, right), between(inside, down)
+    x, y = toy_coordinates(cx, cy, turn, radius)
+    column = np.clip((x + 1) * TABLE / 2, 0, TABLE - 1).astype(int)
+    row = np.clip((y + 1) * TABLE / 2, 0, TABLE - 1).astype(int)
+    cells = (labels[:, None, None], row, column)
+
+    hue = labels / len(TOY_CLASSES) + TOY_HUE_JITTER * (2 * jitter - 1)
+    bright = between(TOY_LIGHT, light)
+    light = toy_colour(hue, np.full_like(hue, 0.75), bright)
+    dark = toy_colour(hue + 0.03, np.full_like(hue, 0.9), TOY_DARK * bright)
+
+    colours = dark + tables.lights[cells][..., None] * (light - dark)
+    return colours, tables.shapes[cells]
+
+
+def render_backgrounds(family, numbers):
+    """Colours (n, 32, 32, 3) in [0, 1] of the patterns `family` (n,), -1 = black.
+
+    numbers (n, 13) in [0, 1), of which the last two have chosen the family.
+    """
+    right, down, turn, period = numbers.T[0:4]
+    middle, contrast, brighter = numbers.T[4:7]
+    hue, saturation, hue_step, other_saturation = numbers.T[7:11]
+
+    x, y = toy_coordinates(
+        TOY_SIZE * right, TOY_SIZE * down, turn, between(TOY_PERIOD, period)
+    )
+    # Patterns are periodic, unlike objects.
+    column = np.floor(x * TABLE).astype(int) % TABLE
+    row = np.floor(y * TABLE).astype(int) % TABLE
+    tone = toy_tables().tiles[family[:, None, None], row, column][..., None]
+
+    value = between(TOY_MIDDLE, middle)
+    # Either tone may be the brighter one.
+    half = between(TOY_CONTRAST, contrast) / 2 * np.sign(brighter - 0.5)
+    one = toy_colour(hue, 0.15 + 0.5 * saturation, np.clip(value + half, 0, 1))
+    two = toy_colour(
+        hue + 0.3 * (hue_step - 0.5),
+        0.15 + 0.5 * other_saturation,
+        np.clip(value - half, 0, 1),
+    )
+    visible = (family >= 0)[:, None, None, None]
+    return (two + tone * (one - two)) * visible
 
 
 def toy_render(labels, family, p, q):
-    """Images and masks for (n,) classes and background families (-1: black); p, q: random numbers in [0, 1)."""
+    """Images uint8 (n, 32, 32, 3) and masks uint8 (n, 32, 32), 1 = object.
 
-    def between(limits, u):
-        return limits[0] + (limits[1] - limits[0]) * u
+    labels (n,): classes of the objects; family (n,): classes whose patterns lie behind
+    them, -1 = black. p (n, 6), q (n, 13): random numbers in [0, 1) for the two.
+    """
+    objects, masks = render_objects(labels, p)
+    backgrounds = render_backgrounds(family, q)
+    images = np.where(masks[..., None], objects, backgrounds)
+    # Adding a half rounds to the nearest of 256 levels.
+    return np.uint8(images * 255 + 0.5), np.uint8(masks)
 
-    shapes, lights, tiles, _ = toy_tables()
-    radius, bright, hue = (
-        between(TOY_RADIUS, p[:, 2]),
-        between(TOY_LIGHT, p[:, 5]),
-        TOY_HUE_JITTER * (2 * p[:, 4] - 1),
-    )
-    cx, cy = (
-        between((radius, TOY_SIZE - radius), p[:, i]) for i in (0, 1)
-    )  # wholly in the picture
-    x, y = toy_coordinates(cx, cy, p[:, 3], radius)
-    u, v = (np.clip((w + 1) * TABLE / 2, 0, TABLE - 1).astype(int) for w in (x, y))
-    spot, hue = (labels[:, None, None], v, u), labels / len(TOY_CLASSES) + hue
-    light, dark = (
-        toy_colour(hue, 0 * hue + 0.75, bright),
-        toy_colour(hue + 0.03, 0 * hue + 0.9, TOY_DARK * bright),
-    )
-    objects, mask = dark + lights[spot][..., None] * (light - dark), shapes[spot]
 
-    x, y = toy_coordinates(
-        TOY_SIZE * q[:, 0], TOY_SIZE * q[:, 1], q[:, 2], between(TOY_PERIOD, q[:, 3])
-    )
-    u, v = (np.floor(w * TABLE).astype(int) % TABLE for w in (x, y))
-    tone = tiles[family[:, None, None], v, u][..., None]
-    value, half = (
-        between((0.3, 0.8), q[:, 4]),
-        between(TOY_CONTRAST, q[:, 5]) / 2 * np.sign(q[:, 6] - 0.5),
-    )
-    one = toy_colour(q[:, 7], 0.15 + 0.5 * q[:, 8], np.clip(value + half, 0, 1))
-    two = toy_colour(
-        q[:, 7] + 0.3 * (q[:, 9] - 0.5),
-        0.15 + 0.5 * q[:, 10],
-        np.clip(value - half, 0, 1),
-    )
-    ground = (two + tone * (one - two)) * (family >= 0)[:, None, None, None]
-    return np.uint8(np.where(mask[..., None], objects, ground) * 255 + 0.5), np.uint8(
-        mask
-    )
+# -- The set ---------------------------------------------------------------------------
 
 
 @functools.cache
 def toy(split):
-    """Images uint8 (n, 32, 32, 3), masks uint8 (n, 32, 32), labels int (n,) = 0 1 .. 9 0 1 ..; n = 10,000 or 2,000."""
-    n, classes = (10_000 if split == "train" else 2_000), len(TOY_CLASSES)
-    labels, stream = (
-        np.arange(n) % classes,
-        ("train", "test", *TOY_VARIANTS).index(split),
-    )
-    p = np.random.default_rng([TOY_SEED, 0, min(stream, 1)]).random(
-        (n, 6)
-    )  # variants share objects,
-    q = np.random.default_rng([TOY_SEED, 1, stream]).random((n, 13))  # no backgrounds
-    other = (q[:, 11] * classes).astype(int)
-    usual, following = (
-        np.where(q[:, 12] < TOY_OWN_BACKGROUND, labels, other),
-        (labels + 1) % classes,
-    )
-    variants = {
-        "only_fg": np.full(n, -1),
-        "mixed_same": labels,
-        "mixed_rand": other,
-        "mixed_next": following,
-    }
-    family = variants.get(split, usual)
-    parts = [
-        toy_render(*(a[i : i + 500] for a in (labels, family, p, q)))
-        for i in range(0, n, 500)
-    ]
-    images, masks = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return images, masks, labels
+    """Images uint8 (n, 32, 32, 3), masks uint8 (n, 32, 32), labels int (n,).
+
+    split: "train", n = 10,000; "test" or one of TOY_VARIANTS, n = 2,000. The labels are
+    0 1 .. 9 0 1 .. in all of them.
+    """
+    stream = ("train", "test", *TOY_VARIANTS).index(split)
+    n = 10_000 if split == "train" else 2_000
+    classes = len(TOY_CLASSES)
+    labels = np.arange(n) % classes
+
+    # The variants have the objects of the test split, and backgrounds of their own.
+    objects = min(stream, 1)
+    p = np.random.default_rng([TOY_SEED, 0, objects]).random((n, 6))
+    q = np.random.default_rng([TOY_SEED, 1, stream]).random((n, 13))
+    any_class, own = q[:, 11], q[:, 12]
+
+    other = (any_class * classes).astype(int)
+    if split == "only_fg":
+        family = np.full(n, -1)
+    elif split == "mixed_same":
+        family = labels
+    elif split == "mixed_rand":
+        family = other
+    elif split == "mixed_next":
+        family = (labels + 1) % classes
+    else:
+        family = np.where(own < TOY_OWN_BACKGROUND, labels, other)
+
+    images, masks = [], []
+    for i in range(0, n, CHUNK):
+        part = slice(i, i + CHUNK)
+        drawn, shapes = toy_render(labels[part], family[part], p[part], q[part])
+        images.append(drawn)
+        masks.append(shapes)
+    return np.concatenate(images), np.concatenate(masks), labels
+
+
+# -- Command line ----------------------------------------------------------------------
 
 
 def toy_sheet(path, pairs=5):
-    """A row per class: `pairs` training images with masks, then a test image and its four variants."""
-    images, masks, labels = toy("train")
-    rows = [np.flatnonzero(labels == c) for c in range(len(TOY_CLASSES))]
+    """Writes a sheet with a row for each class.
+
+    `pairs` training images with their masks, then a test image and its variants.
+    """
+    classes = len(TOY_CLASSES)
+    images, masks, _ = toy("train")
     columns = []
-    for i in ([row[pair] for row in rows] for pair in range(pairs)):
-        columns += [
-            ("train", images[i]),
-            ("mask", np.repeat(masks[i][..., None] * np.uint8(255), 3, axis=3)),
-        ]
-    columns += [
-        (split, toy(split)[0][: len(rows)]) for split in ("test", *TOY_VARIANTS)
-    ]  # one of each class
-    save_sheet(
-        path,
-        [(name, torch.from_numpy(x).permute(0, 3, 1, 2) / 255) for name, x in columns],
-        TOY_CLASSES,
-    )
+    for pair in range(pairs):
+        # Labels run through the classes, so this is one picture of each.
+        rows = slice(pair * classes, (pair + 1) * classes)
+        grey = np.repeat(masks[rows][..., None] * np.uint8(255), 3, axis=3)
+        columns += [("train", images[rows]), ("mask", grey)]
+    for split in ("test", *TOY_VARIANTS):
+        columns.append((split, toy(split)[0][:classes]))
+
+    sheet = []
+    for title, pictures in columns:
+        pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+        sheet.append((title, pictures))
+    save_sheet(path, sheet, TOY_CLASSES)
 
 
 def main(argv=None):
@@ -267,10 +407,8 @@ def main(argv=None):
     toy_sheet(out)
     for split in ("train", "test", *TOY_VARIANTS):
         counts = np.bincount(toy(split)[2])
-        print(
-            f"{split:10s} {counts.sum()} images:",
-            *(f"{c} {n}" for c, n in zip(TOY_CLASSES, counts, strict=True)),
-        )
+        names = [f"{c} {n}" for c, n in zip(TOY_CLASSES, counts, strict=True)]
+        print(f"{split:10s} {counts.sum()} images:", *names)
     print(f"sheet written to {out.resolve()}")
 
 
