@@ -1,12 +1,17 @@
 """
 Speed and memory, each beside its peers in the same run, taking turns.
 
-    python bench.py kernel            # the loss: PyTorch, torch.compile and the fused kernel; minutes on a GPU or a CPU
-    python bench.py kernel --sweep --batches 256     # the kernel's constants, on a GPU
-    python bench.py maps              # TokenCut's normalised cut against scipy, and its share of the backbone's time
-    python bench.py knn               # k-NN of 50,000 in 1,281,167 features of 1024 values; on a CPU a tenth of each
+    python bench.py kernel            # the loss: PyTorch, torch.compile, fused kernels
+    python bench.py kernel --sweep --batches 256     # the kernels' constants, on a GPU
+    python bench.py maps              # TokenCut's normalised cut, beside scipy
+    python bench.py knn               # k-NN, beside a plain one and scikit-learn's
 
-Prints a table and writes it, every figure behind it and a picture to --out (default out/bench).
+`kernel` takes minutes on a GPU or a CPU. `maps` also gives the cut's share of the
+backbone's time. `knn` searches 50,000 queries in 1,281,167 features of 1024 values; on
+a CPU a tenth of each.
+
+Prints a table and writes it, every figure behind it and a picture to --out (default
+out/bench).
 """
 
 import argparse
@@ -30,13 +35,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from attg_mae import Config, build_model, knn_classify, normalize
+from attg_mae import Config, build_model, normalize
+from common.features import knn_classify
 from common.toy import toy
 from object_discovery import tokencut
 
-K = importlib.import_module(
-    "kernels.attg_loss"
-)  # the package re-exports a function of the same name
+# The package exports a function of the same name, which hides the module from `import`.
+K = importlib.import_module("kernels.attg_loss")
+
+
+# -- Timing ----------------------------------------------------------------------------
+
+
+def nothing():
+    """The preparation of a call that needs none."""
+    return None
 
 
 def percentiles(times):
@@ -46,131 +59,213 @@ def percentiles(times):
 
 
 def take_turns(calls, device, repeats):
-    """{name: (prepare, call)} -> {name: seconds of each call}, one of each a round. The first round and prepare()
-    are not counted.
+    """Times several calls, one of each a round, so that all meet the same conditions.
 
-    On a GPU a matrix product keeps the device busy while the host queues the call, so that the time is the device's
-    alone, and a write of 512 MB empties its cache.
+    calls is {name: (prepare, call)}; call gets what prepare() returned. Returns {name:
+    seconds of each call}. The first round and prepare() are not counted.
     """
-    times = {name: [] for name in calls}
     if device.type == "cuda":
-        a, cache = (
-            torch.randn(8192, 8192, device=device, dtype=torch.bfloat16),
-            torch.empty(2**27, device=device),
-        )
+        times = take_turns_on_gpu(calls, device, repeats)
+    else:
+        times = {name: [] for name in calls}
+        # The first round warms caches up and compiles.
         for _ in range(repeats + 1):
             for name, (prepare, call) in calls.items():
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 x = prepare()
-                a @ a
-                cache.zero_()
-                start.record()
+                start = time.perf_counter()
                 call(x)
-                end.record()
-                times[name].append((start, end))
-        torch.cuda.synchronize()
-        return {
-            name: [a.elapsed_time(b) / 1e3 for a, b in pairs[1:]]
-            for name, pairs in times.items()
-        }
+                times[name].append(time.perf_counter() - start)
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
+def take_turns_on_gpu(calls, device, repeats):
+    """`take_turns` by the GPU's own clock, the first round included."""
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    cache = torch.empty(2**27, device=device)
+    events = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, (prepare, call) in calls.items():
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
             x = prepare()
-            start = time.perf_counter()
+            # A matrix product keeps the device busy while the host queues the call, so
+            # that the time is the device's alone. A write of 512 MB empties its cache.
+            a @ a
+            cache.zero_()
+            start.record()
             call(x)
-            times[name].append(time.perf_counter() - start)
-    return {name: seconds[1:] for name, seconds in times.items()}
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+
+    times = {}
+    for name, pairs in events.items():
+        times[name] = [start.elapsed_time(end) / 1e3 for start, end in pairs]
+    return times
+
+
+def time_alone(call, device, repeats):
+    """`take_turns` for one (prepare, call): the seconds of each call."""
+    return take_turns({"alone": call}, device, repeats)["alone"]
 
 
 def copy_bandwidth(device, repeats=20):
     """Bytes read and written in a second by a copy that is larger than any cache."""
+    # 1 GiB on a GPU, 256 MiB on a CPU.
     x = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     y = torch.empty_like(x)
-    return (
-        2
-        * x.nbytes
-        / statistics.median(take_turns({"": (lambda: x, y.copy_)}, device, repeats)[""])
-    )
+    seconds = time_alone((lambda: x, y.copy_), device, repeats)
+    return 2 * x.nbytes / statistics.median(seconds)
+
+
+# -- Memory ----------------------------------------------------------------------------
+
+
+def peak_memory(call, device):
+    """MiB that the call needs at most, beyond what there was before.
+
+    "not measured" on a CPU whose system is not Linux.
+    """
+    if device.type == "cuda":
+        return peak_memory_on_gpu(call)
+    try:
+        # glibc gives free memory back to the system; else the call would use it unseen.
+        ctypes.CDLL(None).malloc_trim(0)
+        # Linux counts the peak from here.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak_of_process()
+        call()
+        return (peak_of_process() - before) / 2**10
+    except (AttributeError, OSError):
+        return "not measured"
+
+
+def peak_memory_on_gpu(call):
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def peak_of_process():
+    """KiB, as Linux counts them."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+# -- Tables ----------------------------------------------------------------------------
 
 
 def machine(device):
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
+    """The title of a table: device, threads and versions."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = platform.processor() or platform.machine()
+    packages = [package for package in ("torch", "triton") if find_spec(package)]
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    return (
+        f"{name}, {torch.get_num_threads()} CPU threads, "
+        f"Python {platform.python_version()}, {versions}"
     )
-    versions = ", ".join(
-        f"{p} {version(p)}" for p in ("torch", "triton") if find_spec(p)
-    )
-    return f"{name}, {torch.get_num_threads()} CPU threads, Python {platform.python_version()}, {versions}"
+
+
+def shown(value):
+    """Floats with four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_row(row):
+    """One line of progress: the texts and integers alone, floats after their names."""
+    words = []
+    for name, value in row.items():
+        if isinstance(value, float):
+            words.append(f"{name} {shown(value)}")
+        else:
+            words.append(str(value))
+    print(" ".join(words), flush=True)
 
 
 def table(rows, out, name, title):
-    """Prints rows (dicts of one set of keys) as a Markdown table, and writes it, and title and rows as JSON lines."""
-    cells = [
-        list(rows[0]),
-        *(
-            [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
-            for row in rows
-        ),
-    ]
+    """Prints rows, dicts of one set of keys, as a Markdown table.
+
+    Writes the table to out/name.md, and title and rows as JSON lines to out/name.jsonl.
+    """
+    cells = [list(rows[0])]
+    for row in rows:
+        cells.append([shown(value) for value in row.values()])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
-    lines = ["| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in cells]
+    lines = []
+    for line in cells:
+        padded = map(str.rjust, line, widths)
+        lines.append("| " + " | ".join(padded) + " |")
+
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text("\n".join([title, "", *lines, ""]))
-    (out / f"{name}.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [{"on": title}, *rows])
-    )
+    with open(out / f"{name}.jsonl", "w") as file:
+        for row in [{"on": title}, *rows]:
+            file.write(json.dumps(row) + "\n")
     print("\n".join(lines), f"\nwritten: {out}/{name}.md, {name}.jsonl", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
+# -- The loss --------------------------------------------------------------------------
 
+# Patch sizes, of 224 px images unless --size says otherwise.
 SHAPES = {
     "ViT-B/L 16": 16,
     "ViT-H 14": 14,
     "patch 8": 8,
     "patch 4": 4,
-}  # of 224 px images
+}
+PASSES = ("forward", "backward", "both")
 
 
 def loss_passes(loss, batch, patch, size, dtype, device):
-    """{"forward": (prepare, call, bytes), "backward": ..., "both": ...} of one implementation.
+    """{"forward": (prepare, call, bytes), "backward": ..., "both": ...} of one loss.
 
-    pred is a slice, as MAE hands it over, and 75 % of the patches are masked. These bytes must move: forward reads pred
-    and image of the masked patches; backward reads them again and writes the whole gradient. (Memory moves sectors of
-    32 bytes: small patches in images cost more than these bytes.)
+    pred is a slice, as MAE hands it over, and 75 % of the patches are masked. These
+    bytes must move: forward reads pred and image of the masked patches; backward reads
+    them again and writes the whole gradient. (Memory moves sectors of 32 bytes: small
+    patches in images cost more than these bytes.)
     """
-    L, P, kept = (size // patch) ** 2, patch * patch * 3, (size // patch) ** 2 // 4
-    pred = torch.randn(batch, L + 1, P, device=device, dtype=dtype)[
-        :, 1:
-    ].requires_grad_()
-    imgs, attn = (
-        torch.randn(batch, 3, size, size, device=device),
-        torch.rand(batch, L, device=device),
-    )
+    L = (size // patch) ** 2
+    P = patch * patch * 3
+    kept = L // 4
+    whole = torch.randn(batch, L + 1, P, device=device, dtype=dtype)
+    pred = whole[:, 1:].requires_grad_()
+    imgs = torch.randn(batch, 3, size, size, device=device)
+    attn = torch.rand(batch, L, device=device)
     mask = (torch.rand(batch, L, device=device).argsort(1) >= kept).float()
+    # A tensor, as a float would be copied to the GPU at each call.
     tau = torch.tensor(0.75, device=device)
 
     def forward(_=None):
+        # Else backward would add to the gradient of the call before.
         pred.grad = None
         return loss(pred, imgs, mask, attn, tau=tau, patch_size=patch)
 
+    def backward(result):
+        result.backward()
+
+    def both(_=None):
+        forward().backward()
+
     read = batch * (L - kept) * P * (pred.element_size() + imgs.element_size())
     written = batch * L * P * pred.element_size()
-    nothing, both = (lambda: None), (lambda _=None: forward().backward())
-    return {"forward": (nothing, forward, read), "backward": (forward, torch.Tensor.backward, read + written),
-            "both": (nothing, both, 2 * read + written)}  # fmt: skip
+    return {
+        "forward": (nothing, forward, read),
+        "backward": (forward, backward, read + written),
+        "both": (nothing, both, 2 * read + written),
+    }
 
 
-def kernel(args, device, out):
-    losses = {"eager": partial(K.attg_loss, impl="torch")}
+def available_losses(device):
+    """{name: loss} of what runs here; says what does not."""
+    eager = partial(K.attg_loss, impl="torch")
+    losses = {"eager": eager}
     if device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++"))):
-        losses["compile"] = torch.compile(
-            losses["eager"], fullgraph=True, dynamic=False
-        )
+        losses["compile"] = torch.compile(eager, fullgraph=True, dynamic=False)
     else:
         print("no C++ compiler: without torch.compile")
     if device.type == "cuda":
@@ -179,33 +274,32 @@ def kernel(args, device, out):
         print(
             "no GPU: this measures the PyTorch path on the CPU; the kernel is for GPUs"
         )
-    bandwidth, rows = copy_bandwidth(device), []
+    return losses
+
+
+def kernel(args, device, out):
+    """Time and memory of the loss, and GB/s beside the device's own copy."""
+    losses = available_losses(device)
+    bandwidth = copy_bandwidth(device)
     print(f"copy: {bandwidth / 1e9:.0f} GB/s", flush=True)
+    rows = []
     for shape, dtype, batch in product(args.shapes, args.dtypes, args.batches):
         torch.compiler.reset()
-        make = partial(
-            loss_passes, batch=batch, patch=SHAPES[shape], size=args.size, device=device
-        )
         passes, memory = {}, {}
         for name, loss in losses.items():
-            passes[name] = make(loss, dtype=getattr(torch, dtype))
-            passes[name]["both"][1]()  # compiles
-            if device.type == "cuda":
-                passes[name]["forward"][1]()  # clears the gradient
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                passes[name]["both"][1]()
-                memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        for which in ("forward", "backward", "both"):
-            times = take_turns(
-                {name: calls[which][:2] for name, calls in passes.items()},
-                device,
-                args.repeats,
+            passes[name] = loss_passes(
+                loss, batch, SHAPES[shape], args.size, getattr(torch, dtype), device
             )
+            memory[name] = warm_up(passes[name], device)
+        for which in PASSES:
+            calls = {name: passes[name][which][:2] for name in losses}
+            times = take_turns(calls, device, args.repeats)
+            eager_ms = percentiles(times["eager"])[0]
             for name in losses:
                 median, p20, p80 = percentiles(times[name])
-                rate = passes[name][which][2] / median / 1e6  # GB/s
+                bytes_moved = passes[name][which][2]
+                # Bytes in a millisecond, as GB/s.
+                rate = bytes_moved / median / 1e6
                 rows.append(
                     {
                         "shape": shape,
@@ -214,27 +308,31 @@ def kernel(args, device, out):
                         "pass": which,
                         "loss": name,
                         "ms": median,
+                        "p20": p20,
+                        "p80": p80,
+                        "x eager": eager_ms / median,
+                        "GB/s": rate,
+                        # The bandwidth is in bytes a second.
+                        "% of copy": 1e11 * rate / bandwidth,
+                        "peak MiB": memory[name],
                     }
                 )
-                rows[-1] |= {
-                    "p20": p20,
-                    "p80": p80,
-                    "x eager": percentiles(times["eager"])[0] / median,
-                    "GB/s": rate,
-                }
-                rows[-1] |= {
-                    "% of copy": 1e11 * rate / bandwidth,
-                    "peak MiB": memory.get(name, "not measured"),
-                }
-        print(
-            *(
-                f"{k} {v:.4g}" if isinstance(v, float) else v
-                for k, v in rows[-1].items()
-            ),
-            flush=True,
-        )
+        print_row(rows[-1])
     table(rows, out, "kernel", f"{machine(device)}; copy {bandwidth / 1e9:.0f} GB/s")
     figure(rows, bandwidth, out / "kernel.png")
+
+
+def warm_up(passes, device):
+    """Calls forward and backward, which compiles them; returns their peak MiB."""
+    _, forward, _ = passes["forward"]
+    _, both, _ = passes["both"]
+    both()
+    if device.type != "cuda":
+        return "not measured"
+    # Another forward pass clears the gradient.
+    forward()
+    torch.cuda.synchronize()
+    return peak_memory_on_gpu(both)
 
 
 def figure(rows, bandwidth, path):
@@ -242,163 +340,180 @@ def figure(rows, bandwidth, path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("no picture: pip install matplotlib")
-    shapes, dtypes = (
-        list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "pred")
-    )
-    canvas = Figure(
-        figsize=(1.5 + 2.5 * len(shapes), 0.5 + 2.3 * len(dtypes)), layout="constrained"
-    )
+        print("no picture: pip install matplotlib")
+        return
+    # Dicts keep the order of first occurrence, which sets do not.
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    dtypes = list(dict.fromkeys(row["pred"] for row in rows))
+    size = (1.5 + 2.5 * len(shapes), 0.5 + 2.3 * len(dtypes))
+    canvas = Figure(figsize=size, layout="constrained")
     axes = canvas.subplots(len(dtypes), len(shapes), sharey=True, squeeze=False)
     for (dtype, shape), axis in zip(product(dtypes, shapes), axes.flat, strict=True):
-        for name in dict.fromkeys(row["loss"] for row in rows):
-            mine = [
-                r
-                for r in rows
-                if (r["shape"], r["pred"], r["pass"], r["loss"])
-                == (shape, dtype, "both", name)
-            ]
-            axis.plot(
-                [r["batch"] for r in mine],
-                [r["GB/s"] for r in mine],
-                marker="o",
-                label=name,
-            )
-        axis.axhline(bandwidth / 1e9, color="grey", linestyle="--", label="copy")
-        axis.set(
-            title=f"{shape}, {dtype}", xlabel="batch", xscale="log", ylim=(0, None)
-        )
-        axis.set_xticks(
-            [r["batch"] for r in mine], [str(r["batch"]) for r in mine], minor=False
-        )
-        axis.minorticks_off()
+        panel(axis, rows, bandwidth, shape, dtype)
     axes.flat[-1].legend()
     canvas.supylabel("GB/s, forward + backward")
     canvas.savefig(path, dpi=150)
     print(f"picture: {path}")
 
 
+def panel(axis, rows, bandwidth, shape, dtype):
+    """A line for each loss, and one for the copy."""
+    lines = {}
+    for row in rows:
+        if (row["shape"], row["pred"], row["pass"]) == (shape, dtype, "both"):
+            lines.setdefault(row["loss"], []).append(row)
+    for name, line in lines.items():
+        batches = [row["batch"] for row in line]
+        rates = [row["GB/s"] for row in line]
+        axis.plot(batches, rates, marker="o", label=name)
+    axis.axhline(bandwidth / 1e9, color="grey", linestyle="--", label="copy")
+    axis.set(title=f"{shape}, {dtype}", xlabel="batch", xscale="log", ylim=(0, None))
+    # All losses were measured for the same batches.
+    axis.set_xticks(batches, [str(batch) for batch in batches], minor=False)
+    axis.minorticks_off()
+
+
 def sweep(args, device, out):
-    """The kernel's constants, forward + backward, for the largest of --batches and each of --shapes."""
+    """The kernels' constants, forward + backward.
+
+    For the largest of --batches and each of --shapes; the fastest come first.
+    """
     if device.type != "cuda":
         raise SystemExit("--sweep: the kernel needs a GPU")
+    loss = partial(K.attg_loss, impl="triton")
+    batch = max(args.batches)
+    constants = K.TILE, K.STEPS, K.WARP
+    choices = list(product((1024, 2048, 4096), (1, 2, 4, 8), (128, 256, 512)))
     rows = []
-    loss, constants = partial(K.attg_loss, impl="triton"), (K.TILE, K.STEPS, K.WARP)
     for shape, dtype in product(args.shapes, args.dtypes):
-        call = loss_passes(
-            loss,
-            max(args.batches),
-            SHAPES[shape],
-            args.size,
-            getattr(torch, dtype),
-            device,
-        )["both"][:2]
-        for K.TILE, K.STEPS, K.WARP in product(
-            (1024, 2048, 4096), (1, 2, 4, 8), (128, 256, 512)
-        ):
-            median, p20, p80 = percentiles(
-                take_turns({"": call}, device, args.repeats)[""]
+        passes = loss_passes(
+            loss, batch, SHAPES[shape], args.size, getattr(torch, dtype), device
+        )
+        prepare, call, _ = passes["both"]
+        for tile, steps, warp in choices:
+            # The launches read the constants from the module at each call.
+            K.TILE, K.STEPS, K.WARP = tile, steps, warp
+            seconds = time_alone((prepare, call), device, args.repeats)
+            median, p20, p80 = percentiles(seconds)
+            rows.append(
+                {
+                    "shape": shape,
+                    "pred": dtype,
+                    "batch": batch,
+                    "TILE": tile,
+                    "STEPS": steps,
+                    "WARP": warp,
+                    "ms": median,
+                    "p20": p20,
+                    "p80": p80,
+                }
             )
-            rows.append({"shape": shape, "pred": dtype, "batch": max(args.batches)})
-            rows[-1] |= {
-                "TILE": K.TILE,
-                "STEPS": K.STEPS,
-                "WARP": K.WARP,
-                "ms": median,
-                "p20": p20,
-                "p80": p80,
-            }
     K.TILE, K.STEPS, K.WARP = constants
-    table(
-        sorted(rows, key=lambda row: (row["shape"], row["pred"], row["ms"])),
-        out,
-        "sweep",
-        machine(device),
-    )
+    rows.sort(key=lambda row: (row["shape"], row["pred"], row["ms"]))
+    table(rows, out, "sweep", machine(device))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The maps
+# -- The maps --------------------------------------------------------------------------
 
 
 def cut_features(L, batch, keys):
-    """{kind: features (B, L, d)}: keys of a ViT, an object before a background, smooth and plain noise."""
-    side, normal = math.isqrt(L), torch.Generator().manual_seed(0)
-    inside = (torch.rand(batch, L, 1, generator=normal) < 0.3).float()
-    object_, background = (
-        torch.randn(batch, 1, 64, generator=normal) for _ in range(2)
-    )
-    noise = torch.randn(batch, L, 64, generator=normal)
-    smooth = (
-        F.interpolate(
-            torch.randn(batch, 64, 4, 4, generator=normal), side, mode="bilinear"
-        )
-        .flatten(2)
-        .mT
-    )
-    blocks = inside * object_ + (1 - inside) * background + 0.3 * noise
-    return {"keys of ViT-S": keys, "keys, centred": keys - keys.mean(1, keepdim=True), "two blocks": blocks,
-            "smooth": smooth, "noise": noise}  # fmt: skip
+    """{kind: features (B, L, d)} of five kinds of graphs, easy ones and hard ones."""
+    side = math.isqrt(L)
+    generator = torch.Generator().manual_seed(0)
+    randn = partial(torch.randn, generator=generator)
+    inside = (torch.rand(batch, L, 1, generator=generator) < 0.3).float()
+    object_ = randn(batch, 1, 64)
+    background = randn(batch, 1, 64)
+    noise = randn(batch, L, 64)
+    coarse = randn(batch, 64, 4, 4)
+    smooth = F.interpolate(coarse, side, mode="bilinear").flatten(2).mT
+    return {
+        "keys of ViT-S": keys,
+        "keys, centred": keys - keys.mean(1, keepdim=True),
+        "two blocks": inside * object_ + (1 - inside) * background + 0.3 * noise,
+        "smooth": smooth,
+        "noise": noise,
+    }
+
+
+def cut_problems(features):
+    """(D - A, D) of each image in turn, for ever, as NumPy arrays (L, L)."""
+    x = F.normalize(features.double(), dim=-1)
+    # TokenCut's edges: a cosine above 0.2, else 1e-5.
+    affinity = torch.where(x @ x.mT > 0.2, 1.0, 1e-5).numpy()
+    problems = []
+    for a in affinity:
+        # The degree of a patch is the sum of its row.
+        degree = np.diag(a.sum(1))
+        problems.append((degree - a, degree))
+    return cycle(problems)
+
+
+def cut_times(features, device, repeats):
+    """Seconds of scipy, for one image, and of tokencut, for the batch.
+
+    scipy.linalg.eigh(D - A, D, subset_by_index=[1, 2]) is given both matrices; tokencut
+    makes them.
+    """
+    import scipy.linalg
+
+    problems = cut_problems(features)
+
+    def peer(problem):
+        difference, degree = problem
+        scipy.linalg.eigh(difference, degree, subset_by_index=[1, 2])
+
+    host = torch.device("cpu")
+    scipy_call = {"scipy": (partial(next, problems), peer)}
+    our_call = {"tokencut": (partial(features.to, device), tokencut)}
+    if device == host:
+        times = take_turns(scipy_call | our_call, host, repeats)
+    else:
+        # scipy's time is the host's, ours the GPU's: they cannot take turns.
+        times = take_turns(scipy_call, host, repeats)
+        times |= take_turns(our_call, device, repeats)
+    return times["scipy"], times["tokencut"]
+
+
+def backbone_time(model, imgs, device, repeats):
+    """Milliseconds an image: what comes before the cut."""
+    seconds = time_alone((lambda: imgs, model.last_qkv), device, repeats)
+    return percentiles(seconds)[0] / len(imgs)
 
 
 def maps(args, device, out):
-    """Milliseconds an image, one CPU thread each: scipy.linalg.eigh(D - A, D, subset_by_index=[1, 2]), which is given
-    both matrices, and tokencut, which makes them. The backbone is a ViT-S of random weights on toy images."""
+    """Milliseconds an image of scipy and of tokencut, with one CPU thread each.
+
+    The backbone is a ViT-S of random weights on toy images.
+    """
     try:
-        import scipy.linalg
+        import scipy.linalg  # noqa: F401
         from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise SystemExit(f"{error}: pip install -r requirements-test.txt") from error
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows, batch, host, nothing = [], args.batches[0], torch.device("cpu"), lambda: None
+    batch = args.batches[0]
+    rows = []
+    # Of 224 px images, 196 and 784 patches.
     for patch in (16, 8):
         L = (args.size // patch) ** 2
-        model = (
-            build_model(Config("vit_small", img_size=args.size, patch_size=patch))
-            .eval()
-            .to(device)
-        )
-        imgs = (
-            torch.from_numpy(toy("test")[0][:batch])
-            .permute(0, 3, 1, 2)
-            .float()
-            .to(device)
-        )
+        cfg = Config("vit_small", img_size=args.size, patch_size=patch)
+        model = build_model(cfg).eval().to(device)
+        toy_images, *_ = toy("test")
+        imgs = torch.from_numpy(toy_images[:batch]).permute(0, 3, 1, 2)
+        imgs = imgs.float().to(device)
         imgs = normalize(F.interpolate(imgs, args.size, mode="bilinear"), model.cfg)
+        # The limit is for the threads of NumPy and SciPy.
         with torch.no_grad(), threadpool_limits(1):
-            keys = model.last_qkv(imgs)[1][:, :, 1:].transpose(1, 2).flatten(2).cpu()
-            forward = {"": (nothing, lambda _, m=model, x=imgs: m.last_qkv(x))}
-            backbone = (
-                percentiles(take_turns(forward, device, args.repeats)[""])[0] / batch
-            )
+            keys = model.last_qkv(imgs)[1]  # (B, heads, 1 + L, D / heads)
+            keys = keys[:, :, 1:].transpose(1, 2).flatten(2).cpu()  # (B, L, D)
+            backbone_ms = backbone_time(model, imgs, device, args.repeats)
             for kind, features in cut_features(L, batch, keys).items():
-                x = F.normalize(features.double(), dim=-1)
-                affinity = torch.where(x @ x.mT > 0.2, 1.0, 1e-5).numpy()
-                degree = [np.diag(a.sum(1)) for a in affinity]
-                problems = cycle(
-                    [(d - a, d) for a, d in zip(affinity, degree, strict=True)]
-                )
-                calls = {
-                    "scipy": (
-                        lambda p=problems: next(p),
-                        lambda x: scipy.linalg.eigh(*x, subset_by_index=[1, 2]),
-                    )
-                }
-                ours = {
-                    "tokencut": (partial(torch.Tensor.to, features, device), tokencut)
-                }
-                if device == host:
-                    times = take_turns(calls | ours, host, args.repeats)
-                else:
-                    times = take_turns(calls, host, args.repeats) | take_turns(
-                        ours, device, args.repeats
-                    )
-                scipy_ms, (median, p20, p80) = (
-                    percentiles(times["scipy"])[0],
-                    percentiles(times["tokencut"]),
-                )
+                theirs, ours = cut_times(features, device, args.repeats)
+                scipy_ms = percentiles(theirs)[0]
+                median, p20, p80 = percentiles(ours)
                 rows.append(
                     {
                         "graphs": kind,
@@ -406,117 +521,103 @@ def maps(args, device, out):
                         "batch": batch,
                         "scipy ms": scipy_ms,
                         "ms": median / batch,
+                        "p20": p20 / batch,
+                        "p80": p80 / batch,
+                        "x scipy": scipy_ms * batch / median,
+                        "backbone ms": backbone_ms,
+                        "% of backbone": 100 * median / batch / backbone_ms,
                     }
                 )
-                rows[-1] |= {
-                    "p20": p20 / batch,
-                    "p80": p80 / batch,
-                    "x scipy": scipy_ms * batch / median,
-                }
-                rows[-1] |= {
-                    "backbone ms": backbone,
-                    "% of backbone": 100 * median / batch / backbone,
-                }
-                print(
-                    *(
-                        f"{k} {v:.4g}" if isinstance(v, float) else v
-                        for k, v in rows[-1].items()
-                    ),
-                    flush=True,
-                )
+                print_row(rows[-1])
     table(rows, out, "maps", machine(device))
     torch.set_num_threads(threads)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# k-NN
-
-
-def peak_memory(call, device):
-    """MiB that the call needs at most, beyond what there was before."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # glibc: free memory goes back, or the call would use it unseen
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # Linux: the peak starts from here
-        before = int(
-            re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
-        )
-        call()
-        return (
-            int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-            - before
-        ) / 2**10
-    except (AttributeError, OSError):
-        return "not measured"
+# -- k-NN ------------------------------------------------------------------------------
 
 
 def knn_plain(bank, labels, queries, k, num_classes, chunks=100):
-    """The usual way to write it: a hundredth of the queries at a time, votes through a one-hot (b, k, C)."""
-    bank, guesses = F.normalize(bank, dim=1).T, []
+    """k-NN as it is usually written: votes through a one-hot (b, k, C).
+
+    It takes a hundredth of the queries at a time.
+    """
+    bank = F.normalize(bank, dim=1).T
+    guesses = []
     for x in F.normalize(queries, dim=1).chunk(chunks):
         similarity, ids = (x @ bank).topk(k, dim=1)
-        votes = (
-            F.one_hot(labels[ids], num_classes) * (similarity / 0.07).exp()[..., None]
-        )  # (b, k, C)
+        one_hot = F.one_hot(labels[ids], num_classes)  # (b, k, C)
+        votes = one_hot * (similarity / 0.07).exp()[..., None]
         guesses.append(votes.sum(dim=1).topk(5).indices)
     return torch.cat(guesses)
 
 
-def knn(args, device, out):
-    """Seconds and memory of the vote of the 20 nearest among noisy copies of 1,000 points."""
-    n, queries, width = args.knn or (
-        (1_281_167, 50_000, 1024) if device.type == "cuda" else (128_117, 5_000, 102)
-    )
-    generator, classes, k = torch.Generator().manual_seed(0), min(1000, n), 20
+def noisy_copies(n, queries, width, classes):
+    """bank (n, width), its labels (n,), queries (q, width), their labels (q,)."""
+    generator = torch.Generator().manual_seed(0)
     points = torch.randn(classes, width, generator=generator)
-    labels, truth = torch.arange(n) % classes, torch.arange(queries) % classes
-    bank = (points[labels] + 1.5 * torch.randn(n, width, generator=generator)).to(
-        device
-    )
-    x = (points[truth] + 1.5 * torch.randn(queries, width, generator=generator)).to(
-        device
-    )
-    labels, nothing = labels.to(device), lambda: None
-    calls = {
-        "knn_classify": lambda _=None: knn_classify(
-            bank, labels, x, k, num_classes=classes
-        )
-    }
-    calls["one-hot"] = lambda _=None: knn_plain(bank, labels, x, k, classes)
-    if device.type == "cpu" and find_spec("sklearn"):
-        from sklearn.neighbors import KNeighborsClassifier
+    labels = torch.arange(n) % classes
+    truth = torch.arange(queries) % classes
+    bank = points[labels] + 1.5 * torch.randn(n, width, generator=generator)
+    x = points[truth] + 1.5 * torch.randn(queries, width, generator=generator)
+    return bank, labels, x, truth
 
-        peer = KNeighborsClassifier(
-            k,
-            metric="cosine",
-            algorithm="brute",
-            weights=lambda d: np.exp((1 - d) / 0.07),
-        )
-        arrays = bank.numpy(), labels.numpy(), x.numpy()
-        calls["scikit-learn"] = lambda _=None: torch.from_numpy(
-            peer.fit(*arrays[:2]).predict(arrays[2])
-        )[:, None]
-    memory = {name: peak_memory(call, device) for name, call in calls.items()}
-    right = {
-        name: 100 * (call()[:, 0].cpu() == truth).double().mean().item()
-        for name, call in calls.items()
-    }
-    times = take_turns(
-        {name: (nothing, call) for name, call in calls.items()},
-        device,
-        min(args.repeats, 5),
-    )
-    rows, ours = [], percentiles(times["knn_classify"])[0]
+
+def knn_sklearn(bank, labels, x, k):
+    """A call of scikit-learn's classifier: best class (q, 1)."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    def votes(distances):
+        return np.exp((1 - distances) / 0.07)
+
+    peer = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=votes)
+    bank, labels, x = bank.numpy(), labels.numpy(), x.numpy()
+
+    def call(_=None):
+        return torch.from_numpy(peer.fit(bank, labels).predict(x))[:, None]
+
+    return call
+
+
+def knn(args, device, out):
+    """Seconds and memory of the vote of the 20 nearest.
+
+    The features are noisy copies of 1,000 points.
+    """
+    if args.knn:
+        n, queries, width = args.knn
+    elif device.type == "cuda":
+        n, queries, width = 1_281_167, 50_000, 1024
+    else:
+        n, queries, width = 128_117, 5_000, 102
+    classes = min(1000, n)
+    k = 20
+    bank, labels, x, truth = noisy_copies(n, queries, width, classes)
+    bank, labels, x = bank.to(device), labels.to(device), x.to(device)
+
+    def ours(_=None):
+        return knn_classify(bank, labels, x, k, num_classes=classes)
+
+    def one_hot(_=None):
+        return knn_plain(bank, labels, x, k, classes)
+
+    calls = {"knn_classify": ours, "one-hot": one_hot}
+    if device.type == "cpu" and find_spec("sklearn"):
+        calls["scikit-learn"] = knn_sklearn(bank, labels, x, k)
+
+    memory, correct = {}, {}
+    for name, call in calls.items():
+        memory[name] = peak_memory(call, device)
+    for name, call in calls.items():
+        # The classes come best first.
+        right = call()[:, 0].cpu() == truth
+        correct[name] = 100 * right.double().mean().item()
+    turns = {name: (nothing, call) for name, call in calls.items()}
+    times = take_turns(turns, device, min(args.repeats, 5))
+
+    ours_ms = percentiles(times["knn_classify"])[0]
+    rows = []
     for name in calls:
-        median, p20, p80 = (t / 1e3 for t in percentiles(times[name]))
+        median, p20, p80 = percentiles(times[name])
         rows.append(
             {
                 "k-NN": name,
@@ -525,63 +626,58 @@ def knn(args, device, out):
                 "width": width,
                 "classes": classes,
                 "k": k,
+                "s": median / 1e3,
+                "p20": p20 / 1e3,
+                "p80": p80 / 1e3,
+                "x knn_classify": median / ours_ms,
+                "peak MiB": memory[name],
+                "top-1 %": correct[name],
             }
         )
-        rows[-1] |= {
-            "s": median,
-            "p20": p20,
-            "p80": p80,
-            "x knn_classify": median * 1e3 / ours,
-        }
-        rows[-1] |= {"peak MiB": memory[name], "top-1 %": right[name]}
     table(rows, out, "knn", machine(device))
 
 
-def main(argv=None):
+# -- Command line ----------------------------------------------------------------------
+
+
+def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["kernel", "maps", "knn"])
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--out", default="out/bench", type=Path)
-    parser.add_argument(
-        "--repeats", type=int, help="calls of each, taking turns (default 50, CPU 7)"
-    )
-    parser.add_argument(
-        "--batches",
-        type=int,
-        nargs="+",
-        help="default 32 to 1024, CPU 32; maps takes the first",
-    )
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=["bfloat16", "float32"],
-        default=["bfloat16", "float32"],
-    )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--size", type=int, default=224, help="images, in pixels")
-    parser.add_argument(
-        "--knn",
-        type=int,
-        nargs=3,
-        metavar=("BANK", "QUERIES", "WIDTH"),
-        help="sizes of knn",
-    )
-    parser.add_argument("--sweep", action="store_true", help="the kernel's constants")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("what", choices=["kernel", "maps", "knn"])
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", default="out/bench", type=Path)
+    repeats = "calls of each, taking turns (default 50, CPU 7)"
+    add("--repeats", type=int, help=repeats)
+    batches = "default 32 to 1024, CPU 32; maps takes the first"
+    add("--batches", type=int, nargs="+", help=batches)
+    dtypes = ["bfloat16", "float32"]
+    add("--dtypes", nargs="+", choices=dtypes, default=dtypes)
+    add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    add("--size", type=int, default=224, help="images, in pixels")
+    sizes = ("BANK", "QUERIES", "WIDTH")
+    add("--knn", type=int, nargs=3, metavar=sizes, help="sizes of knn")
+    add("--sweep", action="store_true", help="the kernel's constants")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     device = torch.device(args.device)
-    args.repeats = args.repeats or (50 if device.type == "cuda" else 7)
-    args.batches = args.batches or (
-        [32, 64, 128, 256, 512, 1024] if device.type == "cuda" else [32]
-    )
+    on_gpu = device.type == "cuda"
+    if not args.repeats:
+        args.repeats = 50 if on_gpu else 7
+    if not args.batches:
+        args.batches = [32, 64, 128, 256, 512, 1024] if on_gpu else [32]
     print(machine(device), flush=True)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        {"kernel": sweep if args.sweep else kernel, "maps": maps, "knn": knn}[
-            args.what
-        ](args, device, args.out)
+
+    benchmarks = {"kernel": kernel, "maps": maps, "knn": knn}
+    benchmark = benchmarks[args.what]
+    if args.what == "kernel" and args.sweep:
+        benchmark = sweep
+    with torch.cuda.device(device) if on_gpu else nullcontext():
+        benchmark(args, device, args.out)
 
 
 if __name__ == "__main__":

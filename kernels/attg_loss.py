@@ -70,8 +70,7 @@ NAMESPACE = __name__.replace(".", "_")
 FUSED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# --------------------------------------------------------------------------------------
-# The specification, in PyTorch
+# -- The specification, in PyTorch -----------------------------------------------------
 
 
 def is_flat(attn: Tensor) -> Tensor:
@@ -140,8 +139,7 @@ def _patchify(imgs: Tensor, p: int) -> Tensor:
     return x.reshape(B, (H // p) * (W // p), p * p * C)
 
 
-# --------------------------------------------------------------------------------------
-# What the kernels share
+# -- What the kernels share ------------------------------------------------------------
 #
 # A program takes STEPS tiles of ROWS patches of one image, one after the other. A tile
 # is (ROWS, PIXELS, CHANNELS), each a power of 2. With channels on an axis of their own
@@ -255,8 +253,7 @@ def _load_patches(
     return y, x
 
 
-# --------------------------------------------------------------------------------------
-# The forward kernel
+# -- The forward kernel ----------------------------------------------------------------
 
 
 @_jit
@@ -291,7 +288,7 @@ def _map_range(attn, L, flat, attn_l, MAP: tl.constexpr, MAPS: tl.constexpr):
 # Manual for the Elementary Functions, 1980, chapter 6.
 @_jit
 def _exp(m):
-    """exp(m), to a few units in the last place; 0 for -inf."""
+    """exp(m), accurate for large |m| too; 0 for -inf."""
     m = tl.where(m < -1000, -1000, m)
     n = tl.floor(m * 1.4426950408889634 + 0.5)
     return tl.exp(m - n * 0.693359375 + n * 2.12194440e-4) * tl.exp2(n)
@@ -392,8 +389,7 @@ def _forward_kernel(
         tl.store(stats + at * 3 + 2, w, inside)
 
 
-# --------------------------------------------------------------------------------------
-# The backward kernel
+# -- The backward kernel ---------------------------------------------------------------
 
 
 @_jit
@@ -466,8 +462,7 @@ def _backward_kernel(
         tl.store(out + (at * P)[:, None, None] + e, g, inside[:, None, None] & lane)
 
 
-# --------------------------------------------------------------------------------------
-# The launches and the registered operators
+# -- The launches and the registered operators -----------------------------------------
 
 
 def _tile(P, C):
@@ -668,8 +663,7 @@ def _differentiate(ctx, grad, _):
 _op.register_autograd(_differentiate, setup_context=_save)
 
 
-# --------------------------------------------------------------------------------------
-# The loss
+# -- The loss --------------------------------------------------------------------------
 
 
 def attg_loss(
@@ -742,8 +736,7 @@ def attg_loss(
     return loss.sum() / (mask != 0).sum().clamp(min=1)
 
 
-# --------------------------------------------------------------------------------------
-# Which of the two computes it
+# -- Which of the two computes it ------------------------------------------------------
 
 
 def _is_fused(pred, target, attn, impl):
@@ -806,8 +799,7 @@ def _say(path):
         print(f"attg_loss: {path}", file=sys.stderr)
 
 
-# --------------------------------------------------------------------------------------
-# The checks of the arguments
+# -- The checks of the arguments -------------------------------------------------------
 
 
 def _check(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, impl):
