@@ -70,7 +70,7 @@ MAE_SCHEDULE = {"epochs": 800, "batch_size": 4096, "blr": 1.5e-4}
 VIT_LARGE = {"img_size": 224, "patch_size": 16, "width": 1024, "depth": 24, "heads": 16}
 VIT_LARGE |= MAE_DECODER | MAE_SCHEDULE
 
-SMALL_DECODER = {"decoder_width": 256, "decoder_heads": 8}
+SMALL_DECODER = {"decoder_width": 256, "decoder_depth": 4, "decoder_heads": 8}
 TINY_DECODER = {"decoder_width": 192, "decoder_depth": 4, "decoder_heads": 3}
 # For pictures of 32 pixels, and for minutes on a CPU.
 VIT_MICRO = {"img_size": 32, "patch_size": 4, "width": 128, "depth": 4, "heads": 4}
