@@ -1,0 +1,23 @@
+"""
+What every test needs before it is collected, and how the whole suite is run.
+
+Runs are compared bit for bit, so the number of threads is set here, for this process and
+those it starts, and nowhere else.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+# Without a GPU the kernel runs in Triton's interpreter, which has to be chosen before
+# anything imports Triton; torchvision does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# So that their asserts explain themselves as those of the tests do.
+pytest.register_assert_rewrite("tests.helpers", "tests.processes")
+pytest_plugins = ["tests.fixtures"]
