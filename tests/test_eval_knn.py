@@ -17,6 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
 import attg_mae
+import common.features
 import eval_knn
 from common.data import make_loader, open_data
 from tests.helpers import Evil, noise, rand, randn, some_truth, write
