@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import default_collate
 from torchvision.transforms.functional import pil_to_tensor
 
-from attg_mae import MAE, Config, load_checkpoint, mask_noise, model_inputs, tau_at
+from attg_mae import MAE, Config, mask_noise, model_inputs, tau_at
 from common.data import TrainBatches, open_data, seed_for, to_device
 from common.files import require
 from common.pictures import denormalize
@@ -30,6 +30,7 @@ from docs.drawing import (
     save_panels,
     write_in_cells,
 )
+from docs.idea import load_model
 
 SIDE = 256  # px of a panel: 32 px a patch
 
@@ -40,22 +41,13 @@ def build(checkpoint):
         cfg = Config()
         torch.manual_seed(seed_for("weights", cfg.seed))
         return MAE(cfg)
-    parts = load_checkpoint(checkpoint)
-    complete = "model" in parts and "config" in parts
-    require(complete, f"--checkpoint {checkpoint}: not a last.pt of attg_mae.py")
-    cfg = Config(**parts["config"])
+    model = load_model(checkpoint)
+    # The panels and the lines of take_step are made for the default run.
     usual = Config()
-    same = (cfg.data, cfg.grid, cfg.guidance) == (
-        usual.data,
-        usual.grid,
-        usual.guidance,
-    )
-    require(
-        same and cfg.norm_pix,
-        f"--checkpoint {checkpoint}: made with other flags; make one by attg_mae.py alone",
-    )
-    model = MAE(cfg)
-    model.load_state_dict(parts["model"])
+    for name in ("data", "guidance", "grid", "norm_pix"):
+        value, expected = getattr(model.cfg, name), getattr(usual, name)
+        words = f"--checkpoint {checkpoint}: its {name} is {value}, must be {expected}"
+        require(value == expected, words)
     return model
 
 
