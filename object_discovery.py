@@ -47,8 +47,7 @@ from common.maps import chunks, load_maps, quality, read_mask, save_maps, true_m
 from common.run import load_checkpoint, processes, wait
 from kernels import normalize_map
 
-# ----------------------------------------------------------------------------
-# The methods: TokenCut
+# -- The methods: TokenCut -------------------------------------------------------------
 
 
 def normalised_affinity(edges, eps):
@@ -196,8 +195,7 @@ def tokencut(features, tau=0.2, eps=1e-5):
     return torch.cat(vectors).to(dtype).to(features.device)
 
 
-# ----------------------------------------------------------------------------
-# The methods: DINO, Grad-CAM, and features without weights
+# -- The methods: DINO, Grad-CAM, and features without weights -------------------------
 
 
 @torch.no_grad()
@@ -242,8 +240,7 @@ def patch_statistics(imgs, p):
     return (x - x.mean(dim=1, keepdim=True)) / deviation
 
 
-# ----------------------------------------------------------------------------
-# Backbones: a function for each kind, (args, device) -> Backbone
+# -- Backbones: a function for each kind, (args, device) -> Backbone -------------------
 
 
 class Backbone(NamedTuple):
@@ -449,8 +446,7 @@ def open_backbone(args, device):
     return vit(args, device)
 
 
-# ----------------------------------------------------------------------------
-# The job
+# -- The job ---------------------------------------------------------------------------
 
 
 class Whole(Dataset):
@@ -639,8 +635,7 @@ def differences(new, old):
     return ", ".join(words)
 
 
-# ----------------------------------------------------------------------------
-# The sheet
+# -- The sheet -------------------------------------------------------------------------
 
 
 def grey(x):
@@ -672,8 +667,7 @@ def show(path, dataset, files, ids, tau=0.75, cell=112):
     save_sheet(path, columns, cell=cell)
 
 
-# ----------------------------------------------------------------------------
-# The command line
+# -- The command line ------------------------------------------------------------------
 
 
 def command_line():

@@ -1,1 +1,4 @@
-"""What the programs share: data, maps, features, weights, runs, files. Nothing here imports a program."""
+"""What the programs share. Nothing here imports a program."""
+
+__all__ = ["bookkeeping", "data", "features", "files", "maps", "pictures", "run", "toy"]
+__all__ += ["supervised", "weights"]

@@ -31,8 +31,7 @@ from common.files import replacing
 FLAT = 1e-5
 
 
-# ----------------------------------------------------------------------------
-# Map files
+# -- Map files -------------------------------------------------------------------------
 
 
 def chunks(maps, values=2**22):
@@ -208,8 +207,7 @@ def open_maps(path, dataset, name):
     return dataset.masks
 
 
-# ----------------------------------------------------------------------------
-# True masks
+# -- True masks ------------------------------------------------------------------------
 
 
 def read_mask(folder, name):
@@ -249,8 +247,7 @@ def true_masks(dataset, folder, ids):
             yield None
 
 
-# ----------------------------------------------------------------------------
-# Quality of maps
+# -- Quality of maps -------------------------------------------------------------------
 
 
 def quality(maps, truth):
