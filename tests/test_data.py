@@ -117,18 +117,25 @@ def test_workers_ignore_signals_and_leave():
     """Ctrl-C and stop signals reach the whole process group; only the main process may
     act, and it must end in time.
     """
-    code = (
-        "import os, signal, common.data\n"
-        "d = common.data.open_data('toy', 'test', augment=True)\n"
-        "it = iter(common.data.make_loader(d, workers=2, batch_sampler=common.data.TrainBatches(len(d), 50, 0, 60)))\n"
-        # Workers start with the usual handlers
-        "next(it)\n"
-        "signal.signal(signal.SIGTERM, lambda *a: None); signal.signal(signal.SIGINT, lambda *a: None)\n"
-        "os.killpg(0, signal.SIGTERM); os.killpg(0, signal.SIGINT)\n"
-        "print('batches', 1 + sum(1 for _ in it))\n"
-        "it = iter(common.data.make_loader(d, workers=2, batch_sampler=common.data.TrainBatches(len(d), 50, 0, 60))); next(it)\n"
-        "raise SystemExit(3)"
-    )  # leaves in mid-epoch
+    # Workers start with the usual handlers; the second loader is left in mid-epoch.
+    code = """
+import os, signal
+from common.data import TrainBatches, make_loader, open_data
+
+def batches():
+    steps = TrainBatches(len(data), 50, 0, 60)
+    return iter(make_loader(data, workers=2, batch_sampler=steps))
+
+data = open_data("toy", "test", augment=True)
+first = batches()
+next(first)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: None)
+    os.killpg(0, number)
+print("batches", 1 + sum(1 for _ in first))
+next(batches())
+raise SystemExit(3)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

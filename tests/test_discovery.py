@@ -228,8 +228,9 @@ def test_maps_of_a_folder(tmp_path, capsys):
     assert maps.shape == (10, 6, 6) and manifest == result["manifest"]
     assert manifest["failed"] == [3] and not maps[3].any() and manifest["flat"] == []
     assert (maps.max((1, 2)) == 1).sum() == 9
-    assert {k: manifest["settings"][k] for k in ("backbone", "input", "grid", "cut")} == {
-        "backbone": "pixels", "input": [96, 96], "grid": [6, 6], "cut": 0.2}  # fmt: skip
+    assert {
+        k: manifest["settings"][k] for k in ("backbone", "input", "grid", "cut")
+    } == {"backbone": "pixels", "input": [96, 96], "grid": [6, 6], "cut": 0.2}
     whole = np.array(pictures.read(5)[0].resize((96, 96), Image.Resampling.BICUBIC))
     features = object_discovery.patch_statistics(
         torch.from_numpy(whole).permute(2, 0, 1)[None] / 255, 16
@@ -379,7 +380,8 @@ class Many(torch.utils.data.Dataset):
 
 for count in (200, 4000):  # 10 and 200 MB
     args = {"method": "x"}, 50, 0, torch.device("cpu"), 0, 1
-    O.discover(lambda x: torch.rand(len(x), 4, 4), Many(count), (4, 4), pathlib.Path(f"{count}.npy"), *args)
+    out = pathlib.Path(f"{count}.npy")
+    O.discover(lambda x: torch.rand(len(x), 4, 4), Many(count), (4, 4), out, *args)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # KB
 """
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -415,8 +417,10 @@ def test_discovered_maps_guide_a_run(labelled, tmp_path):
         )["manifest"]
         assert manifest["shape"] == [25, 2, 2]
         assert manifest["settings"]["mean"] == list(IMAGENET_MEAN)
-        a, b = (train(tmp_path / f"{method}{i}", **labelled | {"maps": str(x)}, epochs=1) for i, x in
-                enumerate((out, labelled["maps"])))  # fmt: skip
+        a, b = (
+            train(tmp_path / f"{method}{i}", **labelled | {"maps": str(x)}, epochs=1)
+            for i, x in enumerate((out, labelled["maps"]))
+        )
         assert a["step"] == b["step"] == 6 and losses(a["out"]) != losses(b["out"])
     other = object_discovery.main(
         [
@@ -608,26 +612,43 @@ def few(tmp_path):
 
 DISCOVERY_ERRORS = [  # flags, what the text names
     ("--data empty", "--data empty no pictures"),
-    ("--backbone none.pt", "--backbone none.pt no such file dino_vits16"), ("--backbone cut.pt", "cut.pt damaged"),
+    ("--backbone none.pt", "--backbone none.pt no such file dino_vits16"),
+    ("--backbone cut.pt", "cut.pt damaged"),
     ("--backbone mobilenet.pt", "mobilenet.pt no ViT encoder"),
-    ("--method gradcam --weights mobilenet.pt", "--weights mobilenet.pt not torchvision's resnet50"),
-    ("--method gradcam --weights cut.pt", "cut.pt damaged"), ("--backbone resnet50", "--backbone resnet50 gradcam"),
+    (
+        "--method gradcam --weights mobilenet.pt",
+        "--weights mobilenet.pt not torchvision's resnet50",
+    ),
+    ("--method gradcam --weights cut.pt", "cut.pt damaged"),
+    ("--backbone resnet50", "--backbone resnet50 gradcam"),
     ("--method gradcam --backbone pixels", "--backbone pixels resnet50 mobilenet_v2"),
-    ("--method gradcam --backbone mobilenet_v2 --weights mobilenet.pt --img_size 16", "--img_size 16 32"),
-    ("--method dino --backbone pixels", "pixels tokencut"), ("--method masks", "--masks DIR"),
+    (
+        "--method gradcam --backbone mobilenet_v2 --weights mobilenet.pt --img_size 16",
+        "--img_size 16 32",
+    ),
+    ("--method dino --backbone pixels", "pixels tokencut"),
+    ("--method masks", "--masks DIR"),
     ("--method masks --masks nowhere", "--masks nowhere no such folder"),
-    ("--method masks --masks empty", "--masks empty 00.png .png"), ("--img_size 40", "--img_size 40 16"),
-    ("--masks empty", "--masks no picture has a mask"), ("--cut 1.5", "--cut 1.5 cosine"),
-    ("--show -1", "--show -1 0"), ("--grid 7", "--grid pixels does not use"),
-    ("--method dino --grid 7", "--grid dino does not use"), ("--mean 0 0 0", "--mean pixels"),
-    ("--img_size 0", "--img_size 0 1"), ("--out data/m.npy", "--out data/m.npy among"),
-    ("--out m.pt", "--out m.pt .npy"), ("--out cut.pt/m.npy", "--out cut.pt/m.npy cannot be written another"),
+    ("--method masks --masks empty", "--masks empty 00.png .png"),
+    ("--img_size 40", "--img_size 40 16"),
+    ("--masks empty", "--masks no picture has a mask"),
+    ("--cut 1.5", "--cut 1.5 cosine"),
+    ("--show -1", "--show -1 0"),
+    ("--grid 7", "--grid pixels does not use"),
+    ("--method dino --grid 7", "--grid dino does not use"),
+    ("--mean 0 0 0", "--mean pixels"),
+    ("--img_size 0", "--img_size 0 1"),
+    ("--out data/m.npy", "--out data/m.npy among"),
+    ("--out m.pt", "--out m.pt .npy"),
+    ("--out cut.pt/m.npy", "--out cut.pt/m.npy cannot be written another"),
     ("--binary --method dino", "--binary dino"),
     ("--data more/data --out old.npy", "--out old.npy other data delete another"),
     ("--batch_size 0", "--batch_size 0"),
-    ("--cut 0.4 --out old.npy", "--out old.npy cut 0.2, not 0.4 delete another"), ("--device gpu", "--device gpu"),
-    ("--weights cut.pt", "--weights gradcam"), ("--with none.npy", "--with none.npy no such .npy file"),
-]  # fmt: skip
+    ("--cut 0.4 --out old.npy", "--out old.npy cut 0.2, not 0.4 delete another"),
+    ("--device gpu", "--device gpu"),
+    ("--weights cut.pt", "--weights gradcam"),
+    ("--with none.npy", "--with none.npy no such .npy file"),
+]
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,17 @@ def classifier_and_timm(drop_path=0.0):
         for p in encoder.parameters():
             p.add_(0.05 * randn(*p.shape))
     ours = eval_finetune.Classifier(encoder, 5, drop_path)
-    peer = timm_vit.VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=3, num_heads=2, num_classes=5,
-                                      global_pool="avg", norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                                      drop_path_rate=drop_path)  # fmt: skip
+    peer = timm_vit.VisionTransformer(
+        img_size=32,
+        patch_size=16,
+        embed_dim=16,
+        depth=3,
+        num_heads=2,
+        num_classes=5,
+        global_pool="avg",
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        drop_path_rate=drop_path,
+    )
     nn.init.normal_(ours.head.weight)
     assert not peer.load_state_dict(ours.state_dict(), strict=True).missing_keys
     return ours, peer

@@ -173,10 +173,16 @@ def test_lars_equals_timm():
     ours, theirs, wrong = matrices(), matrices(), matrices()
     optimizers = [
         eval_linear.LARS(ours, lr=0.4, weight_decay=0.01),
-        timm.optim.Lars([{"params": theirs[:3], "weight_decay": 0.01, "always_adapt": True}, {"params": theirs[3:]}],
-                        lr=0.4, momentum=0.9),
+        timm.optim.Lars(
+            [
+                {"params": theirs[:3], "weight_decay": 0.01, "always_adapt": True},
+                {"params": theirs[3:]},
+            ],
+            lr=0.4,
+            momentum=0.9,
+        ),
         timm.optim.Lars(wrong, lr=0.4, momentum=0.9, weight_decay=0.01),
-    ]  # fmt: skip
+    ]
     for step in range(6):
         for parameters in (ours, theirs, wrong):
             for k, p in enumerate(parameters):

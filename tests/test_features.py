@@ -73,8 +73,13 @@ def test_features_of_several_processes_are_in_order(labelled, monkeypatch):
     model = attg_mae.build_model(attg_mae.Config(**SMALL)).eval()
     dataset = open_data(labelled["data"], "train", (32, 32))
     want = common.features.features_of(model, dataset, {"batch_size": 4}, None, 0, 1)
-    shares = [attg_mae.extract_features(model, make_loader(torch.utils.data.Subset(dataset, range(r, len(dataset), 3))))
-              for r in range(3)]  # fmt: skip
+    shares = [
+        attg_mae.extract_features(
+            model,
+            make_loader(torch.utils.data.Subset(dataset, range(r, len(dataset), 3))),
+        )
+        for r in range(3)
+    ]
 
     def gather(parts, mine):
         assert len(parts) == 3

@@ -165,8 +165,9 @@ def test_pool_maps_follows_crop_and_flip(size, grid):
     sides[-1] = 1  # the whole picture
     box = torch.cat([(1 - sides) * place, (1 - sides) * place + sides], 1)
     flip = rand(n, seed=4) < 0.5
-    # A ramp's mean over a patch of the crop is its value at the patch's centre. A map of pixels is level within half a
-    # pixel of the picture's border; patches that reach in there are border patches.
+    # A ramp's mean over a patch of the crop is its value at the patch's centre. A map of
+    # pixels is level within half a pixel of the picture's border; patches that reach in
+    # there are border patches.
     ramps, wants, border = [], [], torch.zeros(n, gh, gw).bool()
     for axis, (g, pixels) in enumerate(((gw, w), (gh, h))):
         side = sides[:, axis, None] / g

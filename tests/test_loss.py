@@ -69,8 +69,13 @@ def test_loss_maps_and_tau(impl, kind, tau):
     target = randn(3, 8, 12, seed=1)
     mask = rand(3, 8, seed=2) < 0.7
     m = rand(3, 8, seed=4)
-    attn = {"random": m, "unscaled": m * 40 - 7, "flat": torch.tensor([0.3, 0.0, 0.9])[:, None].expand(3, 8),
-            "noise": 0.3 + 1e-7 * m, "-inf": m.masked_fill(m < 0.4, -math.inf)}[kind]  # fmt: skip
+    attn = {
+        "random": m,
+        "unscaled": m * 40 - 7,
+        "flat": torch.tensor([0.3, 0.0, 0.9])[:, None].expand(3, 8),
+        "noise": 0.3 + 1e-7 * m,
+        "-inf": m.masked_fill(m < 0.4, -math.inf),
+    }[kind]
     for t in (
         float(tau),
         torch.tensor(float(tau)),
@@ -253,6 +258,12 @@ def test_loss_ignores_what_stands_in_visible_patches(impl, bad, dtype):
 
 
 def test_loss_gradcheck():
+    def zero(x):
+        return x.detach() + 0 * x
+
+    def shifted(x):
+        return x.detach() + (x - x.detach()).roll(1, 1)
+
     pred = randn(2, 4, 5).double().requires_grad_()
     target = randn(2, 4, 5, seed=1).double()
     for reduction in ("mean", "sum", "none"):
@@ -263,8 +274,6 @@ def test_loss_gradcheck():
             attn=rand(2, 4).double(),
             reduction=reduction,
         )
-        zero = lambda x: x.detach() + 0 * x
-        shifted = lambda x: x.detach() + (x - x.detach()).roll(1, 1)
         for change, good in ((torch.clone, True), (zero, False), (shifted, False)):
             check = partial(
                 torch.autograd.gradcheck, atol=1e-8, rtol=1e-6, raise_exception=False
@@ -357,22 +366,49 @@ IMGS, COMPLEX = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, dtype=torch.complex64
 
 
 ERRORS = [  # the argument, its value, what the text names beside the argument
-    ("pred", torch.zeros(2, 4), "2, 4"), ("pred", torch.zeros(2, 4, 12).long(), "int64"), ("target", torch.zeros(2, 4, 10), "2, 4, 10"),
-    ("target", torch.zeros(2, 5, 12), "2, 5, 12"), ("target", torch.zeros(1, 4, 12), "1, 4, 12"), ("target", torch.zeros(4, 12), "4, 12"),
-    ("target", torch.zeros(2, 4, 12).long(), "int64"), ("target", torch.zeros(2, 4, 12).bool(), "bool"),
-    ("target", torch.zeros(2, 4, 12, requires_grad=True), "grad"), ("attn", torch.zeros(2, 4, requires_grad=True), "grad"),
-    ("mask", COMPLEX, "complex"), ("mask", torch.zeros(2, 3), "2, 3"), ("mask", torch.zeros(2, 4, 1), "2, 4, 1"),
-    ("attn", COMPLEX, "complex"), ("attn", torch.zeros(2, 3), "2, 3"), ("attn", torch.zeros(2, 2, 2), "2, 2, 2"),
-    ("tau", 0, "0"), ("tau", -0.5, "-0.5"), ("tau", math.nan, "nan"), ("tau", "1", "1"), ("tau", True, "True"),
-    ("tau", None, "None"), ("tau", torch.ones(2), "2"), ("tau", torch.ones((), requires_grad=True), "grad"),
-    ("eps", -1e-6, "-1e-06"), ("eps", math.nan, "nan"), ("pred", torch.zeros(2, 0, 12), "2, 0, 12"),
-    ("pred", torch.zeros(2, 4, 0), "2, 4, 0"), ("reduction", "avg", "avg"), ("impl", "cuda", "cuda"),
-    ("patch_size", None, "None", {"target": IMGS}), ("patch_size", 0, "0", {"target": IMGS}),
-    ("target", IMGS, "3", {"patch_size": 3}), ("target", torch.zeros(2, 3, 5, 4), "5", {"patch_size": 2}),
+    ("pred", torch.zeros(2, 4), "2, 4"),
+    ("pred", torch.zeros(2, 4, 12).long(), "int64"),
+    ("target", torch.zeros(2, 4, 10), "2, 4, 10"),
+    ("target", torch.zeros(2, 5, 12), "2, 5, 12"),
+    ("target", torch.zeros(1, 4, 12), "1, 4, 12"),
+    ("target", torch.zeros(4, 12), "4, 12"),
+    ("target", torch.zeros(2, 4, 12).long(), "int64"),
+    ("target", torch.zeros(2, 4, 12).bool(), "bool"),
+    ("target", torch.zeros(2, 4, 12, requires_grad=True), "grad"),
+    ("attn", torch.zeros(2, 4, requires_grad=True), "grad"),
+    ("mask", COMPLEX, "complex"),
+    ("mask", torch.zeros(2, 3), "2, 3"),
+    ("mask", torch.zeros(2, 4, 1), "2, 4, 1"),
+    ("attn", COMPLEX, "complex"),
+    ("attn", torch.zeros(2, 3), "2, 3"),
+    ("attn", torch.zeros(2, 2, 2), "2, 2, 2"),
+    ("tau", 0, "0"),
+    ("tau", -0.5, "-0.5"),
+    ("tau", math.nan, "nan"),
+    ("tau", "1", "1"),
+    ("tau", True, "True"),
+    ("tau", None, "None"),
+    ("tau", torch.ones(2), "2"),
+    ("tau", torch.ones((), requires_grad=True), "grad"),
+    ("eps", -1e-6, "-1e-06"),
+    ("eps", math.nan, "nan"),
+    ("pred", torch.zeros(2, 0, 12), "2, 0, 12"),
+    ("pred", torch.zeros(2, 4, 0), "2, 4, 0"),
+    ("reduction", "avg", "avg"),
+    ("impl", "cuda", "cuda"),
+    ("patch_size", None, "None", {"target": IMGS}),
+    ("patch_size", 0, "0", {"target": IMGS}),
+    ("target", IMGS, "3", {"patch_size": 3}),
+    ("target", torch.zeros(2, 3, 5, 4), "5", {"patch_size": 2}),
     ("target", torch.zeros(2, 3, 4, 6), "2, 3, 4, 6", {"patch_size": 2}),
     ("target", torch.zeros(2, 1, 4, 4), "2, 1, 4, 4", {"patch_size": 2}),
-    ("norm_pix", True, "1", {"pred": torch.zeros(2, 4, 1), "target": torch.zeros(2, 4, 1)}),
-]  # fmt: skip
+    (
+        "norm_pix",
+        True,
+        "1",
+        {"pred": torch.zeros(2, 4, 1), "target": torch.zeros(2, 4, 1)},
+    ),
+]
 
 
 @pytest.mark.parametrize("case", ERRORS, ids=lambda case: f"{case[0]}-{case[2]}")

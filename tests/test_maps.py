@@ -136,7 +136,10 @@ def break_maps(path, how):
         path.with_suffix(".json").write_text(
             json.dumps(manifest | {"fingerprint": "f" * 64})
         )
-        return r"made for other data \(5 pictures, fingerprint ffffffffffff, but --data has 5, .*; use the --data"
+        return (
+            r"made for other data \(5 pictures, fingerprint ffffffffffff, "
+            "but --data has 5, .*; use the --data"
+        )
     if how == "number":
         path.with_suffix(".json").write_text(json.dumps(manifest | {"number": 4}))
         return r"made for other data \(4 pictures.*--data has 5"

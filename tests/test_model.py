@@ -26,8 +26,12 @@ from tests.helpers import (
     timm_model,
 )
 
-HF_CASES = [("vit_micro", 4, 2, True, torch.float32), ("vit_micro", 4, 2, False, torch.float32),
-            ("vit_micro", 4, 2, True, torch.float64), ("vit_base", 4, 2, True, torch.float32)]  # fmt: skip
+HF_CASES = [
+    ("vit_micro", 4, 2, True, torch.float32),
+    ("vit_micro", 4, 2, False, torch.float32),
+    ("vit_micro", 4, 2, True, torch.float64),
+    ("vit_base", 4, 2, True, torch.float32),
+]
 
 
 @pytest.mark.parametrize(

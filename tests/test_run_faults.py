@@ -619,7 +619,8 @@ import signal, sys, torch
 sys.path.insert(0, {str(Path(SCRIPT).parent)!r})
 before = signal.getsignal(signal.SIGINT), torch.get_rng_state(), torch.get_num_threads()
 def query(*_): raise AssertionError("CUDA query")
-for name in ("is_available", "device_count", "current_device", "init", "_lazy_init"): setattr(torch.cuda, name, query)
+for name in ("is_available", "device_count", "current_device", "init", "_lazy_init"):
+    setattr(torch.cuda, name, query)
 import attg_mae, bench, eval_finetune, eval_knn, eval_linear, kernels, object_discovery
 after = signal.getsignal(signal.SIGINT), torch.get_rng_state(), torch.get_num_threads()
 assert before[0] == after[0] and before[1].equal(after[1]) and before[2] == after[2]

@@ -68,8 +68,16 @@ def test_training_on_pictures(program, flags, encoder, labelled, tmp_path, capsy
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert weights["step"] == 8 * 3
     if program is eval_finetune:
-        peer = timm_vit.VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=3,
-                                          global_pool="avg", norm_layer=partial(nn.LayerNorm, eps=1e-6))  # fmt: skip
+        peer = timm_vit.VisionTransformer(
+            img_size=32,
+            patch_size=16,
+            embed_dim=16,
+            depth=1,
+            num_heads=2,
+            num_classes=3,
+            global_pool="avg",
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
         timm.models.load_checkpoint(peer.eval(), tmp_path / "weights.pt")
         tests = make_loader(open_data(labelled["data"], "test", 32))
         with torch.no_grad():

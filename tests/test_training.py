@@ -529,9 +529,12 @@ def test_init_errors(whole, labelled, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-FLAGS = """model data maps out epochs batch_size accum blr lr warmup_epochs weight_decay clip_grad mask_ratio norm_pix
-tau tau_end tau_schedule guidance map_norm img_size patch_size precision compile device workers seed init resume classes
-mean std knn_every save_every log_every""".split()
+FLAGS = """
+model data maps out epochs batch_size accum blr lr warmup_epochs weight_decay clip_grad
+mask_ratio norm_pix tau tau_end tau_schedule guidance map_norm img_size patch_size
+precision compile device workers seed init resume classes mean std knn_every save_every
+log_every
+""".split()
 
 
 def test_help(capsys):
@@ -549,7 +552,8 @@ def test_flags_reach_the_config(monkeypatch):
     monkeypatch.setattr(attg_mae, "train", seen.append)
     attg_mae.main([])
     assert asdict(seen[0]) == asdict(attg_mae.Config())
-    argv = "--model vit_small --epochs 3 --lr 1e-3 --no-norm_pix --compile --mean .1 .2 .3 --data x --warmup_epochs 0.5"
+    argv = "--model vit_small --epochs 3 --lr 1e-3 --no-norm_pix --compile "
+    argv += "--mean .1 .2 .3 --data x --warmup_epochs 0.5"
     attg_mae.main([*argv.split(), "--guidance", "none"])
     cfg = seen[1]
     assert (cfg.width, cfg.img_size, cfg.epochs, cfg.batch_size, cfg.lr) == (
