@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,6 +23,7 @@ import eval_linear
 import object_discovery
 from common.data import open_data, open_labelled
 from common.maps import load_maps, save_maps
+from docs import idea, walkthrough
 from tests.helpers import (
     ROOT,
     SMALL,
@@ -38,6 +40,7 @@ from tests.helpers import (
     save_small,
     shake,
     timm_model,
+    train,
     write,
 )
 
@@ -357,3 +360,33 @@ def test_encoder_of_the_timm_snippet(place):
     names = {}
     exec(code, names)
     assert torch.equal(names["model"].norm.weight, encoder["norm.weight"])
+
+
+def test_the_walkthrough_is_drawn_and_adds_up(tmp_path, capsys):
+    """It stops by itself where its sums are not those of MAE.forward."""
+    walkthrough.main(["--out", str(tmp_path / "w.png")])
+    words = capsys.readouterr().out
+    assert "sum(mask)" in words
+    with Image.open(tmp_path / "w.png") as sheet:
+        assert min(sheet.size) > 600
+
+
+def test_the_walkthrough_quotes_lines_that_are_there():
+    source = {line.strip() for line in (ROOT / "attg_mae.py").read_text().splitlines()}
+    quoted = re.findall(r"```text\n(.*?)```", PAGES["walkthrough.md"], re.S)
+    lines = [line.strip() for block in quoted for line in block.splitlines()]
+    assert len(lines) > 15
+    assert [line for line in lines if line != "..." and line not in source] == []
+
+
+def test_the_figure_of_the_idea_is_drawn(labelled, whole, tmp_path):
+    guided = whole()
+    vanilla = tmp_path / "vanilla"
+    train(vanilla, **labelled | {"maps": None, "guidance": "none"}, epochs=1)
+    runs = ["--vanilla", f"{vanilla}/last.pt", "--guided", f"{guided}/last.pt"]
+    pictures = ["--maps", labelled["maps"], "--split", "train", "--count", "2"]
+    idea.main([*runs, *pictures, "--out", str(tmp_path / "idea.png")])
+    with Image.open(tmp_path / "idea.png") as sheet:
+        assert sheet.width > 6 * 128 and sheet.height > 2 * 128
+    with pytest.raises(ValueError, match="encoder.pt: give the last.pt of a run"):
+        idea.main(["--vanilla", f"{guided}/encoder.pt", "--guided", "x"])
