@@ -480,8 +480,8 @@ def masked_loss(pred, patches, mask, m_norm=None, tau=0.75, norm_pix=True, fused
     """The loss of the paper from pred and patches (B, L, P), mask and m_norm (B, L).
 
     m_norm None is the loss of MAE; -inf is weight 0. norm_pix: the target is each patch
-    normalised by its own mean and variance. fused: a kernel forward and one backward
-    that read the masked patches only, by default on a GPU; the lines below are what they compute.
+    normalised by its own mean and variance. fused, the default on a GPU: a kernel forward
+    and one backward that read the masked patches only, and compute the lines below.
     """
     if fused is None:
         fused = pred.is_cuda
@@ -496,10 +496,11 @@ def masked_loss(pred, patches, mask, m_norm=None, tau=0.75, norm_pix=True, fused
         variance = centred.square().sum(dim=-1, keepdim=True) / (P - 1)
         target = centred / (variance + 1e-6).sqrt()
     error = (pred - target).square().mean(dim=-1)  # (B, L)
+    hidden = mask.sum().clamp(min=1)  # the loss is 0 where nothing is hidden
     if m_norm is None:
-        return (mask * error).sum() / mask.sum()
+        return (mask * error).sum() / hidden
     weight = torch.exp(m_norm / tau)  # Eq. 1
-    return (mask * weight * error).sum() / mask.sum()  # Eq. 2
+    return (mask * weight * error).sum() / hidden  # Eq. 2
 
 
 # -- Guidance: from the map of a picture to the weights of the patches of a crop -------
