@@ -21,10 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import attg_mae
-import common.data
 import common.features
-import common.maps
-import common.run
 import common.toy
 import eval_knn
 import eval_linear

@@ -12,9 +12,6 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 import common.data
-import common.features
-import common.maps
-import common.run
 import common.toy
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD
 from common.data import open_data
