@@ -459,8 +459,11 @@ class MAE(ViT):
             noise = torch.rand(B, L, device=imgs.device)
         if attn is not None and tuple(attn.shape) != (B, L):
             raise ValueError(
-                f"attn: got {tuple(attn.shape)}; one value a patch is {(B, L)}"
+                f"attn: got {attn.dtype} of shape {tuple(attn.shape)}; pass one value for "
+                f"each patch of pred, shape {(B, L)}"
             )
+        if not torch.is_tensor(tau) and not 0 < tau < math.inf:
+            raise ValueError(f"tau: got {tau!r}; pass a finite number above 0")
         ids_keep, mask = self.random_masking(noise, mask_ratio)
         latent = self.forward_encoder(patches, ids_keep)  # (B, 1 + K, D)
         pred = self.forward_decoder(latent, ids_keep)  # (B, L, P)
@@ -489,18 +492,23 @@ def masked_loss(pred, patches, mask, m_norm=None, tau=0.75, norm_pix=True, fused
         options = {"tau": tau, "norm_pix": norm_pix, "normalize_attn": False}
         return attg_loss(pred, patches, mask, m_norm, **options)
 
-    target = patches
+    # In fp32 at least, whatever the precision of the model.
+    dtype = torch.promote_types(pred.dtype, torch.float32)
+    hidden = mask.bool()
+    # What the model says of visible patches does not count, not even if it is NaN.
+    pred = torch.where(hidden[..., None], pred.to(dtype), 0.0)
+    target = patches.to(dtype)
     if norm_pix:
         P = patches.shape[-1]
-        centred = patches - patches.mean(dim=-1, keepdim=True)
+        centred = target - target.mean(dim=-1, keepdim=True)
         variance = centred.square().sum(dim=-1, keepdim=True) / (P - 1)
         target = centred / (variance + 1e-6).sqrt()
     error = (pred - target).square().mean(dim=-1)  # (B, L)
-    hidden = mask.sum().clamp(min=1)  # the loss is 0 where nothing is hidden
-    if m_norm is None:
-        return (mask * error).sum() / hidden
-    weight = torch.exp(m_norm / tau)  # Eq. 1
-    return (mask * weight * error).sum() / hidden  # Eq. 2
+    weight = 1.0
+    if m_norm is not None:
+        weight = torch.exp(m_norm.to(dtype) / tau)  # Eq. 1
+    weighted = torch.where(hidden, weight * error, 0.0)  # mask * w * l
+    return weighted.sum() / mask.sum().clamp(min=1)  # Eq. 2
 
 
 # -- Guidance: from the map of a picture to the weights of the patches of a crop -------
@@ -628,6 +636,7 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
     losses = torch.zeros(2, device=tau.device)
     for number, batch in enumerate(batches, start=1):
         imgs, attn, noise = model_inputs(batch, cfg)
+        del batch  # its memory is free for the passes
         # Processes exchange gradients once a step, with the last micro-batch.
         exchange = number == cfg.accum or not isinstance(model, DistributedDataParallel)
         with contextlib.nullcontext() if exchange else model.no_sync():

@@ -52,7 +52,7 @@ class Run:
         )
         self.test_set = open_data(cfg.data, "test", cfg.size, classes=cfg.classes)
         self.maps = None
-        has_maps = cfg.maps is not None or self.train_set.masks is not None
+        has_maps = bool(cfg.maps) or self.train_set.masks is not None
         # Guided training is refused without maps; drawing pictures needs none.
         if cfg.guidance != "none" and (has_maps or cfg.epochs > 0):
             self.maps = open_maps(cfg.maps, self.train_set, cfg.data)
@@ -86,6 +86,8 @@ class Run:
                 scaler.load_state_dict(parts["scaler"])
             # the stored one would replace a new --weight_decay
             optimizer.param_groups[0]["weight_decay"] = cfg.weight_decay
+            # or it would stay in memory for the whole run
+            parts.clear()
         self.batches = TrainBatches(
             len(self.train_set),
             cfg.batch_size,
@@ -130,13 +132,13 @@ class Run:
             f"epochs: {cfg.epochs}, steps: {self.total_steps}, images in a step: "
             f"{cfg.batch_size} = {micro} x {self.world} (processes) x {cfg.accum} (--accum)"
         )
-        tau = f"tau {cfg.tau}"
-        if cfg.tau_schedule != "constant":
-            tau += f" to {cfg.tau_end}"
-        say(
-            f"lr {cfg.lr:.2e} (base lr {cfg.blr:.2e}) after a warm-up of "
-            f"{cfg.warmup_epochs:g} epochs, {tau}"
-        )
+        rates = f"lr {cfg.lr:.2e} (base lr {cfg.blr:.2e}) after a warm-up of "
+        rates += f"{cfg.warmup_epochs:g} epochs"
+        if self.maps is not None:
+            rates += f", tau {cfg.tau}"
+            if cfg.tau_schedule != "constant":
+                rates += f" to {cfg.tau_end}"
+        say(rates)
 
         unusual = " ".join(differences_from_defaults(cfg)) or "none"
         say(f"settings that are not the defaults: {unusual}")
@@ -242,7 +244,7 @@ class Run:
 
 
 def differences_from_defaults(cfg):
-    """The flags, with their values, that are not what Config fills in without them."""
+    """The flags by which cfg differs from what Config fills in without them."""
     usual = type(cfg)(model=cfg.model, data=cfg.data, guidance=cfg.guidance)
     sizes = {"epochs": cfg.epochs, "batch_size": cfg.batch_size}
     follows = {"warmup_epochs": None, "lr": None, "blr": None}
@@ -255,6 +257,18 @@ def differences_from_defaults(cfg):
         elif default is None:
             default = getattr(usual, field.name)
         value = getattr(cfg, field.name)
-        if value != default:
-            flags.append(f"--{field.name} {value}")
+        # lr tells blr.
+        if value != default and field.name != "blr":
+            flags.append(as_flag(field.name, value))
     return flags
+
+
+def as_flag(name, value):
+    """As it would be typed."""
+    if value is True:
+        return f"--{name}"
+    if value is False:
+        return f"--no-{name}"
+    if isinstance(value, tuple | list):
+        value = " ".join(str(x) for x in value)
+    return f"--{name} {value}"

@@ -175,10 +175,14 @@ def find_checkpoint(cfg, total_steps, log, fixed, free):
         if not path.exists():
             return None
     parts = load_checkpoint(path)
-    lacks = sorted({"model", "optimizer", "scaler", "step", "config"} - set(parts))
+    lacks = {"model", "optimizer", "scaler", "step", "config"} - set(parts)
+    for name in ("model", "optimizer"):
+        if not parts.get(name):
+            lacks.add(name)
     require(
         not lacks,
-        f"{path}: not a training checkpoint of this project, lacks {lacks}; try --init",
+        f"{path}: not a training checkpoint of this project, lacks {sorted(lacks)}; "
+        "try --init",
     )
     # Through JSON, which makes lists of tuples, as torch.save may have.
     new = json.loads(json.dumps(dataclasses.asdict(cfg)))

@@ -73,16 +73,13 @@ def rename(key):
 
 def join_qkv(weights):
     """Hugging Face keeps queries, keys and values apart: here they are one matrix."""
-    joined = {}
-    for key, value in weights.items():
+    joined = dict(weights)
+    for key, q in weights.items():
         if ".attn.q." in key:
             # Where k or v is missing the matrix is too small, which loading then says.
-            parts = [
-                weights.get(key.replace(".q.", f".{x}."), value[:0]) for x in "qkv"
-            ]
+            names = [key.replace(".q.", f".{x}.") for x in "qkv"]
+            parts = [joined.pop(name, q[:0]) for name in names]
             joined[key.replace(".q.", ".qkv.")] = torch.cat(parts)
-        elif ".attn.k." not in key and ".attn.v." not in key:
-            joined[key] = value
     return joined
 
 

@@ -19,6 +19,7 @@ from tests.helpers import (
     encoder_only,
     from_hf,
     hf_model,
+    kernel,
     oracle,
     rand,
     randn,
@@ -256,3 +257,41 @@ def test_model_compiles_once_for_all_tau():
             got = compiled(imgs, attn, torch.tensor(tau), noise=noise_)[0]
         assert close(got, model(imgs, attn, tau, noise=noise_)[0], 1e-6)
         assert not close(got, model(imgs, attn, tau + 0.01, noise=noise_)[0], 1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_plain_loss_ignores_what_stands_in_visible_patches(bad):
+    """As the kernel file does: neither the loss nor the gradient knows of it."""
+    pred, patches = randn(2, 6, 12), randn(2, 6, 12, seed=1)
+    mask, m_norm = (rand(2, 6, seed=2) < 0.6).float(), rand(2, 6, seed=3)
+    want = attg_mae.masked_loss(pred.requires_grad_(), patches, mask, m_norm)
+    want.backward()
+    spoilt = torch.where(mask[..., None].bool(), pred.detach(), bad).requires_grad_()
+    loss = attg_mae.masked_loss(spoilt, patches, mask, m_norm)
+    loss.backward()
+    assert loss.equal(want) and spoilt.grad.equal(pred.grad) and pred.grad.any()
+    everywhere = torch.full_like(pred, bad)
+    assert not attg_mae.masked_loss(everywhere, patches, mask, m_norm).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_plain_loss_is_fp32_for_any_model(dtype):
+    """Equal to the kernel file's, which reads 16-bit numbers and computes in fp32."""
+    pred, patches = randn(2, 6, 12, dtype=dtype), randn(2, 6, 12, seed=1, dtype=dtype)
+    mask, m_norm = torch.ones(2, 6), rand(2, 6, seed=3).to(dtype)
+    loss = attg_mae.masked_loss(pred, patches, mask, m_norm)
+    options = {"normalize_attn": False, "impl": "torch"}
+    want = kernel.attg_loss(pred, patches, mask, m_norm, **options)
+    assert loss.dtype == torch.float32 and close(loss, want, 1e-6)
+    assert attg_mae.masked_loss(pred, patches, 0 * mask, m_norm) == 0
+
+
+def test_forward_refuses_wrong_arguments():
+    model, imgs = attg_mae.MAE(attg_mae.Config(**SMALL)), randn(2, 3, 32, 32)
+    for tau in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"tau: got {tau}; pass a finite number"):
+            model(imgs, attn=torch.rand(2, 4), tau=tau)
+    with pytest.raises(ValueError, match=r"attn: .*one value for each patch.*\(2, 4\)"):
+        model(imgs, attn=torch.rand(2, 5))
+    with pytest.raises(ValueError, match="this model takes"):
+        model(imgs[..., 1:])

@@ -178,6 +178,10 @@ def refused(ran=""):
             "blocks.1.mlp.fc2.weight",
         ),
         "more": (state | {"surplus": randn(3)}, "surplus"),
+        "stray key": (
+            state | {"blocks.0.attn.k.weight": randn(3, 3)},
+            "unexpected blocks.0.attn.k.weight",
+        ),
         "shape": (state | {"blocks.0.norm1.weight": randn(3)}, "blocks.0.norm1.weight"),
         "hf_part": (
             {k: v for k, v in part.items() if "0.attention.k_proj" not in k},
