@@ -14,9 +14,9 @@ without labels ahead of training (object_discovery.py). Masking stays random.
 
 x_norm is the patch normalised by its own mean and deviation. The background (M_norm = 0)
 has weight 1, as in MAE. tau starts at 0.75 and rises: guidance is strongest at first.
-A map is made of the whole picture, and so are its min and max (--map_norm crop takes the
-crop's, as the paper's Algorithm 1 reads). It is cropped and flipped with the picture and
-averaged over each patch.
+A map is computed on the whole picture and min-max normalised there, once, before
+training. Each step crops and flips it with the picture and averages it over each patch.
+(--map_norm crop normalises the crop, as the paper's Algorithm 1 reads.)
 
 The method is masked_loss, crop_maps, guide and tau_at; train_step joins them. The rest
 is MAE: its model, its schedules, a training loop.
@@ -114,7 +114,7 @@ class Config:
     guidance: str = flag(
         "attg", "attg = the paper, none = MAE, or an ablation", choices=GUIDANCE
     )
-    map_norm: str = flag("image", "what M_norm is of", choices=("image", "crop"))
+    map_norm: str = flag("image", "min, max are those of", choices=("image", "crop"))
     tau: float = flag(0.75, "temperature at the start (paper)")
     tau_end: float = flag(1.0, "temperature at the end (ours; the paper names none)")
     tau_schedule: str = flag(
@@ -450,7 +450,8 @@ class MAE(ViT):
     ):
         """The loss (Eq. 2), pred (B, L, P) and mask (B, L) of images (B, C, H, W).
 
-        attn (B, L): attention map M, or M_norm with normalize_attn=False; None is MAE.
+        attn (B, L): the map M; with normalize_attn=False, as in training, M_norm, or -inf
+        for weight 0; None is MAE.
         tau: float or 0-d tensor. noise (B, L): the lowest stay visible; None is random.
         """
         patches = self.patchify(imgs)  # (B, L, P)
@@ -483,8 +484,8 @@ def masked_loss(pred, patches, mask, m_norm=None, tau=0.75, norm_pix=True, fused
     """The loss of the paper from pred and patches (B, L, P), mask and m_norm (B, L).
 
     m_norm None is the loss of MAE; -inf is weight 0. norm_pix: the target is each patch
-    normalised by its own mean and variance. fused, the default on a GPU: a kernel forward
-    and one backward that read the masked patches only, and compute the lines below.
+    normalised by its own mean and variance. fused, the default on a GPU: the same by the
+    kernels of kernels/attg_loss.py. The lines below define it, and are what a CPU runs.
     """
     if fused is None:
         fused = pred.is_cuda
@@ -552,7 +553,8 @@ def guide(m, noise, flat, guidance):
 
     attn None is weight 1, -inf weight 0. noise (B, L) decides the mask. The patches of
     flat maps (B,) have weight 1 in every mode. attg is the method, the others are the
-    paper's ablations (Table 10): foreground drops the tenth of lowest M_norm only.
+    paper's ablations (Table 10). foreground drops what is below the 10 % quantile of
+    M_norm, background of 1 - M_norm: nothing, where many patches tie at the lowest.
     """
     if guidance == "none":
         return None, noise
@@ -567,9 +569,9 @@ def guide(m, noise, flat, guidance):
 
 
 def hide_highest(m, noise):
-    """Noise (B, L) by which the patches of highest m (B, L) are hidden, not random ones.
+    """Noise (B, L) by which the patches of highest m (B, L) are hidden: their ranks.
 
-    It is each patch's rank. Sorted by noise first, patches of equal m are in random order.
+    Ties are broken at random: patches are in noise order before the stable sort by m.
     """
     order = noise.argsort(dim=1)
     by_map = m.gather(1, order).argsort(dim=1, stable=True)
@@ -636,10 +638,9 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
     losses = torch.zeros(2, device=tau.device)
     for number, batch in enumerate(batches, start=1):
         imgs, attn, noise = model_inputs(batch, cfg)
-        del batch  # its memory is free for the passes
         # Processes exchange gradients once a step, with the last micro-batch.
-        exchange = number == cfg.accum or not isinstance(model, DistributedDataParallel)
-        with contextlib.nullcontext() if exchange else model.no_sync():
+        wait = number < cfg.accum and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if wait else contextlib.nullcontext():
             with torch.autocast(tau.device.type, dtype, enabled=dtype is not None):
                 loss, pred, mask = model(
                     imgs,
@@ -685,6 +686,7 @@ def train(cfg):
     folder, "stopped": the signal that ended the run early, or None}.
     """
     with stop_signals() as signals, processes(cfg.device) as (device, rank, world):
+        # Pictures, log, checkpoints, k-NN: nothing of the method (common/bookkeeping.py).
         run = Run(cfg, device, rank, world, signals)
         checkpoint = run.find_checkpoint(FIXED, FREE)
         model = first_model(cfg, checkpoint, run.log).to(device)

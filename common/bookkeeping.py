@@ -175,9 +175,9 @@ class Run:
         return knn
 
     def after(self, done, values, lr, tau):
-        """Takes what step number `done` gave; logs and saves when it is time.
+        """Collects what a step gave, the `done`-th; logs, checks and saves when it is due.
 
-        True if the run is to stop here. values (3,): loss, unweighted error, gradient
+        True: stop here. values (3,): loss, unweighted error, gradient
         norm. Between two log lines nothing waits for the device.
         """
         self.meter.add(values)
