@@ -133,8 +133,8 @@ def ask():
 
 @pytest.fixture(scope="session")
 def long(labelled):
-    """Settings of a run of 96 steps that writes 5 MB every 6."""
-    return TINY | labelled | {"width": 192, "epochs": 16}
+    """Settings of a run of 60 steps that writes 5 MB every 6."""
+    return TINY | labelled | {"width": 192, "epochs": 10}
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import attg_mae
+import common.data
 import eval_finetune
 import eval_knn
 import eval_linear
@@ -239,6 +240,12 @@ def test_command(script, command, place, monkeypatch, tmp_path_factory):
     elif script == "object_discovery":
         run_discovery(argv, monkeypatch)
     else:
+        if command:
+            # The whole toy set once is enough: in the command without a flag.
+            whole = common.data.toy
+            monkeypatch.setattr(
+                common.data, "toy", lambda split: [x[:1000] for x in whole(split)]
+            )
         run_training(argv)
 
 
@@ -304,7 +311,7 @@ def run_training(argv):
     small = [f"--{name}={value}" for name, value in SMALL.items()]
     own = "--data" in argv
     data = argv[argv.index("--data") + 1] if own else "toy"
-    size = 16 if own else 5000
+    size = 16 if own else len(common.data.toy("train")[0]) // 2
     if "--classes" in argv:
         size = 4  # two of four classes
     small += ["--epochs=1", "--workers=0", f"--batch_size={size}"]
