@@ -21,12 +21,7 @@ def test_bench_kernel(tmp_path, capsys):
     flags = [
         "--shapes",
         "patch 8",
-        "--dtypes",
-        "float32",
-        "--size",
-        "16",
-        "--batches",
-        "3",
+        *"--dtypes float32 --size 16 --batches 3".split(),
     ]
     bench.main(
         ["kernel", "--device", "cpu", "--repeats", "2", "--out", str(tmp_path), *flags]
@@ -61,12 +56,7 @@ def test_bench_kernel_on_a_gpu(tmp_path):
     flags = [
         "--shapes",
         "patch 8",
-        "--dtypes",
-        "bfloat16",
-        "--size",
-        "32",
-        "--batches",
-        "2",
+        *"--dtypes bfloat16 --size 32 --batches 2".split(),
         "--out",
         str(tmp_path),
     ]
@@ -86,15 +76,7 @@ def test_bench_kernel_on_a_gpu(tmp_path):
 def test_bench_maps(tmp_path):
     bench.main(
         [
-            "maps",
-            "--device",
-            "cpu",
-            "--size",
-            "48",
-            "--batches",
-            "3",
-            "--repeats",
-            "2",
+            *"maps --device cpu --size 48 --batches 3 --repeats 2".split(),
             "--out",
             str(tmp_path),
         ]
@@ -113,15 +95,7 @@ def test_bench_maps(tmp_path):
 def test_bench_knn(tmp_path):
     bench.main(
         [
-            "knn",
-            "--device",
-            "cpu",
-            "--knn",
-            "5000",
-            "300",
-            "32",
-            "--repeats",
-            "2",
+            *"knn --device cpu --knn 5000 300 32 --repeats 2".split(),
             "--out",
             str(tmp_path),
         ]

@@ -134,10 +134,7 @@ def test_eval_knn_of_a_data_set(encoder, labelled, tmp_path, capsys):
         encoder,
         "--data",
         labelled["data"],
-        "--device",
-        "cpu",
-        "--batch_size",
-        "7",
+        *"--device cpu --batch_size 7".split(),
     ]
     rows = eval_knn.main(
         [*flags, "--k", "1", "20", "--save_features", str(tmp_path / "f.pt")]
@@ -165,11 +162,7 @@ def test_eval_knn_of_a_data_set(encoder, labelled, tmp_path, capsys):
     few = eval_knn.main(
         [
             *flags,
-            "--shots",
-            "1",
-            "3",
-            "--seeds",
-            "4",
+            *"--shots 1 3 --seeds 4".split(),
             "--out",
             str(tmp_path / "deep" / "few.json"),
         ]
@@ -182,13 +175,7 @@ def test_eval_knn_of_a_data_set(encoder, labelled, tmp_path, capsys):
         [
             "--features",
             str(tmp_path / "f.pt"),
-            "--shots",
-            "1",
-            "3",
-            "--seeds",
-            "4",
-            "--device",
-            "cpu",
+            *"--shots 1 3 --seeds 4 --device cpu".split(),
         ]
     )
     assert any(r["+-"] > 0 for r in few)
@@ -211,8 +198,7 @@ def test_eval_knn_retrieval(encoder, tmp_path):
     (tmp_path / "jpg" / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(truth))
     flags = [
         encoder,
-        "--retrieval",
-        "roxford5k",
+        *"--retrieval roxford5k".split(),
         "--data",
         str(tmp_path / "jpg"),
         "--device",

@@ -257,11 +257,7 @@ torch.cuda.synchronize()
 """
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [
-        "compute-sanitizer",
-        "--tool",
-        "memcheck",
-        "--error-exitcode",
-        "9",
+        *"compute-sanitizer --tool memcheck --error-exitcode 9".split(),
         sys.executable,
         "-c",
         code,

@@ -563,10 +563,7 @@ def test_torchrun_stops_and_continues(ask, labelled, distributed, tmp_path):
     )
     argv = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
+        *"-m torch.distributed.run --standalone --nproc_per_node=2".split(),
         slow,
     ]
     options = {

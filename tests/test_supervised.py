@@ -37,10 +37,7 @@ def test_training_on_pictures(program, flags, encoder, labelled, tmp_path, capsy
         labelled["data"],
         *COMMON,
         *flags,
-        "--epochs",
-        "8",
-        "--batch_size",
-        "8",
+        *"--epochs 8 --batch_size 8".split(),
     ]
     rows = program.main([*flags, "--save", str(tmp_path / "weights.pt")])
     printed = capsys.readouterr().out.splitlines()
@@ -103,10 +100,7 @@ def test_training_goes_on(program, flags, encoder, labelled, tmp_path):
         labelled["data"],
         *COMMON,
         *flags,
-        "--epochs",
-        "4",
-        "--batch_size",
-        "8",
+        *"--epochs 4 --batch_size 8".split(),
     ]
     want = program.main([*flags, "--save", str(tmp_path / "whole.pt")])
 
@@ -152,10 +146,7 @@ def test_accumulation_gives_the_same_gradients(
         "--data",
         labelled["data"],
         *COMMON,
-        "--epochs",
-        "2",
-        "--batch_size",
-        "8",
+        *"--epochs 2 --batch_size 8".split(),
     ]
     weights = []
     for accum in ("1", "4"):
@@ -164,8 +155,7 @@ def test_accumulation_gives_the_same_gradients(
                 *flags,
                 "--accum",
                 accum,
-                "--drop_path",
-                "0",
+                *"--drop_path 0".split(),
                 "--save",
                 str(tmp_path / accum),
             ]
@@ -184,10 +174,7 @@ def test_a_loss_that_is_not_finite_stops(encoder, labelled, tmp_path):
         "--data",
         labelled["data"],
         *COMMON,
-        "--epochs",
-        "3",
-        "--batch_size",
-        "8",
+        *"--epochs 3 --batch_size 8".split(),
     ]
     with pytest.raises(
         ValueError, match="loss not finite in epoch 1; try a lower --blr"

@@ -458,10 +458,7 @@ def test_pictures_only(whole, plain, tmp_path, capsys):
         str(whole() / "last.pt"),
         "--data",
         plain,
-        "--epochs",
-        "0",
-        "--seed",
-        "3",
+        *"--epochs 0 --seed 3".split(),
     ]
     assert attg_mae.main([*argv, "--out", str(tmp_path / "a")])["step"] == 0
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["reconstructions.png"]
@@ -631,14 +628,7 @@ def test_mean_and_std(labelled, passes, tmp_path):
             *sizes,
             "--out",
             str(tmp_path / "b"),
-            "--mean",
-            "0.5",
-            "0.4",
-            "0.3",
-            "--std",
-            "0.2",
-            "0.25",
-            "0.5",
+            *"--mean 0.5 0.4 0.3 --std 0.2 0.25 0.5".split(),
         ]
     )
     values = (
