@@ -315,12 +315,12 @@ def auroc(values, mask):
     return (rank[mask].sum() - n * (n + 1) / 2) / (n * (mask.size - n))
 
 
-def part_of_maximum(m):
+def part_of_maximum(m, threshold=None):
     """
-    bool (h, w): the 4-connected part of m > mean that holds the (first) maximum;
-    nothing of a flat map.
+    bool (h, w): the 4-connected part of m > threshold, by default the mean, that holds
+    the (first) maximum; nothing of a flat map.
     """
-    region = m > m.mean()
+    region = m > (m.mean() if threshold is None else threshold)
     part = (np.arange(m.size).reshape(m.shape) == m.argmax()) & region
     # Grows by the neighbours of each cell until nothing is added.
     while True:

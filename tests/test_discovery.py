@@ -99,6 +99,12 @@ def test_tokencut_stands_alone_in_its_batch_and_refuses_nan():
         object_discovery.tokencut(features)
 
 
+def cut_args(**changed):
+    """What `cut` reads of the command line, at its defaults but for `changed`."""
+    usual = {"cut": 0.2, "binary": False, "sign": "max", "objects": 1}
+    return SimpleNamespace(**usual | changed)
+
+
 @pytest.mark.parametrize("size", [32, 48])
 def test_dino_maps_equal_hugging_face(size, tmp_path):
     kw = dict(
@@ -152,6 +158,7 @@ def test_grad_cam_equals_the_package(name, size, tmp_path):
             module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.2, 0.6)
     torch.save(ref.state_dict(), tmp_path / "cnn.pt")
     args = SimpleNamespace(
+        method="gradcam",
         backbone=name,
         weights=str(tmp_path / "cnn.pt"),
         img_size=size,
@@ -187,9 +194,9 @@ def test_grad_cam_equals_the_package(name, size, tmp_path):
 
 def test_grad_cam_leaves_nothing_behind():
     model = torchvision.models.get_model("mobilenet_v2").eval()
-    features, classify = object_discovery.CNNS["mobilenet_v2"](model)
-    x = features(randn(1, 3, 64, 64)).detach()
-    object_discovery.grad_cam(x, classify, (2, 2), (64, 64))
+    parts = object_discovery.CNNS["mobilenet_v2"](model)
+    x = parts.to_stride_32(parts.to_stride_16(randn(1, 3, 64, 64))).detach()
+    object_discovery.grad_cam(x, parts.classify, (2, 2), (64, 64))
     assert all(p.grad is None for p in model.parameters()) and not x.requires_grad
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
 
@@ -538,9 +545,10 @@ def test_maps_that_are_not_finite_are_failed(tmp_path, capsys):
         assert not list(tmp_path.glob("m.*"))
     features = graphs()["smooth"][:3].clone()
     features[1, 2, 0] = math.nan
-    y = object_discovery.cut(features, SimpleNamespace(cut=0.2, binary=False))
+    y = object_discovery.cut(features, (14, 14), cut_args())
     assert y[1].isnan().all()
-    assert y[[0, 2]].equal(object_discovery.tokencut(features[[0, 2]]))
+    want = kernel.normalize_map(object_discovery.tokencut(features[[0, 2]]))
+    assert y[[0, 2]].flatten(1).equal(want)
     for alike in (torch.ones(1, 9, 4), torch.eye(9)[None]):
         assert not object_discovery.cut(
             alike, SimpleNamespace(cut=0.2, binary=False)
@@ -567,7 +575,7 @@ def test_dino_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch):
 
     usual = dict(img_size=32, mean=None, std=None)
     args = SimpleNamespace(
-        backbone="dino_vits16", method="tokencut", binary=False, cut=0.2, **usual
+        backbone="dino_vits16", method="tokencut", **vars(cut_args()), **usual
     )
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     where = tmp_path / "hub" / "checkpoints" / "dino_deitsmall16_pretrain.pth"
@@ -585,7 +593,8 @@ def test_dino_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="damaged.*delete"):
         object_discovery.vit(args, "cpu")
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    args = SimpleNamespace(backbone="resnet50", weights=None, grid=None, **usual)
+    cnn = {"method": "gradcam", "backbone": "resnet50", "weights": None, "grid": None}
+    args = SimpleNamespace(**cnn, **usual)
     with pytest.raises(
         ValueError,
         match="resnet50-.*pth could not be downloaded.*hub/checkpoints.*--weights",
@@ -618,7 +627,15 @@ DISCOVERY_ERRORS = [  # flags, what the text names
         "--weights mobilenet.pt not torchvision's resnet50",
     ),
     ("--method gradcam --weights cut.pt", "cut.pt damaged"),
-    ("--backbone resnet50", "--backbone resnet50 gradcam"),
+    ("--method dino --backbone resnet50", "--backbone resnet50 gradcam tokencut"),
+    (
+        "--backbone mobilenet_v2 --weights mobilenet.pt --grid 7",
+        "--grid mobilenet_v2 does not use",
+    ),
+    ("--sign border --method dino", "--sign dino does not use"),
+    ("--objects 2 --method gradcam", "--objects gradcam does not use"),
+    ("--objects 0", "--objects 0 1"),
+    ("--objects 2 --cut -0.1", "--objects 2 --cut 0"),
     ("--method gradcam --backbone pixels", "--backbone pixels resnet50 mobilenet_v2"),
     (
         "--method gradcam --backbone mobilenet_v2 --weights mobilenet.pt --img_size 16",
@@ -644,7 +661,7 @@ DISCOVERY_ERRORS = [  # flags, what the text names
     ("--batch_size 0", "--batch_size 0"),
     ("--cut 0.4 --out old.npy", "--out old.npy cut 0.2, not 0.4 delete another"),
     ("--device gpu", "--device gpu"),
-    ("--weights cut.pt", "--weights gradcam"),
+    ("--weights cut.pt", "--weights resnet50 mobilenet_v2 --backbone"),
     ("--with none.npy", "--with none.npy no such .npy file"),
 ]
 
