@@ -550,9 +550,7 @@ def test_maps_that_are_not_finite_are_failed(tmp_path, capsys):
     want = kernel.normalize_map(object_discovery.tokencut(features[[0, 2]]))
     assert y[[0, 2]].flatten(1).equal(want)
     for alike in (torch.ones(1, 9, 4), torch.eye(9)[None]):
-        assert not object_discovery.cut(
-            alike, SimpleNamespace(cut=0.2, binary=False)
-        ).any()
+        assert not object_discovery.cut(alike, (3, 3), cut_args()).any()
 
 
 def test_dino_weights_are_downloaded_once_and_checked(tmp_path, monkeypatch):
