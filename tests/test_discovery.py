@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.ndimage
 import torch
 import torchvision
 import transformers as hf
@@ -97,6 +98,34 @@ def test_tokencut_stands_alone_in_its_batch_and_refuses_nan():
     features[7, 3, 1], features[9, 0, 0] = math.nan, math.inf
     with pytest.raises(ValueError, match="7, 9"):
         object_discovery.tokencut(features)
+
+
+def test_border_sign_turns_maps_whose_border_is_above_their_inside():
+    maps = rand(40, 5, 7)
+    got = object_discovery.border_sign(maps)
+    turned = 0
+    for m, mine in zip(maps.numpy(), got.numpy(), strict=True):
+        border = [*m[0], *m[-1], *m[1:-1, 0], *m[1:-1, -1]]
+        inside = [m[i, j] for i in range(1, 4) for j in range(1, 6)]
+        if np.mean(border) > np.mean(inside):
+            turned += 1
+            assert np.array_equal(mine, 1 - m)
+        else:
+            assert np.array_equal(mine, m)
+    assert 10 < turned < 30
+    # Twice is once: the border of what was turned is below its inside.
+    assert object_discovery.border_sign(got).equal(got)
+    # No cell inside, or all cells alike: as they are. NaN does not count.
+    assert object_discovery.border_sign(maps[:, :2]).equal(maps[:, :2])
+    assert object_discovery.border_sign(torch.ones(1, 4, 4)).equal(torch.ones(1, 4, 4))
+    m = torch.zeros(1, 4, 4)
+    m[0, 0] = m[0, 1, 1] = m[0, 2, 2] = 1
+    assert object_discovery.border_sign(m).equal(m)
+    m[0, 1, 1] = m[0, 2, 2] = math.nan
+    assert object_discovery.border_sign(m).nan_to_num(7)[0, :2].tolist() == [
+        [0, 0, 0, 0],
+        [1, 7, 1, 1],
+    ]
 
 
 def cut_args(**changed):
@@ -190,6 +219,126 @@ def test_grad_cam_equals_the_package(name, size, tmp_path):
     assert not torch.allclose(
         kernel.normalize_map(got.flatten(1)).roll(1, 1), want, atol=1e-2
     )
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet50", 96), ("mobilenet_v2", 104)])
+def test_cut_of_a_classifier_equals_scipy(name, size, tmp_path):
+    torch.manual_seed(0)
+    ref = torchvision.models.get_model(name).eval()
+    torch.save(ref.state_dict(), tmp_path / "cnn.pt")
+    args = SimpleNamespace(
+        method="tokencut",
+        backbone=name,
+        weights=str(tmp_path / "cnn.pt"),
+        img_size=size,
+        grid=None,
+        mean=None,
+        std=None,
+        **vars(cut_args()),
+    )
+    maps, shape, grid, _ = object_discovery.cnn(args, "cpu")
+    assert shape == (size, size) and grid == (math.ceil(size / 16),) * 2
+    imgs = F.interpolate(rand(2, 3, 6, 6), (size, size)).mul(255).byte()
+    got = maps(imgs)
+
+    seen = []
+    layer = ref.layer3 if name == "resnet50" else ref.features[13]
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    cfg = SimpleNamespace(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    with torch.no_grad():
+        ref(attg_mae.normalize(imgs, cfg))
+    assert seen[0].shape[2:] == grid
+    for m, x in zip(got, seen[0], strict=True):
+        x = x.flatten(1).T.double().numpy()
+        want = cut_by_the_book(x - x.mean(0), grid)
+        assert np.abs(m.numpy() - want).max() < 1e-3
+        # Another layout of the grid, or features that are not centred, would not do.
+        assert np.abs(m.numpy() - want.T).max() > 0.1
+        assert np.abs(m.numpy() - cut_by_the_book(x, grid)).max() > 0.1
+
+
+def cut_by_the_book(x, grid, objects=1, sign="max", binary=False, parts=None):
+    """MaskCut of features (L, d), (h, w) in [0, 1], with dense solvers, patch by patch.
+
+    parts: a list that receives what each cut has found, (h, w).
+    """
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    left = np.full(len(x), True)
+    joined = np.zeros(grid)
+    for _ in range(objects):
+        kept = np.where(left[:, None], x, 0)
+        A = np.where(kept @ kept.T > 0.2, 1.0, 1e-5)
+        D = np.diag(A.sum(1))
+        y = scipy.linalg.eigh(D - A, D)[1][:, 1]
+        y = y * np.sign(y[left][np.abs(y[left]).argmax()])
+        if binary:
+            y = np.where(y > y[left].mean(), 1.0, 0.0)
+        low, high = y[left].min(), y[left].max()
+        m = np.where(left, (y - low) / (high - low), 0).reshape(grid)
+        if sign == "border":
+            inside = np.zeros(grid, bool)
+            inside[1:-1, 1:-1] = True
+            there = left.reshape(grid)
+            if m[there & ~inside].mean() > m[there & inside].mean():
+                m = np.where(there, 1 - m, 0)
+        joined = np.maximum(joined, m)
+        regions, _ = scipy.ndimage.label(m > m[left.reshape(grid)].mean())
+        found = regions == regions.flat[m.argmax()]
+        if parts is not None:
+            parts.append(found)
+        left = left & ~found.ravel()
+    return joined
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("sign", ["max", "border"])
+def test_several_objects_equal_a_dense_maskcut(sign, binary):
+    # Two blobs before a background; the smaller one is a little like it, so that the
+    # first cut leaves it out.
+    grid, features, blobs = (12, 14), [], []
+    y, x = np.mgrid[0:12, 0:14]
+    for i in range(6):
+        noise = randn(12, 14, 8, seed=i).numpy() * 0.1
+        picture = noise + np.eye(8)[0]
+        first = np.hypot(y - 3 - i % 2, x - 3) < 2.6
+        second = np.hypot(y - 8, x - 9 - i % 3) < 1.9
+        picture[first] = noise[first] + np.eye(8)[1]
+        picture[second] = noise[second] + np.eye(8)[2] + 0.25 * np.eye(8)[0]
+        features.append(torch.from_numpy(picture.reshape(-1, 8)).float())
+        blobs.append((first, second))
+    features = torch.stack(features)
+    maps = {}
+    for objects in (1, 2):
+        args = cut_args(objects=objects, sign=sign, binary=binary)
+        maps[objects] = object_discovery.cut(features, grid, args).numpy()
+        for x, m in zip(features.double().numpy(), maps[objects], strict=True):
+            want = cut_by_the_book(x, grid, objects, sign, binary)
+            assert np.abs(m - want).max() < 1e-3
+    for one, two, (first, second) in zip(maps[1], maps[2], blobs, strict=True):
+        assert one[first].mean() > 0.6 and one[second].mean() < 0.2
+        assert two[first].mean() > 0.6 and two[second].mean() > 0.35
+
+
+@pytest.mark.parametrize("objects", [1, 2, 3])
+def test_cuts_of_any_features_equal_a_dense_maskcut(objects):
+    features = graphs()["smooth"][:12]
+    maps = {}
+    for sign in ("max", "border"):
+        args = cut_args(objects=objects, sign=sign)
+        maps[sign] = object_discovery.cut(features, (14, 14), args).numpy()
+        for x, m in zip(features.double().numpy(), maps[sign], strict=True):
+            want = cut_by_the_book(x, (14, 14), objects, sign)
+            assert np.abs(m - want).max() < 1e-3
+    turned = np.abs(maps["max"] - maps["border"]).max((1, 2)) > 0.1
+    assert turned.any()
+
+
+def test_a_picture_of_one_thing_ends_the_search_for_more():
+    features = torch.eye(2)[torch.tensor([0] * 8 + [1] * 8)][None]
+    one = object_discovery.cut(features, (4, 4), cut_args())
+    # Each half is all alike: nothing is left to be cut.
+    more = object_discovery.cut(features, (4, 4), cut_args(objects=5))
+    assert more.equal(one) and one.unique().tolist() == [0, 1]
 
 
 def test_grad_cam_leaves_nothing_behind():
