@@ -107,19 +107,22 @@ def choose_precision(name, device):
     return name, dtypes[name]
 
 
-def describe_machine(device):
-    """Versions, git revision, device and threads, in a line."""
+def revision():
+    """The git revision of this code, "-dirty" behind it if files were changed."""
     folder = Path(__file__).parent.parent
-    status, revision = subprocess.getstatusoutput(
+    status, text = subprocess.getstatusoutput(
         f'git -C "{folder}" describe --always --dirty'
     )
-    if status != 0:
-        revision = "unknown"
+    return text if status == 0 else "unknown"
+
+
+def describe_machine(device):
+    """Versions, git revision, device and threads, in a line."""
     name = device.type
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     python = sys.version.split()[0]
-    versions = f"attg_mae {revision}, python {python}, torch {torch.__version__}"
+    versions = f"attg_mae {revision()}, python {python}, torch {torch.__version__}"
     return f"{versions}, {name}, {torch.get_num_threads()} threads"
 
 
