@@ -2,6 +2,7 @@
 The embedded `toy` set: objects on textured backgrounds, generated in seconds.
 
     python -m common.toy --out toy.png      # draws a sheet of it
+    python -m common.toy --pairs DIR        # pictures of two objects, and their masks
 
     images, masks, labels = toy("train")    # 10,000 pictures of 32 x 32 pixels
     images, masks, labels = toy("test")     # 2,000, and as many of each variant
@@ -32,6 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from common.files import save_sheet
 
@@ -374,6 +376,46 @@ def toy(split):
     return np.concatenate(images), np.concatenate(masks), labels
 
 
+def toy_pairs(n):
+    """Two objects in a picture: images uint8 (n, 64, 64, 3), masks uint8 (n, 2, 64, 64).
+
+    Side by side in the upper or the lower half, of different classes, on one background;
+    a mask for each, 1 = object. They are other pictures than those of the set.
+    """
+    random = np.random.default_rng([TOY_SEED, 2])
+    classes = len(TOY_CLASSES)
+    left = random.integers(classes, size=n)
+    right = (left + random.integers(1, classes, size=n)) % classes
+    family = random.integers(classes, size=n)
+    numbers = random.random((2, n, 6))
+    q = random.random((n, 13))
+    lower = random.random(n) < 0.5
+
+    # A background of 64 x 64 pixels is four of 32, of one pattern and two colours.
+    empty = np.uint8(render_backgrounds(family, q) * 255 + 0.5)
+    images = np.tile(empty, (1, 2, 2, 1))
+    masks = np.zeros((n, 2, 2 * TOY_SIZE, 2 * TOY_SIZE), np.uint8)
+    for place, labels in enumerate((left, right)):
+        drawn, shapes = toy_render(labels, family, numbers[place], q)
+        columns = slice(place * TOY_SIZE, (place + 1) * TOY_SIZE)
+        for i in range(n):
+            rows = slice(lower[i] * TOY_SIZE, (lower[i] + 1) * TOY_SIZE)
+            images[i, rows, columns] = drawn[i]
+            masks[i, place, rows, columns] = shapes[i]
+    return images, masks
+
+
+def save_pairs(folder, n):
+    """Writes toy_pairs(n) as folder/pictures/NUMBER.png and folder/masks/NUMBER.png."""
+    images, masks = toy_pairs(n)
+    for name in ("pictures", "masks"):
+        Path(folder, name).mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        Image.fromarray(images[i]).save(Path(folder, "pictures", f"{i:04d}.png"))
+        both = Image.fromarray(masks[i].max(axis=0) * np.uint8(255))
+        both.save(Path(folder, "masks", f"{i:04d}.png"))
+
+
 # -- Command line ----------------------------------------------------------------------
 
 
@@ -407,7 +449,14 @@ def main(argv=None):
     parser.add_argument(
         "--out", default="toy.png", help="picture to write (default: %(default)s)"
     )
-    out = Path(parser.parse_args(argv).out)
+    text = "instead, write 200 pictures of two objects, and masks, into a folder"
+    parser.add_argument("--pairs", metavar="DIR", help=text)
+    args = parser.parse_args(argv)
+    if args.pairs:
+        save_pairs(args.pairs, 200)
+        print(f"200 pictures of two objects, and their masks: {args.pairs}")
+        return
+    out = Path(args.out)
     toy_sheet(out)
     for split in ("train", "test", *TOY_VARIANTS):
         counts = np.bincount(toy(split)[2])

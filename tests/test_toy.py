@@ -134,3 +134,32 @@ def test_sheet_is_written(tmp_path, capsys, monkeypatch):
     assert "train      10000 images: ball 1000 box 1000" in out
     sheet = np.asarray(Image.open(tmp_path / "toy.png"))
     assert sheet.shape[0] > 900 and len(np.unique(sheet.reshape(-1, 3), axis=0)) > 1000
+
+
+def test_pairs_have_two_objects_and_a_mask_of_each(tmp_path, capsys):
+    images, masks = common.toy.toy_pairs(40)
+    assert images.shape == (40, 64, 64, 3) and masks.shape == (40, 2, 64, 64)
+    assert images.dtype == masks.dtype == np.uint8 and masks.max() == 1
+    # As large as the objects of the set, one on the left and one on the right.
+    single = common.toy.toy("train")[1].sum((1, 2))
+    areas = masks.sum((2, 3))
+    assert areas.min() >= single.min() and areas.max() <= single.max()
+    assert not masks[:, 0, :, 32:].any() and not masks[:, 1, :, :32].any()
+    lower = masks[:, :, 32:].any((2, 3))
+    assert (lower[:, 0] == lower[:, 1]).all() and 10 < lower[:, 0].sum() < 30
+    # What no mask covers is the background, which repeats every 32 pixels.
+    bare = ~masks.any(1)
+    for dy, dx in ((0, 32), (32, 0)):
+        shifted = np.roll(images, (dy, dx), (1, 2))
+        both = bare & np.roll(bare, (dy, dx), (1, 2))
+        assert (images == shifted)[both].all()
+    # The objects are none of the background: most of their pixels differ from it.
+    background = np.where(bare[..., None], images, np.roll(images, 32, 1))
+    assert (images != background).any(3)[~bare].mean() > 0.9
+
+    common.toy.main(["--pairs", str(tmp_path)])
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert len(names) == 200 and "200 pictures" in capsys.readouterr().out
+    assert names == sorted(path.name for path in (tmp_path / "masks").iterdir())
+    mask = np.asarray(Image.open(tmp_path / "masks" / names[7]))
+    assert (mask == 255 * common.toy.toy_pairs(200)[1][7].max(0)).all()
