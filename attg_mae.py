@@ -548,35 +548,36 @@ def crop_maps(maps, box, flip, cfg):
     return m, is_flat(maps.flatten(1))
 
 
-def guide(m, noise, flat, guidance):
+def guide(m, noise, flat, guidance, ties=None):
     """What M_norm, m (B, L), does to a step: (attn, noise), w = exp(attn / tau).
 
     attn None is weight 1, -inf weight 0. noise (B, L) decides the mask. The patches of
     flat maps (B,) have weight 1 in every mode. attg is the method, the others are the
     paper's ablations (Table 10). foreground drops what is below the 10 % quantile of
-    M_norm, background of 1 - M_norm: nothing, where many patches tie at the lowest.
+    M_norm, background of 1 - M_norm; of patches that tie there, those of lowest ties
+    (B, L), None is random. Not those of lowest noise: all of them would be visible.
     """
     if guidance == "none":
         return None, noise
     if guidance == "input_masking":
-        return None, hide_highest(m.masked_fill(flat[:, None], 0.0), noise)
+        # The highest patches are hidden.
+        return None, ranks(m.masked_fill(flat[:, None], 0.0), noise).to(noise.dtype)
     if guidance in ("inverted", "background"):
         m = 1 - m
     if guidance in ("foreground", "background"):
-        lowest = m.quantile(0.1, dim=1, keepdim=True)
-        m = m.masked_fill(m < lowest, -math.inf)
+        if ties is None:
+            ties = torch.rand_like(m)
+        # So many are below the quantile where none tie.
+        below = math.ceil((m.shape[1] - 1) / 10)
+        m = m.masked_fill(ranks(m, ties) < below, -math.inf)
     return m.masked_fill(flat[:, None], 0.0), noise
 
 
-def hide_highest(m, noise):
-    """Noise (B, L) by which the patches of highest m (B, L) are hidden: their ranks.
-
-    Ties are broken at random: patches are in noise order before the stable sort by m.
-    """
-    order = noise.argsort(dim=1)
+def ranks(m, ties):
+    """Of each patch by its m (B, L), from 0 for the lowest; equal ones by their ties."""
+    order = ties.argsort(dim=1)
     by_map = m.gather(1, order).argsort(dim=1, stable=True)
-    ranks = order.gather(1, by_map).argsort(dim=1)
-    return ranks.to(noise.dtype)
+    return order.gather(1, by_map).argsort(dim=1)
 
 
 # -- Schedules and optimiser -----------------------------------------------------------
@@ -612,12 +613,13 @@ def param_groups(model, weight_decay):
 # -- One step of training --------------------------------------------------------------
 
 
-def model_inputs(batch, cfg):
+def model_inputs(batch, cfg, ties=None):
     """What the model takes: imgs (B, C, H, W), attn (B, L) or None, noise (B, L).
 
     batch: random crops on the device, as image (B, C, H, W) uint8, not flipped yet; maps
     (B, h, w) of the whole pictures, or None for a vanilla MAE; box (B, 4) and flip (B,)
     as in pool_maps; noise (B, L), which decides the mask unless guide replaces it.
+    ties: see guide.
     """
     mirrored = batch.image.flip(-1)
     image = torch.where(batch.flip[:, None, None, None], mirrored, batch.image)
@@ -625,19 +627,21 @@ def model_inputs(batch, cfg):
     if batch.maps is None:
         return imgs, None, batch.noise
     m_norm, flat = crop_maps(batch.maps, batch.box, batch.flip, cfg)  # (B, L), (B,)
-    attn, noise = guide(m_norm, batch.noise, flat, cfg.guidance)
+    attn, noise = guide(m_norm, batch.noise, flat, cfg.guidance, ties)
     return imgs, attn, noise
 
 
-def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
+def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None, ties=None):
     """One optimisation step: Algorithm 1 of the paper, over cfg.accum micro-batches.
 
     tau: 0-d tensor. dtype: of autocast, None is fp32. scaler: for fp16, else it does
-    nothing. Returns (3,) on the device: loss, unweighted error, gradient norm.
+    nothing. ties (accum, B, L): see guide. Returns (3,) on the device: loss, unweighted
+    error, gradient norm.
     """
     losses = torch.zeros(2, device=tau.device)
     for number, batch in enumerate(batches, start=1):
-        imgs, attn, noise = model_inputs(batch, cfg)
+        own_ties = None if ties is None else ties[number - 1]
+        imgs, attn, noise = model_inputs(batch, cfg, own_ties)
         # Processes exchange gradients once a step, with the last micro-batch.
         wait = number < cfg.accum and isinstance(model, DistributedDataParallel)
         with model.no_sync() if wait else contextlib.nullcontext():
@@ -711,9 +715,9 @@ def train(cfg):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             tau.fill_(tau_at(step, run.total_steps, cfg))
-            batches = micro_batches(step, run)
+            batches, ties = micro_batches(step, run), tie_breaks(step, run)
             values = train_step(
-                parallel, optimizer, scaler, batches, tau, cfg, run.dtype
+                parallel, optimizer, scaler, batches, tau, cfg, run.dtype, ties
             )
             if run.after(step + 1, values, lr, tau):
                 return run.stopped(step + 1)
@@ -734,13 +738,13 @@ def first_model(cfg, checkpoint, log):
     return model
 
 
-def mask_noise(seed, step, batch_size, grid):
+def mask_noise(seed, step, batch_size, grid, use="masks"):
     """(batch_size, L) uniform noise of the global batch of a step.
 
     A function of seed and step: any number of processes draws the same, and there is no
-    state of a generator to save.
+    state of a generator to save. Another use gets another draw.
     """
-    generator = generator_for("masks", seed, step)
+    generator = generator_for(use, seed, step)
     return torch.rand(batch_size, math.prod(grid), generator=generator)
 
 
@@ -752,11 +756,17 @@ def micro_batches(step, run):
     """
     cfg = run.cfg
     noise = mask_noise(cfg.seed, step, cfg.batch_size, cfg.grid)
-    size = cfg.batch_size // (cfg.accum * run.world)
-    for micro in range(cfg.accum):
-        first = (micro * run.world + run.rank) * size
-        sample, mine = next(run.feed), noise[first : first + size]
-        yield to_device(sample, mine, run.maps, run.device)
+    for mine in run.share(noise):
+        yield to_device(next(run.feed), mine, run.maps, run.device)
+
+
+def tie_breaks(step, run):
+    """(accum, B, L) for guide, the rows of micro_batches; None if it needs none."""
+    cfg = run.cfg
+    if cfg.guidance not in ("foreground", "background"):
+        return None
+    ties = mask_noise(cfg.seed, step, cfg.batch_size, cfg.grid, use="ties")
+    return run.share(ties).to(run.device)
 
 
 def draw(model, run):

@@ -144,6 +144,13 @@ class Run:
         say(f"settings that are not the defaults: {unusual}")
         say(f"run folder {self.out}, all settings in its config.json")
 
+    def share(self, rows):
+        """Rows of a global batch -> (accum, B, ...), this process's of each micro-batch.
+
+        The same rows as those of the pictures; see data.TrainBatches.
+        """
+        return rows.unflatten(0, (self.cfg.accum, self.world, -1))[:, self.rank]
+
     def steps(self):
         """The steps that are left, under a progress bar."""
         return tqdm(

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import attg_mae
 from common.data import make_loader, open_data
+from common.maps import save_maps
 from tests.helpers import (
     LUMA,
     TINY,
@@ -124,6 +125,24 @@ def test_accumulation_changes_nothing(guidance, whole, labelled, tmp_path):
             assert (ref.roll(1, 0) - ref).norm() > 1e-5 * ref.norm() > 0 or len(
                 ref
             ) == 1
+
+
+def test_ties_do_not_depend_on_accumulation(labelled, passes, tmp_path):
+    """Which patches of two-valued maps have weight 0, in the whole global batch."""
+    dataset = open_data(labelled["data"])
+    halves = np.zeros((25, 4, 4))
+    halves[:, 2:] = 1
+    save_maps(tmp_path / "halves.npy", halves, dataset, "halves")
+    settings = labelled | {"maps": str(tmp_path / "halves.npy"), "epochs": 1}
+    dropped = []
+    for accum in (1, 2):
+        train(tmp_path / str(accum), **settings, guidance="foreground", accum=accum)
+        attn = torch.cat([seen.attn for seen in passes])
+        dropped.append(attn.isneginf())
+        passes.clear()
+    assert dropped[0].equal(dropped[1]) and (dropped[0].sum(1) == 2).all()
+    # Each picture and each step has its own.
+    assert len(dropped[0].unique(dim=0)) > 12
 
 
 def test_flat_maps_equal_vanilla(labelled, whole, tmp_path):
