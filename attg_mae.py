@@ -130,7 +130,9 @@ class Config:
     accum: int = flag(1, "micro-batches a step is split into, to save memory")
     blr: float | None = flag(None, "lr = blr * batch_size / 256 [1.5e-4; micro 6e-3]")
     lr: float | None = flag(None, "learning rate at its peak, instead of blr")
-    warmup_epochs: float | None = flag(None, "linear warm-up [5 %% of the epochs]")
+    warmup_epochs: float | None = flag(
+        None, "linear warm-up [40 from 400 epochs on (MAE), 5 %% of fewer]"
+    )
     weight_decay: float = flag(0.05, "of AdamW, not on biases and norms")
     clip_grad: float = flag(0.0, "largest gradient norm, 0 = no clipping (MAE)")
     # The model, where it is not the preset's
@@ -183,7 +185,8 @@ class Config:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.warmup_epochs is None:
-            self.warmup_epochs = 0.05 * self.epochs
+            # 40 epochs, however long the run, is MAE's; short ones would be all warm-up.
+            self.warmup_epochs = 40 if self.epochs >= 400 else 0.05 * self.epochs
         self.mean, self.std = tuple(self.mean), tuple(self.std)
 
     def check(self):
@@ -678,7 +681,7 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None, ties=Non
 FIXED = {"patch_size", "img_size", "in_chans", "width", "depth", "heads"}
 FIXED |= {"decoder_width", "decoder_depth", "decoder_heads"}
 FIXED |= {"data", "classes", "batch_size", "seed"}
-FREE = {"out", "epochs", "precision", "compile", "device", "workers", "resume"}
+FREE = {"out", "precision", "compile", "device", "workers", "resume"}
 FREE |= {"knn_every", "save_every", "log_every"}
 
 
@@ -689,6 +692,7 @@ def train(cfg):
     the last one, "knn": {feature: top-1 in percent} if there are labels, "out": the
     folder, "stopped": the signal that ended the run early, or None}.
     """
+    cfg = dataclasses.replace(cfg)  # the run settles what is "auto"
     with stop_signals() as signals, processes(cfg.device) as (device, rank, world):
         # Pictures, log, checkpoints, k-NN: nothing of the method (common/bookkeeping.py).
         run = Run(cfg, device, rank, world, signals)
@@ -728,10 +732,12 @@ def train(cfg):
 
 
 def first_model(cfg, checkpoint, log):
-    """The model before its first step, of --seed or --init; a checkpoint comes later."""
+    """The model before its first step: of the checkpoint, --init or --seed."""
     torch.manual_seed(seed_for("weights", cfg.seed))
     model = build_model(cfg)
-    if cfg.init and not checkpoint:
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    elif cfg.init:
         weights = read_weights(cfg.init)[0]
         words = load_weights(model, weights, cfg.init, sincos_table)
         log.say(f"--init {cfg.init}: {words}")

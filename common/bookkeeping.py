@@ -22,6 +22,7 @@ from common.run import (
     default_workers,
     describe_machine,
     find_checkpoint,
+    find_model,
     refuse_not_finite,
     save_checkpoint,
     total_over_processes,
@@ -69,18 +70,24 @@ class Run:
         return default_collate([self.train_set[i] for i in ids.tolist()])
 
     def find_checkpoint(self, fixed, free):
-        """Parts of the checkpoint to continue, or None; see run.find_checkpoint."""
+        """Parts of the checkpoint to continue, or to show if there are no steps, or None.
+
+        See run.find_checkpoint.
+        """
         if self.total_steps == 0:
-            return None
+            same_model = fixed - {"data", "classes", "batch_size", "seed"}
+            return find_model(self.cfg, self.log, same_model)
         return find_checkpoint(self.cfg, self.total_steps, self.log, fixed, free)
 
     def begin(self, model, optimizer, scaler, parts):
-        """From the start, or from the parts of a checkpoint: loader, log, first words."""
+        """From the start, or from the parts of a checkpoint: loader, log, first words.
+
+        The model has its weights already.
+        """
         cfg = self.cfg
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         if parts:
             self.start = parts["step"]
-            model.load_state_dict(parts["model"])
             optimizer.load_state_dict(parts["optimizer"])
             if parts["scaler"]:  # empty without fp16
                 scaler.load_state_dict(parts["scaler"])

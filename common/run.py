@@ -161,19 +161,40 @@ def load_checkpoint(path):
     return loaded
 
 
-def find_checkpoint(cfg, total_steps, log, fixed, free):
-    """The parts of the checkpoint that this run continues, or None.
-
-    fixed: settings that may not change in a run. free: those that may even change once
-    it has ended (any other would pass an old result off as new). ValueError names them.
-    """
+def checkpoint_to_continue(cfg):
+    """Path of the checkpoint that --resume and --out name, or None."""
     if cfg.resume == "none":
         return None
-    path = Path(cfg.resume)
-    if cfg.resume == "auto":
-        path = Path(cfg.out, "last.pt")
-        if not path.exists():
-            return None
+    if cfg.resume != "auto":
+        return Path(cfg.resume)
+    own = Path(cfg.out, "last.pt")
+    return own if own.exists() else None
+
+
+def checkpoint_to_show(cfg):
+    """Path of the checkpoint of which --epochs 0 draws pictures, or None.
+
+    The pictures of a run are not replaced by those of other weights: ValueError.
+    """
+    own = Path(cfg.out, "last.pt")
+    asked = checkpoint_to_continue(cfg)
+    if not own.exists():
+        return asked
+    others = None
+    if cfg.init:
+        others = f"--init {cfg.init}"
+    elif asked is None or asked.resolve() != own.resolve():
+        others = f"--resume {cfg.resume}"
+    require(
+        others is None,
+        f"--epochs 0: {own} is of a run, whose reconstructions.png is kept; for pictures "
+        f"of {others} name another folder: --out",
+    )
+    return own
+
+
+def read_run(path):
+    """The parts of a checkpoint of this project's training, or ValueError."""
     parts = load_checkpoint(path)
     lacks = {"model", "optimizer", "scaler", "step", "config"} - set(parts)
     for name in ("model", "optimizer"):
@@ -184,9 +205,38 @@ def find_checkpoint(cfg, total_steps, log, fixed, free):
         f"{path}: not a training checkpoint of this project, lacks {sorted(lacks)}; "
         "try --init",
     )
+    return parts
+
+
+def keep_settled(cfg, old):
+    """What a continued run has settled itself stays so, unless it is given now.
+
+    That is what stood for "auto", and a warm-up that was the default of its time. old:
+    the settings in the checkpoint.
+    """
+    for name in ("precision", "accum"):
+        if getattr(cfg, name) == "auto":
+            setattr(cfg, name, old.get(name, "auto"))
+    usual = dataclasses.replace(cfg, warmup_epochs=None).warmup_epochs
+    if cfg.warmup_epochs == usual and old.get("epochs") == cfg.epochs:
+        cfg.warmup_epochs = old.get("warmup_epochs", usual)
+
+
+def compare_settings(path, parts, cfg, total_steps, fixed, free):
+    """[--NAME OLD -> NEW] of the settings that differ from those in the checkpoint.
+
+    fixed: settings that may not change in a run. free: those that may even change once
+    it has ended (any other would pass an old result off as new). ValueError names them.
+    """
     # Through JSON, which makes lists of tuples, as torch.save may have.
     new = json.loads(json.dumps(dataclasses.asdict(cfg)))
     old = json.loads(json.dumps(parts["config"]))
+    require(
+        cfg.resume != "auto" or old.get("epochs") == cfg.epochs or not cfg.epochs,
+        f"{path} was made for --epochs {old.get('epochs')}, not {cfg.epochs}, and its lr "
+        "and tau follow that number; train in another folder: --out, or go on from it "
+        f"by these epochs: --resume {path}",
+    )
     ended = parts["step"] >= total_steps
     differences, refused = [], []
     for name, value in new.items():
@@ -201,8 +251,37 @@ def find_checkpoint(cfg, total_steps, log, fixed, free):
         f"{path} is of another run: {', '.join(refused)}; "
         "change --out, or start anew: --resume none",
     )
+    return differences
+
+
+def find_checkpoint(cfg, total_steps, log, fixed, free):
+    """The parts of the checkpoint that this run continues, or None.
+
+    fixed, free: see compare_settings. cfg takes over what that run has settled.
+    """
+    path = checkpoint_to_continue(cfg)
+    if path is None:
+        return None
+    parts = read_run(path)
+    keep_settled(cfg, parts["config"])
+    differences = compare_settings(path, parts, cfg, total_steps, fixed, free)
     note = f"; the new value holds: {differences}" if differences else ""
     log.say(f"continuing {path} after step {parts['step']}{note}")
+    return parts
+
+
+def find_model(cfg, log, fixed):
+    """The parts of the checkpoint that --epochs 0 shows, or None.
+
+    fixed: settings by which its model must be that of cfg.
+    """
+    path = checkpoint_to_show(cfg)
+    if path is None:
+        return None
+    parts = read_run(path)
+    everything = set(dataclasses.asdict(cfg))
+    compare_settings(path, parts, cfg, 0, fixed, everything)
+    log.say(f"pictures of {path} after step {parts['step']}")
     return parts
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import attg_mae
 from tests.helpers import (
     ROOT,
     TINY,
+    after_step,
     make_data,
     make_pictures,
     noise,
@@ -147,9 +149,10 @@ def finished(ask, long, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(labelled, tmp_path_factory):
-    """A finished run of 6 steps; to be copied."""
+    """A run of 12 steps, stopped after the 6th, the first epoch; to be copied."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    train(out, **labelled, epochs=1)
+    with after_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert train(out, **labelled, epochs=2)["step"] == 6
     return out
 
 

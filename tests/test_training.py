@@ -491,6 +491,34 @@ def test_pictures_only(whole, plain, tmp_path, capsys):
     assert (a[0] == b[0]).all() and (a[1] == b[1]).all() and (a[2] != b[2]).any()
 
 
+def test_pictures_of_a_run_show_its_own_weights(whole, labelled, tmp_path, capsys):
+    """--epochs 0 in its folder; other weights need another folder."""
+    out = shutil.copytree(whole(), tmp_path / "out")
+    want = tiles(out, 16)
+    (out / "reconstructions.png").unlink()
+    files = {p.name: p.read_bytes() for p in out.iterdir()}
+    settings = labelled | {"epochs": 0, "batch_size": 8}
+    assert train(out, **settings)["step"] == 0
+    assert "of " + str(out / "last.pt") in capsys.readouterr().out
+    for ours, theirs in zip(tiles(out, 16), want, strict=True):
+        assert (ours == theirs).all()
+    (drawn,) = (p for p in out.iterdir() if p.name not in files)
+    files[drawn.name] = drawn.read_bytes()
+    other = str(whole(seed=1) / "last.pt")
+    for wrong in ({"init": other}, {"resume": other}, {"resume": "none"}):
+        ((flag, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"last.pt.*--{flag} {value} .*--out"):
+            train(out, **settings | wrong)
+    with pytest.raises(ValueError, match="--width 32 -> 16"):
+        train(out, **settings, width=16)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+    # In another folder they are drawn.
+    train(tmp_path / "a", **settings, resume=other)
+    train(tmp_path / "b", **settings, init=other)
+    a, b = tiles(tmp_path / "a", 16), tiles(tmp_path / "b", 16)
+    assert (a[3] == b[3]).all() and (a[3] != want[3]).any()
+
+
 @pytest.mark.parametrize("name", ["last.pt", "encoder.pt"])
 def test_init(name, whole, labelled, tmp_path, capsys):
     """From a whole checkpoint, or an encoder with a fresh decoder; a learning rate of 0
@@ -680,7 +708,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_checkpoint_is_named_and_kept(kind, copy, tmp_path, monkeypatch):
+def test_bad_checkpoint_is_named_and_kept(kind, copy, whole, tmp_path, monkeypatch):
     (out, settings), trap = copy, tmp_path / "trap"
     monkeypatch.setenv("EVIL", str(trap))
     path, content = out / "last.pt", (out / "last.pt").read_bytes()
@@ -695,7 +723,7 @@ def test_bad_checkpoint_is_named_and_kept(kind, copy, tmp_path, monkeypatch):
     elif kind == "flipped":
         path.write_bytes(content.replace(b"optimizer", b"optimizex"))
     elif kind == "encoder":
-        shutil.copy(out / "encoder.pt", path)
+        shutil.copy(whole() / "encoder.pt", path)
     elif kind == "folder":
         path.unlink()
         path.mkdir()
@@ -781,7 +809,6 @@ def test_checkpoint_of_other_data(copy, tmp_path):
 
 CHANGES = [
     ("lr", 5e-4),
-    ("epochs", 3),
     ("weight_decay", 0.3),
     ("precision", "fp16"),
     ("precision", "bf16"),
@@ -808,7 +835,7 @@ def test_changed_settings_are_named_and_used(key, value, copy, capsys):
     words = next(
         line for line in capsys.readouterr().out.splitlines() if "continuing" in line
     )
-    assert f"--{key} {1 if key == 'epochs' else before} -> {value}" in words
+    assert f"--{key} {before} -> {value}" in words
     assert "--width" not in words
     after = last(out)
     assert (
@@ -818,8 +845,8 @@ def test_changed_settings_are_named_and_used(key, value, copy, capsys):
     )
     rows = records(out)
     assert [r["step"] for r in rows] == [*range(1, after["step"] + 1)]
-    total, epochs = after["step"], after["step"] // 6
-    assert epochs == (value if key == "epochs" else 2)
+    total = after["step"]
+    assert total == 12
     lr = [
         attg_mae.lr_at(step, total, 6.0, value if key == "lr" else 1e-3)
         for step in range(6, total)
@@ -837,8 +864,41 @@ def test_changed_settings_are_named_and_used(key, value, copy, capsys):
     assert bool(after["scaler"]) == (value == "fp16")
 
 
-def test_fewer_epochs_than_the_checkpoint_has(copy):
+def test_other_epochs(copy, tmp_path):
+    """Refused in the run's folder; --resume goes on with the schedule of the new ones."""
     out, settings = copy
+    path, content = out / "last.pt", (out / "last.pt").read_bytes()
+    for epochs in (3, 1):
+        words = f"{path} was made for --epochs 2, not {epochs}, .*--resume {path}$"
+        with pytest.raises(ValueError, match=words):
+            train(**settings | {"epochs": epochs})
+    assert path.read_bytes() == content
+    more = settings | {"epochs": 3, "resume": str(path), "out": str(tmp_path / "more")}
+    assert train(**more)["step"] == 18
+    lr = [attg_mae.lr_at(step, 18, 6.0, 1e-3) for step in range(6, 18)]
+    assert [r["lr"] for r in records(tmp_path / "more")] == lr
+    assert lr[1] != attg_mae.lr_at(7, 12, 6.0, 1e-3)
+    # Or the result of two epochs would pass for that of one.
     train(**settings)
-    assert train(**settings | {"epochs": 1})["stopped"] is None
-    assert last(out)["step"] == 12
+    with pytest.raises(ValueError, match="last.pt is of another run: --epochs 2 -> 1"):
+        train(**settings | {"epochs": 1, "resume": str(path)})
+
+
+def test_warm_up(copy, tmp_path):
+    """MAE's 40 epochs from 400 on; a run of an earlier default keeps its own."""
+    for epochs, warmup in ((8, 0.4), (399, 19.95), (400, 40), (800, 40), (1600, 40)):
+        cfg = attg_mae.Config(epochs=epochs)
+        assert cfg.warmup_epochs == pytest.approx(warmup)
+    assert attg_mae.Config(epochs=1600, warmup_epochs=7).warmup_epochs == 7
+    out, settings = copy
+    settings["warmup_epochs"] = None
+    parts = last(out)
+    parts["config"]["warmup_epochs"] = 0.5  # 0.1 is the default of 2 epochs
+    torch.save(parts, out / "last.pt")
+    train(**settings)
+    assert last(out)["config"]["warmup_epochs"] == 0.5
+    lr = [attg_mae.lr_at(step, 12, 3.0, 1e-3) for step in range(6, 12)]
+    assert [r["lr"] for r in records(out)][6:] == lr
+    given = settings | {"warmup_epochs": 2.0, "resume": "none"}
+    train(**given)
+    assert last(out)["config"]["warmup_epochs"] == 2.0
