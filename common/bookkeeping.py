@@ -43,7 +43,6 @@ class Run:
         self.open_pictures()
         self.steps_per_epoch = max(1, len(self.train_set) // cfg.batch_size)
         self.total_steps = cfg.epochs * self.steps_per_epoch
-        self.warmup_steps = cfg.warmup_epochs * self.steps_per_epoch
 
     def open_pictures(self):
         """train_set, test_set or None, maps (n, h, w) or None, settings of loaders."""
@@ -106,6 +105,7 @@ class Run:
             self.world,
         )
         self.feed = Feed(self.train_set, self.batches, **self.loader_args)
+        self.warmup_steps = cfg.warmup_epochs * self.steps_per_epoch
         self.log.begin(cfg, self.start)
         self.introduce()
         self.meter = Meter(
