@@ -34,12 +34,17 @@ Shapes, in the comments behind the lines: B images, L patches in an image, K of 
 values in a patch. mask is (B, L): 1 = removed = predicted.
 """
 
+if __name__ == "__main__":
+    # Ctrl-C during the imports, which take seconds, needs no traceback.
+    from common.commandline import quiet_imports
+
+    quiet_imports()
+
 import argparse
 import contextlib
 import dataclasses
 import functools
 import math
-import sys
 import typing
 from collections import OrderedDict
 from pathlib import Path
@@ -51,6 +56,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import roi_align
 
 from common.bookkeeping import Run
+from common.commandline import Parser, check_numbers, end
 from common.data import generator_for, seed_for, to_device
 from common.features import extract_features, knn_classify
 from common.pictures import save_reconstructions
@@ -88,11 +94,7 @@ PRESETS = {
 GUIDANCE = ("attg", "none", "inverted", "foreground", "background", "input_masking")
 PRECISION = ("auto", "fp32", "bf16", "fp16")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-POSITIVE = ("batch_size", "accum", "save_every", "log_every", "patch_size")
-POSITIVE += ("tau", "tau_end")
-NOT_NEGATIVE = ("epochs", "knn_every", "warmup_epochs", "clip_grad", "weight_decay")
-NOT_NEGATIVE += ("lr", "blr", "workers")
+LUMA = (0.299, 0.587, 0.114)
 
 
 def flag(default, text, **more):
@@ -136,9 +138,11 @@ class Config:
     weight_decay: float = flag(0.05, "of AdamW, not on biases and norms")
     clip_grad: float = flag(0.0, "largest gradient norm, 0 = no clipping (MAE)")
     # The model, where it is not the preset's
-    img_size: int | tuple | None = flag(None, "input size in pixels")
+    img_size: int | tuple | None = flag(
+        None, "side of the input in pixels, or height and width", type=int, nargs="+"
+    )
     patch_size: int | None = flag(None, "patch size in pixels")
-    in_chans: int = flag(3, "channels (pictures from files have 3)")
+    in_chans: int = flag(3, "channels: 3, or 1 for grey with one --mean and --std")
     width: int | None = flag(None, "encoder width")
     depth: int | None = flag(None, "encoder blocks")
     heads: int | None = flag(None, "encoder heads")
@@ -146,8 +150,10 @@ class Config:
     decoder_depth: int | None = flag(None, "decoder blocks")
     decoder_heads: int | None = flag(None, "decoder heads")
     # The pictures
-    mean: tuple = flag(IMAGENET_MEAN, "channel means of the input", type=float, nargs=3)
-    std: tuple = flag(IMAGENET_STD, "channel deviations", type=float, nargs=3)
+    mean: tuple = flag(
+        IMAGENET_MEAN, "channel means of the input", type=float, nargs="+"
+    )
+    std: tuple = flag(IMAGENET_STD, "channel deviations", type=float, nargs="+")
     classes: str | None = flag(None, "file with the class folders to keep, one a line")
     # The machine
     precision: str = flag("auto", "auto = bf16 or fp16 on GPUs", choices=PRECISION)
@@ -181,6 +187,8 @@ class Config:
             defaults |= {"epochs": 1, "batch_size": 64}
         data = Path(self.data).resolve().name
         defaults["out"] = f"out/{data}-{self.model}-{self.guidance}"
+        if self.lr is not None:
+            del defaults["blr"]
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -188,6 +196,8 @@ class Config:
             # 40 epochs, however long the run, is MAE's; short ones would be all warm-up.
             self.warmup_epochs = 40 if self.epochs >= 400 else 0.05 * self.epochs
         self.mean, self.std = tuple(self.mean), tuple(self.std)
+        if not isinstance(self.img_size, int) and len(self.img_size) == 1:
+            (self.img_size,) = self.img_size
 
     def check(self):
         """ValueError names the flag, the value and the remedy."""
@@ -196,28 +206,20 @@ class Config:
             if choices and value not in choices:
                 words = ", ".join(choices)
                 raise ValueError(f"--{field.name} {value}: choose from {words}")
-        for name in POSITIVE:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
-        for name in NOT_NEGATIVE:
-            # lr and workers may still be None; a NaN is refused.
-            if not (getattr(self, name) or 0) >= 0:
-                raise ValueError(
-                    f"--{name} {getattr(self, name)}: must not be negative"
-                )
+        check_numbers(dataclasses.asdict(self))  # common/commandline.py has the ranges
+        if len(self.size) != 2:
+            raise ValueError(f"--img_size {self.size}: a side, or height and width")
         (h, w), p = self.size, self.patch_size
-        if h % p or w % p or h * w <= 0:
+        if h % p or w % p:
             raise ValueError(
                 f"--img_size {h}x{w} is not divisible by --patch_size {p}; use a multiple"
             )
-        encoder, decoder = (
-            (self.width, self.heads),
-            (self.decoder_width, self.decoder_heads),
-        )
-        for width, heads in (encoder, decoder):
+        for part in ("", "decoder_"):
+            width, heads = getattr(self, f"{part}width"), getattr(self, f"{part}heads")
             if width % heads or width % 4:
                 raise ValueError(
-                    f"width {width}: must be divisible by 4 and by its {heads} heads"
+                    f"--{part}width {width}: must be divisible by 4 and by "
+                    f"--{part}heads {heads}"
                 )
         L = math.prod(self.grid)
         if not 0 < int(L * (1 - self.mask_ratio)) < L:
@@ -228,9 +230,14 @@ class Config:
 
     def derive(self):
         """lr from blr, or blr from lr."""
+        scale = self.batch_size / 256
         if self.lr is None:
-            self.lr = self.blr * self.batch_size / 256
-        self.blr = self.lr * 256 / self.batch_size
+            self.lr = self.blr * scale
+        elif self.blr is not None and not math.isclose(self.lr, self.blr * scale):
+            raise ValueError(
+                f"--lr {self.lr} and --blr {self.blr}: do not agree; give one of them"
+            )
+        self.blr = self.lr / scale
 
     @property
     def size(self):
@@ -261,7 +268,12 @@ def take(x, ids):
 
 
 def normalize(imgs, cfg):
-    """uint8 (B, C, H, W) -> fp32, (x / 255 - mean) / std."""
+    """uint8 (B, C, H, W) -> fp32, (x / 255 - mean) / std.
+
+    A model of one channel gets its grey from RGB, which is what the loader decodes.
+    """
+    if cfg.in_chans == 1 and imgs.shape[1] == 3:
+        imgs = (imgs * channels(LUMA, imgs.device)).sum(dim=1, keepdim=True)
     mean, std = channels(cfg.mean, imgs.device), channels(cfg.std, imgs.device)
     return (imgs / 255 - mean) / std
 
@@ -818,9 +830,8 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
 
 def main(argv=None):
     """Trains as the flags say; returns what `train` does."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw)
     for field in dataclasses.fields(Config):
         options = {"default": field.default, **field.metadata}
         if field.type is bool:
@@ -833,8 +844,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        stopped = main()["stopped"]
-    except (ValueError, OSError) as error:
-        sys.exit(f"attg_mae.py: error: {error}")
-    sys.exit(128 + stopped if stopped else 0)
+    end(main, memory="raise --accum, which changes nothing else, or lower --batch_size")

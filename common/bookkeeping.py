@@ -41,6 +41,7 @@ class Run:
         self.precision, self.dtype = choose_precision(cfg.precision, device)
         self.start = 0
         self.open_pictures()
+        self.refuse_idle_flags()
         self.steps_per_epoch = max(1, len(self.train_set) // cfg.batch_size)
         self.total_steps = cfg.epochs * self.steps_per_epoch
 
@@ -61,6 +62,32 @@ class Run:
             workers = default_workers(self.device)
         pin_memory = self.device.type == "cuda"
         self.loader_args = {"workers": workers, "pin_memory": pin_memory}
+
+    def refuse_idle_flags(self):
+        """ValueError for flags that cannot work or do nothing, before a file is written."""
+        cfg = self.cfg
+        C = cfg.in_chans
+        require(
+            C in (1, 3),
+            f"--in_chans {C}: pictures are read as RGB, 3 channels, or as grey, 1",
+        )
+        for name in ("mean", "std"):
+            values = getattr(cfg, name)
+            words = " ".join(str(value) for value in values)
+            require(
+                len(values) == C,
+                f"--{name} {words}: {len(values)} values, but --in_chans {C}; give {C}, "
+                "such as --mean 0.449 --std 0.226 --in_chans 1 for grey pictures",
+            )
+        require(
+            cfg.guidance != "none" or not cfg.maps,
+            f"--maps {cfg.maps}: --guidance none uses no maps; leave out one of the two",
+        )
+        require(
+            not cfg.knn_every or self.test_set,
+            f"--knn_every {cfg.knn_every}: --data {cfg.data} has no test split to "
+            "evaluate on; leave it out",
+        )
 
     def examples(self, count=8):
         """A batched Sample of pictures, evenly spread over the training set."""

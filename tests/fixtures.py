@@ -42,6 +42,17 @@ def labelled(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def guided(labelled):
+    """guided(guidance) -> settings as labelled; guidance none takes no maps."""
+
+    def settings(guidance):
+        maps = None if guidance == "none" else labelled["maps"]
+        return labelled | {"guidance": guidance, "maps": maps}
+
+    return settings
+
+
+@pytest.fixture(scope="session")
 def plain(tmp_path_factory):
     """A flat folder of 13 pictures, without maps."""
     folder = tmp_path_factory.mktemp("plain") / "plain"
@@ -50,7 +61,7 @@ def plain(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def whole(labelled, tmp_path_factory):
+def whole(guided, tmp_path_factory):
     """whole(precision="fp32", ...) -> folder of an uninterrupted run of 24 steps."""
     runs = {}
 
@@ -58,7 +69,7 @@ def whole(labelled, tmp_path_factory):
         key = str(settings)
         if key not in runs:
             runs[key] = tmp_path_factory.mktemp("whole")
-            train(runs[key], **labelled | settings)
+            train(runs[key], **guided(settings.get("guidance", "attg")) | settings)
         return runs[key]
 
     return whole

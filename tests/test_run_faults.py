@@ -243,7 +243,7 @@ def test_disk_full(first, ask, long, finished, tmp_path):
         ({"lr": 1e30}, 8, "prediction or input"),
         ({"gradient": math.inf}, 8, "gradient"),
         ({"tau": 1e-3, "tau_end": 1e-3}, 7, "weight"),
-        ({"std": (0.0, 0.0, 0.0)}, 7, "prediction or input"),
+        ({"std": (1e-37,) * 3, "norm_pix": False}, 7, "prediction or input"),
     ],
     ids=["huge lr", "gradient", "small tau", "no deviation"],
 )
@@ -528,8 +528,8 @@ def test_evaluations_by_two_processes(name, ask, labelled, distributed, tmp_path
 
 
 @pytest.mark.parametrize("guidance", ["none", "attg"])
-def test_accumulation_on_two_processes_equals_one(guidance, ask, labelled, tmp_path):
-    settings = TINY | labelled | {"guidance": guidance, "epochs": 4}
+def test_accumulation_on_two_processes_equals_one(guidance, ask, guided, tmp_path):
+    settings = TINY | guided(guidance) | {"epochs": 4}
     runs = [
         *ranks(ask, tmp_path / "two", settings | {"accum": 2}),
         Process(ask, tmp_path / "one", settings),

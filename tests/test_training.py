@@ -19,7 +19,7 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import attg_mae
-from common.data import make_loader, open_data
+from common.data import TrainBatches, make_loader, open_data
 from common.maps import save_maps
 from tests.helpers import (
     LUMA,
@@ -95,7 +95,7 @@ def test_workers_and_repetition_change_nothing(whole, labelled, tmp_path):
 
 
 @pytest.mark.parametrize("guidance", ["attg", "none"])
-def test_accumulation_changes_nothing(guidance, whole, labelled, tmp_path):
+def test_accumulation_changes_nothing(guidance, guided, tmp_path):
     """Gradients of the first step, losses of 24 steps; a zero and a row-shifted
     gradient would be noticed.
     """
@@ -107,7 +107,7 @@ def test_accumulation_changes_nothing(guidance, whole, labelled, tmp_path):
     )
     for accum in (1, 2, 4):
         steps.clear()
-        train(tmp_path / str(accum), **labelled, accum=accum, guidance=guidance)
+        train(tmp_path / str(accum), **guided(guidance), accum=accum)
         grads.append(steps[0])
         rows.append(np.array([row[2:4] for row in losses(tmp_path / str(accum))]))
     hook.remove()
@@ -158,11 +158,11 @@ def test_flat_maps_equal_vanilla(labelled, whole, tmp_path):
 
 
 @pytest.mark.parametrize("guidance", ["attg", "none"])
-def test_log(guidance, labelled, passes, tmp_path, capsys):
+def test_log(guidance, guided, passes, tmp_path, capsys):
     """A line for each step here; loss and mse are those of Eq. 2 with and without
     weights, in float64.
     """
-    train(tmp_path, **labelled, guidance=guidance, epochs=2)
+    train(tmp_path, **guided(guidance), epochs=2)
     lines = [
         line
         for line in capsys.readouterr().out.splitlines()
@@ -304,12 +304,12 @@ def test_knn_of_a_stopped_run(when, labelled, whole, tmp_path):
 
 
 def test_no_knn_without_labels(plain, tmp_path):
-    result = train(tmp_path, data=plain, guidance="none", epochs=1, knn_every=1)
+    result = train(tmp_path, data=plain, guidance="none", epochs=1)
     assert result["knn"] == {} and not records(tmp_path, "knn") and result["step"] == 3
 
 
 @pytest.mark.parametrize("map_norm", ["image", "crop"])
-def test_guidance_of_a_run(map_norm, labelled, passes, tmp_path):
+def test_guidance_of_a_run(map_norm, guided, passes, tmp_path):
     """An epoch of each. The maps are the brightness of the pictures, so they fit the
     images that the model sees.
     """
@@ -317,8 +317,7 @@ def test_guidance_of_a_run(map_norm, labelled, passes, tmp_path):
     for guidance in attg_mae.GUIDANCE:
         train(
             tmp_path / guidance,
-            **labelled,
-            guidance=guidance,
+            **guided(guidance),
             map_norm=map_norm,
             epochs=1,
         )
@@ -637,8 +636,28 @@ WRONG = [  # settings, words of the error
     ({"save_every": 0}, "--save_every 0"),
     ({"lr": -1.0}, "--lr -1"),
     ({"lr": math.nan}, "--lr nan"),
-    ({"heads": 3}, "heads 3 width 32"),
-    ({"decoder_heads": 3}, "heads 3 width 16"),
+    ({"heads": 3}, "--heads 3 --width 32"),
+    ({"decoder_heads": 3}, "--decoder_heads 3 --decoder_width 16"),
+    ({"heads": 0}, "--heads 0 least"),
+    ({"heads": -2}, "--heads -2 least"),
+    ({"width": 0}, "--width 0 least"),
+    ({"depth": 0}, "--depth 0 least"),
+    ({"depth": 2.5}, "--depth 2.5 whole"),
+    ({"mask_ratio": math.nan}, "--mask_ratio nan from"),
+    ({"mask_ratio": math.inf}, "--mask_ratio inf from"),
+    ({"mask_ratio": -0.1}, "--mask_ratio -0.1 negative"),
+    ({"tau": 1e300}, "--tau 1e+300 from"),
+    ({"warmup_epochs": math.inf}, "--warmup_epochs inf from"),
+    ({"std": (1.0, math.inf, 1.0)}, "--std inf from"),
+    ({"std": (1.0, -1.0, 1.0)}, "--std -1.0 above"),
+    ({"img_size": 10**9}, "--img_size 1000000000 8192"),
+    ({"img_size": (16, 16, 16)}, "--img_size height width"),
+    ({"lr": 1e-3, "blr": 1e-3}, "--lr 0.001 --blr 0.001 one"),
+    ({"in_chans": 4}, "--in_chans 4 grey"),
+    ({"in_chans": 1}, "--mean 0.485 --in_chans 1 --std"),
+    ({"mean": (0.5,)}, "--mean 0.5 --in_chans 3"),
+    ({"std": (0.5,)}, "--std 0.5 --in_chans 3"),
+    ({"guidance": "none"}, "--maps --guidance none"),
     ({"workers": -1}, "--workers -1"),
     ({"batch_size": 6, "accum": 4}, "--batch_size 6 --accum 4 multiple"),
     ({"batch_size": 1000}, "--batch_size 1000 25"),
@@ -655,7 +674,13 @@ def test_wrong_settings(settings, words, labelled, tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         train(tmp_path / "out", **labelled | settings)
     assert [word for word in words.split() if word not in str(error.value)] == []
-    assert not (tmp_path / "out" / "last.pt").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluations_need_a_test_split(plain, tmp_path):
+    with pytest.raises(ValueError, match="--knn_every 1: --data .* no test split"):
+        train(tmp_path / "out", data=plain, guidance="none", knn_every=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_flags(capsys):
@@ -663,6 +688,49 @@ def test_wrong_flags(capsys):
         with pytest.raises(SystemExit) as end:
             attg_mae.main(argv)
         assert end.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+def test_grey_pictures_and_oblong_ones(labelled, passes, tmp_path):
+    """One channel is the luma of RGB; --img_size takes height and width."""
+    folder = tmp_path / "grey"
+    folder.mkdir()
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    sizes = {k: v for k, v in TINY.items() if k not in ("img_size", "epochs")}
+    argv = [f"--{k}={v}" for k, v in sizes.items()]
+    argv += "--guidance none --epochs 1 --img-size 16 24 --in_chans 1".split()
+    argv += "--mean 0.5 --std 0.25 --seed 3".split()
+    out = tmp_path / "out"
+    attg_mae.main([*argv, "--data", str(folder), "--out", str(out)])
+    imgs = passes[0].imgs
+    assert imgs.shape == (4, 1, 16, 24) and tiles_exist(out)
+    # Grey stays what it is: the crop that the data set yields, flipped or not.
+    dataset = open_data(str(folder), "train", (16, 24), True, 3)
+    for i, index in enumerate(TrainBatches(6, 4, 0, 1, 3).indices(0).tolist()):
+        sample = dataset[0, index]
+        want = sample.image[0].flip(-1) if sample.flip else sample.image[0]
+        torch.testing.assert_close(
+            imgs[i, 0], (want / 255 - 0.5) / 0.25, atol=1e-5, rtol=0
+        )
+    model = attg_mae.load_encoder(out / "encoder.pt")
+    assert model.cfg.size == (16, 24) and model.cfg.mean == (0.5,)
+    rgb = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
+    luma = (rgb * torch.tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    want = model.forward_features((luma / 255 - 0.5) / 0.25)
+    got = model.forward_features(model.normalize(rgb))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(
+        model.normalize(rgb), model.normalize(rgb.flip(1)), atol=0.1
+    )
+    # The same command finds its own checkpoint again.
+    again = attg_mae.main([*argv, "--data", str(folder), "--out", str(out)])
+    assert again["step"] == 1
+
+
+def tiles_exist(out):
+    with Image.open(out / "reconstructions.png") as sheet:
+        return min(sheet.size) > 60
 
 
 def test_mean_and_std(labelled, passes, tmp_path):
