@@ -168,7 +168,9 @@ class Config:
     resume: str = flag(
         "auto", "auto = from OUT/last.pt if there, none = anew, or a file"
     )
-    knn_every: int = flag(0, "epochs between k-NN evaluations (0 = at the end only)")
+    knn_every: int = flag(
+        0, "epochs between evaluations, k-NN and mse_test (0 = at the end only)"
+    )
     save_every: int = flag(1, "epochs between checkpoints")
     log_every: int = flag(20, "steps between log lines")
 
@@ -701,8 +703,9 @@ def train(cfg):
     """Pre-trains a model and writes the run folder, cfg.out.
 
     One process, or one of several if torchrun's environment says so. Returns {"step":
-    the last one, "knn": {feature: top-1 in percent} if there are labels, "out": the
-    folder, "stopped": the signal that ended the run early, or None}.
+    the last one, "mse_test": error on the test split if there is one, "knn": {feature:
+    top-1 in percent} if there are labels, "out": the folder, "stopped": the signal that
+    ended the run early, or None}.
     """
     cfg = dataclasses.replace(cfg)  # the run settles what is "auto"
     with stop_signals() as signals, processes(cfg.device) as (device, rank, world):
@@ -712,7 +715,7 @@ def train(cfg):
         model = first_model(cfg, checkpoint, run.log).to(device)
         if cfg.epochs == 0:
             draw(model, run)
-            return {"step": 0, "knn": {}, "out": str(run.out), "stopped": None}
+            return run.result(step=0)
 
         groups = param_groups(model, cfg.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
@@ -725,7 +728,7 @@ def train(cfg):
         tau = torch.zeros((), device=device)
 
         for step in run.steps():
-            if run.knn_is_due(step):
+            if run.evaluation_is_due(step):
                 run.evaluate(step)
             lr = lr_at(step, run.total_steps, run.warmup_steps, cfg.lr)
             for group in optimizer.param_groups:

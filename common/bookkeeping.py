@@ -4,14 +4,15 @@ checkpoints and end. Nothing of the method is here.
 """
 
 import dataclasses
+import math
 import signal
 from pathlib import Path
 
 import torch
-from torch.utils.data import default_collate
-from tqdm import tqdm
+from torch.utils.data import Subset, default_collate
 
-from common.data import Feed, TrainBatches, open_data
+from common.commandline import progress
+from common.data import Feed, TrainBatches, generator_for, make_loader, open_data
 from common.features import knn_accuracy
 from common.files import require
 from common.maps import open_maps
@@ -187,33 +188,40 @@ class Run:
 
     def steps(self):
         """The steps that are left, under a progress bar."""
-        return tqdm(
+        return progress(
             range(self.start, self.total_steps),
             initial=self.start,
             total=self.total_steps,
             # None shows it in terminals only
             disable=None if self.rank == 0 else True,
-            leave=False,
         )
 
-    def knn_is_due(self, step):
+    def evaluation_is_due(self, step):
         every = self.cfg.knn_every * self.steps_per_epoch
         return step > 0 and every > 0 and step % every == 0
 
     def evaluate(self, step):
-        """{feature: k-NN accuracy on the test split}, empty if there are no labels."""
+        """Logs and returns what the test split says of the model.
+
+        {"mse_test": masked_error, "knn": {feature: k-NN accuracy}}; without labels there
+        is no k-NN, without a test split nothing.
+        """
         train_set, test_set = self.train_set, self.test_set
-        if not (train_set.labelled and test_set and test_set.labelled):
+        if not test_set:
             return {}
         setup = (self.loader_args, self.dtype, self.rank, self.world)
-        knn = knn_accuracy(self.model, train_set, test_set, *setup)
-        words = [f"{name.replace('_', ' ')} {x:.2f} %" for name, x in knn.items()]
-        self.log.say(
-            f"step {step}: k-NN (k = 20) on the test split: {', '.join(words)}"
-        )
-        self.log.record({"step": step, "knn": knn})
+        results = {"mse_test": masked_error(self.model, test_set, *setup)}
+        self.log.say(f"step {step}: mse on the test split: {results['mse_test']:.4f}")
+        if train_set.labelled and test_set.labelled:
+            knn = knn_accuracy(self.model, train_set, test_set, *setup)
+            results["knn"] = knn
+            words = [f"{name.replace('_', ' ')} {x:.2f} %" for name, x in knn.items()]
+            self.log.say(
+                f"step {step}: k-NN (k = 20) on the test split: {', '.join(words)}"
+            )
+        self.log.record({"step": step} | results)
         self.meter.pause()
-        return knn
+        return results
 
     def after(self, done, values, lr, tau):
         """Collects what a step gave, the `done`-th; logs, checks and saves when it is due.
@@ -269,19 +277,50 @@ class Run:
             f"stopped by a signal after step {done}; the same command continues"
         )
         number = self.signals[0] if self.signals else signal.SIGTERM
-        return {"step": done, "knn": {}, "out": str(self.out), "stopped": number}
+        return self.result(done, stopped=number)
 
     def finish(self):
-        """The result of a run that came to its end: k-NN, encoder.pt."""
-        knn = self.evaluate(self.total_steps)
+        """The result of a run that came to its end: encoder.pt, then the evaluation."""
         if self.rank == 0:
             state = self.model.state_dict()
             encoder = {k: v for k, v in state.items() if not DECODER.match(k)}
             config = dataclasses.asdict(self.cfg)
             save_checkpoint(self.out / "encoder.pt", model=encoder, config=config)
+        results = self.evaluate(self.total_steps)
         self.log.say(f"encoder: {self.out / 'encoder.pt'}")
-        out = str(self.out)
-        return {"step": self.total_steps, "knn": knn, "out": out, "stopped": None}
+        return self.result(self.total_steps) | results
+
+    def result(self, step, stopped=None):
+        """What train returns of a run without an evaluation."""
+        result = {"step": step, "out": str(self.out), "stopped": stopped}
+        return result | {"mse_test": None, "knn": {}}
+
+
+@torch.no_grad()
+def masked_error(model, dataset, loader_args, dtype, rank, world):
+    """Mean of the masked patches' error l over a data set: the log's mse, held out.
+
+    Each picture has its own mask, the same in every evaluation and every run.
+    """
+    cfg, device = model.cfg, model.cls_token.device
+    noise = torch.rand(
+        len(dataset), math.prod(cfg.grid), generator=generator_for("test masks")
+    )
+    share = range(rank, len(dataset), world)
+    loader = make_loader(Subset(dataset, share), **loader_args)
+    total, done = torch.zeros((), device=device), 0
+    for sample in progress(loader, desc="held-out error"):
+        ids = torch.tensor(share[done : done + len(sample.label)])
+        imgs = model.normalize(sample.image.to(device))
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            # forward, past torch.compile, which would compile anew for this batch.
+            loss, _, _ = model.forward(
+                imgs, mask_ratio=cfg.mask_ratio, noise=noise[ids].to(device)
+            )
+        total += loss * len(ids)
+        done += len(ids)
+    summed, counted = total_over_processes([total.item(), done], device, world)
+    return summed / counted
 
 
 def differences_from_defaults(cfg):

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
+from common.commandline import say
 from common.files import replacing, require
 
 # -- Processes and signals -------------------------------------------------------------
@@ -302,7 +302,7 @@ class Log:
 
     def say(self, text):
         if self.first:
-            tqdm.write(text)
+            say(text)
 
     def record(self, values):
         """Adds a line of JSON."""
@@ -325,7 +325,8 @@ class Log:
         kept = []
         for line in whole:
             record = json.loads(line)
-            repeated = record["step"] == step and "knn" in record
+            # An evaluation is what has no loss.
+            repeated = record["step"] == step and "loss" not in record
             if record["step"] <= step and not repeated:
                 kept.append(line)
         with replacing(self.path) as temporary:

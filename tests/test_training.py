@@ -19,7 +19,8 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import attg_mae
-from common.data import TrainBatches, make_loader, open_data
+from common import bookkeeping
+from common.data import TrainBatches, generator_for, make_loader, open_data
 from common.maps import save_maps
 from tests.helpers import (
     LUMA,
@@ -301,6 +302,61 @@ def test_knn_of_a_stopped_run(when, labelled, whole, tmp_path):
         train(tmp_path, **labelled, knn_every=1)
     train(tmp_path, **labelled, knn_every=1)
     assert records(tmp_path, "knn") == records(whole(knn_every=1), "knn")
+
+
+def test_error_on_held_out_pictures(labelled, tmp_path, monkeypatch):
+    """mse_test: the error of Eq. 2 without weights, with the same masks each time; also
+    without labels.
+    """
+
+    def unlabelled(*args, **options):
+        dataset = open_data(*args, **options)
+        dataset.labelled = False
+        return dataset
+
+    settings = labelled | {"epochs": 3, "knn_every": 1, "lr": 0.0}
+    result = train(tmp_path / "still", **settings)
+    still = [r["mse_test"] for r in records(tmp_path / "still", "mse_test")]
+    # Without learning there is nothing to tell the evaluations apart but the masks.
+    assert len(still) == 3 and len(set(still)) == 1 and result["mse_test"] == still[0]
+
+    monkeypatch.setattr(bookkeeping, "open_data", unlabelled)
+    result = train(tmp_path / "out", **settings | {"lr": 1e-3, "workers": 2})
+    rows = records(tmp_path / "out", "mse_test")
+    assert [r["step"] for r in rows] == [6, 12, 18] and result["knn"] == {}
+    assert not records(tmp_path / "out", "knn")
+    assert rows[-1]["mse_test"] == result["mse_test"] < still[0]
+    parts = last(tmp_path / "out")
+    model = attg_mae.build_model(attg_mae.Config(**parts["config"]))
+    model.load_state_dict(parts["model"])
+    dataset = open_data(labelled["data"], "test", 16)
+    noise = torch.rand(15, 16, generator=generator_for("test masks"))
+    errors, others = [], []
+    for sample, row in zip(dataset, noise, strict=True):
+        patches = model.patchify(model.normalize(sample.image[None])).detach()
+        with torch.no_grad():
+            pred = model(model.normalize(sample.image[None]), noise=row[None])[1]
+        # The twelve of highest noise are hidden.
+        hidden = row.argsort()[4:]
+        target = patches[0] - patches[0].mean(1, keepdim=True)
+        target = target / (patches[0].var(1, keepdim=True) + 1e-6).sqrt()
+        error = (pred[0] - target).square().mean(1)
+        errors.append(error[hidden].mean().item())
+        others.append(error.mean().item())
+    assert result["mse_test"] == pytest.approx(np.mean(errors), rel=1e-5)
+    assert result["mse_test"] != pytest.approx(np.mean(others), rel=1e-3)
+
+
+def test_the_encoder_is_written_before_the_evaluation(labelled, tmp_path, monkeypatch):
+    """Whatever happens to the k-NN, hours of training are in a file."""
+
+    def fails(*_):
+        raise ValueError("no k-NN today")
+
+    monkeypatch.setattr(bookkeeping, "knn_accuracy", fails)
+    with pytest.raises(ValueError, match="no k-NN"):
+        train(tmp_path, **labelled, epochs=1)
+    assert attg_mae.load_encoder(tmp_path / "encoder.pt").cfg.width == TINY["width"]
 
 
 def test_no_knn_without_labels(plain, tmp_path):
