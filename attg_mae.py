@@ -56,7 +56,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import roi_align
 
 from common.bookkeeping import Run
-from common.commandline import Parser, check_numbers, end
+from common.commandline import Parser, check_numbers, count_or_auto, end
 from common.data import generator_for, seed_for, to_device
 from common.features import extract_features, knn_classify
 from common.pictures import save_reconstructions
@@ -129,7 +129,12 @@ class Config:
     batch_size: int | None = flag(
         None, "images in a step, all processes [4096; micro 64]"
     )
-    accum: int = flag(1, "micro-batches a step is split into, to save memory")
+    accum: int | str | None = flag(
+        None,
+        "micro-batches a step is split into, to save memory; auto tries how many it needs "
+        "[auto on a GPU, but for toy; else 1]",
+        type=count_or_auto,
+    )
     blr: float | None = flag(None, "lr = blr * batch_size / 256 [1.5e-4; micro 6e-3]")
     lr: float | None = flag(None, "learning rate at its peak, instead of blr")
     warmup_epochs: float | None = flag(
@@ -156,7 +161,9 @@ class Config:
     std: tuple = flag(IMAGENET_STD, "channel deviations", type=float, nargs="+")
     classes: str | None = flag(None, "file with the class folders to keep, one a line")
     # The machine
-    precision: str = flag("auto", "auto = bf16 or fp16 on GPUs", choices=PRECISION)
+    precision: str = flag(
+        "auto", "auto = the fastest that serves, by device and width", choices=PRECISION
+    )
     compile: bool = flag(False, "torch.compile the model")
     device: str | None = flag(None, "cuda, mps or cpu [the first there is]")
     workers: int | None = flag(None, "loader processes of each [CPU 0, GPU up to 16]")
@@ -194,6 +201,9 @@ class Config:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.accum is None:
+            on_gpu = torch.cuda.is_available() and "cuda" in (self.device or "cuda")
+            self.accum = "auto" if on_gpu and self.data != "toy" else 1
         if self.warmup_epochs is None:
             # 40 epochs, however long the run, is MAE's; short ones would be all warm-up.
             self.warmup_epochs = 40 if self.epochs >= 400 else 0.05 * self.epochs
@@ -718,6 +728,7 @@ def train(cfg):
             return run.result(step=0)
 
         groups = param_groups(model, cfg.weight_decay)
+        run.settle_accum(model)
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
         run.begin(model, optimizer, scaler, checkpoint)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Subset, default_collate
 
-from common.commandline import progress
+from common.commandline import out_of_memory, progress
 from common.data import Feed, TrainBatches, generator_for, make_loader, open_data
 from common.features import knn_accuracy
 from common.files import require
@@ -39,7 +39,11 @@ class Run:
         self.rank, self.world = rank, world
         self.out = Path(cfg.out)
         self.log = Log(self.out, rank)
-        self.precision, self.dtype = choose_precision(cfg.precision, device)
+        # Those that this run settles, which are then no unusual settings.
+        self.settled = {"blr"}  # lr tells it
+        for name in ("precision", "accum"):
+            if getattr(cfg, name) == "auto":
+                self.settled.add(name)
         self.start = 0
         self.open_pictures()
         self.refuse_idle_flags()
@@ -101,10 +105,51 @@ class Run:
 
         See run.find_checkpoint.
         """
+        cfg = self.cfg
         if self.total_steps == 0:
             same_model = fixed - {"data", "classes", "batch_size", "seed"}
-            return find_model(self.cfg, self.log, same_model)
-        return find_checkpoint(self.cfg, self.total_steps, self.log, fixed, free)
+            parts = find_model(cfg, self.log, same_model)
+        else:
+            parts = find_checkpoint(cfg, self.total_steps, self.log, fixed, free)
+        # After it, because a run keeps what it began with.
+        self.precision, self.dtype = choose_precision(
+            cfg.precision, self.device, cfg.width
+        )
+        cfg.precision = self.precision
+        return parts
+
+    def settle_accum(self, model):
+        """What --accum auto stands for: as few micro-batches as memory allows."""
+        cfg = self.cfg
+        if cfg.accum != "auto":
+            return
+        images, accum = cfg.batch_size // self.world, 1
+        while not self.fits(model, images // accum):
+            # Halves the micro-batch, or takes what divides the batch next.
+            larger = [n for n in range(2 * accum, images + 1) if images % n == 0]
+            require(
+                larger,
+                f"--accum auto: not even {images // accum} image at a time fits into "
+                "memory; use a smaller --model, or --precision bf16",
+            )
+            accum = larger[0]
+        cfg.accum = accum
+        self.log.say(f"--accum auto: {accum}, {images // accum} images at a time fit")
+
+    def fits(self, model, images):
+        """Whether all processes have the memory to train on so many images at a time."""
+        fitting = 1
+        try:
+            rehearse(model, images, self.device, self.dtype)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            fitting = 0
+        model.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        (number,) = total_over_processes([fitting], self.device, self.world)
+        return number == self.world
 
     def begin(self, model, optimizer, scaler, parts):
         """From the start, or from the parts of a checkpoint: loader, log, first words.
@@ -175,7 +220,7 @@ class Run:
                 rates += f" to {cfg.tau_end}"
         say(rates)
 
-        unusual = " ".join(differences_from_defaults(cfg)) or "none"
+        unusual = " ".join(differences_from_defaults(cfg, self.settled)) or "none"
         say(f"settings that are not the defaults: {unusual}")
         say(f"run folder {self.out}, all settings in its config.json")
 
@@ -296,6 +341,23 @@ class Run:
         return result | {"mse_test": None, "knn": {}}
 
 
+def rehearse(model, images, device, dtype):
+    """Forward and backward pass of a micro-batch, which leave nothing but gradients."""
+    cfg = model.cfg
+    # What comes with the first step: AdamW's two moments, and the copies of the
+    # gradients that several processes exchange.
+    weights = sum(p.numel() for p in model.parameters())
+    reserved = torch.empty(3 * weights, device=device)
+    imgs = torch.zeros(images, cfg.in_chans, *cfg.size, device=device)
+    flat = torch.zeros(images, math.prod(cfg.grid), device=device)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        loss, _, _ = model(
+            imgs, flat, mask_ratio=cfg.mask_ratio, noise=flat, normalize_attn=False
+        )
+    loss.backward()
+    del reserved
+
+
 @torch.no_grad()
 def masked_error(model, dataset, loader_args, dtype, rank, world):
     """Mean of the masked patches' error l over a data set: the log's mse, held out.
@@ -323,8 +385,8 @@ def masked_error(model, dataset, loader_args, dtype, rank, world):
     return summed / counted
 
 
-def differences_from_defaults(cfg):
-    """The flags by which cfg differs from what Config fills in without them."""
+def differences_from_defaults(cfg, without):
+    """The flags by which cfg differs from what Config fills in; `without` these names."""
     usual = type(cfg)(model=cfg.model, data=cfg.data, guidance=cfg.guidance)
     sizes = {"epochs": cfg.epochs, "batch_size": cfg.batch_size}
     follows = {"warmup_epochs": None, "lr": None, "blr": None}
@@ -337,8 +399,7 @@ def differences_from_defaults(cfg):
         elif default is None:
             default = getattr(usual, field.name)
         value = getattr(cfg, field.name)
-        # lr tells blr.
-        if value != default and field.name != "blr":
+        if value != default and field.name not in without:
             flags.append(as_flag(field.name, value))
     return flags
 

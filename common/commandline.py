@@ -108,6 +108,11 @@ def check_number(name, number, kind, least, most):
 # -- Flags -----------------------------------------------------------------------------
 
 
+def count_or_auto(text):
+    """The type of a flag, for argparse: a whole number or the word auto."""
+    return text if text == "auto" else int(text)
+
+
 class Parser(argparse.ArgumentParser):
     """Flags may have hyphens for underscores; a mistake is answered in three lines."""
 

@@ -97,14 +97,29 @@ def default_workers(device):
     return min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def choose_precision(name, device):
-    """(name, dtype of autocast or None) of --precision; auto is the best for the device."""
+def choose_precision(name, device, width):
+    """(name, dtype of autocast or None) of --precision; auto is the best for the device.
+
+    width: the encoder's. On a CPU narrow models lose more by the conversions than the
+    products gain (measured: vit_base 1.67 times as fast in bf16, vit_micro 0.75).
+    """
     if name == "auto":
         name = "fp32"
         if device.type == "cuda":
             name = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+        elif device.type == "cpu" and width >= 384 and cpu_has_bf16():
+            name = "bf16"
     dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     return name, dtypes[name]
+
+
+def cpu_has_bf16(file="/proc/cpuinfo"):
+    """Whether the processor multiplies in bf16, by AVX512-BF16 or AMX; file: Linux's."""
+    try:
+        words = set(Path(file).read_text().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16"})
 
 
 def describe_machine(device):

@@ -19,9 +19,11 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import attg_mae
+import common.run
 from common import bookkeeping
 from common.data import TrainBatches, generator_for, make_loader, open_data
 from common.maps import save_maps
+from common.run import choose_precision, cpu_has_bf16
 from tests.helpers import (
     LUMA,
     TINY,
@@ -126,6 +128,103 @@ def test_accumulation_changes_nothing(guidance, guided, tmp_path):
             assert (ref.roll(1, 0) - ref).norm() > 1e-5 * ref.norm() > 0 or len(
                 ref
             ) == 1
+
+
+class Memory:
+    """Room for so many pictures at a time, in forward passes that learn."""
+
+    def __init__(self, monkeypatch, room):
+        self.room, self.refused, forward = room, [], attg_mae.MAE.forward
+
+        def limited(model, imgs, *args, **options):
+            if torch.is_grad_enabled() and len(imgs) > self.room:
+                self.refused.append(len(imgs))
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            return forward(model, imgs, *args, **options)
+
+        monkeypatch.setattr(attg_mae.MAE, "forward", limited)
+
+
+def test_accum_auto(labelled, tmp_path, monkeypatch, capsys):
+    """Finds what fits before the first step, says so, and keeps it."""
+    settings = labelled | {"batch_size": 12, "epochs": 3}
+    train(tmp_path / "given", **settings, accum=4)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        memory = Memory(patch, room=4)
+        with after_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            train(tmp_path / "auto", **settings, accum="auto")
+        words = capsys.readouterr().out
+        # 12, 6, 3: the batch is 12
+        assert memory.refused == [12, 6] and "--accum auto: 4, 3 images at" in words
+        assert "12 = 3 x 1 (processes) x 4 (--accum)" in words
+        assert last(tmp_path / "auto")["config"]["accum"] == 4
+        # It is stored: with more room now it stays.
+        memory.room = 99
+        train(tmp_path / "auto", **settings, accum="auto")
+        assert "--accum auto" not in capsys.readouterr().out
+    assert last(tmp_path / "auto")["config"]["accum"] == 4
+    assert_same_run(tmp_path / "auto", tmp_path / "given")
+
+
+def test_accum_auto_without_any_room(labelled, tmp_path, monkeypatch):
+    settings = labelled | {"accum": "auto"}
+    with monkeypatch.context() as patch:
+        memory = Memory(patch, room=0)
+        with pytest.raises(
+            ValueError, match="--accum auto: not even 1 image .*--model"
+        ):
+            train(tmp_path / "out", **settings)
+        assert memory.refused == [4, 2, 1] and not (tmp_path / "out").exists()
+
+    def broken(*_, **__):
+        raise RuntimeError("not for want of memory")
+
+    monkeypatch.setattr(attg_mae.MAE, "forward", broken)
+    with pytest.raises(RuntimeError, match="not for want"):
+        train(tmp_path / "out", **settings)
+
+
+def test_accum_is_auto_on_gpus_but_for_toy(monkeypatch):
+    assert attg_mae.Config(data="x").accum == attg_mae.Config().accum == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        assert attg_mae.Config(data="x").accum == "auto"
+        assert attg_mae.Config(data="x", device="cuda:1").accum == "auto"
+        assert attg_mae.Config(data="x", device="cpu").accum == 1
+        assert attg_mae.Config(data="x", accum=2).accum == 2
+        assert attg_mae.Config().accum == 1
+
+
+def test_precision_auto(tmp_path, monkeypatch, labelled, capsys):
+    """bf16 on CPUs that multiply in it, for wide models; a continued run keeps it."""
+    for flags, has in (("avx512_bf16", True), ("amx_bf16", True), ("avx512f", False)):
+        (tmp_path / flags).write_text(f"processor: 0\nflags : fpu vme {flags} pni\n")
+        assert cpu_has_bf16(tmp_path / flags) is has
+    assert not cpu_has_bf16(tmp_path / "absent")
+    cpu = torch.device("cpu")
+    for has, width, name in (
+        (True, 384, "bf16"),
+        (True, 380, "fp32"),
+        (False, 768, "fp32"),
+    ):
+        monkeypatch.setattr(common.run, "cpu_has_bf16", lambda has=has: has)
+        assert choose_precision("auto", cpu, width)[0] == name
+    assert choose_precision("fp32", cpu, 384) == ("fp32", None)
+
+    monkeypatch.setattr(common.run, "cpu_has_bf16", lambda: True)
+    wide = labelled | {"width": 384, "heads": 6, "epochs": 2}
+    with after_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        train(tmp_path / "out", **wide)
+    assert last(tmp_path / "out")["config"]["precision"] == "bf16"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["precision"] == "bf16"
+    assert "--precision" not in capsys.readouterr().out  # it is no unusual setting
+    monkeypatch.setattr(common.run, "cpu_has_bf16", lambda: False)
+    train(tmp_path / "out", **wide)
+    assert last(tmp_path / "out")["config"]["precision"] == "bf16"
+    train(tmp_path / "new", **wide)
+    assert last(tmp_path / "new")["config"]["precision"] == "fp32"
 
 
 def test_ties_do_not_depend_on_accumulation(labelled, passes, tmp_path):
