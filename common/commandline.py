@@ -209,8 +209,11 @@ def end(main, memory="lower --batch_size", interrupted="interrupted"):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     name = Path(sys.argv[0]).name
     try:
-        result = main()
-        sys.stdout.flush()
+        try:
+            result = main()
+        finally:
+            # Here, where a closed pipe has an answer. --help comes by as well.
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -235,6 +238,7 @@ def pipe_is_closed(error):
     if not isinstance(error, BrokenPipeError):
         return False
     try:
+        # An empty line tells.
         print(flush=True)
     except BrokenPipeError:
         return True
