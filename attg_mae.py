@@ -26,8 +26,8 @@ is MAE: its model, its schedules, a training loop.
     torchrun --nproc_per_node=8 attg_mae.py --model vit_large --data DIR --maps maps.npy
     python attg_mae.py --init WEIGHTS --model vit_large --data DIR --epochs 0    # pictures
 
-The run folder (--out) receives config.json, log.jsonl, last.pt, encoder.pt and
-reconstructions.png. The same command continues an interrupted run.
+The run folder (--out) receives config.json, log.jsonl, last.pt, encoder.pt, curves.png
+and reconstructions.png. The same command continues an interrupted run.
 
 Shapes, in the comments behind the lines: B images, L patches in an image, K of them kept
 (visible), N = 1 + L tokens, D width (of encoder or decoder), p patch size, P = p*p*C
@@ -179,6 +179,7 @@ class Config:
         0, "epochs between evaluations, k-NN and mse_test (0 = at the end only)"
     )
     save_every: int = flag(1, "epochs between checkpoints")
+    keep_every: int = flag(0, "epochs between those that are kept (0 = the last only)")
     log_every: int = flag(20, "steps between log lines")
 
     def __post_init__(self):
@@ -706,7 +707,7 @@ FIXED = {"patch_size", "img_size", "in_chans", "width", "depth", "heads"}
 FIXED |= {"decoder_width", "decoder_depth", "decoder_heads"}
 FIXED |= {"data", "classes", "batch_size", "seed"}
 FREE = {"out", "precision", "compile", "device", "workers", "resume"}
-FREE |= {"knn_every", "save_every", "log_every"}
+FREE |= {"knn_every", "save_every", "keep_every", "log_every"}
 
 
 def train(cfg):

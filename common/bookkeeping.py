@@ -16,6 +16,7 @@ from common.data import Feed, TrainBatches, generator_for, make_loader, open_dat
 from common.features import knn_accuracy
 from common.files import require
 from common.maps import open_maps
+from common.pictures import can_draw_curves, save_curves
 from common.run import (
     Log,
     Meter,
@@ -223,6 +224,8 @@ class Run:
         unusual = " ".join(differences_from_defaults(cfg, self.settled)) or "none"
         say(f"settings that are not the defaults: {unusual}")
         say(f"run folder {self.out}, all settings in its config.json")
+        if not can_draw_curves():
+            say("curves.png is not drawn: pip install matplotlib, or see log.jsonl")
 
     def share(self, rows):
         """Rows of a global batch -> (accum, B, ...), this process's of each micro-batch.
@@ -286,16 +289,24 @@ class Run:
             self.feed.unreadable.clear()
         ended = done == self.total_steps
         at_epoch = rest == 0 and epoch % self.cfg.save_every == 0
-        if self.rank == 0 and (stopping or ended or at_epoch):
+        if stopping or ended or at_epoch:
+            self.save("last.pt", done)
+        every = self.cfg.keep_every
+        if every and rest == 0 and epoch % every == 0:
+            self.save(f"epoch{epoch:04d}.pt", done)
+        return stopping and not ended
+
+    def save(self, name, done):
+        """The whole state after step `done`, to continue from; the first process does."""
+        if self.rank == 0:
             save_checkpoint(
-                self.out / "last.pt",
+                self.out / name,
                 model=self.model.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(),
                 step=done,
                 config=dataclasses.asdict(self.cfg),
             )
-        return stopping and not ended
 
     def write_log(self, done, lr, tau):
         """Checks and logs the steps since the last line; all processes come here at once.
@@ -332,6 +343,8 @@ class Run:
             config = dataclasses.asdict(self.cfg)
             save_checkpoint(self.out / "encoder.pt", model=encoder, config=config)
         results = self.evaluate(self.total_steps)
+        if self.rank == 0 and can_draw_curves():
+            save_curves(self.out / "curves.png", self.log.records())
         self.log.say(f"encoder: {self.out / 'encoder.pt'}")
         return self.result(self.total_steps) | results
 

@@ -9,10 +9,12 @@ import datetime
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -158,22 +160,48 @@ def save_checkpoint(path, /, **parts):
 
 
 def load_checkpoint(path):
-    """What torch.save wrote, on the CPU: tensors and plain types.
+    """What torch.save or safetensors wrote, on the CPU: tensors and plain types.
 
     ValueError for all else, of which nothing is run.
     """
+    path = Path(path)
+    require(path.exists(), f"{path}: there is no such file")
+    require(not path.is_dir(), f"{path}: a folder; name a file in it, such as last.pt")
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)
     try:
         # facebookresearch/mae's training files hold a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
-        raise ValueError(
-            f"{path}: damaged, or no checkpoint of tensors "
-            f"({type(error).__name__}: {error})"
-        ) from error
+        reason = f"damaged, or no file of weights ({type(error).__name__})"
+        # PyTorch's own words advise to switch the check off.
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            reason = (
+                f"holds {foreign[1]}, which is no tensor and no plain type; refused, and "
+                "nothing of it was run"
+            )
+        raise ValueError(f"{path}: {reason}") from error
     kind = type(loaded).__name__
     require(isinstance(loaded, dict), f"{path}: no checkpoint, it holds a {kind}")
     return loaded
+
+
+def load_safetensors(path):
+    """The tensors of a .safetensors file, a dict."""
+    require(
+        find_spec("safetensors") is not None,
+        f"{path}: to read it the package safetensors is needed: pip install safetensors",
+    )
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: damaged, or no safetensors file ({error})"
+        ) from error
 
 
 def checkpoint_to_continue(cfg):
@@ -324,6 +352,10 @@ class Log:
         if self.first:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
+
+    def records(self):
+        """The lines of log.jsonl, as dicts."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def begin(self, cfg, step):
         """Writes config.json, and keeps of an earlier log what this run does not repeat.

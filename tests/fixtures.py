@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import attg_mae
+from common import bookkeeping
 from tests.helpers import (
     ROOT,
     TINY,
@@ -33,6 +34,15 @@ from tests.processes import Process, ranks
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_drawings():
+    """Runs draw no curves, but in the test of them: that takes longer than they do."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(bookkeeping, "save_curves", lambda *_: None)
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="session")

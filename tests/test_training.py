@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import numpy as np
 import pytest
 import timm.models.vision_transformer as timm_vit
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import attg_mae
 import common.run
-from common import bookkeeping
+from common import bookkeeping, pictures
 from common.data import TrainBatches, generator_for, make_loader, open_data
 from common.maps import save_maps
 from common.run import choose_precision, cpu_has_bf16
@@ -344,6 +346,21 @@ def test_log_of_a_killed_run(labelled, whole, tmp_path):
     assert last(tmp_path)["step"] == 18
 
 
+def test_keep_every(labelled, whole, tmp_path):
+    """Checkpoints along the way, from which a run goes on to the same end."""
+    out = tmp_path / "out"
+    train(out, **labelled, keep_every=2, save_every=3)
+    kept = sorted(p.name for p in out.glob("epoch*"))
+    assert kept == ["epoch0002.pt", "epoch0004.pt"]
+    assert same(last(out)["model"], last(whole())["model"])
+    parts = torch.load(out / "epoch0002.pt", weights_only=True)
+    assert parts["step"] == 12 and not same(parts["model"], last(out)["model"])
+    train(tmp_path / "on", **labelled, resume=str(out / "epoch0002.pt"))
+    assert losses(tmp_path / "on") == losses(whole())[12:]
+    assert same(last(tmp_path / "on")["model"], last(whole())["model"])
+    assert not list(whole().glob("epoch*"))
+
+
 def test_same_command_after_the_end(labelled, tmp_path):
     """Nothing is trained, and nothing is twice in the log."""
     result = train(tmp_path, **labelled, epochs=2, knn_every=1)
@@ -454,6 +471,48 @@ def test_the_encoder_is_written_before_the_evaluation(labelled, tmp_path, monkey
     with pytest.raises(ValueError, match="no k-NN"):
         train(tmp_path, **labelled, epochs=1)
     assert attg_mae.load_encoder(tmp_path / "encoder.pt").cfg.width == TINY["width"]
+
+
+def test_curves(labelled, tmp_path, monkeypatch, capsys):
+    """Of the log, drawn where matplotlib is there; a continued run draws all of it."""
+    monkeypatch.setattr(bookkeeping, "save_curves", pictures.save_curves)
+    drawn = []
+
+    class Spy(Figure):
+        def savefig(self, *args, **options):
+            drawn.append(self)
+            super().savefig(*args, **options)
+
+    monkeypatch.setattr("matplotlib.figure.Figure", Spy)
+    settings = labelled | {"epochs": 2, "knn_every": 1}
+    with after_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        train(tmp_path / "out", **settings)
+    train(tmp_path / "out", **settings)
+    (figure,) = drawn
+    with Image.open(tmp_path / "out" / "curves.png") as picture:
+        assert min(picture.size) > 400
+    lines = {}
+    for axes in figure.axes:
+        for line in axes.lines:
+            lines[line.get_label()] = np.array(line.get_xydata())
+    rows, tests = records(tmp_path / "out"), records(tmp_path / "out", "knn")
+    assert set(lines) == {
+        *("loss", "mse", "mse_test", "lr", "tau", "class token", "patch mean")
+    }
+    for name in ("loss", "mse", "lr", "tau"):
+        want = [(r["step"], r[name]) for r in rows]
+        assert len(want) == 12 and (lines[name] == np.array(want)).all()
+    want = [(r["step"], r["mse_test"]) for r in tests]
+    assert len(want) == 2 and (lines["mse_test"] == np.array(want)).all()
+    want = [(r["step"], r["knn"]["patch_mean"]) for r in tests]
+    assert (lines["patch mean"] == np.array(want)).all()
+    assert "matplotlib" not in capsys.readouterr().out
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train(tmp_path / "without", **labelled, epochs=1)
+    words = capsys.readouterr().out
+    assert words.count("curves.png is not drawn: pip install matplotlib, or see") == 1
+    assert not (tmp_path / "without" / "curves.png").exists()
 
 
 def test_no_knn_without_labels(plain, tmp_path):
@@ -717,10 +776,19 @@ def test_init_errors(whole, labelled, tmp_path):
         "unexpected extra.weight",
     ):
         assert word in str(error.value)
-    with pytest.raises(ValueError, match=r"(?s)last\.pt does not fit.*patch_embed"):
-        train(tmp_path / "out", **labelled, init=str(whole() / "last.pt"), width=16)
-    for path in (tmp_path / "absent.pt", tmp_path):
-        with pytest.raises(ValueError, match=re.escape(str(path))):
+    # Which flags would fit: those of TINY.
+    change = {"width": 16, "depth": 3, "decoder_depth": 2, "patch_size": 8}
+    with pytest.raises(ValueError) as error:
+        train(tmp_path / "out", **labelled | change, init=str(whole() / "last.pt"))
+    assert str(error.value) == (
+        f"{whole() / 'last.pt'} does not fit this vit_micro; its model is that of "
+        "--patch_size 4 --width 32 --heads NUMBER --depth 1 --decoder_depth 1"
+    )
+    for path, words in (
+        (tmp_path / "absent.pt", ": there is no such file"),
+        (tmp_path, ": a folder; name a file in it, such as last.pt"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path) + words)}$"):
             train(tmp_path / "out", **labelled, init=str(path))
     assert not (tmp_path / "out").exists()
 
@@ -729,7 +797,7 @@ FLAGS = """
 model data maps out epochs batch_size accum blr lr warmup_epochs weight_decay clip_grad
 mask_ratio norm_pix tau tau_end tau_schedule guidance map_norm img_size patch_size
 precision compile device workers seed init resume classes mean std knn_every save_every
-log_every
+keep_every log_every
 """.split()
 
 
