@@ -25,6 +25,8 @@ from common.run import (
     describe_machine,
     find_checkpoint,
     find_model,
+    from_first,
+    keep_settled,
     refuse_not_finite,
     save_checkpoint,
     total_over_processes,
@@ -104,15 +106,20 @@ class Run:
     def find_checkpoint(self, fixed, free):
         """Parts of the checkpoint to continue, or to show if there are no steps, or None.
 
-        See run.find_checkpoint.
+        See run.find_checkpoint. The first process decides and hands them to the others,
+        which need not see its folder: they may be on another machine.
         """
         cfg = self.cfg
-        if self.total_steps == 0:
+
+        def find():
+            if self.total_steps > 0:
+                return find_checkpoint(cfg, self.total_steps, self.log, fixed, free)
             same_model = fixed - {"data", "classes", "batch_size", "seed"}
-            parts = find_model(cfg, self.log, same_model)
-        else:
-            parts = find_checkpoint(cfg, self.total_steps, self.log, fixed, free)
-        # After it, because a run keeps what it began with.
+            return find_model(cfg, self.log, same_model)
+
+        parts = from_first(find, self.rank, self.world)
+        if parts:
+            keep_settled(cfg, parts["config"])
         self.precision, self.dtype = choose_precision(
             cfg.precision, self.device, cfg.width
         )

@@ -69,6 +69,22 @@ def total_over_processes(numbers, device, world):
     return totals.tolist()
 
 
+def from_first(find, rank, world):
+    """find() of the first process, in all of them: what it returns, or raises."""
+    if world == 1:
+        return find()
+    found = [None]
+    if rank == 0:
+        try:
+            found = [find()]
+        except (ValueError, OSError) as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
 @contextlib.contextmanager
 def stop_signals():
     """A list that receives SIGTERM and SIGINT as they come, for the run to end well.

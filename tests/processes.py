@@ -101,17 +101,22 @@ def members(session):
     return alive
 
 
-def ranks(ask, out, settings, script=(SCRIPT,)):
-    """The two processes of a launch, with the environment that torchrun gives them."""
+def ranks(ask, out, settings, script=(SCRIPT,), elsewhere=None):
+    """The two processes of a launch, with the environment that torchrun gives them.
+
+    elsewhere: --out of the second, as on a machine that does not share the folder.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         common = {"WORLD_SIZE": "2", "MASTER_PORT": str(free.getsockname()[1])}
     names = ((out, "0"), (f"{out}.rank1", "1"))  # each its own stdout
-    settings = settings | {"out": str(out)}
-    return [
-        Process(ask, name, settings, common | {"RANK": r, "LOCAL_RANK": r}, script)
-        for name, r in names
-    ]
+    runs = []
+    for name, r in names:
+        folder = elsewhere if elsewhere and r == "1" else out
+        environment = common | {"RANK": r, "LOCAL_RANK": r}
+        flags = settings | {"out": str(folder)}
+        runs.append(Process(ask, name, flags, environment, script))
+    return runs
 
 
 if __name__ == "__main__":

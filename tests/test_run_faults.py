@@ -463,6 +463,8 @@ def test_two_processes_equal_one(ask, labelled, distributed, tmp_path):
     assert one.wait()[0] == 0
     assert_close_run(distributed, one.out)
     ours, reference = records(distributed, "knn"), records(one.out, "knn")
+    for a, b in zip(ours, reference, strict=True):
+        assert a["mse_test"] == pytest.approx(b["mse_test"], rel=1e-5)
     assert [r["step"] for r in ours] == [r["step"] for r in reference] == [12, 24]
     for a, b in zip(ours, reference, strict=True):
         for name, value in b["knn"].items():
@@ -536,6 +538,26 @@ def test_accumulation_on_two_processes_equals_one(guidance, ask, guided, tmp_pat
     ]
     assert [run.wait()[0] for run in runs] == [0, 0, 0]
     assert_close_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_two_machines_without_a_shared_folder(ask, labelled, whole, trained, tmp_path):
+    """The first process decides what is continued, and the other takes its weights,
+    whatever lies in a folder of the same name there.
+    """
+    settings = TINY | labelled
+    with after_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        train(tmp_path / "out", **labelled)
+    there = shutil.copytree(trained, tmp_path / "there")
+    files = {p.name: p.read_bytes() for p in there.iterdir()}
+    runs = ranks(ask, tmp_path / "out", settings, elsewhere=there)
+    assert [run.wait()[0] for run in runs] == [0, 0]
+    assert_close_run(tmp_path / "out", whole())
+    assert {p.name: p.read_bytes() for p in there.iterdir()} == files
+    # What the first one refuses ends both, and none waits for the other.
+    runs = ranks(ask, tmp_path / "out", settings | {"seed": 1}, elsewhere=there)
+    for code, _, errors in [run.wait() for run in runs]:
+        assert code == 1 and "Traceback" not in errors
+        assert f"{tmp_path / 'out' / 'last.pt'} is of another run: --seed" in errors
 
 
 def test_signal_to_one_of_two_processes(ask, labelled, long, tmp_path):
