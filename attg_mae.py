@@ -40,12 +40,10 @@ if __name__ == "__main__":
 
     quiet_imports()
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 import math
-import typing
 from collections import OrderedDict
 from pathlib import Path
 
@@ -56,7 +54,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import roi_align
 
 from common.bookkeeping import Run
-from common.commandline import Parser, check_numbers, count_or_auto, end
+from common.commandline import check_numbers, count_or_auto, end, parse_settings
 from common.data import generator_for, seed_for, to_device
 from common.features import extract_features, knn_classify
 from common.pictures import save_reconstructions
@@ -845,17 +843,7 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
 
 def main(argv=None):
     """Trains as the flags say; returns what `train` does."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw)
-    for field in dataclasses.fields(Config):
-        options = {"default": field.default, **field.metadata}
-        if field.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif "type" not in options:
-            # int | None -> int
-            options["type"] = (typing.get_args(field.type) or (field.type,))[0]
-        parser.add_argument(f"--{field.name}", **options)
-    return train(Config(**vars(parser.parse_args(argv))))
+    return train(parse_settings(Config, __doc__, argv))
 
 
 if __name__ == "__main__":

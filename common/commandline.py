@@ -16,12 +16,14 @@ Only the standard library is imported here, so that this can come before torch.
 """
 
 import argparse
+import dataclasses
 import difflib
 import numbers
 import os
 import re
 import signal
 import sys
+import typing
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -152,6 +154,24 @@ class Parser(argparse.ArgumentParser):
             if near:
                 return names[near[0]]
         return None
+
+
+def parse_settings(kind, description, argv=None):
+    """The dataclass `kind` of a command line, with a flag for each of its fields.
+
+    A field's metadata are the options of its flag; its type is the field's.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, formatter_class=raw)
+    for field in dataclasses.fields(kind):
+        options = {"default": field.default, **field.metadata}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif "type" not in options:
+            # int | None -> int
+            options["type"] = (typing.get_args(field.type) or (field.type,))[0]
+        parser.add_argument(f"--{field.name}", **options)
+    return kind(**vars(parser.parse_args(argv)))
 
 
 def plain(flag):

@@ -2,6 +2,7 @@
 Flags, their ranges, and how a program ends: common/commandline.py.
 """
 
+import dataclasses
 import math
 import signal
 import subprocess
@@ -89,7 +90,7 @@ def test_every_number_of_the_configuration_has_a_range():
     """So that no new flag is forgotten."""
     kinds = (int, float, tuple, int | None, float | None, int | tuple | None)
     ranged = {*commandline.WHOLE_NUMBERS, *commandline.NUMBERS}
-    fields = attg_mae.dataclasses.fields(attg_mae.Config)
+    fields = dataclasses.fields(attg_mae.Config)
     assert {field.name for field in fields if field.type in kinds} <= ranged
 
 
