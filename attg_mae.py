@@ -26,21 +26,24 @@ is MAE: its model, its schedules, a training loop.
     torchrun --nproc_per_node=8 attg_mae.py --model vit_large --data DIR --maps maps.npy
     python attg_mae.py --init WEIGHTS --model vit_large --data DIR --epochs 0    # pictures
 
-The run folder (--out) receives config.json, log.jsonl, last.pt, encoder.pt and
-reconstructions.png. The same command continues an interrupted run.
+The run folder (--out) receives config.json, log.jsonl, last.pt, encoder.pt, curves.png
+and reconstructions.png. The same command continues an interrupted run.
 
 Shapes, in the comments behind the lines: B images, L patches in an image, K of them kept
 (visible), N = 1 + L tokens, D width (of encoder or decoder), p patch size, P = p*p*C
 values in a patch. mask is (B, L): 1 = removed = predicted.
 """
 
-import argparse
+if __name__ == "__main__":
+    # Ctrl-C during the imports, which take seconds, needs no traceback.
+    from common.commandline import quiet_imports
+
+    quiet_imports()
+
 import contextlib
 import dataclasses
 import functools
 import math
-import sys
-import typing
 from collections import OrderedDict
 from pathlib import Path
 
@@ -51,6 +54,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import roi_align
 
 from common.bookkeeping import Run
+from common.commandline import check_numbers, count_or_auto, end, parse_settings
 from common.data import generator_for, seed_for, to_device
 from common.features import extract_features, knn_classify
 from common.pictures import save_reconstructions
@@ -88,11 +92,7 @@ PRESETS = {
 GUIDANCE = ("attg", "none", "inverted", "foreground", "background", "input_masking")
 PRECISION = ("auto", "fp32", "bf16", "fp16")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-POSITIVE = ("batch_size", "accum", "save_every", "log_every", "patch_size")
-POSITIVE += ("tau", "tau_end")
-NOT_NEGATIVE = ("epochs", "knn_every", "warmup_epochs", "clip_grad", "weight_decay")
-NOT_NEGATIVE += ("lr", "blr", "workers")
+LUMA = (0.299, 0.587, 0.114)
 
 
 def flag(default, text, **more):
@@ -127,16 +127,25 @@ class Config:
     batch_size: int | None = flag(
         None, "images in a step, all processes [4096; micro 64]"
     )
-    accum: int = flag(1, "micro-batches a step is split into, to save memory")
+    accum: int | str | None = flag(
+        None,
+        "micro-batches a step is split into, to save memory; auto tries how many it needs "
+        "[auto on a GPU, but for toy; else 1]",
+        type=count_or_auto,
+    )
     blr: float | None = flag(None, "lr = blr * batch_size / 256 [1.5e-4; micro 6e-3]")
     lr: float | None = flag(None, "learning rate at its peak, instead of blr")
-    warmup_epochs: float | None = flag(None, "linear warm-up [5 %% of the epochs]")
+    warmup_epochs: float | None = flag(
+        None, "linear warm-up [40 from 400 epochs on (MAE), 5 %% of fewer]"
+    )
     weight_decay: float = flag(0.05, "of AdamW, not on biases and norms")
     clip_grad: float = flag(0.0, "largest gradient norm, 0 = no clipping (MAE)")
     # The model, where it is not the preset's
-    img_size: int | tuple | None = flag(None, "input size in pixels")
+    img_size: int | tuple | None = flag(
+        None, "side of the input in pixels, or height and width", type=int, nargs="+"
+    )
     patch_size: int | None = flag(None, "patch size in pixels")
-    in_chans: int = flag(3, "channels (pictures from files have 3)")
+    in_chans: int = flag(3, "channels: 3, or 1 for grey with one --mean and --std")
     width: int | None = flag(None, "encoder width")
     depth: int | None = flag(None, "encoder blocks")
     heads: int | None = flag(None, "encoder heads")
@@ -144,11 +153,15 @@ class Config:
     decoder_depth: int | None = flag(None, "decoder blocks")
     decoder_heads: int | None = flag(None, "decoder heads")
     # The pictures
-    mean: tuple = flag(IMAGENET_MEAN, "channel means of the input", type=float, nargs=3)
-    std: tuple = flag(IMAGENET_STD, "channel deviations", type=float, nargs=3)
+    mean: tuple = flag(
+        IMAGENET_MEAN, "channel means of the input", type=float, nargs="+"
+    )
+    std: tuple = flag(IMAGENET_STD, "channel deviations", type=float, nargs="+")
     classes: str | None = flag(None, "file with the class folders to keep, one a line")
     # The machine
-    precision: str = flag("auto", "auto = bf16 or fp16 on GPUs", choices=PRECISION)
+    precision: str = flag(
+        "auto", "auto = the fastest that serves, by device and width", choices=PRECISION
+    )
     compile: bool = flag(False, "torch.compile the model")
     device: str | None = flag(None, "cuda, mps or cpu [the first there is]")
     workers: int | None = flag(None, "loader processes of each [CPU 0, GPU up to 16]")
@@ -160,8 +173,11 @@ class Config:
     resume: str = flag(
         "auto", "auto = from OUT/last.pt if there, none = anew, or a file"
     )
-    knn_every: int = flag(0, "epochs between k-NN evaluations (0 = at the end only)")
+    knn_every: int = flag(
+        0, "epochs between evaluations, k-NN and mse_test (0 = at the end only)"
+    )
     save_every: int = flag(1, "epochs between checkpoints")
+    keep_every: int = flag(0, "epochs between those that are kept (0 = the last only)")
     log_every: int = flag(20, "steps between log lines")
 
     def __post_init__(self):
@@ -179,12 +195,20 @@ class Config:
             defaults |= {"epochs": 1, "batch_size": 64}
         data = Path(self.data).resolve().name
         defaults["out"] = f"out/{data}-{self.model}-{self.guidance}"
+        if self.lr is not None:
+            del defaults["blr"]
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.accum is None:
+            on_gpu = torch.cuda.is_available() and "cuda" in (self.device or "cuda")
+            self.accum = "auto" if on_gpu and self.data != "toy" else 1
         if self.warmup_epochs is None:
-            self.warmup_epochs = 0.05 * self.epochs
+            # 40 epochs, however long the run, is MAE's; short ones would be all warm-up.
+            self.warmup_epochs = 40 if self.epochs >= 400 else 0.05 * self.epochs
         self.mean, self.std = tuple(self.mean), tuple(self.std)
+        if not isinstance(self.img_size, int) and len(self.img_size) == 1:
+            (self.img_size,) = self.img_size
 
     def check(self):
         """ValueError names the flag, the value and the remedy."""
@@ -193,28 +217,20 @@ class Config:
             if choices and value not in choices:
                 words = ", ".join(choices)
                 raise ValueError(f"--{field.name} {value}: choose from {words}")
-        for name in POSITIVE:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
-        for name in NOT_NEGATIVE:
-            # lr and workers may still be None; a NaN is refused.
-            if not (getattr(self, name) or 0) >= 0:
-                raise ValueError(
-                    f"--{name} {getattr(self, name)}: must not be negative"
-                )
+        check_numbers(dataclasses.asdict(self))  # common/commandline.py has the ranges
+        if len(self.size) != 2:
+            raise ValueError(f"--img_size {self.size}: a side, or height and width")
         (h, w), p = self.size, self.patch_size
-        if h % p or w % p or h * w <= 0:
+        if h % p or w % p:
             raise ValueError(
                 f"--img_size {h}x{w} is not divisible by --patch_size {p}; use a multiple"
             )
-        encoder, decoder = (
-            (self.width, self.heads),
-            (self.decoder_width, self.decoder_heads),
-        )
-        for width, heads in (encoder, decoder):
+        for part in ("", "decoder_"):
+            width, heads = getattr(self, f"{part}width"), getattr(self, f"{part}heads")
             if width % heads or width % 4:
                 raise ValueError(
-                    f"width {width}: must be divisible by 4 and by its {heads} heads"
+                    f"--{part}width {width}: must be divisible by 4 and by "
+                    f"--{part}heads {heads}"
                 )
         L = math.prod(self.grid)
         if not 0 < int(L * (1 - self.mask_ratio)) < L:
@@ -225,9 +241,14 @@ class Config:
 
     def derive(self):
         """lr from blr, or blr from lr."""
+        scale = self.batch_size / 256
         if self.lr is None:
-            self.lr = self.blr * self.batch_size / 256
-        self.blr = self.lr * 256 / self.batch_size
+            self.lr = self.blr * scale
+        elif self.blr is not None and not math.isclose(self.lr, self.blr * scale):
+            raise ValueError(
+                f"--lr {self.lr} and --blr {self.blr}: do not agree; give one of them"
+            )
+        self.blr = self.lr / scale
 
     @property
     def size(self):
@@ -258,7 +279,12 @@ def take(x, ids):
 
 
 def normalize(imgs, cfg):
-    """uint8 (B, C, H, W) -> fp32, (x / 255 - mean) / std."""
+    """uint8 (B, C, H, W) -> fp32, (x / 255 - mean) / std.
+
+    A model of one channel gets its grey from RGB, which is what the loader decodes.
+    """
+    if cfg.in_chans == 1 and imgs.shape[1] == 3:
+        imgs = (imgs * channels(LUMA, imgs.device)).sum(dim=1, keepdim=True)
     mean, std = channels(cfg.mean, imgs.device), channels(cfg.std, imgs.device)
     return (imgs / 255 - mean) / std
 
@@ -548,35 +574,36 @@ def crop_maps(maps, box, flip, cfg):
     return m, is_flat(maps.flatten(1))
 
 
-def guide(m, noise, flat, guidance):
+def guide(m, noise, flat, guidance, ties=None):
     """What M_norm, m (B, L), does to a step: (attn, noise), w = exp(attn / tau).
 
     attn None is weight 1, -inf weight 0. noise (B, L) decides the mask. The patches of
     flat maps (B,) have weight 1 in every mode. attg is the method, the others are the
     paper's ablations (Table 10). foreground drops what is below the 10 % quantile of
-    M_norm, background of 1 - M_norm: nothing, where many patches tie at the lowest.
+    M_norm, background of 1 - M_norm; of patches that tie there, those of lowest ties
+    (B, L), None is random. Not those of lowest noise: all of them would be visible.
     """
     if guidance == "none":
         return None, noise
     if guidance == "input_masking":
-        return None, hide_highest(m.masked_fill(flat[:, None], 0.0), noise)
+        # The highest patches are hidden.
+        return None, ranks(m.masked_fill(flat[:, None], 0.0), noise).to(noise.dtype)
     if guidance in ("inverted", "background"):
         m = 1 - m
     if guidance in ("foreground", "background"):
-        lowest = m.quantile(0.1, dim=1, keepdim=True)
-        m = m.masked_fill(m < lowest, -math.inf)
+        if ties is None:
+            ties = torch.rand_like(m)
+        # So many are below the quantile where none tie.
+        below = math.ceil((m.shape[1] - 1) / 10)
+        m = m.masked_fill(ranks(m, ties) < below, -math.inf)
     return m.masked_fill(flat[:, None], 0.0), noise
 
 
-def hide_highest(m, noise):
-    """Noise (B, L) by which the patches of highest m (B, L) are hidden: their ranks.
-
-    Ties are broken at random: patches are in noise order before the stable sort by m.
-    """
-    order = noise.argsort(dim=1)
+def ranks(m, ties):
+    """Of each patch by its m (B, L), from 0 for the lowest; equal ones by their ties."""
+    order = ties.argsort(dim=1)
     by_map = m.gather(1, order).argsort(dim=1, stable=True)
-    ranks = order.gather(1, by_map).argsort(dim=1)
-    return ranks.to(noise.dtype)
+    return order.gather(1, by_map).argsort(dim=1)
 
 
 # -- Schedules and optimiser -----------------------------------------------------------
@@ -612,12 +639,13 @@ def param_groups(model, weight_decay):
 # -- One step of training --------------------------------------------------------------
 
 
-def model_inputs(batch, cfg):
+def model_inputs(batch, cfg, ties=None):
     """What the model takes: imgs (B, C, H, W), attn (B, L) or None, noise (B, L).
 
     batch: random crops on the device, as image (B, C, H, W) uint8, not flipped yet; maps
     (B, h, w) of the whole pictures, or None for a vanilla MAE; box (B, 4) and flip (B,)
     as in pool_maps; noise (B, L), which decides the mask unless guide replaces it.
+    ties: see guide.
     """
     mirrored = batch.image.flip(-1)
     image = torch.where(batch.flip[:, None, None, None], mirrored, batch.image)
@@ -625,19 +653,21 @@ def model_inputs(batch, cfg):
     if batch.maps is None:
         return imgs, None, batch.noise
     m_norm, flat = crop_maps(batch.maps, batch.box, batch.flip, cfg)  # (B, L), (B,)
-    attn, noise = guide(m_norm, batch.noise, flat, cfg.guidance)
+    attn, noise = guide(m_norm, batch.noise, flat, cfg.guidance, ties)
     return imgs, attn, noise
 
 
-def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
+def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None, ties=None):
     """One optimisation step: Algorithm 1 of the paper, over cfg.accum micro-batches.
 
     tau: 0-d tensor. dtype: of autocast, None is fp32. scaler: for fp16, else it does
-    nothing. Returns (3,) on the device: loss, unweighted error, gradient norm.
+    nothing. ties (accum, B, L): see guide. Returns (3,) on the device: loss, unweighted
+    error, gradient norm.
     """
     losses = torch.zeros(2, device=tau.device)
     for number, batch in enumerate(batches, start=1):
-        imgs, attn, noise = model_inputs(batch, cfg)
+        own_ties = None if ties is None else ties[number - 1]
+        imgs, attn, noise = model_inputs(batch, cfg, own_ties)
         # Processes exchange gradients once a step, with the last micro-batch.
         wait = number < cfg.accum and isinstance(model, DistributedDataParallel)
         with model.no_sync() if wait else contextlib.nullcontext():
@@ -674,17 +704,19 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
 FIXED = {"patch_size", "img_size", "in_chans", "width", "depth", "heads"}
 FIXED |= {"decoder_width", "decoder_depth", "decoder_heads"}
 FIXED |= {"data", "classes", "batch_size", "seed"}
-FREE = {"out", "epochs", "precision", "compile", "device", "workers", "resume"}
-FREE |= {"knn_every", "save_every", "log_every"}
+FREE = {"out", "precision", "compile", "device", "workers", "resume"}
+FREE |= {"knn_every", "save_every", "keep_every", "log_every"}
 
 
 def train(cfg):
     """Pre-trains a model and writes the run folder, cfg.out.
 
     One process, or one of several if torchrun's environment says so. Returns {"step":
-    the last one, "knn": {feature: top-1 in percent} if there are labels, "out": the
-    folder, "stopped": the signal that ended the run early, or None}.
+    the last one, "mse_test": error on the test split if there is one, "knn": {feature:
+    top-1 in percent} if there are labels, "out": the folder, "stopped": the signal that
+    ended the run early, or None}.
     """
+    cfg = dataclasses.replace(cfg)  # the run settles what is "auto"
     with stop_signals() as signals, processes(cfg.device) as (device, rank, world):
         # Pictures, log, checkpoints, k-NN: nothing of the method (common/bookkeeping.py).
         run = Run(cfg, device, rank, world, signals)
@@ -692,9 +724,10 @@ def train(cfg):
         model = first_model(cfg, checkpoint, run.log).to(device)
         if cfg.epochs == 0:
             draw(model, run)
-            return {"step": 0, "knn": {}, "out": str(run.out), "stopped": None}
+            return run.result(step=0)
 
         groups = param_groups(model, cfg.weight_decay)
+        run.settle_accum(model)
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
         run.begin(model, optimizer, scaler, checkpoint)
@@ -705,15 +738,15 @@ def train(cfg):
         tau = torch.zeros((), device=device)
 
         for step in run.steps():
-            if run.knn_is_due(step):
+            if run.evaluation_is_due(step):
                 run.evaluate(step)
             lr = lr_at(step, run.total_steps, run.warmup_steps, cfg.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             tau.fill_(tau_at(step, run.total_steps, cfg))
-            batches = micro_batches(step, run)
+            batches, ties = micro_batches(step, run), tie_breaks(step, run)
             values = train_step(
-                parallel, optimizer, scaler, batches, tau, cfg, run.dtype
+                parallel, optimizer, scaler, batches, tau, cfg, run.dtype, ties
             )
             if run.after(step + 1, values, lr, tau):
                 return run.stopped(step + 1)
@@ -724,23 +757,25 @@ def train(cfg):
 
 
 def first_model(cfg, checkpoint, log):
-    """The model before its first step, of --seed or --init; a checkpoint comes later."""
+    """The model before its first step: of the checkpoint, --init or --seed."""
     torch.manual_seed(seed_for("weights", cfg.seed))
     model = build_model(cfg)
-    if cfg.init and not checkpoint:
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    elif cfg.init:
         weights = read_weights(cfg.init)[0]
         words = load_weights(model, weights, cfg.init, sincos_table)
         log.say(f"--init {cfg.init}: {words}")
     return model
 
 
-def mask_noise(seed, step, batch_size, grid):
+def mask_noise(seed, step, batch_size, grid, use="masks"):
     """(batch_size, L) uniform noise of the global batch of a step.
 
     A function of seed and step: any number of processes draws the same, and there is no
-    state of a generator to save.
+    state of a generator to save. Another use gets another draw.
     """
-    generator = generator_for("masks", seed, step)
+    generator = generator_for(use, seed, step)
     return torch.rand(batch_size, math.prod(grid), generator=generator)
 
 
@@ -752,11 +787,17 @@ def micro_batches(step, run):
     """
     cfg = run.cfg
     noise = mask_noise(cfg.seed, step, cfg.batch_size, cfg.grid)
-    size = cfg.batch_size // (cfg.accum * run.world)
-    for micro in range(cfg.accum):
-        first = (micro * run.world + run.rank) * size
-        sample, mine = next(run.feed), noise[first : first + size]
-        yield to_device(sample, mine, run.maps, run.device)
+    for mine in run.share(noise):
+        yield to_device(next(run.feed), mine, run.maps, run.device)
+
+
+def tie_breaks(step, run):
+    """(accum, B, L) for guide, the rows of micro_batches; None if it needs none."""
+    cfg = run.cfg
+    if cfg.guidance not in ("foreground", "background"):
+        return None
+    ties = mask_noise(cfg.seed, step, cfg.batch_size, cfg.grid, use="ties")
+    return run.share(ties).to(run.device)
 
 
 def draw(model, run):
@@ -802,23 +843,8 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
 
 def main(argv=None):
     """Trains as the flags say; returns what `train` does."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for field in dataclasses.fields(Config):
-        options = {"default": field.default, **field.metadata}
-        if field.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif "type" not in options:
-            # int | None -> int
-            options["type"] = (typing.get_args(field.type) or (field.type,))[0]
-        parser.add_argument(f"--{field.name}", **options)
-    return train(Config(**vars(parser.parse_args(argv))))
+    return train(parse_settings(Config, __doc__, argv))
 
 
 if __name__ == "__main__":
-    try:
-        stopped = main()["stopped"]
-    except (ValueError, OSError) as error:
-        sys.exit(f"attg_mae.py: error: {error}")
-    sys.exit(128 + stopped if stopped else 0)
+    end(main, memory="raise --accum, which changes nothing else, or lower --batch_size")

@@ -4,17 +4,19 @@ checkpoints and end. Nothing of the method is here.
 """
 
 import dataclasses
+import math
 import signal
 from pathlib import Path
 
 import torch
-from torch.utils.data import default_collate
-from tqdm import tqdm
+from torch.utils.data import Subset, default_collate
 
-from common.data import Feed, TrainBatches, open_data
+from common.commandline import out_of_memory, progress
+from common.data import Feed, TrainBatches, generator_for, make_loader, open_data
 from common.features import knn_accuracy
 from common.files import require
 from common.maps import open_maps
+from common.pictures import can_draw_curves, save_curves
 from common.run import (
     Log,
     Meter,
@@ -22,6 +24,9 @@ from common.run import (
     default_workers,
     describe_machine,
     find_checkpoint,
+    find_model,
+    from_first,
+    keep_settled,
     refuse_not_finite,
     save_checkpoint,
     total_over_processes,
@@ -37,12 +42,16 @@ class Run:
         self.rank, self.world = rank, world
         self.out = Path(cfg.out)
         self.log = Log(self.out, rank)
-        self.precision, self.dtype = choose_precision(cfg.precision, device)
+        # Those that this run settles, which are then no unusual settings.
+        self.settled = {"blr"}  # lr tells it
+        for name in ("precision", "accum"):
+            if getattr(cfg, name) == "auto":
+                self.settled.add(name)
         self.start = 0
         self.open_pictures()
+        self.refuse_idle_flags()
         self.steps_per_epoch = max(1, len(self.train_set) // cfg.batch_size)
         self.total_steps = cfg.epochs * self.steps_per_epoch
-        self.warmup_steps = cfg.warmup_epochs * self.steps_per_epoch
 
     def open_pictures(self):
         """train_set, test_set or None, maps (n, h, w) or None, settings of loaders."""
@@ -62,6 +71,32 @@ class Run:
         pin_memory = self.device.type == "cuda"
         self.loader_args = {"workers": workers, "pin_memory": pin_memory}
 
+    def refuse_idle_flags(self):
+        """ValueError for flags that cannot work or do nothing, before a file is written."""
+        cfg = self.cfg
+        C = cfg.in_chans
+        require(
+            C in (1, 3),
+            f"--in_chans {C}: pictures are read as RGB, 3 channels, or as grey, 1",
+        )
+        for name in ("mean", "std"):
+            values = getattr(cfg, name)
+            words = " ".join(str(value) for value in values)
+            require(
+                len(values) == C,
+                f"--{name} {words}: {len(values)} values, but --in_chans {C}; give {C}, "
+                "such as --mean 0.449 --std 0.226 --in_chans 1 for grey pictures",
+            )
+        require(
+            cfg.guidance != "none" or not cfg.maps,
+            f"--maps {cfg.maps}: --guidance none uses no maps; leave out one of the two",
+        )
+        require(
+            not cfg.knn_every or self.test_set,
+            f"--knn_every {cfg.knn_every}: --data {cfg.data} has no test split to "
+            "evaluate on; leave it out",
+        )
+
     def examples(self, count=8):
         """A batched Sample of pictures, evenly spread over the training set."""
         number = len(self.train_set)
@@ -69,18 +104,70 @@ class Run:
         return default_collate([self.train_set[i] for i in ids.tolist()])
 
     def find_checkpoint(self, fixed, free):
-        """Parts of the checkpoint to continue, or None; see run.find_checkpoint."""
-        if self.total_steps == 0:
-            return None
-        return find_checkpoint(self.cfg, self.total_steps, self.log, fixed, free)
+        """Parts of the checkpoint to continue, or to show if there are no steps, or None.
+
+        See run.find_checkpoint. The first process decides and hands them to the others,
+        which need not see its folder: they may be on another machine.
+        """
+        cfg = self.cfg
+
+        def find():
+            if self.total_steps > 0:
+                return find_checkpoint(cfg, self.total_steps, self.log, fixed, free)
+            same_model = fixed - {"data", "classes", "batch_size", "seed"}
+            return find_model(cfg, self.log, same_model)
+
+        parts = from_first(find, self.rank, self.world)
+        if parts:
+            keep_settled(cfg, parts["config"])
+        self.precision, self.dtype = choose_precision(
+            cfg.precision, self.device, cfg.width
+        )
+        cfg.precision = self.precision
+        return parts
+
+    def settle_accum(self, model):
+        """What --accum auto stands for: as few micro-batches as memory allows."""
+        cfg = self.cfg
+        if cfg.accum != "auto":
+            return
+        images, accum = cfg.batch_size // self.world, 1
+        while not self.fits(model, images // accum):
+            # Halves the micro-batch, or takes what divides the batch next.
+            larger = [n for n in range(2 * accum, images + 1) if images % n == 0]
+            require(
+                larger,
+                f"--accum auto: not even {images // accum} image at a time fits into "
+                "memory; use a smaller --model, or --precision bf16",
+            )
+            accum = larger[0]
+        cfg.accum = accum
+        self.log.say(f"--accum auto: {accum}, {images // accum} images at a time fit")
+
+    def fits(self, model, images):
+        """Whether all processes have the memory to train on so many images at a time."""
+        fitting = 1
+        try:
+            rehearse(model, images, self.device, self.dtype)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            fitting = 0
+        model.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        (number,) = total_over_processes([fitting], self.device, self.world)
+        return number == self.world
 
     def begin(self, model, optimizer, scaler, parts):
-        """From the start, or from the parts of a checkpoint: loader, log, first words."""
+        """From the start, or from the parts of a checkpoint: loader, log, first words.
+
+        The model has its weights already.
+        """
         cfg = self.cfg
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         if parts:
             self.start = parts["step"]
-            model.load_state_dict(parts["model"])
             optimizer.load_state_dict(parts["optimizer"])
             if parts["scaler"]:  # empty without fp16
                 scaler.load_state_dict(parts["scaler"])
@@ -99,6 +186,7 @@ class Run:
             self.world,
         )
         self.feed = Feed(self.train_set, self.batches, **self.loader_args)
+        self.warmup_steps = cfg.warmup_epochs * self.steps_per_epoch
         self.log.begin(cfg, self.start)
         self.introduce()
         self.meter = Meter(
@@ -140,39 +228,55 @@ class Run:
                 rates += f" to {cfg.tau_end}"
         say(rates)
 
-        unusual = " ".join(differences_from_defaults(cfg)) or "none"
+        unusual = " ".join(differences_from_defaults(cfg, self.settled)) or "none"
         say(f"settings that are not the defaults: {unusual}")
         say(f"run folder {self.out}, all settings in its config.json")
+        if not can_draw_curves():
+            say("curves.png is not drawn: pip install matplotlib, or see log.jsonl")
+
+    def share(self, rows):
+        """Rows of a global batch -> (accum, B, ...), this process's of each micro-batch.
+
+        The same rows as those of the pictures; see data.TrainBatches.
+        """
+        return rows.unflatten(0, (self.cfg.accum, self.world, -1))[:, self.rank]
 
     def steps(self):
         """The steps that are left, under a progress bar."""
-        return tqdm(
+        return progress(
             range(self.start, self.total_steps),
             initial=self.start,
             total=self.total_steps,
             # None shows it in terminals only
             disable=None if self.rank == 0 else True,
-            leave=False,
         )
 
-    def knn_is_due(self, step):
+    def evaluation_is_due(self, step):
         every = self.cfg.knn_every * self.steps_per_epoch
         return step > 0 and every > 0 and step % every == 0
 
     def evaluate(self, step):
-        """{feature: k-NN accuracy on the test split}, empty if there are no labels."""
+        """Logs and returns what the test split says of the model.
+
+        {"mse_test": masked_error, "knn": {feature: k-NN accuracy}}; without labels there
+        is no k-NN, without a test split nothing.
+        """
         train_set, test_set = self.train_set, self.test_set
-        if not (train_set.labelled and test_set and test_set.labelled):
+        if not test_set:
             return {}
         setup = (self.loader_args, self.dtype, self.rank, self.world)
-        knn = knn_accuracy(self.model, train_set, test_set, *setup)
-        words = [f"{name.replace('_', ' ')} {x:.2f} %" for name, x in knn.items()]
-        self.log.say(
-            f"step {step}: k-NN (k = 20) on the test split: {', '.join(words)}"
-        )
-        self.log.record({"step": step, "knn": knn})
+        results = {"mse_test": masked_error(self.model, test_set, *setup)}
+        self.log.say(f"step {step}: mse on the test split: {results['mse_test']:.4f}")
+        if train_set.labelled and test_set.labelled:
+            knn = knn_accuracy(self.model, train_set, test_set, *setup)
+            results["knn"] = knn
+            words = [f"{name.replace('_', ' ')} {x:.2f} %" for name, x in knn.items()]
+            self.log.say(
+                f"step {step}: k-NN (k = 20) on the test split: {', '.join(words)}"
+            )
+        self.log.record({"step": step} | results)
         self.meter.pause()
-        return knn
+        return results
 
     def after(self, done, values, lr, tau):
         """Collects what a step gave, the `done`-th; logs, checks and saves when it is due.
@@ -192,16 +296,24 @@ class Run:
             self.feed.unreadable.clear()
         ended = done == self.total_steps
         at_epoch = rest == 0 and epoch % self.cfg.save_every == 0
-        if self.rank == 0 and (stopping or ended or at_epoch):
+        if stopping or ended or at_epoch:
+            self.save("last.pt", done)
+        every = self.cfg.keep_every
+        if every and rest == 0 and epoch % every == 0:
+            self.save(f"epoch{epoch:04d}.pt", done)
+        return stopping and not ended
+
+    def save(self, name, done):
+        """The whole state after step `done`, to continue from; the first process does."""
+        if self.rank == 0:
             save_checkpoint(
-                self.out / "last.pt",
+                self.out / name,
                 model=self.model.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(),
                 step=done,
                 config=dataclasses.asdict(self.cfg),
             )
-        return stopping and not ended
 
     def write_log(self, done, lr, tau):
         """Checks and logs the steps since the last line; all processes come here at once.
@@ -228,23 +340,73 @@ class Run:
             f"stopped by a signal after step {done}; the same command continues"
         )
         number = self.signals[0] if self.signals else signal.SIGTERM
-        return {"step": done, "knn": {}, "out": str(self.out), "stopped": number}
+        return self.result(done, stopped=number)
 
     def finish(self):
-        """The result of a run that came to its end: k-NN, encoder.pt."""
-        knn = self.evaluate(self.total_steps)
+        """The result of a run that came to its end: encoder.pt, then the evaluation."""
         if self.rank == 0:
             state = self.model.state_dict()
             encoder = {k: v for k, v in state.items() if not DECODER.match(k)}
             config = dataclasses.asdict(self.cfg)
             save_checkpoint(self.out / "encoder.pt", model=encoder, config=config)
+        results = self.evaluate(self.total_steps)
+        if self.rank == 0 and can_draw_curves():
+            save_curves(self.out / "curves.png", self.log.records())
         self.log.say(f"encoder: {self.out / 'encoder.pt'}")
-        out = str(self.out)
-        return {"step": self.total_steps, "knn": knn, "out": out, "stopped": None}
+        return self.result(self.total_steps) | results
+
+    def result(self, step, stopped=None):
+        """What train returns of a run without an evaluation."""
+        result = {"step": step, "out": str(self.out), "stopped": stopped}
+        return result | {"mse_test": None, "knn": {}}
 
 
-def differences_from_defaults(cfg):
-    """The flags by which cfg differs from what Config fills in without them."""
+def rehearse(model, images, device, dtype):
+    """Forward and backward pass of a micro-batch, which leave nothing but gradients."""
+    cfg = model.cfg
+    # What comes with the first step: AdamW's two moments, and the copies of the
+    # gradients that several processes exchange.
+    weights = sum(p.numel() for p in model.parameters())
+    reserved = torch.empty(3 * weights, device=device)
+    imgs = torch.zeros(images, cfg.in_chans, *cfg.size, device=device)
+    flat = torch.zeros(images, math.prod(cfg.grid), device=device)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        loss, _, _ = model(
+            imgs, flat, mask_ratio=cfg.mask_ratio, noise=flat, normalize_attn=False
+        )
+    loss.backward()
+    del reserved
+
+
+@torch.no_grad()
+def masked_error(model, dataset, loader_args, dtype, rank, world):
+    """Mean of the masked patches' error l over a data set: the log's mse, held out.
+
+    Each picture has its own mask, the same in every evaluation and every run.
+    """
+    cfg, device = model.cfg, model.cls_token.device
+    noise = torch.rand(
+        len(dataset), math.prod(cfg.grid), generator=generator_for("test masks")
+    )
+    share = range(rank, len(dataset), world)
+    loader = make_loader(Subset(dataset, share), **loader_args)
+    total, done = torch.zeros((), device=device), 0
+    for sample in progress(loader, desc="held-out error"):
+        ids = torch.tensor(share[done : done + len(sample.label)])
+        imgs = model.normalize(sample.image.to(device))
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            # forward, past torch.compile, which would compile anew for this batch.
+            loss, _, _ = model.forward(
+                imgs, mask_ratio=cfg.mask_ratio, noise=noise[ids].to(device)
+            )
+        total += loss * len(ids)
+        done += len(ids)
+    summed, counted = total_over_processes([total.item(), done], device, world)
+    return summed / counted
+
+
+def differences_from_defaults(cfg, without):
+    """The flags by which cfg differs from what Config fills in; `without` these names."""
     usual = type(cfg)(model=cfg.model, data=cfg.data, guidance=cfg.guidance)
     sizes = {"epochs": cfg.epochs, "batch_size": cfg.batch_size}
     follows = {"warmup_epochs": None, "lr": None, "blr": None}
@@ -257,8 +419,7 @@ def differences_from_defaults(cfg):
         elif default is None:
             default = getattr(usual, field.name)
         value = getattr(cfg, field.name)
-        # lr tells blr.
-        if value != default and field.name != "blr":
+        if value != default and field.name not in without:
             flags.append(as_flag(field.name, value))
     return flags
 

@@ -1,6 +1,8 @@
 """
-Pictures of what a model predicts.
+Pictures of what a model predicts, and of how a run went.
 """
+
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -49,3 +51,49 @@ def save_reconstructions(path, model, imgs, m_norm, noise):
         title += " (true patch mean, std)"
     columns += [("masked", masked), (title, completed)]
     save_sheet(path, columns)
+
+
+def can_draw_curves():
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def save_curves(path, records):
+    """Draws the lines of a log.jsonl, dicts, over the steps: a panel for each unit."""
+    # Not pyplot, which would look for a screen.
+    from matplotlib.figure import Figure
+
+    panels = {
+        "reconstruction": ("loss", "mse", "mse_test"),
+        "k-NN on the test split, %": ("knn",),
+        "learning rate": ("lr",),
+        "temperature": ("tau",),
+    }
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    all_axes = figure.subplots(2, 2).flat
+    for axes, (title, names) in zip(all_axes, panels.items(), strict=True):
+        axes.set_title(title, fontsize="medium")
+        for name in names:
+            for label, points in curves(records, name).items():
+                steps, values = zip(*points, strict=True)
+                # Single points would not be seen.
+                marker = "." if len(steps) < 30 else None
+                axes.plot(steps, values, label=label, marker=marker)
+        axes.set_xlabel("step")
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def curves(records, name):
+    """{label: [(step, value), ...]} of what the log tells by this name."""
+    points = {}
+    for record in records:
+        values = {name: record.get(name)}
+        if name == "knn":
+            values = record.get(name, {})
+        for label, value in values.items():
+            if value is not None:
+                label = label.replace("_", " ") if name == "knn" else label
+                points.setdefault(label, []).append((record["step"], value))
+    return points

@@ -9,16 +9,18 @@ import datetime
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
+from common.commandline import say
 from common.files import replacing, require
 
 # -- Processes and signals -------------------------------------------------------------
@@ -67,6 +69,22 @@ def total_over_processes(numbers, device, world):
     return totals.tolist()
 
 
+def from_first(find, rank, world):
+    """find() of the first process, in all of them: what it returns, or raises."""
+    if world == 1:
+        return find()
+    found = [None]
+    if rank == 0:
+        try:
+            found = [find()]
+        except (ValueError, OSError) as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
 @contextlib.contextmanager
 def stop_signals():
     """A list that receives SIGTERM and SIGINT as they come, for the run to end well.
@@ -97,14 +115,29 @@ def default_workers(device):
     return min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def choose_precision(name, device):
-    """(name, dtype of autocast or None) of --precision; auto is the best for the device."""
+def choose_precision(name, device, width):
+    """(name, dtype of autocast or None) of --precision; auto is the best for the device.
+
+    width: the encoder's. On a CPU narrow models lose more by the conversions than the
+    products gain (measured: vit_base 1.67 times as fast in bf16, vit_micro 0.75).
+    """
     if name == "auto":
         name = "fp32"
         if device.type == "cuda":
             name = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+        elif device.type == "cpu" and width >= 384 and cpu_has_bf16():
+            name = "bf16"
     dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     return name, dtypes[name]
+
+
+def cpu_has_bf16(file="/proc/cpuinfo"):
+    """Whether the processor multiplies in bf16, by AVX512-BF16 or AMX; file: Linux's."""
+    try:
+        words = set(Path(file).read_text().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16"})
 
 
 def revision():
@@ -146,37 +179,84 @@ def save_checkpoint(path, /, **parts):
 
 
 def load_checkpoint(path):
-    """What torch.save wrote, on the CPU: tensors and plain types.
+    """What torch.save or safetensors wrote, on the CPU: tensors and plain types.
 
     ValueError for all else, of which nothing is run.
     """
+    path = Path(path)
+    require(path.exists(), f"{path}: there is no such file")
+    require(not path.is_dir(), f"{path}: a folder; name a file in it, such as last.pt")
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)
     try:
         # facebookresearch/mae's training files hold a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
-        raise ValueError(
-            f"{path}: damaged, or no checkpoint of tensors "
-            f"({type(error).__name__}: {error})"
-        ) from error
+        reason = f"damaged, or no file of weights ({type(error).__name__})"
+        # PyTorch's own words advise to switch the check off.
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            reason = (
+                f"holds {foreign[1]}, which is no tensor and no plain type; refused, and "
+                "nothing of it was run"
+            )
+        raise ValueError(f"{path}: {reason}") from error
     kind = type(loaded).__name__
     require(isinstance(loaded, dict), f"{path}: no checkpoint, it holds a {kind}")
     return loaded
 
 
-def find_checkpoint(cfg, total_steps, log, fixed, free):
-    """The parts of the checkpoint that this run continues, or None.
+def load_safetensors(path):
+    """The tensors of a .safetensors file, a dict."""
+    require(
+        find_spec("safetensors") is not None,
+        f"{path}: to read it the package safetensors is needed: pip install safetensors",
+    )
+    from safetensors.torch import load_file
 
-    fixed: settings that may not change in a run. free: those that may even change once
-    it has ended (any other would pass an old result off as new). ValueError names them.
-    """
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: damaged, or no safetensors file ({error})"
+        ) from error
+
+
+def checkpoint_to_continue(cfg):
+    """Path of the checkpoint that --resume and --out name, or None."""
     if cfg.resume == "none":
         return None
-    path = Path(cfg.resume)
-    if cfg.resume == "auto":
-        path = Path(cfg.out, "last.pt")
-        if not path.exists():
-            return None
+    if cfg.resume != "auto":
+        return Path(cfg.resume)
+    own = Path(cfg.out, "last.pt")
+    return own if own.exists() else None
+
+
+def checkpoint_to_show(cfg):
+    """Path of the checkpoint of which --epochs 0 draws pictures, or None.
+
+    The pictures of a run are not replaced by those of other weights: ValueError.
+    """
+    own = Path(cfg.out, "last.pt")
+    asked = checkpoint_to_continue(cfg)
+    if not own.exists():
+        return asked
+    others = None
+    if cfg.init:
+        others = f"--init {cfg.init}"
+    elif asked is None or asked.resolve() != own.resolve():
+        others = f"--resume {cfg.resume}"
+    require(
+        others is None,
+        f"--epochs 0: {own} is of a run, whose reconstructions.png is kept; for pictures "
+        f"of {others} name another folder: --out",
+    )
+    return own
+
+
+def read_run(path):
+    """The parts of a checkpoint of this project's training, or ValueError."""
     parts = load_checkpoint(path)
     lacks = {"model", "optimizer", "scaler", "step", "config"} - set(parts)
     for name in ("model", "optimizer"):
@@ -187,9 +267,38 @@ def find_checkpoint(cfg, total_steps, log, fixed, free):
         f"{path}: not a training checkpoint of this project, lacks {sorted(lacks)}; "
         "try --init",
     )
+    return parts
+
+
+def keep_settled(cfg, old):
+    """What a continued run has settled itself stays so, unless it is given now.
+
+    That is what stood for "auto", and a warm-up that was the default of its time. old:
+    the settings in the checkpoint.
+    """
+    for name in ("precision", "accum"):
+        if getattr(cfg, name) == "auto":
+            setattr(cfg, name, old.get(name, "auto"))
+    usual = dataclasses.replace(cfg, warmup_epochs=None).warmup_epochs
+    if cfg.warmup_epochs == usual and old.get("epochs") == cfg.epochs:
+        cfg.warmup_epochs = old.get("warmup_epochs", usual)
+
+
+def compare_settings(path, parts, cfg, total_steps, fixed, free):
+    """[--NAME OLD -> NEW] of the settings that differ from those in the checkpoint.
+
+    fixed: settings that may not change in a run. free: those that may even change once
+    it has ended (any other would pass an old result off as new). ValueError names them.
+    """
     # Through JSON, which makes lists of tuples, as torch.save may have.
     new = json.loads(json.dumps(dataclasses.asdict(cfg)))
     old = json.loads(json.dumps(parts["config"]))
+    require(
+        cfg.resume != "auto" or old.get("epochs") == cfg.epochs or not cfg.epochs,
+        f"{path} was made for --epochs {old.get('epochs')}, not {cfg.epochs}, and its lr "
+        "and tau follow that number; train in another folder: --out, or go on from it "
+        f"by these epochs: --resume {path}",
+    )
     ended = parts["step"] >= total_steps
     differences, refused = [], []
     for name, value in new.items():
@@ -204,8 +313,37 @@ def find_checkpoint(cfg, total_steps, log, fixed, free):
         f"{path} is of another run: {', '.join(refused)}; "
         "change --out, or start anew: --resume none",
     )
+    return differences
+
+
+def find_checkpoint(cfg, total_steps, log, fixed, free):
+    """The parts of the checkpoint that this run continues, or None.
+
+    fixed, free: see compare_settings. cfg takes over what that run has settled.
+    """
+    path = checkpoint_to_continue(cfg)
+    if path is None:
+        return None
+    parts = read_run(path)
+    keep_settled(cfg, parts["config"])
+    differences = compare_settings(path, parts, cfg, total_steps, fixed, free)
     note = f"; the new value holds: {differences}" if differences else ""
     log.say(f"continuing {path} after step {parts['step']}{note}")
+    return parts
+
+
+def find_model(cfg, log, fixed):
+    """The parts of the checkpoint that --epochs 0 shows, or None.
+
+    fixed: settings by which its model must be that of cfg.
+    """
+    path = checkpoint_to_show(cfg)
+    if path is None:
+        return None
+    parts = read_run(path)
+    everything = set(dataclasses.asdict(cfg))
+    compare_settings(path, parts, cfg, 0, fixed, everything)
+    log.say(f"pictures of {path} after step {parts['step']}")
     return parts
 
 
@@ -226,13 +364,17 @@ class Log:
 
     def say(self, text):
         if self.first:
-            tqdm.write(text)
+            say(text)
 
     def record(self, values):
         """Adds a line of JSON."""
         if self.first:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
+
+    def records(self):
+        """The lines of log.jsonl, as dicts."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def begin(self, cfg, step):
         """Writes config.json, and keeps of an earlier log what this run does not repeat.
@@ -249,7 +391,8 @@ class Log:
         kept = []
         for line in whole:
             record = json.loads(line)
-            repeated = record["step"] == step and "knn" in record
+            # An evaluation is what has no loss.
+            repeated = record["step"] == step and "loss" not in record
             if record["step"] <= step and not repeated:
                 kept.append(line)
         with replacing(self.path) as temporary:

@@ -127,6 +127,49 @@ def fit_positions(positions, own, grid, sincos_table):
     return torch.cat([positions[:, :1], image.flatten(2).mT], dim=1)
 
 
+def sizes_of_weights(state):
+    """{flag: value} of the sizes that the weights tell, those of a decoder too."""
+    # Positions fit any size of the pictures, and no shape tells the heads.
+    sizes = config_of_weights(state, heads=1)
+    for name in ("model", "img_size", "heads"):
+        del sizes[name]
+    if "decoder_embed.weight" in state:
+        sizes["decoder_width"] = len(state["decoder_embed.weight"])
+        norms = r"decoder_blocks\.\d+\.norm1\.weight"
+        sizes["decoder_depth"] = sum(bool(re.fullmatch(norms, key)) for key in state)
+    return sizes
+
+
+def refuse_other_sizes(model, state, name):
+    """ValueError says by which flags the model would fit the weights."""
+    cfg = model.cfg
+    flags = []
+    for key, value in sizes_of_weights(state).items():
+        if value != getattr(cfg, key):
+            flags.append(f"--{key} {value}")
+            if key == "width":
+                flags.append(f"--heads {HEADS.get(value, 'NUMBER')}")
+    require(
+        not flags,
+        f"{name} does not fit this {cfg.model}; its model is that of {' '.join(flags)}",
+    )
+    own = model.state_dict()
+    wrong = []
+    for key, value in state.items():
+        if key in own and own[key].shape != getattr(value, "shape", None):
+            got, needed = tuple(getattr(value, "shape", ())), tuple(own[key].shape)
+            wrong.append(f"{key} is {got}, must be {needed}")
+    require(not wrong, f"{name} does not fit this {cfg.model}: {first_few(wrong)}")
+
+
+def first_few(words, most=4):
+    """They in a line, or the first of them and how many more there are."""
+    line = ", ".join(words[:most])
+    if len(words) > most:
+        line += f" and {len(words) - most} more"
+    return line
+
+
 def load_weights(model, state, name, sincos_table):
     """Loads what read_weights gave; returns in words what was not in it.
 
@@ -137,11 +180,8 @@ def load_weights(model, state, name, sincos_table):
         if key in state:
             own = model.get_parameter(key)
             state[key] = fit_positions(state[key], own, model.cfg.grid, sincos_table)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # shapes
-        message = f"{name} does not fit this {model.cfg.model}: {error}"
-        raise ValueError(message) from error
+    refuse_other_sizes(model, state, name)
+    missing, unexpected = model.load_state_dict(state, strict=False)
 
     has_decoder = any(DECODER.match(key) for key in state)
     wrong = []
@@ -151,7 +191,7 @@ def load_weights(model, state, name, sincos_table):
     for key in unexpected:
         if not CLASSIFIER.match(key):
             wrong.append(f"unexpected {key}")
-    words = ", ".join(wrong)
+    words = first_few(wrong)
     require(not wrong, f"{name} does not fit this {model.cfg.model}: {words}")
 
     notes = [f"{key} is not used" for key in unexpected]

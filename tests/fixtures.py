@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,11 @@ import pytest
 import torch
 
 import attg_mae
+from common import bookkeeping
 from tests.helpers import (
     ROOT,
     TINY,
+    after_step,
     make_data,
     make_pictures,
     noise,
@@ -33,10 +36,30 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def few_drawings():
+    """Runs draw no curves, but in the test of them: that takes longer than they do."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(bookkeeping, "save_curves", lambda *_: None)
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory):
     """Settings of a data set with labels and maps, see make_data."""
     return make_data(tmp_path_factory.mktemp("labelled"))
+
+
+@pytest.fixture(scope="session")
+def guided(labelled):
+    """guided(guidance) -> settings as labelled; guidance none takes no maps."""
+
+    def settings(guidance):
+        maps = None if guidance == "none" else labelled["maps"]
+        return labelled | {"guidance": guidance, "maps": maps}
+
+    return settings
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +71,7 @@ def plain(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def whole(labelled, tmp_path_factory):
+def whole(guided, tmp_path_factory):
     """whole(precision="fp32", ...) -> folder of an uninterrupted run of 24 steps."""
     runs = {}
 
@@ -56,7 +79,7 @@ def whole(labelled, tmp_path_factory):
         key = str(settings)
         if key not in runs:
             runs[key] = tmp_path_factory.mktemp("whole")
-            train(runs[key], **labelled | settings)
+            train(runs[key], **guided(settings.get("guidance", "attg")) | settings)
         return runs[key]
 
     return whole
@@ -147,9 +170,10 @@ def finished(ask, long, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(labelled, tmp_path_factory):
-    """A finished run of 6 steps; to be copied."""
+    """A run of 12 steps, stopped after the 6th, the first epoch; to be copied."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    train(out, **labelled, epochs=1)
+    with after_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert train(out, **labelled, epochs=2)["step"] == 6
     return out
 
 

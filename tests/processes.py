@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import attg_mae
+from common import bookkeeping
 
 SCRIPT = attg_mae.__file__
 
@@ -24,6 +25,8 @@ def serve():
 
     It answers the pid; for a line that is a pid it waits, and answers the exit code.
     """
+    # As in few_drawings: one that draws imports matplotlib first.
+    bookkeeping.save_curves = lambda *_: None
     print(0, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -98,17 +101,22 @@ def members(session):
     return alive
 
 
-def ranks(ask, out, settings, script=(SCRIPT,)):
-    """The two processes of a launch, with the environment that torchrun gives them."""
+def ranks(ask, out, settings, script=(SCRIPT,), elsewhere=None):
+    """The two processes of a launch, with the environment that torchrun gives them.
+
+    elsewhere: --out of the second, as on a machine that does not share the folder.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         common = {"WORLD_SIZE": "2", "MASTER_PORT": str(free.getsockname()[1])}
     names = ((out, "0"), (f"{out}.rank1", "1"))  # each its own stdout
-    settings = settings | {"out": str(out)}
-    return [
-        Process(ask, name, settings, common | {"RANK": r, "LOCAL_RANK": r}, script)
-        for name, r in names
-    ]
+    runs = []
+    for name, r in names:
+        folder = elsewhere if elsewhere and r == "1" else out
+        environment = common | {"RANK": r, "LOCAL_RANK": r}
+        flags = settings | {"out": str(folder)}
+        runs.append(Process(ask, name, flags, environment, script))
+    return runs
 
 
 if __name__ == "__main__":

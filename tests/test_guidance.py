@@ -5,6 +5,7 @@ From the map of a picture to the weights of the patches of a crop; the schedules
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -64,13 +65,13 @@ def test_guide():
             [0.0] + ramp[1:],
             ramp[:0:-1] + [0.0],
         ),
-        # Quantile 0
+        # Quantile 0: of patches that tie the first is dropped, see ties below
         (
             [0] * 3 + [1] * 8,
             [1] * 3 + [e] * 8,
             [e] * 3 + [1] * 8,
-            [1] * 3 + [e] * 8,
-            [e] * 3 + [1] * 8,
+            [0] + [1] * 2 + [e] * 8,
+            [e] * 3 + [0] + [1] * 7,
         ),
         # Quantile 1, of 1 - M: 0
         (
@@ -78,9 +79,10 @@ def test_guide():
             [1] + [e] * 10,
             [e] + [1] * 10,
             [0] + [e] * 10,
-            [e] + [1] * 10,
+            [e] + [0] + [1] * 9,
         ),
-        ([0] * 11, one, [e] * 11, one, [e] * 11),  # a crop without object is not flat
+        # A crop without object is not flat
+        ([0] * 11, one, [e] * 11, [0] + one[1:], [0] + [e] * 10),
         ([0] * 11, one, one, one, one),  # flat
         ([0.4] * 11, one, one, one, one),  # flat
     ]
@@ -89,11 +91,12 @@ def test_guide():
     )
     m, flat, noise = m.float(), torch.tensor([0, 0, 0, 0, 1, 1]).bool(), rand(6, 11)
     before = m.clone()
+    ties = torch.linspace(0, 1, 11).expand(6, -1)
     pred = randn(6, 11, 4)
     x = randn(6, 11, 4, seed=1)
     mask = rand(6, 11) < 0.7
     for i, guidance in enumerate(("attg", "inverted", "foreground", "background")):
-        attn, same = attg_mae.guide(m, noise, flat, guidance)
+        attn, same = attg_mae.guide(m, noise, flat, guidance, ties)
         got = (attn.double() / 0.5).exp()
         assert same.equal(noise) and m.equal(before)
         assert [torch.allclose(got, w, rtol=1e-5, atol=0) for w in weights] == [
@@ -112,6 +115,48 @@ def test_guide():
         assert close(rows, oracle(pred, x, mask)[0] * weights[i], 5e-6)
     attn, same = attg_mae.guide(m, noise, flat, "none")
     assert attn is None and same.equal(noise)
+
+
+@pytest.mark.parametrize("guidance", ["foreground", "background"])
+def test_ties_at_the_quantile_have_a_draw_of_their_own(guidance):
+    """On two-valued maps a tenth of the masked patches has weight 0.
+
+    The mask noise would drop visible ones only, so it must not break the ties.
+    """
+    B, L, steps = 8, 64, 100
+    m = (rand(B, L, seed=1) < 0.5).float()
+    never = torch.zeros(B).bool()
+    grid = (8, 8)
+    by_ties, by_noise = [], []
+    for step in range(steps):
+        noise = attg_mae.mask_noise(0, step, B, grid)
+        ties = attg_mae.mask_noise(0, step, B, grid, use="ties")
+        hidden = noise.argsort(dim=1).argsort(dim=1) >= 16
+        for draw, shares in ((ties, by_ties), (noise, by_noise)):
+            attn, _ = attg_mae.guide(m, noise, never, guidance, draw)
+            dropped = attn.isneginf()
+            lowest = 0.0 if guidance == "foreground" else 1.0
+            assert (dropped.sum(1) == 7).all() and (m[dropped] == lowest).all()
+            shares.append(dropped[hidden].float().mean().item())
+    # ceil(0.1 * 63) = 7 of 64, of 38,400 hidden patches: five deviations
+    assert abs(np.mean(by_ties) - 7 / 64) < 5 * math.sqrt(0.11 * 0.89 / 38400)
+    assert np.mean(by_noise) < 0.01
+    # Another step and another seed, other ties; the global batch is drawn at once.
+    draws = [attg_mae.mask_noise(*x, B, grid, "ties") for x in ((0, 0), (0, 1), (1, 0))]
+    assert not draws[0].equal(draws[1]) and not draws[0].equal(draws[2])
+    assert draws[0].equal(attg_mae.mask_noise(0, 0, B, grid, "ties"))
+    assert not draws[0].equal(attg_mae.mask_noise(0, 0, B, grid))
+
+
+def test_without_ties_the_quantile_decides():
+    """torch.quantile's 10 %; where that is one of the values its rounding decides."""
+    never = torch.zeros(5).bool()
+    for L in (2, 5, 16, 20, 49, 64, 196, 256, 300):
+        m, noise = rand(5, L, seed=L), rand(5, L, seed=L + 1)
+        for guidance, x in (("foreground", m), ("background", 1 - m)):
+            low = x < x.quantile(0.1, dim=1, keepdim=True)
+            attn, _ = attg_mae.guide(m, noise, never, guidance)
+            assert attn.isneginf().equal(low) and low.any()
 
 
 def test_input_masking():

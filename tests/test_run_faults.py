@@ -243,7 +243,7 @@ def test_disk_full(first, ask, long, finished, tmp_path):
         ({"lr": 1e30}, 8, "prediction or input"),
         ({"gradient": math.inf}, 8, "gradient"),
         ({"tau": 1e-3, "tau_end": 1e-3}, 7, "weight"),
-        ({"std": (0.0, 0.0, 0.0)}, 7, "prediction or input"),
+        ({"std": (1e-37,) * 3, "norm_pix": False}, 7, "prediction or input"),
     ],
     ids=["huge lr", "gradient", "small tau", "no deviation"],
 )
@@ -463,6 +463,8 @@ def test_two_processes_equal_one(ask, labelled, distributed, tmp_path):
     assert one.wait()[0] == 0
     assert_close_run(distributed, one.out)
     ours, reference = records(distributed, "knn"), records(one.out, "knn")
+    for a, b in zip(ours, reference, strict=True):
+        assert a["mse_test"] == pytest.approx(b["mse_test"], rel=1e-5)
     assert [r["step"] for r in ours] == [r["step"] for r in reference] == [12, 24]
     for a, b in zip(ours, reference, strict=True):
         for name, value in b["knn"].items():
@@ -528,14 +530,34 @@ def test_evaluations_by_two_processes(name, ask, labelled, distributed, tmp_path
 
 
 @pytest.mark.parametrize("guidance", ["none", "attg"])
-def test_accumulation_on_two_processes_equals_one(guidance, ask, labelled, tmp_path):
-    settings = TINY | labelled | {"guidance": guidance, "epochs": 4}
+def test_accumulation_on_two_processes_equals_one(guidance, ask, guided, tmp_path):
+    settings = TINY | guided(guidance) | {"epochs": 4}
     runs = [
         *ranks(ask, tmp_path / "two", settings | {"accum": 2}),
         Process(ask, tmp_path / "one", settings),
     ]
     assert [run.wait()[0] for run in runs] == [0, 0, 0]
     assert_close_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_two_machines_without_a_shared_folder(ask, labelled, whole, trained, tmp_path):
+    """The first process decides what is continued, and the other takes its weights,
+    whatever lies in a folder of the same name there.
+    """
+    settings = TINY | labelled
+    with after_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        train(tmp_path / "out", **labelled)
+    there = shutil.copytree(trained, tmp_path / "there")
+    files = {p.name: p.read_bytes() for p in there.iterdir()}
+    runs = ranks(ask, tmp_path / "out", settings, elsewhere=there)
+    assert [run.wait()[0] for run in runs] == [0, 0]
+    assert_close_run(tmp_path / "out", whole())
+    assert {p.name: p.read_bytes() for p in there.iterdir()} == files
+    # What the first one refuses ends both, and none waits for the other.
+    runs = ranks(ask, tmp_path / "out", settings | {"seed": 1}, elsewhere=there)
+    for code, _, errors in [run.wait() for run in runs]:
+        assert code == 1 and "Traceback" not in errors
+        assert f"{tmp_path / 'out' / 'last.pt'} is of another run: --seed" in errors
 
 
 def test_signal_to_one_of_two_processes(ask, labelled, long, tmp_path):
@@ -605,9 +627,8 @@ def test_command_from_elsewhere_without_git_or_terminal(labelled, tmp_path):
     assert done.stderr == ""
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["data-vit_micro-attg"]
     files = {"config.json", "log.jsonl", "last.pt", "encoder.pt", "reconstructions.png"}
-    assert {
-        p.name for p in (tmp_path / "out" / "data-vit_micro-attg").iterdir()
-    } == files
+    folder = tmp_path / "out" / "data-vit_micro-attg"
+    assert {p.name for p in folder.iterdir()} == files | {"curves.png"}
 
 
 def test_importing_has_no_effect(tmp_path):

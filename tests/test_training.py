@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,11 +16,16 @@ import numpy as np
 import pytest
 import timm.models.vision_transformer as timm_vit
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import attg_mae
-from common.data import make_loader, open_data
+import common.run
+from common import bookkeeping, pictures
+from common.data import TrainBatches, generator_for, make_loader, open_data
+from common.maps import save_maps
+from common.run import choose_precision, cpu_has_bf16
 from tests.helpers import (
     LUMA,
     TINY,
@@ -94,7 +100,7 @@ def test_workers_and_repetition_change_nothing(whole, labelled, tmp_path):
 
 
 @pytest.mark.parametrize("guidance", ["attg", "none"])
-def test_accumulation_changes_nothing(guidance, whole, labelled, tmp_path):
+def test_accumulation_changes_nothing(guidance, guided, tmp_path):
     """Gradients of the first step, losses of 24 steps; a zero and a row-shifted
     gradient would be noticed.
     """
@@ -106,7 +112,7 @@ def test_accumulation_changes_nothing(guidance, whole, labelled, tmp_path):
     )
     for accum in (1, 2, 4):
         steps.clear()
-        train(tmp_path / str(accum), **labelled, accum=accum, guidance=guidance)
+        train(tmp_path / str(accum), **guided(guidance), accum=accum)
         grads.append(steps[0])
         rows.append(np.array([row[2:4] for row in losses(tmp_path / str(accum))]))
     hook.remove()
@@ -126,6 +132,119 @@ def test_accumulation_changes_nothing(guidance, whole, labelled, tmp_path):
             ) == 1
 
 
+class Memory:
+    """Room for so many pictures at a time, in forward passes that learn."""
+
+    def __init__(self, monkeypatch, room):
+        self.room, self.refused, forward = room, [], attg_mae.MAE.forward
+
+        def limited(model, imgs, *args, **options):
+            if torch.is_grad_enabled() and len(imgs) > self.room:
+                self.refused.append(len(imgs))
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            return forward(model, imgs, *args, **options)
+
+        monkeypatch.setattr(attg_mae.MAE, "forward", limited)
+
+
+def test_accum_auto(labelled, tmp_path, monkeypatch, capsys):
+    """Finds what fits before the first step, says so, and keeps it."""
+    settings = labelled | {"batch_size": 12, "epochs": 3}
+    train(tmp_path / "given", **settings, accum=4)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        memory = Memory(patch, room=4)
+        with after_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            train(tmp_path / "auto", **settings, accum="auto")
+        words = capsys.readouterr().out
+        # 12, 6, 3: the batch is 12
+        assert memory.refused == [12, 6] and "--accum auto: 4, 3 images at" in words
+        assert "12 = 3 x 1 (processes) x 4 (--accum)" in words
+        assert last(tmp_path / "auto")["config"]["accum"] == 4
+        # It is stored: with more room now it stays.
+        memory.room = 99
+        train(tmp_path / "auto", **settings, accum="auto")
+        assert "--accum auto" not in capsys.readouterr().out
+    assert last(tmp_path / "auto")["config"]["accum"] == 4
+    assert_same_run(tmp_path / "auto", tmp_path / "given")
+
+
+def test_accum_auto_without_any_room(labelled, tmp_path, monkeypatch):
+    settings = labelled | {"accum": "auto"}
+    with monkeypatch.context() as patch:
+        memory = Memory(patch, room=0)
+        with pytest.raises(
+            ValueError, match="--accum auto: not even 1 image .*--model"
+        ):
+            train(tmp_path / "out", **settings)
+        assert memory.refused == [4, 2, 1] and not (tmp_path / "out").exists()
+
+    def broken(*_, **__):
+        raise RuntimeError("not for want of memory")
+
+    monkeypatch.setattr(attg_mae.MAE, "forward", broken)
+    with pytest.raises(RuntimeError, match="not for want"):
+        train(tmp_path / "out", **settings)
+
+
+def test_accum_is_auto_on_gpus_but_for_toy(monkeypatch):
+    assert attg_mae.Config(data="x").accum == attg_mae.Config().accum == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        assert attg_mae.Config(data="x").accum == "auto"
+        assert attg_mae.Config(data="x", device="cuda:1").accum == "auto"
+        assert attg_mae.Config(data="x", device="cpu").accum == 1
+        assert attg_mae.Config(data="x", accum=2).accum == 2
+        assert attg_mae.Config().accum == 1
+
+
+def test_precision_auto(tmp_path, monkeypatch, labelled, capsys):
+    """bf16 on CPUs that multiply in it, for wide models; a continued run keeps it."""
+    for flags, has in (("avx512_bf16", True), ("amx_bf16", True), ("avx512f", False)):
+        (tmp_path / flags).write_text(f"processor: 0\nflags : fpu vme {flags} pni\n")
+        assert cpu_has_bf16(tmp_path / flags) is has
+    assert not cpu_has_bf16(tmp_path / "absent")
+    cpu = torch.device("cpu")
+    for has, width, name in (
+        (True, 384, "bf16"),
+        (True, 380, "fp32"),
+        (False, 768, "fp32"),
+    ):
+        monkeypatch.setattr(common.run, "cpu_has_bf16", lambda has=has: has)
+        assert choose_precision("auto", cpu, width)[0] == name
+    assert choose_precision("fp32", cpu, 384) == ("fp32", None)
+
+    monkeypatch.setattr(common.run, "cpu_has_bf16", lambda: True)
+    wide = labelled | {"width": 384, "heads": 6, "patch_size": 8, "epochs": 1}
+    with after_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        train(tmp_path / "out", **wide)
+    assert last(tmp_path / "out")["config"]["precision"] == "bf16"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["precision"] == "bf16"
+    assert "--precision" not in capsys.readouterr().out  # it is no unusual setting
+    monkeypatch.setattr(common.run, "cpu_has_bf16", lambda: False)
+    train(tmp_path / "out", **wide)
+    assert last(tmp_path / "out")["config"]["precision"] == "bf16"
+
+
+def test_ties_do_not_depend_on_accumulation(labelled, passes, tmp_path):
+    """Which patches of two-valued maps have weight 0, in the whole global batch."""
+    dataset = open_data(labelled["data"])
+    halves = np.zeros((25, 4, 4))
+    halves[:, 2:] = 1
+    save_maps(tmp_path / "halves.npy", halves, dataset, "halves")
+    settings = labelled | {"maps": str(tmp_path / "halves.npy"), "epochs": 1}
+    dropped = []
+    for accum in (1, 2):
+        train(tmp_path / str(accum), **settings, guidance="foreground", accum=accum)
+        attn = torch.cat([seen.attn for seen in passes])
+        dropped.append(attn.isneginf())
+        passes.clear()
+    assert dropped[0].equal(dropped[1]) and (dropped[0].sum(1) == 2).all()
+    # Each picture and each step has its own.
+    assert len(dropped[0].unique(dim=0)) > 12
+
+
 def test_flat_maps_equal_vanilla(labelled, whole, tmp_path):
     flat = make_maps(tmp_path / "flat.npy", labelled["data"], flat=True)
     train(tmp_path / "out", **labelled | {"maps": flat})
@@ -139,11 +258,11 @@ def test_flat_maps_equal_vanilla(labelled, whole, tmp_path):
 
 
 @pytest.mark.parametrize("guidance", ["attg", "none"])
-def test_log(guidance, labelled, passes, tmp_path, capsys):
+def test_log(guidance, guided, passes, tmp_path, capsys):
     """A line for each step here; loss and mse are those of Eq. 2 with and without
     weights, in float64.
     """
-    train(tmp_path, **labelled, guidance=guidance, epochs=2)
+    train(tmp_path, **guided(guidance), epochs=2)
     lines = [
         line
         for line in capsys.readouterr().out.splitlines()
@@ -227,6 +346,21 @@ def test_log_of_a_killed_run(labelled, whole, tmp_path):
     assert last(tmp_path)["step"] == 18
 
 
+def test_keep_every(labelled, whole, tmp_path):
+    """Checkpoints along the way, from which a run goes on to the same end."""
+    out = tmp_path / "out"
+    train(out, **labelled, keep_every=2, save_every=3)
+    kept = sorted(p.name for p in out.glob("epoch*"))
+    assert kept == ["epoch0002.pt", "epoch0004.pt"]
+    assert same(last(out)["model"], last(whole())["model"])
+    parts = torch.load(out / "epoch0002.pt", weights_only=True)
+    assert parts["step"] == 12 and not same(parts["model"], last(out)["model"])
+    train(tmp_path / "on", **labelled, resume=str(out / "epoch0002.pt"))
+    assert losses(tmp_path / "on") == losses(whole())[12:]
+    assert same(last(tmp_path / "on")["model"], last(whole())["model"])
+    assert not list(whole().glob("epoch*"))
+
+
 def test_same_command_after_the_end(labelled, tmp_path):
     """Nothing is trained, and nothing is twice in the log."""
     result = train(tmp_path, **labelled, epochs=2, knn_every=1)
@@ -284,13 +418,110 @@ def test_knn_of_a_stopped_run(when, labelled, whole, tmp_path):
     assert records(tmp_path, "knn") == records(whole(knn_every=1), "knn")
 
 
+def test_error_on_held_out_pictures(labelled, tmp_path, monkeypatch):
+    """mse_test: the error of Eq. 2 without weights, with the same masks each time; also
+    without labels.
+    """
+
+    def unlabelled(*args, **options):
+        dataset = open_data(*args, **options)
+        dataset.labelled = False
+        return dataset
+
+    settings = labelled | {"epochs": 3, "knn_every": 1, "lr": 0.0}
+    result = train(tmp_path / "still", **settings)
+    still = [r["mse_test"] for r in records(tmp_path / "still", "mse_test")]
+    # Without learning there is nothing to tell the evaluations apart but the masks.
+    assert len(still) == 3 and len(set(still)) == 1 and result["mse_test"] == still[0]
+
+    monkeypatch.setattr(bookkeeping, "open_data", unlabelled)
+    result = train(tmp_path / "out", **settings | {"lr": 1e-3, "workers": 2})
+    rows = records(tmp_path / "out", "mse_test")
+    assert [r["step"] for r in rows] == [6, 12, 18] and result["knn"] == {}
+    assert not records(tmp_path / "out", "knn")
+    assert rows[-1]["mse_test"] == result["mse_test"] < still[0]
+    parts = last(tmp_path / "out")
+    model = attg_mae.build_model(attg_mae.Config(**parts["config"]))
+    model.load_state_dict(parts["model"])
+    dataset = open_data(labelled["data"], "test", 16)
+    noise = torch.rand(15, 16, generator=generator_for("test masks"))
+    errors, others = [], []
+    for sample, row in zip(dataset, noise, strict=True):
+        patches = model.patchify(model.normalize(sample.image[None])).detach()
+        with torch.no_grad():
+            pred = model(model.normalize(sample.image[None]), noise=row[None])[1]
+        # The twelve of highest noise are hidden.
+        hidden = row.argsort()[4:]
+        target = patches[0] - patches[0].mean(1, keepdim=True)
+        target = target / (patches[0].var(1, keepdim=True) + 1e-6).sqrt()
+        error = (pred[0] - target).square().mean(1)
+        errors.append(error[hidden].mean().item())
+        others.append(error.mean().item())
+    assert result["mse_test"] == pytest.approx(np.mean(errors), rel=1e-5)
+    assert result["mse_test"] != pytest.approx(np.mean(others), rel=1e-3)
+
+
+def test_the_encoder_is_written_before_the_evaluation(labelled, tmp_path, monkeypatch):
+    """Whatever happens to the k-NN, hours of training are in a file."""
+
+    def fails(*_):
+        raise ValueError("no k-NN today")
+
+    monkeypatch.setattr(bookkeeping, "knn_accuracy", fails)
+    with pytest.raises(ValueError, match="no k-NN"):
+        train(tmp_path, **labelled, epochs=1)
+    assert attg_mae.load_encoder(tmp_path / "encoder.pt").cfg.width == TINY["width"]
+
+
+def test_curves(labelled, tmp_path, monkeypatch, capsys):
+    """Of the log, drawn where matplotlib is there; a continued run draws all of it."""
+    monkeypatch.setattr(bookkeeping, "save_curves", pictures.save_curves)
+    drawn = []
+
+    class Spy(Figure):
+        def savefig(self, *args, **options):
+            drawn.append(self)
+            super().savefig(*args, **options)
+
+    monkeypatch.setattr("matplotlib.figure.Figure", Spy)
+    settings = labelled | {"epochs": 2, "knn_every": 1}
+    with after_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        train(tmp_path / "out", **settings)
+    train(tmp_path / "out", **settings)
+    (figure,) = drawn
+    with Image.open(tmp_path / "out" / "curves.png") as picture:
+        assert min(picture.size) > 400
+    lines = {}
+    for axes in figure.axes:
+        for line in axes.lines:
+            lines[line.get_label()] = np.array(line.get_xydata())
+    rows, tests = records(tmp_path / "out"), records(tmp_path / "out", "knn")
+    assert set(lines) == {
+        *("loss", "mse", "mse_test", "lr", "tau", "class token", "patch mean")
+    }
+    for name in ("loss", "mse", "lr", "tau"):
+        want = [(r["step"], r[name]) for r in rows]
+        assert len(want) == 12 and (lines[name] == np.array(want)).all()
+    want = [(r["step"], r["mse_test"]) for r in tests]
+    assert len(want) == 2 and (lines["mse_test"] == np.array(want)).all()
+    want = [(r["step"], r["knn"]["patch_mean"]) for r in tests]
+    assert (lines["patch mean"] == np.array(want)).all()
+    assert "matplotlib" not in capsys.readouterr().out
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train(tmp_path / "without", **labelled, epochs=1)
+    words = capsys.readouterr().out
+    assert words.count("curves.png is not drawn: pip install matplotlib, or see") == 1
+    assert not (tmp_path / "without" / "curves.png").exists()
+
+
 def test_no_knn_without_labels(plain, tmp_path):
-    result = train(tmp_path, data=plain, guidance="none", epochs=1, knn_every=1)
+    result = train(tmp_path, data=plain, guidance="none", epochs=1)
     assert result["knn"] == {} and not records(tmp_path, "knn") and result["step"] == 3
 
 
 @pytest.mark.parametrize("map_norm", ["image", "crop"])
-def test_guidance_of_a_run(map_norm, labelled, passes, tmp_path):
+def test_guidance_of_a_run(map_norm, guided, passes, tmp_path):
     """An epoch of each. The maps are the brightness of the pictures, so they fit the
     images that the model sees.
     """
@@ -298,8 +529,7 @@ def test_guidance_of_a_run(map_norm, labelled, passes, tmp_path):
     for guidance in attg_mae.GUIDANCE:
         train(
             tmp_path / guidance,
-            **labelled,
-            guidance=guidance,
+            **guided(guidance),
             map_norm=map_norm,
             epochs=1,
         )
@@ -472,6 +702,34 @@ def test_pictures_only(whole, plain, tmp_path, capsys):
     assert (a[0] == b[0]).all() and (a[1] == b[1]).all() and (a[2] != b[2]).any()
 
 
+def test_pictures_of_a_run_show_its_own_weights(whole, labelled, tmp_path, capsys):
+    """--epochs 0 in its folder; other weights need another folder."""
+    out = shutil.copytree(whole(), tmp_path / "out")
+    want = tiles(out, 16)
+    (out / "reconstructions.png").unlink()
+    files = {p.name: p.read_bytes() for p in out.iterdir()}
+    settings = labelled | {"epochs": 0, "batch_size": 8}
+    assert train(out, **settings)["step"] == 0
+    assert "of " + str(out / "last.pt") in capsys.readouterr().out
+    for ours, theirs in zip(tiles(out, 16), want, strict=True):
+        assert (ours == theirs).all()
+    (drawn,) = (p for p in out.iterdir() if p.name not in files)
+    files[drawn.name] = drawn.read_bytes()
+    other = str(whole(seed=1) / "last.pt")
+    for wrong in ({"init": other}, {"resume": other}, {"resume": "none"}):
+        ((flag, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"last.pt.*--{flag} {value} .*--out"):
+            train(out, **settings | wrong)
+    with pytest.raises(ValueError, match="--width 32 -> 16"):
+        train(out, **settings, width=16)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+    # In another folder they are drawn.
+    train(tmp_path / "a", **settings, resume=other)
+    train(tmp_path / "b", **settings, init=other)
+    a, b = tiles(tmp_path / "a", 16), tiles(tmp_path / "b", 16)
+    assert (a[3] == b[3]).all() and (a[3] != want[3]).any()
+
+
 @pytest.mark.parametrize("name", ["last.pt", "encoder.pt"])
 def test_init(name, whole, labelled, tmp_path, capsys):
     """From a whole checkpoint, or an encoder with a fresh decoder; a learning rate of 0
@@ -518,10 +776,19 @@ def test_init_errors(whole, labelled, tmp_path):
         "unexpected extra.weight",
     ):
         assert word in str(error.value)
-    with pytest.raises(ValueError, match=r"(?s)last\.pt does not fit.*patch_embed"):
-        train(tmp_path / "out", **labelled, init=str(whole() / "last.pt"), width=16)
-    for path in (tmp_path / "absent.pt", tmp_path):
-        with pytest.raises(ValueError, match=re.escape(str(path))):
+    # Which flags would fit: those of TINY.
+    change = {"width": 16, "depth": 3, "decoder_depth": 2, "patch_size": 8}
+    with pytest.raises(ValueError) as error:
+        train(tmp_path / "out", **labelled | change, init=str(whole() / "last.pt"))
+    assert str(error.value) == (
+        f"{whole() / 'last.pt'} does not fit this vit_micro; its model is that of "
+        "--patch_size 4 --width 32 --heads NUMBER --depth 1 --decoder_depth 1"
+    )
+    for path, words in (
+        (tmp_path / "absent.pt", ": there is no such file"),
+        (tmp_path, ": a folder; name a file in it, such as last.pt"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path) + words)}$"):
             train(tmp_path / "out", **labelled, init=str(path))
     assert not (tmp_path / "out").exists()
 
@@ -530,7 +797,7 @@ FLAGS = """
 model data maps out epochs batch_size accum blr lr warmup_epochs weight_decay clip_grad
 mask_ratio norm_pix tau tau_end tau_schedule guidance map_norm img_size patch_size
 precision compile device workers seed init resume classes mean std knn_every save_every
-log_every
+keep_every log_every
 """.split()
 
 
@@ -590,8 +857,28 @@ WRONG = [  # settings, words of the error
     ({"save_every": 0}, "--save_every 0"),
     ({"lr": -1.0}, "--lr -1"),
     ({"lr": math.nan}, "--lr nan"),
-    ({"heads": 3}, "heads 3 width 32"),
-    ({"decoder_heads": 3}, "heads 3 width 16"),
+    ({"heads": 3}, "--heads 3 --width 32"),
+    ({"decoder_heads": 3}, "--decoder_heads 3 --decoder_width 16"),
+    ({"heads": 0}, "--heads 0 least"),
+    ({"heads": -2}, "--heads -2 least"),
+    ({"width": 0}, "--width 0 least"),
+    ({"depth": 0}, "--depth 0 least"),
+    ({"depth": 2.5}, "--depth 2.5 whole"),
+    ({"mask_ratio": math.nan}, "--mask_ratio nan from"),
+    ({"mask_ratio": math.inf}, "--mask_ratio inf from"),
+    ({"mask_ratio": -0.1}, "--mask_ratio -0.1 negative"),
+    ({"tau": 1e300}, "--tau 1e+300 from"),
+    ({"warmup_epochs": math.inf}, "--warmup_epochs inf from"),
+    ({"std": (1.0, math.inf, 1.0)}, "--std inf from"),
+    ({"std": (1.0, -1.0, 1.0)}, "--std -1.0 above"),
+    ({"img_size": 10**9}, "--img_size 1000000000 8192"),
+    ({"img_size": (16, 16, 16)}, "--img_size height width"),
+    ({"lr": 1e-3, "blr": 1e-3}, "--lr 0.001 --blr 0.001 one"),
+    ({"in_chans": 4}, "--in_chans 4 grey"),
+    ({"in_chans": 1}, "--mean 0.485 --in_chans 1 --std"),
+    ({"mean": (0.5,)}, "--mean 0.5 --in_chans 3"),
+    ({"std": (0.5,)}, "--std 0.5 --in_chans 3"),
+    ({"guidance": "none"}, "--maps --guidance none"),
     ({"workers": -1}, "--workers -1"),
     ({"batch_size": 6, "accum": 4}, "--batch_size 6 --accum 4 multiple"),
     ({"batch_size": 1000}, "--batch_size 1000 25"),
@@ -608,7 +895,13 @@ def test_wrong_settings(settings, words, labelled, tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         train(tmp_path / "out", **labelled | settings)
     assert [word for word in words.split() if word not in str(error.value)] == []
-    assert not (tmp_path / "out" / "last.pt").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluations_need_a_test_split(plain, tmp_path):
+    with pytest.raises(ValueError, match="--knn_every 1: --data .* no test split"):
+        train(tmp_path / "out", data=plain, guidance="none", knn_every=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_flags(capsys):
@@ -616,6 +909,49 @@ def test_wrong_flags(capsys):
         with pytest.raises(SystemExit) as end:
             attg_mae.main(argv)
         assert end.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+def test_grey_pictures_and_oblong_ones(labelled, passes, tmp_path):
+    """One channel is the luma of RGB; --img_size takes height and width."""
+    folder = tmp_path / "grey"
+    folder.mkdir()
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    sizes = {k: v for k, v in TINY.items() if k not in ("img_size", "epochs")}
+    argv = [f"--{k}={v}" for k, v in sizes.items()]
+    argv += "--guidance none --epochs 1 --img-size 16 24 --in_chans 1".split()
+    argv += "--mean 0.5 --std 0.25 --seed 3".split()
+    out = tmp_path / "out"
+    attg_mae.main([*argv, "--data", str(folder), "--out", str(out)])
+    imgs = passes[0].imgs
+    assert imgs.shape == (4, 1, 16, 24) and tiles_exist(out)
+    # Grey stays what it is: the crop that the data set yields, flipped or not.
+    dataset = open_data(str(folder), "train", (16, 24), True, 3)
+    for i, index in enumerate(TrainBatches(6, 4, 0, 1, 3).indices(0).tolist()):
+        sample = dataset[0, index]
+        want = sample.image[0].flip(-1) if sample.flip else sample.image[0]
+        torch.testing.assert_close(
+            imgs[i, 0], (want / 255 - 0.5) / 0.25, atol=1e-5, rtol=0
+        )
+    model = attg_mae.load_encoder(out / "encoder.pt")
+    assert model.cfg.size == (16, 24) and model.cfg.mean == (0.5,)
+    rgb = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
+    luma = (rgb * torch.tensor(LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+    want = model.forward_features((luma / 255 - 0.5) / 0.25)
+    got = model.forward_features(model.normalize(rgb))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(
+        model.normalize(rgb), model.normalize(rgb.flip(1)), atol=0.1
+    )
+    # The same command finds its own checkpoint again.
+    again = attg_mae.main([*argv, "--data", str(folder), "--out", str(out)])
+    assert again["step"] == 1
+
+
+def tiles_exist(out):
+    with Image.open(out / "reconstructions.png") as sheet:
+        return min(sheet.size) > 60
 
 
 def test_mean_and_std(labelled, passes, tmp_path):
@@ -661,7 +997,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_checkpoint_is_named_and_kept(kind, copy, tmp_path, monkeypatch):
+def test_bad_checkpoint_is_named_and_kept(kind, copy, whole, tmp_path, monkeypatch):
     (out, settings), trap = copy, tmp_path / "trap"
     monkeypatch.setenv("EVIL", str(trap))
     path, content = out / "last.pt", (out / "last.pt").read_bytes()
@@ -676,7 +1012,7 @@ def test_bad_checkpoint_is_named_and_kept(kind, copy, tmp_path, monkeypatch):
     elif kind == "flipped":
         path.write_bytes(content.replace(b"optimizer", b"optimizex"))
     elif kind == "encoder":
-        shutil.copy(out / "encoder.pt", path)
+        shutil.copy(whole() / "encoder.pt", path)
     elif kind == "folder":
         path.unlink()
         path.mkdir()
@@ -762,7 +1098,6 @@ def test_checkpoint_of_other_data(copy, tmp_path):
 
 CHANGES = [
     ("lr", 5e-4),
-    ("epochs", 3),
     ("weight_decay", 0.3),
     ("precision", "fp16"),
     ("precision", "bf16"),
@@ -789,7 +1124,7 @@ def test_changed_settings_are_named_and_used(key, value, copy, capsys):
     words = next(
         line for line in capsys.readouterr().out.splitlines() if "continuing" in line
     )
-    assert f"--{key} {1 if key == 'epochs' else before} -> {value}" in words
+    assert f"--{key} {before} -> {value}" in words
     assert "--width" not in words
     after = last(out)
     assert (
@@ -799,8 +1134,8 @@ def test_changed_settings_are_named_and_used(key, value, copy, capsys):
     )
     rows = records(out)
     assert [r["step"] for r in rows] == [*range(1, after["step"] + 1)]
-    total, epochs = after["step"], after["step"] // 6
-    assert epochs == (value if key == "epochs" else 2)
+    total = after["step"]
+    assert total == 12
     lr = [
         attg_mae.lr_at(step, total, 6.0, value if key == "lr" else 1e-3)
         for step in range(6, total)
@@ -818,8 +1153,41 @@ def test_changed_settings_are_named_and_used(key, value, copy, capsys):
     assert bool(after["scaler"]) == (value == "fp16")
 
 
-def test_fewer_epochs_than_the_checkpoint_has(copy):
+def test_other_epochs(copy, tmp_path):
+    """Refused in the run's folder; --resume goes on with the schedule of the new ones."""
     out, settings = copy
+    path, content = out / "last.pt", (out / "last.pt").read_bytes()
+    for epochs in (3, 1):
+        words = f"{path} was made for --epochs 2, not {epochs}, .*--resume {path}$"
+        with pytest.raises(ValueError, match=words):
+            train(**settings | {"epochs": epochs})
+    assert path.read_bytes() == content
+    more = settings | {"epochs": 3, "resume": str(path), "out": str(tmp_path / "more")}
+    assert train(**more)["step"] == 18
+    lr = [attg_mae.lr_at(step, 18, 6.0, 1e-3) for step in range(6, 18)]
+    assert [r["lr"] for r in records(tmp_path / "more")] == lr
+    assert lr[1] != attg_mae.lr_at(7, 12, 6.0, 1e-3)
+    # Or the result of two epochs would pass for that of one.
     train(**settings)
-    assert train(**settings | {"epochs": 1})["stopped"] is None
-    assert last(out)["step"] == 12
+    with pytest.raises(ValueError, match="last.pt is of another run: --epochs 2 -> 1"):
+        train(**settings | {"epochs": 1, "resume": str(path)})
+
+
+def test_warm_up(copy, tmp_path):
+    """MAE's 40 epochs from 400 on; a run of an earlier default keeps its own."""
+    for epochs, warmup in ((8, 0.4), (399, 19.95), (400, 40), (800, 40), (1600, 40)):
+        cfg = attg_mae.Config(epochs=epochs)
+        assert cfg.warmup_epochs == pytest.approx(warmup)
+    assert attg_mae.Config(epochs=1600, warmup_epochs=7).warmup_epochs == 7
+    out, settings = copy
+    settings["warmup_epochs"] = None
+    parts = last(out)
+    parts["config"]["warmup_epochs"] = 0.5  # 0.1 is the default of 2 epochs
+    torch.save(parts, out / "last.pt")
+    train(**settings)
+    assert last(out)["config"]["warmup_epochs"] == 0.5
+    lr = [attg_mae.lr_at(step, 12, 3.0, 1e-3) for step in range(6, 12)]
+    assert [r["lr"] for r in records(out)][6:] == lr
+    given = settings | {"warmup_epochs": 2.0, "resume": "none"}
+    train(**given)
+    assert last(out)["config"]["warmup_epochs"] == 2.0

@@ -6,12 +6,13 @@ import argparse
 import copy
 import os
 import re
+import sys
 from dataclasses import asdict
 
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import attg_mae
 from tests.helpers import Evil, close, encoder_only, hf_model, randn, shake, timm_model
@@ -102,6 +103,51 @@ def test_load_encoder_of_hugging_face(kind, saved, tmp_path):
     want = getattr(ref, "vit", ref)(imgs, **unmasked).last_hidden_state
     got = attg_mae.load_encoder(state, heads=4).forward_features(imgs)
     assert close(got, want, 1e-5) and not close(got.roll(1, 1), want, 1e-1)
+
+
+def test_safetensors_are_read_where_the_package_is(tmp_path, monkeypatch):
+    path, state = tmp_path / "model.safetensors", timm_model().state_dict()
+    save_file(state, path)
+    imgs = randn(2, 3, 32, 32)
+    model = attg_mae.load_encoder(path, heads=4)
+    want = timm_model().forward_features(imgs)
+    assert close(model.forward_features(imgs), want, 1e-5)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="model.safetensors: damaged, or no safetens"):
+        attg_mae.load_encoder(path, heads=4)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(
+        ValueError, match="model.safetensors: .* pip install safetensors"
+    ):
+        attg_mae.load_encoder(path, heads=4)
+
+
+def test_messages_about_files_tell_them_apart(tmp_path):
+    """None repeats PyTorch's advice to load the file without its check."""
+    ran, path = tmp_path / "ran", tmp_path / "evil.pth"
+    torch.save({"model": Evil(ran)}, path)
+    with pytest.raises(ValueError) as error:
+        attg_mae.load_checkpoint(path)
+    assert "evil.pth: holds io.open, which is no tensor" in str(error.value)
+    texts = [str(error.value)]
+    torch.save({"model": randn(500)}, path)
+    whole = path.read_bytes()
+    cases = (
+        (whole[:700], "damaged, or no file of weights"),
+        (b"", "damaged"),
+        (b"<html>not found</html>", "damaged, or no file of weights"),
+    )
+    for content, words in cases:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"evil.pth: {words}") as error:
+            attg_mae.load_checkpoint(path)
+        texts.append(str(error.value))
+    for missing, words in ((tmp_path, "a folder"), (tmp_path / "no", "no such file")):
+        with pytest.raises(ValueError, match=words) as error:
+            attg_mae.load_checkpoint(missing)
+        texts.append(str(error.value))
+    assert not [text for text in texts if "weights_only" in text or "\n" in text]
+    assert not ran.exists()
 
 
 def test_load_encoder_of_this_project(tmp_path):
