@@ -150,6 +150,7 @@ raise SystemExit(3)
 @pytest.mark.parametrize("name", ["toy", "folder", "flat"])
 def test_data_sets_pickle(folder, name):
     (folder / "train" / "b").rename(folder / "flat")
+    shutil.rmtree(folder / "flat" / "sub")
     dataset = open_data({"toy": "toy", "folder": folder, "flat": folder / "flat"}[name])
     again = pickle.loads(pickle.dumps(dataset))
     assert equal(dataset[1], again[1]) and again.fingerprint == dataset.fingerprint
@@ -285,7 +286,6 @@ def test_exif_rotation_is_ignored(tmp_path):
     )
 
 
-@pytest.mark.filterwarnings("ignore:unreadable")
 def test_bad_files_are_replaced(tmp_path):
     for i in range(6):
         write(tmp_path / f"{i}.jpg", noise(64, 64, i))
@@ -295,7 +295,9 @@ def test_bad_files_are_replaced(tmp_path):
     (tmp_path / "5.jpg").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("ignored")
     flat = open_data(tmp_path, size=40, augment=True)
-    assert flat.names == [f"{i}.jpg" for i in range(6)]  # bad files keep their row
+    assert list(flat.names) == [
+        f"{i}.jpg" for i in range(6)
+    ]  # bad files keep their row
     assert [flat[i].index for i in range(6)] == [0, 3, 3, 3, 4, 0]
     assert equal(flat[1], flat[3]) and equal(flat[5], flat[0])
     assert flat[2, 1].index == 3 and not torch.equal(flat[2, 1].box, flat[2, 3].box)
@@ -303,13 +305,12 @@ def test_bad_files_are_replaced(tmp_path):
     assert batch.index.tolist() == [0, 3, 3, 3, 4, 0]
 
 
-@pytest.mark.filterwarnings("ignore:unreadable")
 def test_no_readable_file(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"x")
     with pytest.raises(
         ValueError,
-        match=r"--data: none of the 3 pictures can be decoded, the first is 0\.png",
+        match=r"--data: none of the 3 pictures can be decoded, not /.*/1\.png \(",
     ):
         open_data(tmp_path)[1]
 
@@ -317,10 +318,10 @@ def test_no_readable_file(tmp_path):
 def test_class_folder(folder):
     train, val = open_data(str(folder)), open_data(str(folder), "test")
     peer = torchvision.datasets.ImageFolder(folder / "train")
-    assert train.names == [
+    assert list(train.names) == [
         Path(p).relative_to(folder / "train").as_posix() for p, _ in peer.samples
     ]
-    assert train.names[:4] == ["a/0.png", "a/1.png", "a/3.png", "a/sub/2.png"]
+    assert list(train.names)[:4] == ["a/0.png", "a/1.png", "a/3.png", "a/sub/2.png"]
     assert [train[i].label for i in range(12)] == peer.targets
     assert (train.num_classes, train.labelled, len(val), train.masks) == (
         3,
@@ -329,12 +330,12 @@ def test_class_folder(folder):
         None,
     )
     (folder / "val").rename(folder / "test")
-    assert open_data(str(folder), "test").names == val.names
+    assert list(open_data(str(folder), "test").names) == list(val.names)
     (folder / "test").rename(folder / "elsewhere")
     assert open_data(str(folder), "test") is None
     (folder / "linked").symlink_to(folder / "elsewhere" / "a")
     linked = open_data(folder / "linked")
-    assert linked.names == ["0.png"]
+    assert list(linked.names) == ["0.png"]
     assert linked[0].label == -1
     assert (linked.num_classes, linked.labelled) == (0, False)
     assert open_data(folder / "linked", "test") is None
@@ -359,7 +360,7 @@ def test_classes_select_folders(folder, tmp_path):
     assert [train[i].label for i in range(8)] == [0] * 4 + [1] * 4
     assert train.names[4] == "c/0.png"
     assert train.num_classes == 2
-    assert val.names == ["a/0.png", "c/0.png"]
+    assert list(val.names) == ["a/0.png", "c/0.png"]
     assert (val[0].label, val[1].label) == (0, 1)
     assert train.fingerprint != open_data(folder).fingerprint
     listed.write_text("a\nzebra\n")
@@ -375,9 +376,10 @@ def test_classes_select_folders(folder, tmp_path):
         ValueError, match=r"--classes .*nowhere\.txt: must be a text file"
     ):
         open_data(folder, classes=str(tmp_path / "nowhere.txt"))
-    for name in ("toy", "cifar10", str(folder / "train" / "b")):
+    for name in ("toy", "cifar10", str(folder / "val" / "b")):
         with pytest.raises(
-            ValueError, match="--classes .*--data a folder with train/CLASS/, not"
+            ValueError,
+            match="--classes .*--data a folder with train/CLASS/ or CLASS/, not",
         ):
             open_data(name, classes=str(listed))
 
@@ -396,23 +398,27 @@ def test_test_classes_must_be_the_training_classes(folder):
 
 
 def test_missing_and_empty_folders(tmp_path):
-    layout = r"A folder must hold train/CLASS/\*\.jpg.*flat folder"
+    layout = r"A folder must hold train/CLASS/\*\.jpg.*flat\s+folder"
     with pytest.raises(
         ValueError,
-        match=f"--data .*nowhere: neither a folder nor one of toy, cifar10.*{layout}",
+        match=f"--data .*nowhere: neither a folder, a picture nor one of toy, cifar10.*{layout}",
     ):
         open_data(str(tmp_path / "nowhere"))
     with pytest.raises(
-        ValueError, match=f"--data .*no folder train/ and no pictures in it. {layout}"
+        ValueError,
+        match=f"--data .*no class folders and no pictures in {tmp_path}. {layout}",
     ):
         open_data(str(tmp_path))
     (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match=f"--data .*find any class folder.*{layout}"):
+    with pytest.raises(
+        ValueError,
+        match=f"--data .*no class folders and no pictures in {tmp_path}/train.*{layout}",
+    ):
         open_data(str(tmp_path))
     write(tmp_path / "train" / "a" / "0.png", noise(40, 40))
     (tmp_path / "train" / "empty").mkdir()
     with pytest.raises(
-        ValueError, match=f"--data .*no valid file for the classes empty.*{layout}"
+        ValueError, match=f"--data .*no pictures of the classes empty in .*{layout}"
     ):
         open_data(str(tmp_path))
     with pytest.raises(
@@ -626,7 +632,7 @@ def test_subsets_of_data(labelled, monkeypatch):
     whole_set = open_data(labelled["data"], "train", 32, augment=True, seed=4)
     rows = torch.tensor([24, 3, 11])
     part = whole_set.subset(rows)
-    assert part.names == [whole_set.names[i] for i in rows]
+    assert list(part.names) == [whole_set.names[i] for i in rows]
     assert part.labels.tolist() == [2, 0, 1]
     assert len(part) == 3
     assert part.fingerprint != whole_set.fingerprint
@@ -659,7 +665,8 @@ def test_other_folders_as_test_sets(folder, tmp_path):
         shutil.rmtree(tmp_path / "more", ignore_errors=True)
         shutil.copytree(folder / "val", tmp_path / "more" / layout)
         more = open_data(str(folder), str(tmp_path / "more"))
-        assert more.names == open_data(str(folder), "test").names and more[2].label == 2
+        assert list(more.names) == list(open_data(str(folder), "test").names)
+        assert more[2].label == 2
     write(tmp_path / "more" / "d" / "0.png", noise(40, 40))
     with pytest.raises(
         ValueError, match=r"train and .*more hold different classes, \['d'\]"

@@ -131,7 +131,7 @@ def break_maps(path, how):
         return "the manifest m.json is damaged .*; make the maps again"
     if how == "empty json":
         path.with_suffix(".json").write_text("{}")
-        return "the manifest m.json is damaged .*number"
+        return "the manifest m.json is damaged .*method is missing"
     if how == "foreign":
         path.with_suffix(".json").write_text(
             json.dumps(manifest | {"fingerprint": "f" * 64})
