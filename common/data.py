@@ -134,10 +134,9 @@ def read_array(images, labels, i):
 
 def read_pair(source, max_pixels, i):
     picture, label = source[i]
-    if not isinstance(picture, Image.Image):
-        raise TypeError(f"{type(picture).__name__} instead of a PIL picture")
+    check_picture(picture)
     check_pixels(picture, max_pixels)
-    return picture, -1 if label is None else int(label)
+    return picture, as_label(label)
 
 
 def read_row(read, rows, i):
@@ -160,6 +159,15 @@ def load_picture(path, max_pixels=MAX_PIXELS):
         # Raises an error if the file is truncated.
         picture.load()
         return picture
+
+
+def as_label(label):
+    return -1 if label is None else int(label)
+
+
+def check_picture(picture):
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"data: a {type(picture).__name__} instead of a PIL picture")
 
 
 def check_pixels(picture, max_pixels):
@@ -887,6 +895,21 @@ def open_known(name, split, root, view):
     return ImageData(source.__getitem__, names, TORCHVISION[name].classes, **view)
 
 
+def first_label(source):
+    """The label of the first picture, 0 if it cannot be read; ValueError if it has none."""
+    try:
+        pair = source[0]
+    except Exception:
+        return 0
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(
+            f"data: [0] is a {type(pair).__name__}, must be (PIL picture, label), the "
+            "label an int or None"
+        )
+    check_picture(pair[0])
+    return as_label(pair[1])
+
+
 def open_own(data, split, max_pixels, view):
     """A map-style data set of (PIL picture, label), or a dict of them by split."""
     source = data if split == "train" else None
@@ -903,15 +926,18 @@ def open_own(data, split, max_pixels, view):
         )
     if not len(source):
         raise ValueError(f"data: the {split} set is empty")
+    first = first_label(source)
     # Names that torchvision uses, too.
-    labels = getattr(source, "targets", None)
     classes = getattr(source, "classes", None)
-    read = functools.partial(read_pair, source, max_pixels)
+    labels = getattr(source, "targets", None)
+    if labels is not None:
+        labels = [as_label(x) for x in labels]
     num_classes = None
     if classes is not None:
         num_classes = len(classes)
-    elif labels is None and read(0)[1] < 0:
+    elif labels is None and first < 0:
         num_classes = 0
+    read = functools.partial(read_pair, source, max_pixels)
     names = [f"data/{split}/{i:06d}" for i in range(len(source))]
     return ImageData(read, names, num_classes, labels=labels, **view)
 

@@ -143,6 +143,8 @@ def check_manifest(manifest):
         # isinstance would take True for a number.
         if type(manifest.get(key)) is not kind:
             raise ValueError(f"{key} is missing or not a {kind.__name__}")
+    if not manifest["method"].isprintable():
+        raise ValueError("method is no text")
     lists = {key: manifest[key] for key in ("flat", "failed")}
     # What object_discovery.py counts besides.
     lists["large"] = manifest["settings"].get("large", [])
