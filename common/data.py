@@ -366,7 +366,7 @@ class ImageData(Dataset):
         # read(i) -> (PIL picture, label)
         self.read = read
         # One per picture: order and identity of the map file's rows.
-        self.names = Names(names)
+        self.names = names if isinstance(names, Names) else Names(names)
         # The folder in which the names are those of files, or None.
         self.root = root
         # 0 = no labels. In stl10 most pictures have none (-1) all the same. None: one
@@ -606,6 +606,7 @@ def open_data(
         )
     view = {"size": size, "augment": augment, "seed": seed, "channels": channels}
     if not isinstance(name, str | os.PathLike):
+        check_classes("a data set of your own", classes)
         return open_own(name, split, max_pixels, view)
     name = str(name)
     if name == "toy" or name in TORCHVISION:
@@ -775,8 +776,9 @@ def list_classes(path, train, split, found, classes):
         pictures = pictures_below(folder / c, taken)
         if not pictures:
             empty.append(c)
+        start = len(str(folder / c))
         for file in pictures:
-            names.append(file[len(str(folder)) + 1 :].replace(os.sep, "/"))
+            names.append(c + file[start:].replace(os.sep, "/"))
             labels.append(label)
     if empty:
         raise ValueError(

@@ -748,7 +748,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(labelled):
 # -- Layouts ---------------------------------------------------------------------------
 
 
-def test_class_folders_without_train(folder, tmp_path):
+def test_class_folders_without_train(folder, tmp_path, monkeypatch):
     """What torchvision calls an ImageFolder: for training, and with --val to evaluate."""
     peer = torchvision.datasets.ImageFolder(folder / "train")
     train = open_data(folder / "train")
@@ -756,6 +756,9 @@ def test_class_folders_without_train(folder, tmp_path):
     assert train.labels.tolist() == peer.targets
     assert (train.num_classes, train.labelled) == (3, True)
     assert open_data(folder / "train", "test") is None
+    monkeypatch.chdir(folder / "train")
+    assert list(open_data(".").names) == list(train.names)
+    assert open_data(".")[3].image.equal(train[3].image)
     parts = common.data.open_labelled(folder / "train", [str(folder / "val")], 32)
     assert len(parts[0]) == 12 and len(parts[1][str(folder / "val")]) == 3
     (tmp_path / "classes.txt").write_text("a\nc\n")
