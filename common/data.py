@@ -50,6 +50,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -702,8 +703,8 @@ def find_layout(name, path, classes):
     if not pictures or classes:
         return folder, found
 
-    above = folders_above(folder)
-    filled = [c for c in found if pictures_below(folder / c, above)]
+    below = pictures_below(folder, found, folders_above(folder))
+    filled = [c for c in found if below[c]]
     if filled:
         raise ValueError(
             f"--data {name}: {folder} holds {len(pictures)} pictures, as {pictures[0]}, "
@@ -757,12 +758,11 @@ def list_classes(path, train, split, found, classes):
     if folder is None:
         return None
     here = class_folders(folder)
-    # No class leads into another by a link.
     taken = folders_above(folder)
-    taken |= {identity(folder / c) for c in here}
     if classes:
         listed = read_classes(classes, train, found)
         found = [name for name in found if name in listed]
+        taken |= {identity(folder / name) for name in here if name not in listed}
         here = [name for name in here if name in listed]
     if found != here:
         odd = sorted(set(found) ^ set(here))[:5]
@@ -772,12 +772,12 @@ def list_classes(path, train, split, found, classes):
         )
 
     names, labels, empty = [], [], []
+    below = pictures_below(folder, found, taken)
     for label, c in enumerate(found):
-        pictures = pictures_below(folder / c, taken)
-        if not pictures:
+        if not below[c]:
             empty.append(c)
         start = len(str(folder / c))
-        for file in pictures:
+        for file in below[c]:
             names.append(c + file[start:].replace(os.sep, "/"))
             labels.append(label)
     if empty:
@@ -860,31 +860,35 @@ def pictures_in(folder):
         return sorted(entry.name for entry in entries if is_picture(entry))
 
 
-def pictures_below(start, taken):
-    """Paths of the pictures in a folder and all below it, in ImageFolder's order.
+def pictures_below(folder, classes, taken):
+    """{class: paths of the pictures in its folder and below, in ImageFolder's order}.
 
     Links are followed, but no folder is entered twice, nor one of the identities
-    `taken`.
+    `taken`: so a link cannot lead from one class into another.
     """
-    entered = taken - {identity(start)}
-    found = []
-    # Links come last: what can be reached without them has its own path.
-    left, links = [str(start)], []
+    entered = set(taken)
+    found = {c: [] for c in classes}
+    left = deque((c, str(folder / c)) for c in classes)
+    # They come last: what can be reached without them has its own path.
+    links = deque()
     while left or links:
-        here = left.pop() if left else links.pop(0)
+        c, here = left.popleft() if left else links.popleft()
         if identity(here) in entered:
             continue
         entered.add(identity(here))
-        found.append((here, pictures_in(here)))
+        found[c].append((here, pictures_in(here)))
         with os.scandir(here) as entries:
             folders = [entry for entry in entries if is_folder(entry)]
-        left += [x.path for x in folders if not x.is_symlink()]
-        links += sorted(x.path for x in folders if x.is_symlink())
+        for entry in sorted(folders, key=lambda entry: entry.name):
+            queue = links if entry.is_symlink() else left
+            queue.append((c, entry.path))
 
-    files = []
-    for folder, names in sorted(found):
-        files += [os.path.join(folder, name) for name in names]
-    return files
+    below = {}
+    for c, folders in found.items():
+        below[c] = []
+        for place, names in sorted(folders):
+            below[c] += [os.path.join(place, name) for name in names]
+    return below
 
 
 # -- torchvision's sets, sets of one's own ---------------------------------------------

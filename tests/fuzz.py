@@ -44,7 +44,12 @@ def within(seconds):
 
 
 def largest_memory(anew=False):
-    """Bytes of memory in use at the most, since the start or the last call with anew."""
+    """Bytes of memory in use at the most, since the start or the last call with anew.
+
+    0 where the system does not tell.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return 0
     if anew:
         Path("/proc/self/clear_refs").write_text("5")
     for line in Path("/proc/self/status").read_text().splitlines():
