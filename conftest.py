@@ -21,3 +21,14 @@ if not torch.cuda.is_available():
 # So that their asserts explain themselves as those of the tests do.
 pytest.register_assert_rewrite("tests.helpers", "tests.processes")
 pytest_plugins = ["tests.fixtures"]
+
+
+def pytest_addoption(parser):
+    words = "damaged and odd inputs of each kind that are tried"
+    parser.addoption("--fuzz", type=int, default=200, metavar="N", help=words)
+
+
+@pytest.fixture(scope="session")
+def fuzz(request):
+    """How many inputs of tests/fuzz.py to try of each kind: seeds 0 to fuzz - 1."""
+    return request.config.getoption("--fuzz")

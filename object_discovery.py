@@ -27,6 +27,7 @@ import json
 import math
 import re
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -572,7 +573,8 @@ class JobFiles:
 
     NAME.npy.part       the rows so far, float16 (n, h, w), no header
     NAME.npy.part.json  the settings: a job of other settings does not continue this one
-    NAME.done.RANK      numbers of the blocks that process RANK has written, a line each
+    NAME.done.RANK      number and checksum of each block that process RANK has written,
+                        a line each
     """
 
     def __init__(self, path):
@@ -591,14 +593,41 @@ class JobFiles:
         return [file for file in files if name.fullmatch(file.name)]
 
     def finished(self):
-        """The numbers of the blocks that are written, by all processes together."""
-        text = "\n".join(file.read_text() for file in self.logs())
-        # A number without its semicolon is of a process killed while it wrote it.
-        return {int(number) for number in re.findall(r"(\d+);", text)}
+        """{number: checksum} of the blocks that all processes together have written."""
+        # Whatever a power cut has left there is no error.
+        texts = [file.read_text(errors="replace") for file in self.logs()]
+        # A line without its semicolon is of a process killed while it wrote it. Older
+        # versions wrote no checksums: their blocks are made again.
+        lines = re.findall(r"(\d{1,18}) ([0-9a-f]{8});", "\n".join(texts))
+        return {int(number): checksum for number, checksum in lines}
+
+    def keep_sound(self, blocks, grid):
+        """Strikes from the logs what does not match the rows; blocks: a list of ranges.
+
+        After a power cut the disk may hold the line of a block without its rows.
+        """
+        lines = []
+        with open(self.part, "rb") as part:
+            for number, checksum in self.finished().items():
+                if number >= len(blocks):
+                    continue
+                size = 2 * math.prod(grid)
+                part.seek(blocks[number].start * size)
+                if checksum_of(part.read(len(blocks[number]) * size)) == checksum:
+                    lines.append(f"{number} {checksum};\n")
+        with replacing(self.log(0)) as temporary:
+            temporary.write_text("".join(lines))
+        for file in self.logs():
+            if file != self.log(0):
+                file.unlink()
 
     def remove(self):
         for file in (self.about, self.part, *self.logs()):
             file.unlink(missing_ok=True)
+
+
+def checksum_of(content):
+    return f"{zlib.crc32(content):08x}"
 
 
 def discover(
@@ -611,17 +640,18 @@ def discover(
     """
     files = JobFiles(path)
     shape = (len(whole), *grid)
+    blocks = []
+    for start in range(0, len(whole), batch_size):
+        blocks.append(range(start, min(start + batch_size, len(whole))))
     if rank == 0:
         fingerprint = whole.dataset.fingerprint
         job = settings | {"fingerprint": fingerprint, "batch_size": batch_size}
         begin_or_continue(files, shape, job)
+        files.keep_sound(blocks, grid)
     wait(world)
     done = files.finished()
     # All have read what is done before anybody adds to it.
     wait(world)
-    blocks = []
-    for start in range(0, len(whole), batch_size):
-        blocks.append(range(start, min(start + batch_size, len(whole))))
     if rank == 0 and done:
         print(f"going on: {len(done)} of {len(blocks)} blocks are there")
     left = [number for number in range(len(blocks)) if number not in done]
@@ -644,7 +674,10 @@ def begin_or_continue(files, shape, job):
             file.truncate(size)
         with replacing(files.about) as temporary:
             temporary.write_text(json.dumps(job))
-    differ = differences(job, json.loads(files.about.read_text()))
+    try:
+        differ = differences(job, dict(json.loads(files.about.read_text())))
+    except (ValueError, TypeError, RecursionError):
+        differ = f"a damaged {files.about.name}"
     if differ:
         raise ValueError(
             f"--out {files.path}: an unfinished job is there that was begun with "
@@ -673,12 +706,13 @@ def write_blocks(maps, whole, blocks, files, grid, workers, device, rank):
             m = normalize_map(m).cpu()
             # NaN is what save_maps lists as failed; zeros would look like a flat map.
             m[~readable] = torch.nan
+            content = m.half().numpy().astype("<f2").tobytes()
             part.seek(2 * rows.start * math.prod(grid))
-            part.write(m.half().numpy().astype("<f2").tobytes())
+            part.write(content)
             part.flush()
-            # The number follows the rows, so that it never promises what is not there;
-            # it opens a line, because the line before may be torn.
-            log.write(f"\n{number};")
+            # The line follows the rows, so that it never promises what is not there: the
+            # checksum is for power cuts. It begins anew, as the one before may be torn.
+            log.write(f"\n{number} {checksum_of(content)};")
             log.flush()
             bar.update(len(imgs))
 
@@ -686,7 +720,7 @@ def write_blocks(maps, whole, blocks, files, grid, workers, device, rank):
 def finish(files, shape, count, whole, settings):
     """Writes NAME.npy and NAME.json of the part file, then removes the job's files."""
     path = files.path
-    missing = set(range(count)) - files.finished()
+    missing = set(range(count)) - set(files.finished())
     if missing:
         raise ValueError(
             f"--out {path}: {len(missing)} blocks are missing; run the same command again"

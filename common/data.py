@@ -18,10 +18,20 @@ What --data accepts (the `name` of open_data):
         stanford_cars, which has to be there. flowers102 trains on train and val, stl10
         on train and unlabeled
     PATH with train/CLASS/*.jpg
-        as torchvision's ImageFolder; the test split lies in val/CLASS/ or test/CLASS/,
-        val/ goes first
-    PATH with pictures in it
+        a folder for each class; the test split lies in val/CLASS/ or test/CLASS/, val/
+        goes first
+    PATH with CLASS/*.jpg
+        what torchvision calls an ImageFolder; there is no test split
+    PATH with pictures in it, or in PATH/train/
         a flat folder without labels, for pre-training only
+    PATH of a picture
+        a data set of one
+
+In Python it may also be a data set of your own, see open_data.
+
+In all folders only regular files count whose names end as those of pictures do. A class
+may have folders within folders; links are followed, but no folder is entered twice. A
+file that cannot be decoded, or has more than max_pixels pixels, is replaced by the next.
 
 The workers decode and crop, in 8 bits. A Sample carries the box of its crop and the
 coin of its flip: the device normalises and flips the image, and crops the attention map
@@ -38,8 +48,10 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
-import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -49,12 +61,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import (
-    IMG_EXTENSIONS,
-    find_classes,
-    is_image_file,
-    make_dataset,
-)
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -63,6 +70,14 @@ from common.toy import TOY_CLASSES, TOY_VARIANTS, toy
 # Share of the area and aspect ratio of a crop, as in MAE's pre-training.
 CROP_SCALE = (0.2, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
+
+# A picture with more pixels is not decoded. So many take about 1 GB at worst.
+MAX_PIXELS = 100_000_000
+# JPEGs are decoded at a half, quarter or eighth of their size where both sides keep this
+# many pixels: in a part of the time, and enough for views of up to 1792 pixels.
+LEAST_SIDE = 2048
+# Pictures that get a line of their own when they cannot be read.
+LINES = 10
 
 
 # -- Random numbers --------------------------------------------------------------------
@@ -92,7 +107,7 @@ def generator_for(*words):
 class Sample(NamedTuple):
     """What a data set yields; default_collate makes one Sample of batched tensors."""
 
-    # uint8 (3, h, w), RGB, not flipped yet.
+    # uint8 (C, h, w), RGB or grey, not flipped yet.
     image: torch.Tensor
     # -1 = none.
     label: int
@@ -110,46 +125,103 @@ class Sample(NamedTuple):
 # functools.partial, which can be sent to workers, unlike a lambda.
 
 
-def read_file(root, names, labels, i):
-    with Image.open(root / names[i]) as picture:
-        # Decodes, and raises an error if the file is truncated.
-        picture.load()
-        return picture, labels[i]
+def read_file(root, names, labels, max_pixels, i):
+    return load_picture(os.path.join(root, names[i]), max_pixels), labels[i]
 
 
 def read_array(images, labels, i):
     return Image.fromarray(images[i]), labels[i]
 
 
+def read_pair(source, max_pixels, i):
+    picture, label = source[i]
+    check_picture(picture)
+    check_pixels(picture, max_pixels)
+    return picture, as_label(label)
+
+
 def read_row(read, rows, i):
-    return read(rows[i])
+    return read(int(rows[i]))
+
+
+def load_picture(path, max_pixels=MAX_PIXELS):
+    """The decoded PIL picture of a file, of any mode.
+
+    ValueError if it has more than max_pixels, before anything is decoded; otherwise
+    what the decoders raise: OSError, SyntaxError, ValueError and others.
+    """
+    # Pillow warns above a limit of its own, and refuses twice as many.
+    if Image.MAX_IMAGE_PIXELS and Image.MAX_IMAGE_PIXELS < max_pixels:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    with Image.open(path) as picture:
+        check_pixels(picture, max_pixels)
+        if min(picture.size) >= 2 * LEAST_SIDE:
+            picture.draft(None, (LEAST_SIDE, LEAST_SIDE))
+        # Raises an error if the file is truncated.
+        picture.load()
+        return picture
+
+
+def as_label(label):
+    return -1 if label is None else int(label)
+
+
+def check_picture(picture):
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"data: a {type(picture).__name__} instead of a PIL picture")
+
+
+def check_pixels(picture, max_pixels):
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise ValueError(f"{width} x {height} pixels, above --max_pixels {max_pixels}")
 
 
 def to_rgb(picture):
     """A PIL picture of any mode -> 8-bit RGB. Alpha is dropped, as by torchvision."""
+    return to_8_bits(picture, "RGB")
+
+
+def to_8_bits(picture, mode):
+    """A PIL picture of any mode -> mode, "RGB" or "L" (grey)."""
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         picture = wide_grey_to_8_bits(picture)
     if picture.mode == "P" and "transparency" in picture.info:
         # PIL warns on the direct way.
         picture = picture.convert("RGBA")
-    return picture.convert("RGB")
+    if picture.mode == mode:
+        return picture
+    return picture.convert(mode)
 
 
 def wide_grey_to_8_bits(picture):
     """Scales 16-bit and float grey, which PIL's own conversion would clip at 255."""
-    grey = np.asarray(picture, dtype=np.float64)
-    grey = np.nan_to_num(grey, posinf=0, neginf=0)
+    largest = max(strip.max() for _, strip in strips(picture))
     # Older Pillows open 16-bit PNGs in the mode I, of 32 bits.
     whites = (65535,)
     if picture.mode == "F":
         # Nothing in the file says what white is: the least of these that will do.
         whites = (1, 255, 65535)
-    white = grey.max()
+    white = largest
     for candidate in whites:
-        if grey.max() <= candidate:
+        if largest <= candidate:
             white = candidate
             break
-    return Image.fromarray(np.uint8(np.clip(grey / white, 0, 1) * 255 + 0.5))
+    grey = np.empty((picture.height, picture.width), dtype=np.uint8)
+    for top, strip in strips(picture):
+        rows = np.uint8(np.clip(strip / white, 0, 1) * 255 + 0.5)
+        grey[top : top + len(rows)] = rows
+    return Image.fromarray(grey)
+
+
+def strips(picture, values=2**20):
+    """(first row, finite float64 (rows, width)): about `values` grey values at a time."""
+    width, height = picture.size
+    rows = max(1, values // width)
+    for top in range(0, height, rows):
+        strip = picture.crop((0, top, width, min(top + rows, height)))
+        strip = np.asarray(strip, dtype=np.float64)
+        yield top, np.nan_to_num(strip, posinf=0, neginf=0)
 
 
 def train_view(picture, size, seed, scale=CROP_SCALE, after=None):
@@ -205,19 +277,25 @@ def eval_view(picture, size):
     x = round((resized_w - w) / 2)
     y = round((resized_h - h) / 2)
 
-    image = picture.resize((resized_w, resized_h), Image.Resampling.BICUBIC)
-    image = image.crop((x, y, x + w, y + h))
     box = (
         x / resized_w,
         y / resized_h,
         (x + w) / resized_w,
         (y + h) / resized_h,
     )
+    # All of a strip of 2,000,000 x 40 pixels, resized, would take gigabytes. Its middle
+    # alone gives the same but for rounding.
+    if resized_w * resized_h > 16 * w * h:
+        region = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
+        image = picture.resize((w, h), Image.Resampling.BICUBIC, box=region)
+    else:
+        image = picture.resize((resized_w, resized_h), Image.Resampling.BICUBIC)
+        image = image.crop((x, y, x + w, y + h))
     return image, box, False
 
 
 def rand_augment(mean):
-    """RandAugment for train_view's `after`; mean: three fractions, the colour of gaps.
+    """RandAugment for train_view's `after`; mean: fractions (C,), the colour of gaps.
 
     timm's rand-m9-mstd0.5-inc1, which MAE fine-tunes with, as near as torchvision comes
     to it: two operations at magnitude 9 of 10, each with probability 0.5. Invert,
@@ -236,6 +314,32 @@ def rand_augment(mean):
 # -- Data sets -------------------------------------------------------------------------
 
 
+class Names(Sequence):
+    """Strings in one array of bytes.
+
+    Workers are copies of the main process that share its memory until it is written to,
+    and Python writes to a string, to count its uses, whenever it is looked at: a list
+    of a million names soon has a copy in each worker.
+    """
+
+    def __init__(self, names):
+        # Names of files need not be valid UTF-8.
+        encoded = [name.encode(errors="surrogateescape") for name in names]
+        self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        # Where each begins, and where the last one ends.
+        lengths = [0, *map(len, encoded)]
+        self.bounds = np.cumsum(lengths)
+
+    def __len__(self):
+        return len(self.bounds) - 1
+
+    def __getitem__(self, i):
+        # Accepts negative numbers; the IndexError of one too large ends a loop.
+        i = range(len(self))[i]
+        name = self.text[self.bounds[i] : self.bounds[i + 1]].tobytes()
+        return name.decode(errors="surrogateescape")
+
+
 class ImageData(Dataset):
     """One split of a data set.
 
@@ -243,8 +347,8 @@ class ImageData(Dataset):
     or that of another function of (picture, size, seed). Otherwise, and for
     data[index], it is eval_view's.
 
-    A picture that cannot be decoded is replaced by the next one that can, with a
-    warning; ValueError if there is none.
+    A picture that cannot be decoded is replaced by the next one that can. The first few
+    are named in a line each, further ones are counted. ValueError if none can.
     """
 
     def __init__(
@@ -257,14 +361,20 @@ class ImageData(Dataset):
         seed=0,
         masks=None,
         labels=None,
+        root=None,
+        channels=3,
     ):
         # read(i) -> (PIL picture, label)
         self.read = read
         # One per picture: order and identity of the map file's rows.
-        self.names = names
-        # 0 = no labels. In stl10 most pictures have none (-1) all the same.
-        self.num_classes = num_classes
-        self.labelled = num_classes > 0
+        self.names = names if isinstance(names, Names) else Names(names)
+        # The folder in which the names are those of files, or None.
+        self.root = root
+        # 0 = no labels. In stl10 most pictures have none (-1) all the same. None: one
+        # more than the largest label.
+        if num_classes is not None:
+            self.num_classes = num_classes
+        self.labelled = num_classes != 0
         # Only the toy set has them: uint8 (n, 32, 32), 1 = object.
         self.masks = masks
         # (n,), or None where only read() tells them.
@@ -273,26 +383,42 @@ class ImageData(Dataset):
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.augment = train_view if augment is True else augment
         self.seed = seed
+        self.mode = {1: "L", 3: "RGB"}[channels]
+        # Which pictures could not be read. Workers write to the same memory.
+        self.unreadable = torch.zeros(len(names), dtype=torch.bool).share_memory_()
+
+    @functools.cached_property
+    def num_classes(self):
+        return int(self.labels.max()) + 1
 
     @functools.cached_property
     def fingerprint(self):
-        """sha256 over the number of pictures and their names."""
+        """sha256 over the number of pictures, their names and, of files, their sizes."""
+        if self.root is None:
+            return self.names_fingerprint
+        words = [self.names_fingerprint]
+        for i in range(len(self)):
+            words.append(str(os.stat(self.path(i)).st_size))
+        return hashlib.sha256("\0".join(words).encode()).hexdigest()
+
+    @functools.cached_property
+    def names_fingerprint(self):
+        """Without the sizes, as it was in older map files."""
         words = "\0".join([str(len(self)), *self.names])
-        # File names need not be valid UTF-8.
         return hashlib.sha256(words.encode(errors="surrogateescape")).hexdigest()
 
     @functools.cached_property
     def labels(self):
-        """int64 (n,), -1 = none. A set of torchvision's is read for them, once."""
+        """int64 (n,), -1 = none. Some sets have to be read for them, once."""
         labels = self.known
         if labels is None:
             labels = [self.read(i)[1] for i in range(len(self))]
-        return torch.tensor(labels)
+        return torch.as_tensor(labels, dtype=torch.int64)
 
     def subset(self, rows):
         """These rows, a tensor (m,), as a data set of its own."""
-        labels = self.labels[rows].tolist()
-        rows = rows.tolist()
+        labels = self.labels[rows].numpy()
+        rows = rows.numpy()
         masks = None
         if self.masks is not None:
             masks = self.masks[rows]
@@ -305,6 +431,8 @@ class ImageData(Dataset):
             self.seed,
             masks,
             labels,
+            self.root,
+            len(self.mode),
         )
 
     def __len__(self):
@@ -323,24 +451,41 @@ class ImageData(Dataset):
         return Sample(pil_to_tensor(image), int(label), index, torch.tensor(box), flip)
 
     def decode(self, start):
-        """(index, RGB picture, label) of `start` or the next that can be decoded."""
+        """(index, 8-bit picture, label) of `start` or the next that can be decoded."""
+        first = None
         for step in range(len(self)):
             index = (start + step) % len(self)
             try:
                 picture, label = self.read(index)
-                return index, to_rgb(picture), label
+                return index, to_8_bits(picture, self.mode), label
             # Decoders raise OSError, SyntaxError, ValueError and others.
             except Exception as error:
-                # Level 3 is the line that asked for data[...].
-                warnings.warn(
-                    f"unreadable, the next picture replaces it: {self.names[index]} "
-                    f"({error})",
-                    stacklevel=3,
-                )
+                first = first or f"{self.path(index)} ({error})"
+                self.tell(index, error)
         raise ValueError(
-            f"--data: none of the {len(self)} pictures can be decoded, the first is "
-            f"{self.names[0]}"
+            f"--data: none of the {len(self)} pictures can be decoded, not {first}"
         )
+
+    def path(self, i):
+        """What to call picture i: its file, or its name where there is none."""
+        return os.path.join(self.root or "", self.names[i])
+
+    def tell(self, i, error):
+        """Says once, in whichever process, that picture i cannot be read."""
+        if self.unreadable[i]:
+            return
+        self.unreadable[i] = True
+        count = int(self.unreadable.sum())
+        line = f"unreadable, the next picture replaces it: {self.path(i)} ({error})"
+        if count == LINES:
+            line += "; further ones are only counted"
+        if count > LINES:
+            # At 20, 40, 80 ...
+            doublings, rest = divmod(count, LINES)
+            if rest or doublings.bit_count() > 1:
+                return
+            line = f"unreadable so far: {count} of {len(self)} pictures"
+        print(line, file=sys.stderr, flush=True)
 
 
 class TorchvisionSet(NamedTuple):
@@ -418,61 +563,116 @@ TORCHVISION = {
 
 LAYOUTS = (
     "A folder must hold train/CLASS/*.jpg and, for a test split, val/CLASS/*.jpg or "
-    "test/CLASS/*.jpg; or pictures directly (a flat folder, for pre-training only)."
+    "test/CLASS/*.jpg; or CLASS/*.jpg; or pictures directly, here or in train/ (a flat "
+    "folder, for pre-training only)."
 )
 
 
 def open_data(
-    name, split="train", size=32, augment=False, seed=0, classes=None, root=None
+    name,
+    split="train",
+    size=32,
+    augment=False,
+    seed=0,
+    classes=None,
+    root=None,
+    channels=3,
+    max_pixels=MAX_PIXELS,
 ):
     """One split of what --data names; None if there is no such split.
 
-        name     see the top of this file
-        split    "train" or "test"; for toy also one of TOY_VARIANTS; for a folder with
-                 train/CLASS/ also another folder of the same classes: DIR/CLASS/,
-                 DIR/val/CLASS/ or DIR/test/CLASS/
-        size     pixels, int or (h, w)
-        augment  random crop and flip for keys (epoch, index), or a function instead;
-                 see ImageData
-        classes  --classes: a text file, one class folder a line; only these are kept
-        root     where torchvision's sets lie, or are downloaded to
+        name        see the top of this file; or a map-style data set of (PIL picture,
+                    label) for training, or a dict {"train": one, "test": another}
+        split       "train" or "test"; for toy also one of TOY_VARIANTS; for a folder
+                    with classes also another folder of the same classes: DIR/CLASS/,
+                    DIR/val/CLASS/ or DIR/test/CLASS/
+        size        pixels, int or (h, w)
+        augment     random crop and flip for keys (epoch, index), or a function instead;
+                    see ImageData
+        classes     --classes: a text file, one class folder a line; only these are kept
+        root        where torchvision's sets lie, or are downloaded to
+        channels    3 for RGB, 1 for grey
+        max_pixels  a picture with more is unreadable
+
+    Labels of a data set of one's own are ints, -1 or None = none. They are read from its
+    attribute `targets` where it has one, else, if they are needed ahead, by a pass over
+    the pictures; the number of classes is that of its `classes`, or their largest + 1.
 
     ValueError names --data or --classes, what is wrong and the remedy.
     """
-    view = {"size": size, "augment": augment, "seed": seed}
-    path = Path(name).expanduser()
-    nested = False
-    if name != "toy" and name not in TORCHVISION:
-        nested = (path / "train").is_dir()
-    check_split(name, split, nested)
-    check_classes(name, classes, nested)
-
-    if name == "toy":
-        return open_toy(split, view)
-    if name in TORCHVISION:
+    if channels not in (1, 3):
+        raise ValueError(
+            f"--mean, --std: {channels} values, but pictures have 3 channels, or 1 as "
+            "grey ones; give 3 or 1"
+        )
+    view = {"size": size, "augment": augment, "seed": seed, "channels": channels}
+    if not isinstance(name, str | os.PathLike):
+        check_classes("a data set of your own", classes)
+        return open_own(name, split, max_pixels, view)
+    name = str(name)
+    if name == "toy" or name in TORCHVISION:
+        check_split(name, split)
+        check_classes(name, classes)
+        if name == "toy":
+            return open_toy(split, view)
         return open_known(name, split, root, view)
-    if nested:
-        return open_folder(path, split, classes, view)
-    return open_flat(name, split, view)
+
+    return open_files(name, split, classes, max_pixels, view)
 
 
-def check_split(name, split, nested):
+def open_files(name, split, classes, max_pixels, view):
+    """open_data of a folder or a picture."""
+    # Path.expanduser raises an error for unknown users.
+    path = Path(os.path.expanduser(name))
+    found, listed = [], None
+    if path.is_file():
+        listed = list_one(name, path, split)
+    else:
+        folder, found = find_layout(name, path, classes)
+    check_split(name, split, found)
+    check_classes(name, classes, found)
+    if found:
+        listed = list_classes(path, folder, split, found, classes)
+    elif path.is_dir():
+        listed = list_flat(path, folder, split)
+    if listed is None:
+        return None
+
+    labels = np.array(listed.labels)
+    names = Names(listed.names)
+    read = functools.partial(read_file, listed.folder, names, labels, max_pixels)
+    view |= {"labels": labels, "root": listed.folder}
+    return ImageData(read, names, listed.num_classes, **view)
+
+
+class Listed(NamedTuple):
+    """The pictures of a split on the disk."""
+
+    folder: Path
+    # Relative to it, with the same slashes on every system: maps are matched by them.
+    names: list
+    labels: list
+    num_classes: int
+
+
+def check_split(name, split, found=()):
+    """found: the class folders of --data, if it has any."""
     splits = ("train", "test")
     if name == "toy":
         splits += TOY_VARIANTS
-    if split in splits or (nested and Path(split).is_dir()):
+    if split in splits or (found and Path(split).is_dir()):
         return
     message = f"split {split!r} of --data {name}: must be one of {', '.join(splits)}"
-    if nested:
+    if found:
         message += ", or a folder with the same class folders as train/"
     raise ValueError(message)
 
 
-def check_classes(name, classes, nested):
-    if classes and not (nested and Path(classes).is_file()):
+def check_classes(name, classes, found=()):
+    if classes and not (found and Path(classes).is_file()):
         raise ValueError(
             f"--classes {classes}: must be a text file that lists class folders, one a "
-            f"line, and --data a folder with train/CLASS/, not {name}"
+            f"line, and --data a folder with train/CLASS/ or CLASS/, not {name}"
         )
 
 
@@ -483,69 +683,114 @@ def open_toy(split, view):
     return ImageData(read, names, len(TOY_CLASSES), masks=masks, labels=labels, **view)
 
 
-def open_flat(name, split, view):
-    """The pictures that lie directly in a folder, by name; they have no test split."""
-    path = Path(name).expanduser()
+def find_layout(name, path, classes):
+    """The folder of the training pictures, and the names of its class folders if any."""
     if not path.is_dir():
         raise ValueError(
-            f"--data {name}: neither a folder nor one of toy, "
+            f"--data {name}: neither a folder, a picture nor one of toy, "
             f"{', '.join(TORCHVISION)}. {LAYOUTS}"
         )
-    names = []
-    for entry in path.iterdir():
-        if is_image_file(entry.name) and entry.is_file():
-            names.append(entry.name)
-    names.sort()
+    folder = path
+    if (path / "train").is_dir():
+        folder = path / "train"
+    found = class_folders(folder)
+    pictures = pictures_in(folder)
+    # Without train/, val/ and test/ are no classes.
+    if not pictures and set(found) <= {"val", "test"}:
+        raise ValueError(
+            f"--data {name}: no class folders and no pictures in {folder}. {LAYOUTS}"
+        )
+    if not pictures or classes:
+        return folder, found
+
+    below = pictures_below(folder, found, folders_above(folder))
+    filled = [c for c in found if below[c]]
+    if filled:
+        raise ValueError(
+            f"--data {name}: {folder} holds {len(pictures)} pictures, as {pictures[0]}, "
+            f"beside {len(filled)} folders with pictures, as {filled[0]}/; move the ones "
+            "or the others elsewhere, or list the folders that are classes in a file for "
+            "--classes"
+        )
+    return folder, []
+
+
+def list_one(name, path, split):
+    """A picture as a data set of one, without a test split."""
+    if not is_image_file(path.name):
+        raise ValueError(
+            f"--data {name}: a file, but no picture by its name; must end in "
+            f"{', '.join(IMG_EXTENSIONS)}"
+        )
+    if split == "test":
+        return None
+    return Listed(path.parent, [path.name], [-1], 0)
+
+
+def list_flat(path, folder, split):
+    """The pictures that lie directly in a folder, by name, without labels."""
+    if split == "test":
+        test = None
+        if folder != path:
+            test = find_split(path, split)
+        if test is None:
+            return None
+        folder = test
+    names = pictures_in(folder)
     if not names:
         raise ValueError(
-            f"--data {name}: no folder train/ and no pictures in it. {LAYOUTS}"
+            f"--data {path}: {path / 'train'} holds pictures, but {folder} none that lie "
+            f"in it directly. {LAYOUTS}"
         )
-    if split != "train":
+    return Listed(folder, names, [-1] * len(names), 0)
+
+
+def list_classes(path, train, split, found, classes):
+    """Order and labels as in torchvision's ImageFolder of the selected classes.
+
+    train: the folder of the class folders `found`. None if there is no such split.
+    """
+    folder = train
+    if split == "test" and train == path:
         return None
-    labels = [-1] * len(names)
-    read = functools.partial(read_file, path, names, labels)
-    return ImageData(read, names, num_classes=0, labels=labels, **view)
-
-
-def open_folder(path, split, classes, view):
-    """Order and labels as in torchvision's ImageFolder of the selected classes."""
-    folder = find_split(path, split)
+    if split != "train":
+        folder = find_split(path, split)
     if folder is None:
         return None
-    try:
-        found, _ = find_classes(path / "train")
-        here, _ = find_classes(folder)
-        if classes:
-            listed = read_classes(classes, path / "train", found)
-            found = [name for name in found if name in listed]
-            here = [name for name in here if name in listed]
-        if found != here:
-            odd = sorted(set(found) ^ set(here))[:5]
-            raise ValueError(
-                f"--data {path}: {path / 'train'} and {folder} hold different classes, "
-                f"{odd} are in one only; make them equal or list the common ones with "
-                "--classes"
-            )
-        numbers = {name: i for i, name in enumerate(found)}
-        items = make_dataset(str(folder), numbers, IMG_EXTENSIONS)
-    # No class folder, or one without pictures.
-    except FileNotFoundError as error:
-        raise ValueError(f"--data {path}: {error} {LAYOUTS}") from error
+    here = class_folders(folder)
+    taken = folders_above(folder)
+    if classes:
+        listed = read_classes(classes, train, found)
+        found = [name for name in found if name in listed]
+        taken |= {identity(folder / name) for name in here if name not in listed}
+        here = [name for name in here if name in listed]
+    if found != here:
+        odd = sorted(set(found) ^ set(here))[:5]
+        raise ValueError(
+            f"--data {path}: {train} and {folder} hold different classes, {odd} are in "
+            "one only; make them equal or list the common ones with --classes"
+        )
 
-    names, labels = [], []
-    for file, label in items:
-        # Relative, with the same slashes on every system: maps are matched by them.
-        names.append(file[len(str(folder)) + 1 :].replace(os.sep, "/"))
-        labels.append(label)
-    read = functools.partial(read_file, folder, names, labels)
-    return ImageData(read, names, num_classes=len(found), labels=labels, **view)
+    names, labels, empty = [], [], []
+    below = pictures_below(folder, found, taken)
+    for label, c in enumerate(found):
+        if not below[c]:
+            empty.append(c)
+        start = len(str(folder / c))
+        for file in below[c]:
+            names.append(c + file[start:].replace(os.sep, "/"))
+            labels.append(label)
+    if empty:
+        raise ValueError(
+            f"--data {path}: no pictures of the classes {', '.join(empty[:5])} in "
+            f"{folder}; remove these folders or list the others with --classes. {LAYOUTS}"
+        )
+    return Listed(folder, names, labels, len(found))
 
 
 def find_split(path, split):
-    """The folder that holds the class folders of a split, or None."""
-    if split == "train":
-        candidates = [path / "train"]
-    elif split == "test":
+    """The folder that holds the pictures or class folders of a test split, or None."""
+    if split == "test":
         candidates = [path / "val", path / "test"]
     else:
         candidates = [Path(split, "val"), Path(split, "test"), Path(split)]
@@ -568,11 +813,139 @@ def read_classes(file, folder, found):
     return listed
 
 
+# -- Folders ---------------------------------------------------------------------------
+
+
+def identity(path):
+    """Device and number of a folder, the same by all links to it."""
+    about = os.stat(path)
+    return about.st_dev, about.st_ino
+
+
+def folders_above(folder):
+    """The identities of a folder and all above it: links to them would lead in circles."""
+    real = folder.resolve()
+    return {identity(path) for path in (real, *real.parents)}
+
+
+def is_folder(entry):
+    # entry.is_dir() raises an error for a link to itself.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def is_picture(entry):
+    """A regular file: to open a pipe or a device may take for ever."""
+    if not is_image_file(entry.name):
+        return False
+    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+
+
+def class_folders(folder):
+    """The names of the folders in a folder, sorted, without hidden ones."""
+    above = folders_above(folder)
+    names = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # Such as .thumbnails and .ipynb_checkpoints.
+            if entry.name.startswith(".") or not is_folder(entry):
+                continue
+            if identity(entry.path) not in above:
+                names.append(entry.name)
+    return sorted(names)
+
+
+def pictures_in(folder):
+    """The names of the pictures that lie directly in a folder, sorted."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if is_picture(entry))
+
+
+def pictures_below(folder, classes, taken):
+    """{class: paths of the pictures in its folder and below, in ImageFolder's order}.
+
+    Links are followed, but no folder is entered twice, nor one of the identities
+    `taken`: so a link cannot lead from one class into another.
+    """
+    entered = set(taken)
+    found = {c: [] for c in classes}
+    left = deque((c, str(folder / c)) for c in classes)
+    # They come last: what can be reached without them has its own path.
+    links = deque()
+    while left or links:
+        c, here = left.popleft() if left else links.popleft()
+        if identity(here) in entered:
+            continue
+        entered.add(identity(here))
+        found[c].append((here, pictures_in(here)))
+        with os.scandir(here) as entries:
+            folders = [entry for entry in entries if is_folder(entry)]
+        for entry in sorted(folders, key=lambda entry: entry.name):
+            queue = links if entry.is_symlink() else left
+            queue.append((c, entry.path))
+
+    below = {}
+    for c, folders in found.items():
+        below[c] = []
+        for place, names in sorted(folders):
+            below[c] += [os.path.join(place, name) for name in names]
+    return below
+
+
+# -- torchvision's sets, sets of one's own ---------------------------------------------
+
+
 def open_known(name, split, root, view):
     root = root or os.environ.get("ATTG_DATA") or "~/.cache/attg_mae"
     source = open_torchvision(name, split, Path(root).expanduser())
     names = [f"{name}/{split}/{i:06d}" for i in range(len(source))]
     return ImageData(source.__getitem__, names, TORCHVISION[name].classes, **view)
+
+
+def first_label(source):
+    """The label of the first picture, 0 if it cannot be read; ValueError if it has none."""
+    try:
+        pair = source[0]
+    except Exception:
+        return 0
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(
+            f"data: [0] is a {type(pair).__name__}, must be (PIL picture, label), the "
+            "label an int or None"
+        )
+    check_picture(pair[0])
+    return as_label(pair[1])
+
+
+def open_own(data, split, max_pixels, view):
+    """A map-style data set of (PIL picture, label), or a dict of them by split."""
+    source = data if split == "train" else None
+    if isinstance(data, Mapping):
+        source = data.get(split)
+    if source is None and split == "train":
+        raise ValueError(f"data: has {list(data)}; one must be named 'train'")
+    if source is None:
+        return None
+    if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        raise ValueError(
+            f"data: a {type(source).__name__} has no [i] and len(); give a map-style "
+            "data set of (PIL picture, label)"
+        )
+    if not len(source):
+        raise ValueError(f"data: the {split} set is empty")
+    first = first_label(source)
+    # Names that torchvision uses, too.
+    classes = getattr(source, "classes", None)
+    labels = getattr(source, "targets", None)
+    if labels is not None:
+        labels = [as_label(x) for x in labels]
+    num_classes = None
+    if classes is not None:
+        num_classes = len(classes)
+    elif labels is None and first < 0:
+        num_classes = 0
+    read = functools.partial(read_pair, source, max_pixels)
+    names = [f"data/{split}/{i:06d}" for i in range(len(source))]
+    return ImageData(read, names, num_classes, labels=labels, **view)
 
 
 def open_torchvision(name, split, root):
@@ -613,26 +986,40 @@ def open_part(dataset, root, options):
         return dataset(str(root), download=True, **options)
 
 
-def open_labelled(name, tests, size, augment=False, seed=0, classes=None):
+def open_labelled(name, tests, size, augment=False, seed=0, classes=None, **options):
     """The training set and {test: test set} of what --data names; see open_data.
 
-    tests: names of splits. All sets are labelled, or ValueError.
+    tests: names of splits. options: further ones of open_data. All sets are labelled, or
+    ValueError.
     """
-    train_set = open_data(name, "train", size, augment, seed, classes)
+    options |= {"classes": classes}
+    train_set = open_data(name, "train", size, augment, seed, **options)
     test_sets = {}
     for test in tests:
-        test_sets[test] = open_data(name, test, size, classes=classes)
+        test_sets[test] = open_data(name, test, size, **options)
+    own = not isinstance(name, str | os.PathLike)
     for part in (train_set, *test_sets.values()):
         if not part or not part.labelled:
             raise ValueError(
-                f"--data {name}: needs labelled images, train/CLASS and val/CLASS or "
-                "test/CLASS"
+                f"--data {'of your own' if own else name}: needs labelled images, "
+                "train/CLASS and val/CLASS or test/CLASS"
             )
-    # Most of its training pictures have no labels.
-    if name == "stl10":
+    # Most training pictures of stl10 have no labels, and some of your own may not.
+    if own or name == "stl10":
         rows = (train_set.labels >= 0).nonzero().flatten()
         train_set = train_set.subset(rows)
     return train_set, test_sets
+
+
+def refuse_unreadable(dataset):
+    """ValueError if more than 1 % of a data set turned out to be unreadable."""
+    count = int(dataset.unreadable.sum())
+    if count > len(dataset) / 100:
+        first = dataset.path(int(dataset.unreadable.int().argmax()))
+        raise ValueError(
+            f"--data: {count} of {len(dataset)} pictures are unreadable, over 1 %; mend "
+            f"or remove them, the first is {first}"
+        )
 
 
 # -- Few shots -------------------------------------------------------------------------
@@ -793,7 +1180,7 @@ class Feed:
 class Batch(NamedTuple):
     """A micro-batch of training on the device; see attg_mae.model_inputs."""
 
-    # uint8 (B, 3, h, w): random crops, not flipped yet.
+    # uint8 (B, C, h, w): random crops, not flipped yet.
     image: torch.Tensor
     # float32 (B, h, w): attention maps of the whole pictures.
     maps: torch.Tensor | None

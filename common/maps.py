@@ -8,15 +8,18 @@ Attention maps: the files that hold them, and how good they are beside true mask
 A map file is a pair:
     NAME.npy     float16 (n, h, w), C order, values in [0, 1]: one map for each picture
                  of the training split, in its order
-    NAME.json    the manifest: method, fingerprint (of the data set: ImageData),
-                 number (n), shape ([n, h, w]), flat and failed (rows that are zero
-                 because the map was constant, or not finite), checksum (sha256 of the
-                 .npy), settings (of the method)
+    NAME.json    the manifest: method, fingerprint (of the data set, see ImageData:
+                 number, names and sizes of its files), number (n), shape ([n, h, w]),
+                 flat and failed (rows that are zero because the map was constant, or
+                 not finite), checksum (sha256 of the .npy), settings (of the method)
+
+Files of older versions, whose fingerprint lacks the sizes, are taken with a warning.
 """
 
 import hashlib
 import io
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.data import to_rgb
+from common.data import load_picture, to_rgb
 from common.files import replacing
 
 # A map whose range is at most this part of its largest value is flat.
@@ -115,19 +118,86 @@ def refusal(path, what, remedy="make the maps again with object_discovery.py"):
 
 
 def read_manifest(path):
-    """The manifest, a dict, of the map file `path`."""
+    """The manifest, a dict of what save_maps writes, of the map file `path`."""
     json_path = path.with_suffix(".json")
     if not json_path.is_file():
         what = f"the manifest {json_path.name} is missing"
         raise refusal(path, what, "keep it beside the .npy")
     try:
         manifest = json.loads(json_path.read_text())
-        # Asked for here, so that a manifest without one of them counts as damaged.
-        _ = [manifest[key] for key in ("number", "fingerprint", "checksum")]
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"the manifest {json_path.name} is damaged ({error!r})"
+        check_manifest(manifest)
+    # Text that is no JSON, nested beyond Python's depth, or something else in JSON.
+    except (ValueError, RecursionError) as error:
+        what = f"the manifest {json_path.name} is damaged ({error})"
         raise refusal(path, what) from error
     return manifest
+
+
+def check_manifest(manifest):
+    """ValueError unless all is there, of the right types; other files need not fit."""
+    kinds = {"method": str, "fingerprint": str, "number": int, "shape": list}
+    kinds |= {"flat": list, "failed": list, "checksum": str, "settings": dict}
+    if not isinstance(manifest, dict):
+        raise ValueError(f"holds a {type(manifest).__name__}, not names and values")
+    for key, kind in kinds.items():
+        # isinstance would take True for a number.
+        if type(manifest.get(key)) is not kind:
+            raise ValueError(f"{key} is missing or not a {kind.__name__}")
+    if not manifest["method"].isprintable():
+        raise ValueError("method is no text")
+    lists = {key: manifest[key] for key in ("flat", "failed")}
+    # What object_discovery.py counts besides.
+    lists["large"] = manifest["settings"].get("large", [])
+    for key, rows in lists.items():
+        number = manifest["number"]
+        if type(rows) is not list or not all(type(i) is int for i in rows):
+            raise ValueError(f"{key} is not a list of numbers")
+        if rows and not 0 <= min(rows) <= max(rows) < number:
+            raise ValueError(f"{key} names a row that is none of {number}")
+
+
+def check_data(path, manifest, dataset):
+    """ValueError unless the maps were made for these pictures, in this order."""
+    number = manifest["number"]
+    fingerprint = manifest["fingerprint"]
+    if number == len(dataset):
+        if fingerprint == dataset.fingerprint:
+            return
+        if fingerprint == dataset.names_fingerprint:
+            warnings.warn(
+                f"--maps {path}: an older file, which knows number and names of its "
+                "pictures but not their sizes: whether they are the same pictures is "
+                "not checked",
+                stacklevel=3,
+            )
+            return
+    raise refusal(
+        path,
+        f"made for other data ({number} pictures, fingerprint "
+        f"{fingerprint[:12]}, but --data has {len(dataset)}, "
+        f"{dataset.fingerprint[:12]}; number, names and sizes of the files count)",
+        "use the --data and --classes it was made with",
+    )
+
+
+def map_array(path, manifest):
+    """The memory-mapped array of the file, of the right type and shape."""
+    try:
+        # np.load would take archives and pickles as well.
+        maps = np.lib.format.open_memmap(path, mode="r")
+    # A header is a Python expression: a damaged one raises anything.
+    except Exception as error:
+        what = f"truncated or not a .npy file ({error})"
+        raise refusal(path, what) from error
+    number = manifest["number"]
+    right_shape = maps.ndim == 3 and len(maps) == number
+    if maps.dtype != np.float16 or not right_shape or not maps.flags.c_contiguous:
+        what = f"holds {maps.dtype} {maps.shape}, must be float16 ({number}, h, w)"
+        raise refusal(path, what)
+    if manifest["shape"] != list(maps.shape):
+        what = f"holds {maps.shape}, its manifest says {manifest['shape']}"
+        raise refusal(path, what)
+    return maps
 
 
 def load_maps(path, dataset):
@@ -136,38 +206,15 @@ def load_maps(path, dataset):
     save_maps, after one pass over it.
 
     ValueError, naming --maps, what is wrong and the remedy, unless it is whole and made
-    for `dataset`.
+    for `dataset`. A warning if it is of a version that did not know the files' sizes.
     """
     path = Path(path)
     if path.suffix != ".npy" or not path.is_file():
         remedy = "give the NAME.npy that object_discovery.py wrote"
         raise refusal(path, "no such .npy file", remedy)
-
-    # Made for these pictures, in this order?
     manifest = read_manifest(path)
-    number = manifest["number"]
-    fingerprint = manifest["fingerprint"]
-    if (number, fingerprint) != (len(dataset), dataset.fingerprint):
-        raise refusal(
-            path,
-            f"made for other data ({number} pictures, fingerprint "
-            f"{str(fingerprint)[:12]}, but --data has {len(dataset)}, "
-            f"{dataset.fingerprint[:12]})",
-            "use the --data and --classes it was made with",
-        )
-
-    # An array of the right type and shape?
-    try:
-        maps = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as error:
-        what = f"truncated or not a .npy file ({error})"
-        raise refusal(path, what) from error
-    right_shape = maps.ndim == 3 and len(maps) == len(dataset)
-    if maps.dtype != np.float16 or not right_shape or not maps.flags.c_contiguous:
-        what = (
-            f"holds {maps.dtype} {maps.shape}, must be float16 ({len(dataset)}, h, w)"
-        )
-        raise refusal(path, what)
+    check_data(path, manifest, dataset)
+    maps = map_array(path, manifest)
 
     # Values in range, and the bytes that were written? The header is hashed as well.
     with open(path, "rb") as file:
@@ -213,11 +260,16 @@ def open_maps(path, dataset, name):
 def read_mask(folder, name):
     """
     The PNG in `folder` with the relative path of the picture `name`: grey, 0 to 255.
+    OSError if there is none; see load_picture.
 
     Palette pictures: index 0 is background, all else object. Pictures of 0 and 1: 1 is
     object.
     """
-    picture = Image.open(Path(folder, name).with_suffix(".png"))
+    path = Path(folder, name).with_suffix(".png")
+    # To open a pipe or a device may take for ever.
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    picture = load_picture(path)
     if picture.mode == "P":
         grey = np.asarray(picture) > 0
     else:

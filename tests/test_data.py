@@ -2,10 +2,15 @@
 Pictures: decoding, crops, classes, batches, loaders, against torchvision and by hand.
 """
 
+import hashlib
+import os
 import pickle
+import random
 import shutil
+import stat
 import subprocess
 import sys
+import time
 import urllib.error
 import warnings
 from functools import partial
@@ -24,6 +29,7 @@ import common.maps
 import common.run
 import common.toy
 from common.data import TrainBatches, make_loader, open_data, seed_for
+from tests.fuzz import largest_memory, odd_picture, odd_tree, png, within
 from tests.helpers import ROOT, equal, noise, ramp, write
 
 
@@ -150,6 +156,7 @@ raise SystemExit(3)
 @pytest.mark.parametrize("name", ["toy", "folder", "flat"])
 def test_data_sets_pickle(folder, name):
     (folder / "train" / "b").rename(folder / "flat")
+    shutil.rmtree(folder / "flat" / "sub")
     dataset = open_data({"toy": "toy", "folder": folder, "flat": folder / "flat"}[name])
     again = pickle.loads(pickle.dumps(dataset))
     assert equal(dataset[1], again[1]) and again.fingerprint == dataset.fingerprint
@@ -285,7 +292,6 @@ def test_exif_rotation_is_ignored(tmp_path):
     )
 
 
-@pytest.mark.filterwarnings("ignore:unreadable")
 def test_bad_files_are_replaced(tmp_path):
     for i in range(6):
         write(tmp_path / f"{i}.jpg", noise(64, 64, i))
@@ -295,7 +301,9 @@ def test_bad_files_are_replaced(tmp_path):
     (tmp_path / "5.jpg").write_bytes(b"")
     (tmp_path / "notes.txt").write_text("ignored")
     flat = open_data(tmp_path, size=40, augment=True)
-    assert flat.names == [f"{i}.jpg" for i in range(6)]  # bad files keep their row
+    assert list(flat.names) == [
+        f"{i}.jpg" for i in range(6)
+    ]  # bad files keep their row
     assert [flat[i].index for i in range(6)] == [0, 3, 3, 3, 4, 0]
     assert equal(flat[1], flat[3]) and equal(flat[5], flat[0])
     assert flat[2, 1].index == 3 and not torch.equal(flat[2, 1].box, flat[2, 3].box)
@@ -303,13 +311,12 @@ def test_bad_files_are_replaced(tmp_path):
     assert batch.index.tolist() == [0, 3, 3, 3, 4, 0]
 
 
-@pytest.mark.filterwarnings("ignore:unreadable")
 def test_no_readable_file(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"x")
     with pytest.raises(
         ValueError,
-        match=r"--data: none of the 3 pictures can be decoded, the first is 0\.png",
+        match=r"--data: none of the 3 pictures can be decoded, not /.*/1\.png \(",
     ):
         open_data(tmp_path)[1]
 
@@ -317,10 +324,10 @@ def test_no_readable_file(tmp_path):
 def test_class_folder(folder):
     train, val = open_data(str(folder)), open_data(str(folder), "test")
     peer = torchvision.datasets.ImageFolder(folder / "train")
-    assert train.names == [
+    assert list(train.names) == [
         Path(p).relative_to(folder / "train").as_posix() for p, _ in peer.samples
     ]
-    assert train.names[:4] == ["a/0.png", "a/1.png", "a/3.png", "a/sub/2.png"]
+    assert list(train.names)[:4] == ["a/0.png", "a/1.png", "a/3.png", "a/sub/2.png"]
     assert [train[i].label for i in range(12)] == peer.targets
     assert (train.num_classes, train.labelled, len(val), train.masks) == (
         3,
@@ -329,12 +336,12 @@ def test_class_folder(folder):
         None,
     )
     (folder / "val").rename(folder / "test")
-    assert open_data(str(folder), "test").names == val.names
+    assert list(open_data(str(folder), "test").names) == list(val.names)
     (folder / "test").rename(folder / "elsewhere")
     assert open_data(str(folder), "test") is None
     (folder / "linked").symlink_to(folder / "elsewhere" / "a")
     linked = open_data(folder / "linked")
-    assert linked.names == ["0.png"]
+    assert list(linked.names) == ["0.png"]
     assert linked[0].label == -1
     assert (linked.num_classes, linked.labelled) == (0, False)
     assert open_data(folder / "linked", "test") is None
@@ -359,7 +366,7 @@ def test_classes_select_folders(folder, tmp_path):
     assert [train[i].label for i in range(8)] == [0] * 4 + [1] * 4
     assert train.names[4] == "c/0.png"
     assert train.num_classes == 2
-    assert val.names == ["a/0.png", "c/0.png"]
+    assert list(val.names) == ["a/0.png", "c/0.png"]
     assert (val[0].label, val[1].label) == (0, 1)
     assert train.fingerprint != open_data(folder).fingerprint
     listed.write_text("a\nzebra\n")
@@ -375,9 +382,10 @@ def test_classes_select_folders(folder, tmp_path):
         ValueError, match=r"--classes .*nowhere\.txt: must be a text file"
     ):
         open_data(folder, classes=str(tmp_path / "nowhere.txt"))
-    for name in ("toy", "cifar10", str(folder / "train" / "b")):
+    for name in ("toy", "cifar10", str(folder / "val" / "b")):
         with pytest.raises(
-            ValueError, match="--classes .*--data a folder with train/CLASS/, not"
+            ValueError,
+            match="--classes .*--data a folder with train/CLASS/ or CLASS/, not",
         ):
             open_data(name, classes=str(listed))
 
@@ -396,23 +404,27 @@ def test_test_classes_must_be_the_training_classes(folder):
 
 
 def test_missing_and_empty_folders(tmp_path):
-    layout = r"A folder must hold train/CLASS/\*\.jpg.*flat folder"
+    layout = r"A folder must hold train/CLASS/\*\.jpg.*flat\s+folder"
     with pytest.raises(
         ValueError,
-        match=f"--data .*nowhere: neither a folder nor one of toy, cifar10.*{layout}",
+        match=f"--data .*nowhere: neither a folder, a picture nor one of toy, cifar10.*{layout}",
     ):
         open_data(str(tmp_path / "nowhere"))
     with pytest.raises(
-        ValueError, match=f"--data .*no folder train/ and no pictures in it. {layout}"
+        ValueError,
+        match=f"--data .*no class folders and no pictures in {tmp_path}. {layout}",
     ):
         open_data(str(tmp_path))
     (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match=f"--data .*find any class folder.*{layout}"):
+    with pytest.raises(
+        ValueError,
+        match=f"--data .*no class folders and no pictures in {tmp_path}/train.*{layout}",
+    ):
         open_data(str(tmp_path))
     write(tmp_path / "train" / "a" / "0.png", noise(40, 40))
     (tmp_path / "train" / "empty").mkdir()
     with pytest.raises(
-        ValueError, match=f"--data .*no valid file for the classes empty.*{layout}"
+        ValueError, match=f"--data .*no pictures of the classes empty in .*{layout}"
     ):
         open_data(str(tmp_path))
     with pytest.raises(
@@ -626,7 +638,7 @@ def test_subsets_of_data(labelled, monkeypatch):
     whole_set = open_data(labelled["data"], "train", 32, augment=True, seed=4)
     rows = torch.tensor([24, 3, 11])
     part = whole_set.subset(rows)
-    assert part.names == [whole_set.names[i] for i in rows]
+    assert list(part.names) == [whole_set.names[i] for i in rows]
     assert part.labels.tolist() == [2, 0, 1]
     assert len(part) == 3
     assert part.fingerprint != whole_set.fingerprint
@@ -659,7 +671,8 @@ def test_other_folders_as_test_sets(folder, tmp_path):
         shutil.rmtree(tmp_path / "more", ignore_errors=True)
         shutil.copytree(folder / "val", tmp_path / "more" / layout)
         more = open_data(str(folder), str(tmp_path / "more"))
-        assert more.names == open_data(str(folder), "test").names and more[2].label == 2
+        assert list(more.names) == list(open_data(str(folder), "test").names)
+        assert more[2].label == 2
     write(tmp_path / "more" / "d" / "0.png", noise(40, 40))
     with pytest.raises(
         ValueError, match=r"train and .*more hold different classes, \['d'\]"
@@ -730,3 +743,385 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(labelled):
     ) / len(pairs)
     # Neither of two operations, probability 0.25, or some without effect
     assert 0.15 < unchanged < 0.5
+
+
+# -- Layouts ---------------------------------------------------------------------------
+
+
+def test_class_folders_without_train(folder, tmp_path, monkeypatch):
+    """What torchvision calls an ImageFolder: for training, and with --val to evaluate."""
+    peer = torchvision.datasets.ImageFolder(folder / "train")
+    train = open_data(folder / "train")
+    assert list(train.names) == list(open_data(folder).names)
+    assert train.labels.tolist() == peer.targets
+    assert (train.num_classes, train.labelled) == (3, True)
+    assert open_data(folder / "train", "test") is None
+    monkeypatch.chdir(folder / "train")
+    assert list(open_data(".").names) == list(train.names)
+    assert open_data(".")[3].image.equal(train[3].image)
+    parts = common.data.open_labelled(folder / "train", [str(folder / "val")], 32)
+    assert len(parts[0]) == 12 and len(parts[1][str(folder / "val")]) == 3
+    (tmp_path / "classes.txt").write_text("a\nc\n")
+    few = open_data(folder / "train", classes=tmp_path / "classes.txt")
+    assert len(few) == 8 and few.num_classes == 2
+    with pytest.raises(ValueError, match="--data .*needs labelled images"):
+        common.data.open_labelled(folder / "train", ["test"], 32)
+
+
+def test_flat_train_and_test_folders(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        for i in range(count):
+            write(tmp_path / split / f"{i}.png", noise(40, 40, i))
+    train, test = open_data(tmp_path), open_data(tmp_path, "test")
+    assert list(train.names) == ["0.png", "1.png", "2.png"]
+    assert list(test.names) == ["0.png", "1.png"]
+    assert not (train.labelled or test.labelled) and train[0].label == -1
+    (tmp_path / "val").rename(tmp_path / "kept")
+    assert open_data(tmp_path, "test") is None
+    write(tmp_path / "val" / "a" / "0.png", noise(40, 40))
+    with pytest.raises(ValueError, match=r"train holds pictures, but .*val none"):
+        open_data(tmp_path, "test")
+
+
+def test_stray_pictures_are_not_silently_the_set(folder, tmp_path):
+    for i in range(2):
+        write(folder / "train" / f"stray{i}.png", noise(40, 40))
+    for data in (folder, folder / "train"):
+        with pytest.raises(
+            ValueError, match=r"train holds 2 pictures, as stray0.png, beside 3 folders"
+        ):
+            open_data(data)
+    # What is meant can be said.
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    assert len(open_data(folder, classes=tmp_path / "classes.txt")) == 12
+    # Folders without pictures are in nobody's way.
+    for name in "abc":
+        shutil.rmtree(folder / "train" / name)
+        (folder / "train" / name).mkdir()
+    assert list(open_data(folder).names) == ["stray0.png", "stray1.png"]
+    write(tmp_path / "half" / "val" / "a" / "0.png", noise(40, 40))
+    with pytest.raises(ValueError, match="no class folders and no pictures in .*half"):
+        open_data(tmp_path / "half")
+
+
+def test_one_picture(tmp_path):
+    write(tmp_path / "photo.png", noise(50, 40))
+    write(tmp_path / "other.png", noise(50, 40, 1))
+    one = open_data(tmp_path / "photo.png", augment=True)
+    assert list(one.names) == ["photo.png"] and not one.labelled
+    assert one[0].image.equal(open_data(tmp_path)[1].image) and one[3, 0].index == 0
+    assert open_data(str(tmp_path / "photo.png"), "test") is None
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"notes.txt: a file, but no picture.*\.jpg"):
+        open_data(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="--data ~nobody/x: neither a folder, a pict"):
+        open_data("~nobody/x")
+
+
+def test_folders_are_entered_once_and_only_files_are_read(folder):
+    train = folder / "train"
+    before = list(open_data(folder).names)
+    (train / "a" / "up").symlink_to("..")
+    (train / "a" / "round").symlink_to(".")
+    (train / "a" / "sub" / "self").symlink_to("self")
+    (train / "b" / "across").symlink_to(train / "a")
+    (train / "root").symlink_to(folder)
+    os.mkfifo(train / "a" / "pipe.png")
+    (train / "a" / "zero.png").symlink_to("/dev/zero")
+    (train / "a" / "lost.png").symlink_to("nowhere.png")
+    with within(10):
+        assert list(open_data(folder).names) == before
+        assert list(open_data(train / "a" / "sub").names) == ["2.png"]
+    # Links to other places are followed, the ordinary way first.
+    write(folder / "more" / "x" / "9.png", noise(40, 40))
+    (folder / "more" / "d").symlink_to(folder / "d")
+    (train / "a" / "0link").symlink_to("sub")
+    (train / "a" / "link").symlink_to(folder / "more")
+    write(folder / "d" / "9.png", noise(40, 40))
+    (train / "d").symlink_to(folder / "d")
+    names = list(open_data(folder).names)
+    assert sorted(set(names) - set(before)) == ["a/link/x/9.png", "d/9.png"]
+
+
+@pytest.mark.parametrize("links", [(), ("up", "across", "device", "file")])
+def test_odd_folders(tmp_path, fuzz, links):
+    """Against torchvision where there are no links, and by what must hold elsewhere."""
+    opened = 0
+    for seed in range(fuzz):
+        root = tmp_path / str(seed)
+        odd_tree(root, random.Random(seed), links)
+        plain, empty = [], False
+        for c in "abc":
+            here = []
+            for place, _, files in os.walk(root / c):
+                here += [os.path.relpath(os.path.join(place, x), root) for x in files]
+            here = [x for x in here if x.endswith((".png", ".jpg"))]
+            here = [x for x in here if os.path.isfile(root / x)]
+            plain += here
+            empty = empty or not here
+        with within(20):
+            try:
+                data = open_data(root, size=8)
+            except ValueError as error:
+                assert empty and f"--data {root}: no pictures of the cl" in str(error)
+                continue
+            data[seed % len(data)]
+        opened += 1
+        names = list(data.names)
+        assert set(plain) <= set(names) and len(set(names)) == len(names), seed
+        assert all(os.path.isfile(root / name) for name in names), seed
+        # Each folder by one way only, and no class within another one.
+        ways = {(x.split("/")[0], os.path.dirname(x)) for x in names}
+        real = {(c, os.path.realpath(root / way)) for c, way in ways}
+        assert len(real) == len(ways), seed
+        assert all(str(root / c) in p for c, p in real if str(root) in p), seed
+        if not links:
+            for pipe in root.rglob("*"):
+                if stat.S_ISFIFO(pipe.stat().st_mode):
+                    pipe.unlink()
+            shutil.rmtree(root / ".hidden", ignore_errors=True)
+            peer = torchvision.datasets.ImageFolder(root)
+            assert names == [os.path.relpath(p, root) for p, _ in peer.samples], seed
+            assert data.labels.tolist() == peer.targets
+    assert opened > 0.8 * fuzz
+
+
+def test_names_are_one_array(folder):
+    words = ["a/0.png", "ä/ö.jpg", "", "x" * 300, "\udcff\udcfe.png", "new\nline"]
+    names = common.data.Names(words)
+    assert list(names) == words and len(names) == 6
+    assert names[-2] == words[4] and names[3] == words[3]
+    with pytest.raises(IndexError):
+        names[6]
+    assert list(pickle.loads(pickle.dumps(names))) == words
+    assert list(common.data.Names([])) == []
+    data = open_data(folder)
+    # Nothing of a data set of files is a Python object for each picture.
+    kept = [data.names.text, data.names.bounds, data.labels, data.read.args[2]]
+    assert data.read.args[1] is not None and len(pickle.dumps(data)) < 5000 + sum(
+        x.nbytes for x in kept
+    )
+
+
+# -- Fingerprints ----------------------------------------------------------------------
+
+
+def test_fingerprint_follows_the_sizes_of_files(folder):
+    file = folder / "train" / "a" / "0.png"
+    before = open_data(folder)
+    known = before.names_fingerprint, before.fingerprint
+    content = file.read_bytes()
+    file.write_bytes(content + b"x")
+    after = open_data(folder)
+    assert after.names_fingerprint == known[0] and after.fingerprint != known[1]
+    file.write_bytes(content)
+    assert open_data(folder).fingerprint == known[1]
+    # By hand, and of what has no files as before there were sizes.
+    words = "\0".join([str(len(before)), *before.names])
+    assert known[0] == hashlib.sha256(words.encode()).hexdigest()
+    sizes = [(folder / "train" / x).stat().st_size for x in before.names]
+    words = "\0".join([known[0], *map(str, sizes)])
+    assert known[1] == hashlib.sha256(words.encode()).hexdigest()
+    toys = open_data("toy", "test")
+    assert toys.fingerprint == toys.names_fingerprint
+    part = before.subset(torch.tensor([0, 1]))
+    assert part.fingerprint != part.names_fingerprint
+
+
+# -- Large, damaged and odd pictures ---------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_odd_pictures(tmp_path, fuzz, capsys, channels):
+    """Each is seen, or replaced by the sound one beside it; nothing else may happen."""
+    replaced, limit = 0, 50_000
+    base = largest_memory(anew=True)
+    for seed in range(fuzz):
+        folder = tmp_path / str(seed)
+        write(folder / "1.bmp", noise(9, 9))
+        path, (width, height), sound = odd_picture(folder, random.Random(seed))
+        data = open_data(
+            folder, size=16, augment=True, channels=channels, max_pixels=limit
+        )
+        with within(20):
+            samples = data[0], data[seed, 0], data[0, 1]
+        for sample in samples:
+            assert sample.image.shape == (channels, 16, 16), seed
+            assert sample.image.dtype == torch.uint8
+            assert 0 <= sample.box.min() and sample.box.max() <= 1.00001
+        assert samples[0].index == samples[1].index, seed
+        if sound:
+            assert samples[0].index == int(width * height > limit), seed
+        # Once, by its full path.
+        said = capsys.readouterr().err.count(f"replaces it: {path} (")
+        assert said == samples[0].index, seed
+        replaced += said
+    assert 0.2 * fuzz < replaced < 0.9 * fuzz
+    assert largest_memory() - base < 200e6
+
+
+def test_pictures_as_bombs(tmp_path):
+    """Little files of many pixels: in memory and time they stay within bounds."""
+    (tmp_path / "0.png").write_bytes(png(500_000, 33))
+    (tmp_path / "1.png").write_bytes(png(33, 500_000))
+    row = bytes(2 * 13_000)
+    (tmp_path / "2.png").write_bytes(png(13_000, 13_000, 16, 0, row))
+    write(tmp_path / "3.png", noise(9, 9))
+    data = open_data(tmp_path, size=224, augment=True)
+    base = largest_memory(anew=True)
+    for i in range(3):
+        began = time.process_time()
+        with warnings.catch_warnings():
+            # Pillow's own word on the third.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            seen = {data[i].index, data[0, i].index}
+        assert seen == {3 if i == 2 else i}
+        assert time.process_time() - began < 4
+    # Whole, the strips would take 4.5 GB.
+    assert largest_memory() - base < 400e6
+
+
+def test_pixels_are_counted_before_decoding(tmp_path, capsys):
+    write(tmp_path / "0.png", noise(60, 50))
+    write(tmp_path / "1.png", noise(50, 50))
+    assert open_data(tmp_path, max_pixels=3000)[0].index == 0
+    assert open_data(tmp_path, max_pixels=2999)[0].index == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/0.png (60 x 50 pixels, above --max_pixels 2999)" in said
+    with pytest.raises(ValueError, match="none of the 2 .*above --max_pixels 9"):
+        open_data(tmp_path, max_pixels=9)[0]
+
+
+@pytest.mark.parametrize("along", [0, 1])
+def test_middle_of_strips(tmp_path, along):
+    """What is left out of the resizing changes nothing but the rounding."""
+    y, x = np.mgrid[:40, :1200]
+    waves = np.uint8(127 + 60 * np.sin(x / 8) + 60 * np.sin(y / 5))
+    write(tmp_path / "0.png", Image.fromarray(waves.T if along else waves))
+    image, _, _, box, _ = open_data(tmp_path, size=28)[0]
+    v = torchvision.transforms
+    resize = v.Resize(32, v.InterpolationMode.BICUBIC)
+    expected = v.CenterCrop(28)(resize(Image.open(tmp_path / "0.png")))
+    got, want = image[0].numpy().astype(int), np.array(expected)
+    assert abs(got - want).max() <= 1 and (got != want).mean() < 0.05
+    # A region a pixel aside is not taken for it.
+    assert abs(got[1:-1, 2:] - want[1:-1, 1:-1]).max() > 5
+    assert abs(got[2:, 1:-1] - want[1:-1, 1:-1]).max() > 5
+    sides = (box[2:] - box[:2]).tolist()
+    assert np.allclose(sides[:: -1 if along else 1], [28 / 960, 28 / 32])
+
+
+def test_large_jpegs_are_decoded_smaller(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.data, "LEAST_SIDE", 64)
+    write(tmp_path / "0.jpg", ramp(128, 129), quality=95)
+    write(tmp_path / "1.jpg", ramp(128, 127), quality=95)
+    read = [common.data.load_picture(tmp_path / f"{i}.jpg") for i in range(2)]
+    assert read[0].size == (64, 65) and read[1].size == (128, 127)
+    images = [x.image.int() for x in open_data(tmp_path, size=40)]
+    assert (images[0] - images[1]).abs().max() <= 4
+
+
+def test_grey_pictures(tmp_path, labelled):
+    wide = np.uint16(np.arange(64).reshape(8, 8) * 1024)
+    write(tmp_path / "0.png", Image.fromarray(wide))
+    write(tmp_path / "1.png", noise(8, 8))
+    grey = open_data(tmp_path, size=8, augment=True, channels=1)
+    assert grey[0].image.shape == grey[2, 1].image.shape == (1, 8, 8)
+    assert (grey[0].image[0].numpy() == (wide / 257 + 0.5).astype(int)).all()
+    luma = np.asarray(noise(8, 8), float) @ (0.299, 0.587, 0.114)
+    assert abs(grey[1].image[0].numpy() - luma).max() <= 1
+    view = partial(common.data.train_view, after=common.data.rand_augment((0.5,)))
+    data = open_data(labelled["data"], size=32, augment=view, channels=1)
+    assert all(data[e, 0].image.shape == (1, 32, 32) for e in range(20))
+    assert open_data("toy", "test", channels=1)[0].image.shape == (1, 32, 32)
+    assert data.subset(torch.tensor([1]))[0].image.shape == (1, 32, 32)
+    with pytest.raises(ValueError, match="--mean, --std: 2 values.*give 3 or 1"):
+        open_data("toy", channels=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ten_unreadable_pictures_are_named(tmp_path, capfd, workers):
+    for i in range(60):
+        write(tmp_path / f"{i:02d}.png", noise(9, 9, i))
+    bad = [f"{tmp_path}/{i:02d}.png" for i in range(0, 60, 2)]
+    for file in bad:
+        Path(file).write_bytes(b"no picture")
+    data = open_data(tmp_path, size=8, augment=True)
+    common.data.refuse_unreadable(data)
+    for _ in range(2):
+        batches = TrainBatches(60, 6, 0, 20)
+        list(make_loader(data, workers=workers, batch_sampler=batches))
+    lines = capfd.readouterr().err.splitlines()
+    named = [x.split(": ")[1].split(" (")[0] for x in lines if "replaces" in x]
+    # Two workers may count at the same moment.
+    assert len(set(named)) == len(named) and set(named) < set(bad)
+    assert abs(len(named) - 10) <= workers
+    assert any("further ones are only counted" in x for x in lines) or workers
+    counts = [x for x in lines if "replaces" not in x]
+    assert len(counts) <= 2 + workers
+    if not workers:
+        assert counts == ["unreadable so far: 20 of 60 pictures"]
+    assert int(data.unreadable.sum()) == 30
+    with pytest.raises(
+        ValueError, match=f"30 of 60 pictures are unreadable, over 1 %.*{bad[0]}"
+    ):
+        common.data.refuse_unreadable(data)
+
+
+# -- Data sets of one's own ------------------------------------------------------------
+
+
+class Own:
+    """A map-style data set; `reads` counts how often a picture was asked for."""
+
+    def __init__(self, labels, **known):
+        self.values, self.reads = labels, 0
+        vars(self).update(known)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, i):
+        self.reads += 1
+        return noise(40, 40, i).convert("L" if i % 2 else "RGB"), self.values[i]
+
+
+def test_own_data_sets(tmp_path):
+    own = Own([2, 0, 1, 2, -1])
+    train = open_data(own, size=32, augment=True, seed=1)
+    assert own.reads == 1 and train.labelled and open_data(own, "test") is None
+    assert len(train) == 5 and train[3, 4].image.shape == (3, 32, 32)
+    assert train[0].label == 2 and train[4].label == -1
+    write(tmp_path / "0.png", noise(40, 40, 0))
+    assert train[0].image.equal(open_data(tmp_path, size=32)[0].image)
+    assert train.num_classes == 3 and train.labels.tolist() == [2, 0, 1, 2, -1]
+    batch = next(iter(make_loader(train, 5, workers=1)))
+    assert batch.label.tolist() == [2, 0, 1, 2, -1]
+    # What is known ahead is not read.
+    own = Own([2, 0], targets=[2, 0], classes=["a", "b", "c", "d"])
+    known = open_data({"train": own, "test": Own([None])}, size=32)
+    assert (known.num_classes, known.labels.tolist(), own.reads) == (4, [2, 0], 1)
+    test = open_data({"train": own, "test": Own([None])}, "test")
+    assert not test.labelled and test[0].label == -1
+    assert known.fingerprint != open_data(Own([0, 0, 0])).fingerprint
+    pair = {"train": Own([0, -1, 1]), "test": Own([1, 0])}
+    train, tests = common.data.open_labelled(pair, ["test"], 32)
+    assert train.labels.tolist() == [0, 1] and tests["test"].num_classes == 2
+
+
+def test_wrong_data_sets_of_ones_own(tmp_path):
+    with pytest.raises(ValueError, match="a generator has no .i. and len"):
+        open_data(x for x in [])
+    with pytest.raises(ValueError, match="data: the train set is empty"):
+        open_data([])
+    with pytest.raises(ValueError, match=r"data: has \['a'\].*named 'train'"):
+        open_data({"a": Own([1])})
+    with pytest.raises(ValueError, match="data: a Tensor instead of a PIL picture"):
+        open_data([(torch.zeros(3, 8, 8), 0)])
+    with pytest.raises(ValueError, match=r"data: \[0\] is a dict, must be \(PIL pic"):
+        open_data([{"image": noise(9, 9), "label": 1}])
+    pair = {"train": Own([0]), "test": Own([None])}
+    with pytest.raises(ValueError, match="--data of your own: needs labelled"):
+        common.data.open_labelled(pair, ["test"], 32)
+    big = open_data([(noise(90, 90), 0), (noise(9, 9), 1)], max_pixels=8000)
+    assert big[0].index == 1

@@ -5,10 +5,14 @@ Map files: written, read, refused; the quality of maps.
 import hashlib
 import json
 import math
+import os
+import random
+import warnings
 
 import numpy as np
 import pytest
 import sklearn.metrics
+import torch
 from PIL import Image
 
 import common.data
@@ -19,6 +23,7 @@ import common.toy
 import object_discovery
 from common.data import make_loader, open_data
 from common.maps import load_maps, save_maps
+from tests.fuzz import damaged_maps, png, within
 from tests.helpers import noise, write
 
 
@@ -131,7 +136,7 @@ def break_maps(path, how):
         return "the manifest m.json is damaged .*; make the maps again"
     if how == "empty json":
         path.with_suffix(".json").write_text("{}")
-        return "the manifest m.json is damaged .*number"
+        return "the manifest m.json is damaged .*method is missing"
     if how == "foreign":
         path.with_suffix(".json").write_text(
             json.dumps(manifest | {"fingerprint": "f" * 64})
@@ -282,3 +287,140 @@ def test_masks_of_any_depth(tmp_path):
         np.asarray(object_discovery.read_mask(tmp_path, "b.jpg"))
         == 255 * (ramp > 30000)
     ).all()
+
+
+def test_older_map_files_are_taken_with_a_warning(flat, tmp_path):
+    """Their fingerprint knows number and names of the pictures, not the sizes."""
+    save_maps(tmp_path / "m.npy", some_maps(), flat, "x")
+    manifest = json.loads((tmp_path / "m.json").read_text())
+    old = manifest | {"fingerprint": flat.names_fingerprint}
+    (tmp_path / "m.json").write_text(json.dumps(old))
+    with pytest.warns(UserWarning, match=r"m\.npy: an older file.*sizes.*not checked"):
+        maps = load_maps(tmp_path / "m.npy", flat)[0]
+    assert maps.shape == (5, 7, 9)
+    (tmp_path / "m.json").write_text(json.dumps(manifest))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_maps(tmp_path / "m.npy", flat)
+        # Data sets without files have no sizes that could be missing.
+        toys = open_data("toy", "test")
+        save_maps(tmp_path / "t.npy", np.zeros((2000, 2, 2)), toys, "x")
+        load_maps(tmp_path / "t.npy", toys)
+
+
+def test_maps_of_other_pictures_of_the_same_names_are_refused(flat, tmp_path):
+    save_maps(tmp_path / "m.npy", some_maps(), flat, "x")
+    with open(tmp_path / "pictures" / "3.png", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match="--maps .*made for other data .5 .*sizes of"):
+        load_maps(tmp_path / "m.npy", open_data(tmp_path / "pictures"))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"method": None}, "method is missing or not a str"),
+        ({"number": True}, "number is missing or not a int"),
+        ({"flat": [5]}, "flat names a row that is none of 5"),
+        ({"failed": [-1]}, "failed names a row"),
+        ({"failed": ["1"]}, "failed is not a list of numbers"),
+        ({"settings": {"large": 3}}, "large is not a list of numbers"),
+        ({"shape": [5, 9, 7]}, r"holds \(5, 7, 9\), its manifest says \[5, 9, 7\]"),
+    ],
+)
+def test_wrong_manifests(flat, tmp_path, change, words):
+    save_maps(tmp_path / "m.npy", some_maps(), flat, "x")
+    manifest = json.loads((tmp_path / "m.json").read_text())
+    (tmp_path / "m.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(ValueError, match=rf"--maps .*m\.npy: .*{words}.*; make the"):
+        load_maps(tmp_path / "m.npy", flat)
+
+
+def test_damaged_map_files(flat, tmp_path, fuzz, capsys):
+    """They load as they were or not at all, with an error that names the file."""
+    whole = tmp_path / "whole.npy"
+    save_maps(whole, some_maps(), flat, "tokencut", large=[1, 3], cut=0.2)
+    want = np.load(whole)
+    files = {x: whole.with_suffix(x).read_bytes() for x in (".npy", ".json")}
+    path, refused = tmp_path / "m.npy", {}
+    for seed in range(fuzz):
+        for suffix, content in files.items():
+            path.with_suffix(suffix).write_bytes(content)
+        kind = damaged_maps(path, random.Random(seed))
+        refused.setdefault(kind, [])
+        try:
+            with within(20), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                maps = object_discovery.read_maps(path, "--maps", flat)[0]
+        except ValueError as error:
+            assert f"--maps {path}: " in str(error), seed
+            refused[kind].append(True)
+        else:
+            assert np.array_equal(maps, want), seed
+            refused[kind].append(False)
+    assert all(
+        refused["npy"] + refused["header"] + refused["archive"] + refused["text"]
+    )
+    # Not every value of the manifest matters.
+    assert np.mean(refused["json"]) > 0.5 and np.mean(refused["key"]) > 0.5
+
+
+def test_power_cuts_in_a_job(flat, tmp_path, monkeypatch, capsys):
+    """Rows of finished blocks that never reached the disk are made again."""
+
+    def maps(imgs):
+        if len(called) == stop:
+            raise KeyboardInterrupt
+        called.append(len(imgs))
+        return imgs[:, 0, ::8, ::8].float()
+
+    whole = object_discovery.Whole(flat, (32, 32))
+    job = {"method": "x"}, 1, 0, torch.device("cpu"), 0, 1
+    stop, called = None, []
+    object_discovery.discover(maps, whole, (4, 4), tmp_path / "whole.npy", *job)
+    assert len(called) == 5
+
+    stop, called = 4, []
+    with pytest.raises(KeyboardInterrupt):
+        object_discovery.discover(maps, whole, (4, 4), tmp_path / "m.npy", *job)
+    files = object_discovery.JobFiles(tmp_path / "m.npy")
+    assert sorted(files.finished()) == [0, 1, 2, 3]
+    content = bytearray(files.part.read_bytes())
+    # Of the second block nothing was written, of the third a part.
+    content[32:64] = bytes(32)
+    content[90:96] = bytes(6)
+    files.part.write_bytes(content)
+    with open(files.log(0), "a") as file:
+        # Lines of older versions, of blocks that there are not, and torn ones.
+        file.write("\n4;\n17 00000000;\n3 0000")
+    with open(files.log(1), "wb") as file:
+        file.write(bytes(range(256)))
+    stop, called = None, []
+    object_discovery.discover(maps, whole, (4, 4), tmp_path / "m.npy", *job)
+    assert called == [1, 1, 1]
+    assert "going on: 2 of 5 blocks are there" in capsys.readouterr().out
+    for suffix in (".npy", ".json"):
+        made = (tmp_path / "m").with_suffix(suffix).read_bytes()
+        assert made == (tmp_path / "whole").with_suffix(suffix).read_bytes()
+    assert sorted(x.name for x in tmp_path.glob("m*")) == ["m.json", "m.npy"]
+
+
+def test_damaged_settings_of_a_job(flat, tmp_path):
+    whole = object_discovery.Whole(flat, (32, 32))
+    files = object_discovery.JobFiles(tmp_path / "m.npy")
+    files.part.write_bytes(bytes(5 * 2 * 16))
+    files.log(0).write_text("0 00000000;\n")
+    for text in ("{", "[]", "null", '{"method": "y"}'):
+        files.about.write_text(text)
+        with pytest.raises(ValueError, match="--out .*unfinished job.*delete m.npy.pa"):
+            job = {"method": "x"}, 1, 0, torch.device("cpu"), 0, 1
+            object_discovery.discover(None, whole, (4, 4), files.path, *job)
+
+
+def test_masks_that_are_pipes_or_huge(flat, tmp_path):
+    (tmp_path / "masks").mkdir()
+    os.mkfifo(tmp_path / "masks" / "0.png")
+    (tmp_path / "masks" / "1.png").write_bytes(png(10**5, 10**4, row=b"", rows=1))
+    with within(10):
+        found = list(common.maps.true_masks(flat, tmp_path / "masks", range(3)))
+    assert found == [None] * 3

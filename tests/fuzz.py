@@ -1,0 +1,244 @@
+"""
+Seeded generators of damaged, odd and hostile input; the tests that use them are beside
+those of the same room. `pytest --fuzz N` tries N of each kind.
+
+    rng = random.Random(seed)
+    content = damage(content, rng)      # of any file
+    odd_picture(folder, rng)            # writes one
+    odd_tree(folder, rng)               # class folders with pipes, links, odd names
+    damaged_maps(path, rng)             # a map file of save_maps or its manifest
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# What a number in a header, or a value in a text, may be replaced with.
+NUMBERS = (0, 1, -1, 2**31 - 1, 2**32 - 1, 2**63, 10**30)
+VALUES = (None, True, -1, 1.5, 10**4000, "", "a\x00b", "\ud800", [], [[0]], {}, ["a"])
+VALUES += (float("inf"), [-1], [2**70], [True])
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """TimeoutError if the block takes longer, even if it waits for a pipe."""
+
+    def end(*_):
+        raise TimeoutError(f"longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def largest_memory(anew=False):
+    """Bytes of memory in use at the most, since the start or the last call with anew.
+
+    0 where the system does not tell.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return 0
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+
+
+# -- Bytes -----------------------------------------------------------------------------
+
+
+def damage(content, rng):
+    """Bytes of a file, with a fault as disks, transfers and editors make them."""
+    b = bytearray(content)
+    at = rng.randrange(max(1, len(b)))
+    length = rng.choice((1, 4, 64, 512))
+    kind = rng.choice(("bit", "byte", "cut", "drop", "zeros", "repeat", "noise", "add"))
+    if kind == "bit" and b:
+        b[at] ^= 1 << rng.randrange(8)
+    elif kind == "byte" and b:
+        b[at] = rng.randrange(256)
+    elif kind == "cut":
+        del b[at:]
+    elif kind == "drop":
+        del b[at : at + length]
+    elif kind == "zeros":
+        b[at : at + length] = bytes(len(b[at : at + length]))
+    elif kind == "repeat":
+        b[at:at] = b[at : at + length]
+    elif kind == "noise":
+        b[at : at + length] = rng.randbytes(length)
+    else:
+        b += rng.randbytes(length)
+    return bytes(b)
+
+
+# -- Pictures --------------------------------------------------------------------------
+
+MODES = ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I;16", "I", "F")
+SUFFIXES = (".png", ".jpg", ".tif", ".bmp", ".webp", ".ppm")
+SIDES = (1, 2, 31, 33, 70, 300)
+
+
+def png(width, height, depth=8, colour=2, row=None, rows=None):
+    """A PNG with right checksums, whatever its header says: row repeated rows times."""
+
+    def chunk(name, content):
+        checked = name + content
+        return struct.pack(">I", len(content)) + checked + crc(checked)
+
+    def crc(checked):
+        return struct.pack(">I", zlib.crc32(checked))
+
+    pack = zlib.compressobj(1)
+    line = b"\0" + (bytes(3 * width) if row is None else row)
+    body = [pack.compress(line) for _ in range(height if rows is None else rows)]
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    data = chunk(b"IDAT", b"".join(body) + pack.flush())
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+
+
+def odd_picture(folder, rng):
+    """Writes a picture. Returns its path, (w, h), and whether it is sound."""
+    if rng.random() < 0.15:
+        # A header that promises more, or less, than there is.
+        width, height = rng.choice(SIDES), rng.choice((*SIDES, 10**6, 2**31 - 1))
+        content = png(width, height, row=bytes(30), rows=3)
+        (folder / "0.png").write_bytes(content)
+        return folder / "0.png", (width, height), False
+    size = rng.choice(SIDES), rng.choice(SIDES)
+    shade = np.random.default_rng(rng.randrange(2**32)).random(size[::-1])
+    mode = rng.choice(MODES)
+    if mode == "I;16":
+        picture = Image.fromarray(np.uint16(65535 * shade))
+    elif mode in ("I", "F"):
+        picture = Image.fromarray(np.float32(255 * shade)).convert(mode)
+    else:
+        picture = Image.fromarray(np.uint8(255 * shade)).convert(mode)
+    file, suffix = io.BytesIO(), rng.choice(SUFFIXES)
+    kind = Image.registered_extensions()[suffix]
+    try:
+        picture.save(file, kind)
+    # This format has no such mode.
+    except (OSError, KeyError):
+        picture.convert("RGB").save(file, kind)
+    sound = rng.random() < 0.3
+    content = file.getvalue() if sound else damage(file.getvalue(), rng)
+    path = folder / f"0{suffix}"
+    path.write_bytes(content)
+    return path, size, sound
+
+
+# -- Folders ---------------------------------------------------------------------------
+
+NAMES = (
+    "a",
+    "b.jpg",
+    "-x",
+    "[1]",
+    "a b",
+    "\udcff",
+    "new\nline",
+    "ä",
+    "x.png",
+    ".hidden",
+)
+
+
+def odd_tree(folder, rng, links):
+    """Class folders "a", "b" and "c" with pictures, and what does not belong there."""
+    folders = [folder]
+    for name in "abc":
+        folders.append(folder / name)
+        folders[-1].mkdir(parents=True)
+        if rng.random() < 0.97:
+            (folders[-1] / "0.png").write_bytes(PICTURE)
+    for number in range(rng.randrange(12)):
+        # Pictures beside the class folders are another matter.
+        place = rng.choice(folders[1:])
+        path = place / (rng.choice(NAMES) + rng.choice(("", str(number))))
+        if os.path.lexists(path) or os.path.lexists(f"{path}.png"):
+            continue
+        kind = rng.choice(("folder", "picture", "text", "pipe", *links))
+        if kind == "folder":
+            path.mkdir()
+            folders.append(path)
+        elif kind == "picture":
+            Path(f"{path}.png").write_bytes(PICTURE)
+        elif kind == "text":
+            path.write_text("text")
+        elif kind == "pipe":
+            os.mkfifo(f"{path}.png")
+        elif kind == "device":
+            Path(f"{path}.png").symlink_to("/dev/zero")
+        elif kind == "up":
+            path.symlink_to(rng.choice(("..", ".", "../..", "../../..", str(path))))
+        elif kind == "across":
+            path.symlink_to(rng.choice(folders))
+        elif kind == "file":
+            Path(f"{path}.png").symlink_to(folder / "a" / "0.png")
+
+
+PICTURE = png(1, 1)
+
+# -- Map files -------------------------------------------------------------------------
+
+HEADERS = (
+    "{'descr': '|O', 'fortran_order': False, 'shape': (5, 7, 9), }",
+    "{'descr': '<f2', 'fortran_order': False, 'shape': (5, 7, 10000000000000000000), }",
+    "{'descr': '<f2', 'fortran_order': True, 'shape': (5, 7, 9), }",
+    "{'descr': '<f2', 'fortran_order': False, 'shape': (5, 0, 9), }",
+    "{'descr': '<f2', 'fortran_order': False, 'shape': (-5, -7, 9), }",
+    "{'descr': [('a', '<f2')], 'fortran_order': False, 'shape': (5, 7, 9), }",
+    "{'descr': '<f2', 'fortran_order': False, 'shape': (5, 9, 7), }",
+    "(" * 5000,
+    "{'descr': '<f2'",
+    "[1, 2",
+    "__import__('os').abort()",
+)
+
+
+def damaged_maps(path, rng):
+    """Damages NAME.npy = path, or its manifest; returns what was done, in a word."""
+    manifest = path.with_suffix(".json")
+    kind = rng.choice(
+        ("npy", "npy", "header", "archive", "json", "json", "key", "text")
+    )
+    if kind == "npy":
+        path.write_bytes(damage(path.read_bytes(), rng))
+    elif kind == "header":
+        header = rng.choice(HEADERS).encode()
+        version = rng.choice((b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x00"))
+        length = len(header).to_bytes(2 if version[0] == 1 else 4, "little")
+        body = path.read_bytes()[128:]
+        path.write_bytes(b"\x93NUMPY" + version + length + header + body)
+    elif kind == "archive":
+        file = io.BytesIO()
+        np.savez(file, maps=np.zeros((5, 7, 9), np.float16))
+        path.write_bytes(file.getvalue())
+    elif kind == "json":
+        manifest.write_bytes(damage(manifest.read_bytes(), rng))
+    elif kind == "key":
+        stored = json.loads(manifest.read_text())
+        place = stored if rng.random() < 0.8 else stored["settings"]
+        key = rng.choice(list(place))
+        place[key] = rng.choice((*VALUES, *NUMBERS))
+        if rng.random() < 0.3:
+            del place[key]
+        manifest.write_text(json.dumps(stored))
+    else:
+        deep = "[" * 10**5, '{"a":' * 10**5, "null", "[]", "5", '"text"', "9" * 10**4
+        manifest.write_text(rng.choice(deep))
+    return kind
