@@ -299,12 +299,14 @@ def score(model, tests, features, protocol, settings, place):
     """
     device, rank, world = place
     bf16 = settings["precision"] == "bf16"
+    # As many images at a time as in training, so that what fits there fits here.
+    batch_size = max(1, settings["batch_size"] // (settings["accum"] * world))
     model.eval()
     rows = []
     for name, dataset in tests.items():
         share = Subset(dataset, range(rank, len(dataset), world))
         counts = torch.zeros(len(features), 2, device=device)
-        for sample in make_loader(share, workers=settings["workers"]):
+        for sample in make_loader(share, batch_size, settings["workers"]):
             imgs = model.normalize(sample.image.to(device))
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(imgs)  # (F, B, C)
