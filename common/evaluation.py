@@ -137,7 +137,10 @@ def evaluate(program, args, protocol):
 
 def try_outputs(out, args):
     """OSError, before hours of work, if a file could not be written at their end."""
-    outputs = [("out", out)]
+    outputs = []
+    # Without --out it lies beside a file that is there, unless that name is wrong.
+    if args.out or out.parent.is_dir():
+        outputs.append(("out", out))
     for flag in ("save", "save_features"):
         path = getattr(args, flag, None)
         if path:
@@ -155,7 +158,7 @@ def try_outputs(out, args):
         except OSError as error:
             raise OSError(
                 f"--{flag} {path}: cannot be written ({error.strerror}); name a file in "
-                "a folder that can"
+                "a folder that takes one"
             ) from error
 
 
@@ -171,20 +174,27 @@ def run_program(main):
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # Python flushes once more at exit, into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError) as error:
-        sys.exit(f"{name}: error: {error}")
+        sys.exit(f"{name}: error: {message_of(error)}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        first = str(error).split("\n")[0]
-        sys.exit(
-            f"{name}: error: out of memory; use a lower --batch_size ({first[:200]})"
-        )
+        text = message_of(error)[:200]
+        sys.exit(f"{name}: error: out of memory; use a lower --batch_size ({text})")
+
+
+def message_of(error):
+    """Its text; of an error in a loader's process, which brings its traceback, the end."""
+    text = str(error).strip()
+    if text.startswith("Caught "):
+        return text.splitlines()[-1]
+    return text
 
 
 def is_out_of_memory(error):
