@@ -12,11 +12,10 @@ input. Few labels (--fraction) take the same share of every class.
 Shapes: B images, N tokens, D width, C classes.
 """
 
-import signal
-
 if __name__ == "__main__":
-    # During the imports Ctrl-C ends the program at once, without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from common.commandline import quiet_imports
+
+    quiet_imports()
 
 import argparse
 import dataclasses
@@ -28,19 +27,18 @@ from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
 from attg_mae import ViT, load_encoder, lr_at
+from common.commandline import Parser, end
 from common.data import open_labelled, rand_augment, seed_for, train_view
 from common.evaluation import (
     add_data,
     add_running,
     add_training_data,
-    check_training_data,
+    check_flags,
     evaluate,
-    run_program,
 )
 from common.files import require, sha256
 from common.supervised import (
     Recipe,
-    check_positive,
     fill_in,
     fit,
     score,
@@ -203,18 +201,15 @@ def finetune(args, settings, place):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw)
     add_data(parser.add_argument)
     add_training_data(parser.add_argument)
     add_recipe(parser.add_argument)
     add_running(parser.add_argument, "the checkpoint")
     args = parser.parse_args(argv)
     require(args.checkpoint, "a checkpoint is needed: eval_finetune.py CHECKPOINT")
-    check_training_data(args)
-    check_positive(args, ["accum", "epochs", "batch_size", "blr", "warmup_epochs"])
-    check_positive(args, ["weight_decay", "layer_decay", "drop_path"])
+    check_flags(args)
     return args
 
 
@@ -244,4 +239,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_program(main)
+    end(main, memory="raise --accum, or lower --batch_size")

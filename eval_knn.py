@@ -16,11 +16,10 @@ Shapes: n training images, B test images, D width, C classes, K values of k, Q q
 N images of a database.
 """
 
-import signal
-
 if __name__ == "__main__":
-    # During the imports Ctrl-C ends the program at once, without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from common.commandline import quiet_imports
+
+    quiet_imports()
 
 import argparse
 import copy
@@ -36,14 +35,15 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from attg_mae import load_encoder
+from common.commandline import Parser, end
 from common.data import Sample, open_labelled, shot_indices, to_rgb
 from common.evaluation import (
     add_data,
     add_running,
     add_shots,
+    check_flags,
     check_shots,
     evaluate,
-    run_program,
 )
 from common.features import (
     FEATURES,
@@ -361,9 +361,8 @@ def knn_features(args, settings, place):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw)
     add_protocol(parser.add_argument)
     add_features(parser.add_argument)
     add_running(parser.add_argument, "the checkpoint or the features")
@@ -377,13 +376,9 @@ def arguments(argv):
         f"--batch_size {args.batch_size}: with --retrieval each image has its own size; "
         "leave it out",
     )
+    check_flags(args)
     if not args.k:
         args.k = [5] if args.shots else [20]
-    require(
-        min(args.k + args.shots + [args.seeds, args.batch_size or 1]) >= 1,
-        f"--k {args.k}, --shots {args.shots}, --seeds {args.seeds}, --batch_size "
-        f"{args.batch_size}: must be above 0",
-    )
     if args.batch_size is None:
         args.batch_size = 1 if args.retrieval else 256
     return args
@@ -445,4 +440,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_program(main)
+    end(main)

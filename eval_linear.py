@@ -15,11 +15,10 @@ Shapes: n training images, B images, D width, C classes, R learning rates, F fea
 (class token, patch mean).
 """
 
-import signal
-
 if __name__ == "__main__":
-    # During the imports Ctrl-C ends the program at once, without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from common.commandline import quiet_imports
+
+    quiet_imports()
 
 import argparse
 import dataclasses
@@ -31,25 +30,23 @@ import sys
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from attg_mae import load_encoder, lr_at
+from common.commandline import Parser, end, progress, say
 from common.data import open_labelled, seed_for, shot_indices, train_view
 from common.evaluation import (
     add_data,
     add_running,
     add_shots,
     add_training_data,
+    check_flags,
     check_shots,
-    check_training_data,
     evaluate,
-    run_program,
 )
 from common.features import FEATURES, make_features, read_features
 from common.files import require, sha256
 from common.supervised import (
     Recipe,
-    check_positive,
     fill_in,
     fit,
     hits,
@@ -78,7 +75,7 @@ def train_heads(x, labels, lrs, num_classes, epochs, batch_size, seed, least=100
     # Batches of equal size: in a small last one an image would count too much.
     steps_per_epoch = math.ceil(len(x) / batch_size)
     total = max(least, epochs * steps_per_epoch)
-    for step in tqdm(range(total), desc="probe", leave=False, disable=None):
+    for step in progress(range(total), desc="probe"):
         if step % steps_per_epoch == 0:
             order = torch.randperm(len(x), generator=generator).to(x.device)
             batches = order.tensor_split(steps_per_epoch)
@@ -220,7 +217,7 @@ def probe_features(args, settings, place):
                     grid[f"{lr:.2g}"] = round(top1, 2)
                 case = f"{feature}, {protocol}, seed {seed}"
                 settings["held_out"][case] = grid
-                tqdm.write(f"{case}, held-out top-1 by learning rate: {grid}")
+                say(f"{case}, held-out top-1 by learning rate: {grid}")
             for name in tests:
                 row = {"feature": feature, "protocol": protocol, "test": name}
                 figures = summary(runs, name, bool(args.shots))
@@ -359,9 +356,8 @@ def probe_mae(args, settings, place):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw)
     add_data(
         parser.add_argument,
         checkpoint="file with an encoder; not needed with --features",
@@ -376,7 +372,7 @@ def arguments(argv):
         args.checkpoint or args.features,
         "a checkpoint is needed: eval_linear.py CHECKPOINT, or --features FILE",
     )
-    check_training_data(args)
+    check_flags(args)
     enough = not args.shots or min(args.shots) > 1
     alone = not args.shots or args.fraction == 1
     require(
@@ -384,8 +380,6 @@ def arguments(argv):
         f"--shots {args.shots}: 2 are needed, one to choose the learning rate; and no "
         "--fraction beside it",
     )
-    check_positive(args, ["seeds", "accum", "epochs", "batch_size", "lrs", "blr"])
-    check_positive(args, ["warmup_epochs", "weight_decay"])
     return args
 
 
@@ -481,4 +475,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_program(main)
+    end(main, memory="lower --batch_size, or raise --accum of --protocol mae")

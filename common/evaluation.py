@@ -1,15 +1,11 @@
 """
-What the evaluation programs share: flags, the files that they write, how they end.
+What the evaluation programs share: flags, and the way from them to the results.
 """
 
-import os
-import signal
-import sys
 import time
 from pathlib import Path
 
-import torch
-
+from common.commandline import check_numbers, say
 from common.data import shot_indices
 from common.files import report, require
 from common.run import processes
@@ -82,13 +78,11 @@ def add_running(flag, beside):
     )
 
 
-def check_training_data(args):
+def check_flags(args):
+    """ValueError for numbers out of range, and for a test set that is trained on."""
+    check_numbers(vars(args), epochs=(1, 10**6), seeds=(1, 10**6), lrs=(1e-38, 1e38))
     require(
-        0 < args.fraction <= 1,
-        f"--fraction {args.fraction}: must be above 0, at most 1",
-    )
-    require(
-        "train" not in args.val,
+        "train" not in getattr(args, "val", ()),
         "--val train: that is what is trained on; name test sets",
     )
 
@@ -103,10 +97,9 @@ def check_shots(labels, all_shots, rank):
         shot_indices(labels, shots, 0)
         fewer = int((counts < shots).sum())
         if fewer and rank == 0:
-            print(
+            say(
                 f"--shots {shots}: {fewer} of {len(counts)} classes have fewer images, "
-                f"the smallest {counts.min()}; they give all they have",
-                flush=True,
+                f"the smallest {counts.min()}; they give all they have"
             )
 
 
@@ -160,46 +153,3 @@ def try_outputs(out, args):
                 f"--{flag} {path}: cannot be written ({error.strerror}); name a file in "
                 "a folder that takes one"
             ) from error
-
-
-def run_program(main):
-    """Calls main() and ends the process: no traceback for what is no fault of the code.
-
-    Exit codes: 0; 1 after an error that is told in a line, running out of memory
-    included; 130 for Ctrl-C; 141 where nobody reads the output any more (| head).
-    """
-    name = Path(sys.argv[0]).name
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        # Python flushes once more at exit, into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{name}: error: {message_of(error)}")
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        text = message_of(error)[:200]
-        sys.exit(f"{name}: error: out of memory; use a lower --batch_size ({text})")
-
-
-def message_of(error):
-    """Its text; of an error in a loader's process, which brings its traceback, the end."""
-    text = str(error).strip()
-    if text.startswith("Caught "):
-        return text.splitlines()[-1]
-    return text
-
-
-def is_out_of_memory(error):
-    """Of the GPU, of MPS or of the host, which PyTorch tells apart by words only."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    words = str(error)
-    return "out of memory" in words or "can't allocate memory" in words

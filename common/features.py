@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import Subset
-from tqdm import tqdm
 
+from common.commandline import progress
 from common.data import make_loader
 from common.files import require, sha256
 from common.run import load_checkpoint, save_checkpoint
@@ -26,7 +26,7 @@ def extract_features(model, loader, dtype=None):
     """
     device = model.cls_token.device
     class_tokens, patch_means, labels = [], [], []
-    for sample in tqdm(loader, desc="features", leave=False, disable=None):
+    for sample in progress(loader, desc="features"):
         imgs = model.normalize(sample.image.to(device))
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             tokens = model.forward_features(imgs).float()  # (B, 1 + L, D)

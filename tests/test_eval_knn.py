@@ -327,8 +327,8 @@ def test_shots_that_a_class_does_not_have(encoder, labelled, capsys):
 
 KNN_ERRORS = [
     ("", "checkpoint --features"),
-    ("encoder.pt --k 0", "--k above"),
-    ("encoder.pt --shots 0", "--shots [0] above 0"),
+    ("encoder.pt --k 0", "--k 0 at least 1"),
+    ("encoder.pt --shots 0", "--shots 0 at least 1"),
     ("encoder.pt --data flat", "--data flat labelled train/CLASS"),
     ("encoder.pt --img_size 30", "--img_size 16 multiple"),
     ("missing.pt", "missing.pt"),

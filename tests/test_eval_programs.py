@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 import eval_finetune
 import eval_knn
 import eval_linear
-from common.evaluation import check_shots, run_program
+from common.commandline import end
+from common.evaluation import check_shots
 from tests.helpers import ROOT
 from tests.processes import Process
 
@@ -72,49 +72,6 @@ def test_check_shots(capsys):
             check_shots(bad, [shots], rank=0)
 
 
-def ended(action):
-    """(exit code, what stands for it) of a program whose main is this action."""
-    with pytest.raises(SystemExit) as end:
-        run_program(action)
-    return end.value.code
-
-
-class Unreadable(torch.utils.data.Dataset):
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        raise ValueError("--data x: none can be decoded")
-
-
-def test_errors_are_told_in_a_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["path/eval_knn.py"])
-
-    def raises(error):
-        def action():
-            raise error
-
-        return action
-
-    assert ended(raises(ValueError("--k 0"))) == "eval_knn.py: error: --k 0"
-    assert ended(raises(FileNotFoundError(2, "No", "x"))).endswith("[Errno 2] No: 'x'")
-    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    for error in (gpu, MemoryError("8 GiB"), RuntimeError("MPS backend out of memory")):
-        words = f"eval_knn.py: error: out of memory; use a lower --batch_size ({error})"
-        assert ended(raises(error)) == words
-    assert "--batch_size" in ended(lambda: torch.empty(2**50))
-    with pytest.raises(RuntimeError, match="a fault"):
-        run_program(raises(RuntimeError("a fault of the code")))
-    # Of another process: its traceback is not repeated.
-    loader = DataLoader(Unreadable(), num_workers=1)
-    words = "eval_knn.py: error: ValueError: --data x: none can be decoded"
-    assert ended(lambda: next(iter(loader))) == words
-    assert capsys.readouterr().err == ""
-    assert ended(raises(KeyboardInterrupt)) == 130
-    assert capsys.readouterr().err == "eval_knn.py: interrupted\n"
-    run_program(lambda: None)
-
-
 def test_ctrl_c_in_a_run(ask, encoder, labelled, tmp_path):
     script = (ROOT / "eval_finetune.py", encoder)
     settings = {"data": labelled["data"], "device": "cpu", "epochs": 10**6}
@@ -156,11 +113,11 @@ def test_closed_pipe():
         try:
             os.dup2(writing, 1)
             sys.stdout = open(1, "w")
-            run_program(lambda: print("a line"))
-        except SystemExit as end:
+            end(lambda: print("a line"))
+        except SystemExit as exit_:
             # As Python does at exit
             sys.stdout.flush()
-            code = end.code
+            code = exit_.code
         finally:
             os._exit(code)
     os.close(writing)
