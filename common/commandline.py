@@ -108,6 +108,11 @@ def check_number(name, number, kind, least, most):
 # -- Flags -----------------------------------------------------------------------------
 
 
+def count_or_auto(text):
+    """The type of a flag, for argparse: a whole number or the word auto."""
+    return text if text == "auto" else int(text)
+
+
 class Parser(argparse.ArgumentParser):
     """Flags may have hyphens for underscores; a mistake is answered in three lines."""
 
@@ -136,6 +141,8 @@ class Parser(argparse.ArgumentParser):
 
     def nearest(self, message):
         """The flag that looks most like the first unknown one in the message, or None."""
+        if not message.startswith("unrecognized"):
+            return None
         names = self.names()
         for word in message.split():
             flag = plain(word.partition("=")[0])
@@ -202,8 +209,11 @@ def end(main, memory="lower --batch_size", interrupted="interrupted"):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     name = Path(sys.argv[0]).name
     try:
-        result = main()
-        sys.stdout.flush()
+        try:
+            result = main()
+        finally:
+            # Here, where a closed pipe has an answer. --help comes by as well.
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -228,6 +238,7 @@ def pipe_is_closed(error):
     if not isinstance(error, BrokenPipeError):
         return False
     try:
+        # An empty line tells.
         print(flush=True)
     except BrokenPipeError:
         return True

@@ -114,7 +114,7 @@ def evaluate(program, args, protocol):
     """
     began = time.perf_counter()
     source = Path(getattr(args, "features", None) or args.checkpoint)
-    out = Path(args.out or source.with_name(f"{program}.jsonl"))
+    out = Path(args.out or source.parent / f"{program}.jsonl")
     with processes(args.device) as place:
         device, rank, _ = place
         if rank == 0:
@@ -142,7 +142,8 @@ def try_outputs(out, args):
     for flag, path in outputs:
         is_there = path.exists()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.parent.exists():
+                path.parent.mkdir(parents=True)
             # Appending nothing leaves a file that is there as it is.
             with open(path, "ab"):
                 pass
