@@ -12,12 +12,14 @@ input. Few labels (--fraction) take the same share of every class.
 Shapes: B images, N tokens, D width, C classes.
 """
 
+if __name__ == "__main__":
+    from common.commandline import quiet_imports
+
+    quiet_imports()
+
 import argparse
 import dataclasses
 import functools
-import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -25,12 +27,18 @@ from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
 from attg_mae import ViT, load_encoder, lr_at
+from common.commandline import Parser, end
 from common.data import open_labelled, rand_augment, seed_for, train_view
-from common.files import report, require, sha256
-from common.run import processes
+from common.evaluation import (
+    add_data,
+    add_running,
+    add_training_data,
+    check_flags,
+    evaluate,
+)
+from common.files import require, sha256
 from common.supervised import (
     Recipe,
-    check_positive,
     fill_in,
     fit,
     score,
@@ -158,6 +166,8 @@ def finetune(args, settings, place):
     """The rows of figures, and the settings with those of the recipe."""
     device, _, world = place
     encoder = load_encoder(args.checkpoint, img_size=args.img_size).to(device)
+    settings |= {"protocol": "finetune", "finetune": True}
+    settings["sha256"] = sha256(args.checkpoint)
     cfg = encoder.cfg
     after = rand_augment(cfg.mean)
     view = functools.partial(train_view, scale=(0.08, 1.0), after=after)
@@ -191,52 +201,16 @@ def finetune(args, settings, place):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw)
     add_data(parser.add_argument)
+    add_training_data(parser.add_argument)
     add_recipe(parser.add_argument)
-    add_running(parser.add_argument)
+    add_running(parser.add_argument, "the checkpoint")
     args = parser.parse_args(argv)
     require(args.checkpoint, "a checkpoint is needed: eval_finetune.py CHECKPOINT")
-    require(
-        0 < args.fraction <= 1,
-        f"--fraction {args.fraction}: must be above 0, at most 1",
-    )
-    require(
-        "train" not in args.val,
-        "--val train: that is what is trained on; name test sets",
-    )
-    check_positive(args, ["accum", "epochs", "batch_size", "blr", "warmup_epochs"])
-    check_positive(args, ["weight_decay", "layer_decay", "drop_path"])
+    check_flags(args)
     return args
-
-
-def add_data(flag):
-    flag("checkpoint", nargs="?", help="file with an encoder")
-    flag("--data", default="toy", help="as for attg_mae.py, with labels [%(default)s]")
-    flag(
-        "--classes",
-        help="file with the class folders to keep, one a line (ImageNet-100)",
-    )
-    flag(
-        "--val",
-        nargs="+",
-        default=["test"],
-        help="test sets: test, folders of the same classes, or toy's variants",
-    )
-    flag(
-        "--fraction",
-        type=float,
-        default=1.0,
-        help="share of each class's training images to use [%(default)s]",
-    )
-    flag(
-        "--seed",
-        type=int,
-        default=0,
-        help="of --fraction, order, augmentation [%(default)s]",
-    )
 
 
 def add_recipe(flag):
@@ -256,48 +230,13 @@ def add_recipe(flag):
         help="of the learning rate [0.65, from ViT-L on 0.75]",
     )
     flag("--drop_path", type=float, help="stochastic depth [0.1, ViT-L 0.2, ViT-H 0.3]")
-
-
-def add_running(flag):
     flag("--precision", choices=("fp32", "bf16"), help="[bf16 on a GPU that has it]")
-    flag(
-        "--save",
-        help="file for the trained weights, written after each epoch; the same command "
-        "continues from it",
-    )
-    flag("--img_size", type=int, help="input size in pixels [the checkpoint's]")
-    flag("--workers", type=int, help="loader processes of each process [CPU 0, GPU 8]")
-    flag("--device", help="cuda, mps or cpu [the first there is]")
-    flag(
-        "--out",
-        help="file that the results are added to [eval_finetune.jsonl beside the "
-        "checkpoint]",
-    )
 
 
 def main(argv=None):
-    """Returns the rows of figures.
-
-    The first process prints them as a table and, with all settings, as a line of JSON.
-    """
-    args = arguments(argv)
-    began = time.perf_counter()
-    with processes(args.device) as place:
-        device, rank, _ = place
-        settings = vars(args) | {"protocol": "finetune", "finetune": True}
-        settings["sha256"] = sha256(args.checkpoint)
-        if args.workers is None:
-            settings["workers"] = 0 if device.type == "cpu" else 8
-        rows, settings = finetune(args, settings, place)
-        if rank == 0:
-            settings["seconds"] = round(time.perf_counter() - began, 1)
-            beside = Path(args.checkpoint).with_name("eval_finetune.jsonl")
-            report(rows, settings, args.out or beside)
-    return rows
+    """Returns the rows of figures; see common.evaluation.evaluate."""
+    return evaluate("eval_finetune", arguments(argv), finetune)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval_finetune.py: error: {error}")
+    end(main, memory="raise --accum, or lower --batch_size")

@@ -6,7 +6,8 @@ Tables 1, 3, 6 and 8).
     python eval_knn.py out/NAME/last.pt --data PATH_OR_NAME --shots 1 5 10 20
     python eval_knn.py out/NAME/last.pt --retrieval roxford5k --data DIR --gnd gnd.pkl
 
-The figures are top-1 and top-5; --shots: labelled images a class. Reads checkpoints of
+The figures are top-1 and top-5; --shots: labelled images a class. --retrieval: revisited
+Oxford and Paris, with the pictures as they are in DINO's evaluation. Reads checkpoints of
 this project, MAE, DINO, timm and Hugging Face. Runs under torchrun as well. The encoder
 sees whole images, nothing is masked; both the class token and the mean of the patch
 tokens are measured.
@@ -15,10 +16,14 @@ Shapes: n training images, B test images, D width, C classes, K values of k, Q q
 N images of a database.
 """
 
+if __name__ == "__main__":
+    from common.commandline import quiet_imports
+
+    quiet_imports()
+
 import argparse
+import copy
 import pickle
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +35,25 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from attg_mae import load_encoder
+from common.commandline import Parser, end
 from common.data import Sample, open_labelled, shot_indices, to_rgb
-from common.features import FEATURES, features_of, knn_classify, knn_rankings
-from common.files import report, require, sha256
-from common.run import load_checkpoint, processes, save_checkpoint
+from common.evaluation import (
+    add_data,
+    add_running,
+    add_shots,
+    check_flags,
+    check_shots,
+    evaluate,
+)
+from common.features import (
+    FEATURES,
+    knn_classify,
+    knn_rankings,
+    make_features,
+    read_features,
+)
+from common.files import require
+from common.weights import resize_positions
 
 __all__ = ["accuracy", "knn_classify", "load_ground_truth", "main", "retrieval_map"]
 
@@ -73,6 +93,8 @@ def knn_rows(parts, args, place):
         "add --retrieval and --gnd",
     )
     labels, truth = bank["labels"][labelled], test["labels"]
+    if args.features:
+        check_shots(labels, args.shots, place[1])
     setup = (args.k, int(labels.max()) + 1, *place)
     rows = []
     for feature in FEATURES:
@@ -89,9 +111,10 @@ def knn_rows(parts, args, place):
                 few = x[chosen], labels[chosen]
                 tops.append(accuracy(*few, queries, truth, *setup))
             tops = torch.stack(tops)  # (seeds, K, 2)
+            images = {"seeds": args.seeds, "images": len(chosen)}
             for k, top in zip(args.k, tops.unbind(1), strict=True):
                 row = {"feature": feature, "protocol": f"{shots} shots", "k": k}
-                rows.append(row | mean_and_spread(top) | {"seeds": args.seeds})
+                rows.append(row | mean_and_spread(top) | images)
     return rows
 
 
@@ -224,6 +247,11 @@ def average_precision(places, count):
 
 def retrieval_rows(parts, gnd, name):
     """The rows of image retrieval; name: of the data set."""
+    images, expected = len(parts["train"]["labels"]), len(gnd["imlist"])
+    require(
+        images == expected,
+        f"features of {images} images, but --gnd tells of {expected}; use those of {name}",
+    )
     rows = []
     for feature in FEATURES:
         database, queries = parts["train"][feature], parts["test"][feature]
@@ -235,15 +263,17 @@ def retrieval_rows(parts, gnd, name):
 
 
 class Landmarks(Dataset):
-    """Photographs DIR/NAME.jpg, squashed to (h, w).
+    """Photographs DIR/NAME.jpg, each of its own size: a batch holds one.
 
-    boxes: x0, y0, x1, y1 in pixels, that each is cut to before.
+    As in DINO's evaluation the longer side is shrunk to `longest` pixels and the aspect
+    ratio kept, and queries are not cropped to their boxes. What is no whole patch at the
+    right and at the bottom is cut off.
     """
 
-    def __init__(self, folder, names, size, boxes=None):
+    def __init__(self, folder, names, longest, patch_size):
         self.paths = [Path(folder, f"{name}.jpg") for name in names]
-        self.size = size
-        self.boxes = boxes
+        self.longest = longest
+        self.patch_size = patch_size
         missing = [str(path) for path in self.paths if not path.is_file()]
         if missing:
             raise ValueError(
@@ -255,114 +285,113 @@ class Landmarks(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        picture = to_rgb(Image.open(self.paths[i]))
-        if self.boxes:
-            picture = picture.crop(tuple(round(x) for x in self.boxes[i]))
-        # PIL's sizes are (w, h).
-        picture = picture.resize(self.size[::-1], Image.Resampling.BICUBIC)
+        try:
+            picture = to_rgb(Image.open(self.paths[i]))
+        except Exception as error:  # decoders raise nearly anything
+            raise ValueError(
+                f"--data: {self.paths[i]} is unreadable ({error})"
+            ) from error
+        # Smaller pictures stay as they are.
+        picture.thumbnail((self.longest, self.longest), Image.Resampling.LANCZOS)
+        p = self.patch_size
+        # A side shorter than a patch is filled up with black.
+        whole = [max(p, side - side % p) for side in picture.size]
+        picture = picture.crop((0, 0, *whole))
         return Sample(pil_to_tensor(picture), -1, i, torch.zeros(4), False)
+
+
+class AnySize:
+    """An encoder for images of any size: its positions are resized to their grid.
+
+    Sin-cos positions as well, as by DINO's code, so that those of a landscape span the
+    range of a square's. model: a ViT, whose size and positions change with each batch.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        # A copy: whoever holds the settings keeps theirs.
+        model.cfg = copy.copy(model.cfg)
+        self.grid = model.cfg.grid
+        self.positions = model.pos_embed.detach().clone()  # (1, N, D) of that grid
+        # What extract_features asks of an encoder.
+        self.normalize = model.normalize
+        self.cls_token = model.cls_token
+
+    def forward_features(self, imgs):
+        """Images (B, C, H, W) -> tokens (B, N, D); see ViT.forward_features."""
+        model = self.model
+        model.cfg.img_size = tuple(imgs.shape[2:])
+        model.pos_embed.data = self.positions
+        if model.cfg.grid != self.grid:
+            resized = resize_positions(self.positions, self.grid, model.cfg.grid)
+            model.pos_embed.data = resized
+        return model.forward_features(imgs)
 
 
 # -- The features ----------------------------------------------------------------------
 
 
-def read_features(path):
-    """The parts of a file of --save_features, of this program or eval_linear.py."""
-    parts = load_checkpoint(path)
-    require(
-        {"train", "test", "settings"} <= set(parts),
-        f"--features {path}: holds {sorted(parts)[:5]}; name a file of --save_features",
+def retrieval_features(args, gnd, settings, place):
+    """make_features of retrieval: "train" is the database, "test" the queries."""
+    model = load_encoder(args.checkpoint).to(place[0])
+    longest = args.img_size or max(model.cfg.size)
+    p = model.cfg.patch_size
+    require(longest >= p, f"--img_size {longest}: a patch has {p} pixels; use more")
+    sets = {
+        "train": Landmarks(args.data, gnd["imlist"], longest, p),
+        "test": Landmarks(args.data, gnd["qimlist"], longest, p),
+    }
+    return make_features(AnySize(model), sets, args.batch_size, settings, place)
+
+
+def knn_features(args, settings, place):
+    """make_features of a data set with labels."""
+    model = load_encoder(args.checkpoint, img_size=args.img_size).to(place[0])
+    train_set, tests = open_labelled(
+        args.data, ["test"], model.cfg.size, classes=args.classes
     )
-    return parts
-
-
-# Settings that say where features are from; a file of --save_features holds them.
-SOURCE = ("checkpoint", "data", "classes", "img_size", "precision")
-
-
-def make_features(args, gnd, place):
-    """{"train", "test": {feature or "labels": (n, ...)}, "settings": where from}.
-
-    With --retrieval train is the database and test are the queries. Written to the file
-    --save_features.
-    """
-    device, rank, world = place
-    model = load_encoder(args.checkpoint, img_size=args.img_size).to(device)
-    size = model.cfg.size
-    if args.retrieval:
-        boxes = [query["bbx"] for query in gnd["gnd"]]
-        train_set = Landmarks(args.data, gnd["imlist"], size)
-        test_set = Landmarks(args.data, gnd["qimlist"], size, boxes)
-    else:
-        train_set, tests = open_labelled(
-            args.data, ["test"], size, classes=args.classes
-        )
-        test_set = tests["test"]
-        for shots in args.shots:
-            # Too few images are an error that should come before the long part.
-            shot_indices(train_set.labels, shots, 0)
-
-    workers = args.workers
-    if workers is None:
-        workers = 0 if device.type == "cpu" else 8
-    loader = {"batch_size": args.batch_size, "workers": workers}
-    dtype = torch.bfloat16 if args.precision == "bf16" else None
-    parts = {}
-    for name, dataset in (("train", train_set), ("test", test_set)):
-        found = features_of(model, dataset, loader, dtype, rank, world)
-        parts[name] = dict(zip((*FEATURES, "labels"), found, strict=True))
-    source = {name: getattr(args, name) for name in SOURCE}
-    source |= {"sha256": sha256(args.checkpoint), "val": ["test"]}
-    parts["settings"] = source
-    if args.save_features and rank == 0:
-        save_checkpoint(args.save_features, **parts)
-    return parts
+    if args.shots:
+        # What cannot be drawn is an error that should come before the long part.
+        check_shots(train_set.labels, args.shots, place[1])
+    sets = {"train": train_set, **tests}
+    return make_features(model, sets, args.batch_size, settings, place)
 
 
 # -- The command line ------------------------------------------------------------------
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw)
     add_protocol(parser.add_argument)
     add_features(parser.add_argument)
+    add_running(parser.add_argument, "the checkpoint or the features")
     args = parser.parse_args(argv)
     require(
         args.checkpoint or args.features,
         "a checkpoint is needed: eval_knn.py CHECKPOINT, or --features FILE",
     )
+    require(
+        not (args.retrieval and args.batch_size),
+        f"--batch_size {args.batch_size}: with --retrieval each image has its own size; "
+        "leave it out",
+    )
+    check_flags(args)
     if not args.k:
         args.k = [5] if args.shots else [20]
-    require(
-        min(args.k + args.shots + [args.seeds]) >= 1,
-        f"--k {args.k}, --shots {args.shots}, --seeds {args.seeds}: must be above 0",
-    )
+    if args.batch_size is None:
+        args.batch_size = 1 if args.retrieval else 256
     return args
 
 
 def add_protocol(flag):
-    flag(
-        "checkpoint", nargs="?", help="file with an encoder; not needed with --features"
-    )
-    flag(
-        "--data",
-        default="toy",
-        help="as for attg_mae.py; with --retrieval the folder of the photographs [%(default)s]",
-    )
-    flag(
-        "--classes",
-        help="file with the class folders to keep, one a line (ImageNet-100)",
+    add_data(
+        flag,
+        checkpoint="file with an encoder; not needed with --features",
+        data="as for attg_mae.py; with --retrieval the folder of the photographs",
     )
     flag("--k", type=int, nargs="+", help="neighbours [20; 5 with --shots]")
-    flag("--shots", type=int, nargs="+", default=[], help="labelled images a class")
-    flag(
-        "--seeds",
-        type=int,
-        default=5,
-        help="random choices of the --shots [%(default)s]",
-    )
+    add_shots(flag, use="")
     flag(
         "--retrieval", choices=("roxford5k", "rparis6k"), help="image retrieval instead"
     )
@@ -378,57 +407,37 @@ def add_features(flag):
         default="fp32",
         help="of the encoder [%(default)s]",
     )
-    flag("--img_size", type=int, help="input size in pixels [the checkpoint's]")
-    flag("--batch_size", type=int, default=256)
-    flag(
-        "--workers",
-        type=int,
-        default=None,
-        help="loader processes of each process [CPU 0, GPU 8]",
-    )
-    flag("--device", help="cuda, mps or cpu [the first there is]")
-    flag(
-        "--out",
-        help="file that the results are added to [eval_knn.jsonl beside the "
-        "checkpoint or the features]",
-    )
+    flag("--batch_size", type=int, help="[256; 1 with --retrieval]")
 
 
-def evaluate(args, place):
+def protocol(args, settings, place):
     """The rows of figures of everything that was asked for, and all settings."""
+    settings["val"] = ["test"]
     gnd = None
     if args.retrieval:
         beside = Path(args.data, f"gnd_{args.retrieval}.pkl")
         gnd = load_ground_truth(args.gnd or beside)
     if args.features:
         parts = read_features(args.features)
+    elif args.retrieval:
+        parts = retrieval_features(args, gnd, settings, place)
     else:
-        parts = make_features(args, gnd, place)
-    settings = vars(args) | parts["settings"]
+        parts = knn_features(args, settings, place)
+    require(
+        "test" in parts,
+        f"--features {args.features}: has no test set named test, only "
+        f"{sorted(parts)[:9]}",
+    )
+    settings = settings | parts["settings"]
     if args.retrieval:
         return retrieval_rows(parts, gnd, args.retrieval), settings
     return knn_rows(parts, args, place), settings
 
 
 def main(argv=None):
-    """Returns the rows of figures.
-
-    The first process prints them as a table and, with all settings, as a line of JSON.
-    """
-    args = arguments(argv)
-    began = time.perf_counter()
-    with processes(args.device) as place:
-        _, rank, _ = place
-        rows, settings = evaluate(args, place)
-        if rank == 0:
-            settings["seconds"] = round(time.perf_counter() - began, 1)
-            source = Path(args.features or args.checkpoint)
-            report(rows, settings, args.out or source.with_name("eval_knn.jsonl"))
-    return rows
+    """Returns the rows of figures; see common.evaluation.evaluate."""
+    return evaluate("eval_knn", arguments(argv), protocol)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval_knn.py: error: {error}")
+    end(main)

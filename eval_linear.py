@@ -15,28 +15,38 @@ Shapes: n training images, B images, D width, C classes, R learning rates, F fea
 (class token, patch mean).
 """
 
+if __name__ == "__main__":
+    from common.commandline import quiet_imports
+
+    quiet_imports()
+
 import argparse
 import dataclasses
 import functools
 import math
 import shlex
 import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from attg_mae import load_encoder, lr_at
+from common.commandline import Parser, end, progress, say
 from common.data import open_labelled, seed_for, shot_indices, train_view
-from common.features import FEATURES, features_of
-from common.files import report, require, sha256
-from common.run import load_checkpoint, processes, save_checkpoint
+from common.evaluation import (
+    add_data,
+    add_running,
+    add_shots,
+    add_training_data,
+    check_flags,
+    check_shots,
+    evaluate,
+)
+from common.features import FEATURES, make_features, read_features
+from common.files import require, sha256
 from common.supervised import (
     Recipe,
-    check_positive,
     fill_in,
     fit,
     hits,
@@ -65,7 +75,7 @@ def train_heads(x, labels, lrs, num_classes, epochs, batch_size, seed, least=100
     # Batches of equal size: in a small last one an image would count too much.
     steps_per_epoch = math.ceil(len(x) / batch_size)
     total = max(least, epochs * steps_per_epoch)
-    for step in tqdm(range(total), desc="probe", leave=False, disable=None):
+    for step in progress(range(total), desc="probe"):
         if step % steps_per_epoch == 0:
             order = torch.randperm(len(x), generator=generator).to(x.device)
             batches = order.tensor_split(steps_per_epoch)
@@ -159,17 +169,18 @@ def percent_right(x, truth, weights):
     return 100 * right / len(truth)
 
 
-# Settings that say where features are from; a file of --save_features holds them.
-SOURCE = ("checkpoint", "sha256", "data", "classes", "val", "img_size", "precision")
-
-
 def probe_features(args, settings, place):
     """The rows of the linear probe on kept features, and all settings."""
     device, rank, _ = place
     if args.features:
         parts = read_features(args.features)
+        labels = parts["train"]["labels"]
+        require(
+            (labels >= 0).all(), f"--features {args.features}: of images without labels"
+        )
+        check_shots(labels, args.shots, rank)
     else:
-        parts = make_features(args, settings, place)
+        parts = labelled_features(args, settings, place)
     settings = settings | parts.pop("settings")
     settings["epochs"] = args.epochs or 100
     settings["batch_size"] = args.batch_size or 256
@@ -206,10 +217,11 @@ def probe_features(args, settings, place):
                     grid[f"{lr:.2g}"] = round(top1, 2)
                 case = f"{feature}, {protocol}, seed {seed}"
                 settings["held_out"][case] = grid
-                tqdm.write(f"{case}, held-out top-1 by learning rate: {grid}")
+                say(f"{case}, held-out top-1 by learning rate: {grid}")
             for name in tests:
                 row = {"feature": feature, "protocol": protocol, "test": name}
-                rows.append(row | summary(runs, name, bool(args.shots)))
+                figures = summary(runs, name, bool(args.shots))
+                rows.append(row | figures | {"images": len(chosen)})
     return rows, settings
 
 
@@ -226,39 +238,17 @@ def summary(runs, name, spread):
     return figures
 
 
-def read_features(path):
-    """The parts of a file of --save_features, of this program or eval_knn.py."""
-    parts = load_checkpoint(path)
-    is_whole = {"train", "settings"} < set(parts)
-    require(
-        is_whole and (parts["train"]["labels"] >= 0).any(),
-        f"--features {path}: holds {sorted(parts)[:5]}; name a file of --save_features",
-    )
-    return parts
-
-
-def make_features(args, settings, place):
-    """{"settings": where from, "train" and each test set: {feature or "labels": (n, ...)}}.
-
-    Written to the file --save_features.
-    """
-    device, rank, world = place
-    encoder = load_encoder(args.checkpoint, img_size=args.img_size).to(device)
+def labelled_features(args, settings, place):
+    """The features of the training images and of each test set; see make_features."""
+    encoder = load_encoder(args.checkpoint, img_size=args.img_size).to(place[0])
     train_set, tests = open_labelled(
         args.data, args.val, encoder.cfg.size, classes=args.classes
     )
-    for shots in args.shots:
-        # Too few images are an error that should come before the long part.
-        shot_indices(train_set.labels, shots, 0)
-    loader = {"workers": settings["workers"]}
-    dtype = torch.bfloat16 if args.precision == "bf16" else None
-    parts = {"settings": {name: settings[name] for name in SOURCE}}
-    for name, dataset in {"train": train_set, **tests}.items():
-        found = features_of(encoder, dataset, loader, dtype, rank, world)
-        parts[name] = dict(zip((*FEATURES, "labels"), found, strict=True))
-    if args.save_features and rank == 0:
-        save_checkpoint(args.save_features, **parts)
-    return parts
+    if args.shots:
+        # What cannot be drawn is an error that should come before the long part.
+        check_shots(train_set.labels, args.shots, place[1])
+    sets = {"train": train_set, **tests}
+    return make_features(encoder, sets, args.batch_size or 256, settings, place)
 
 
 # -- MAE's probe -----------------------------------------------------------------------
@@ -344,6 +334,7 @@ def probe_mae(args, settings, place):
     """The rows of MAE's probe, and all settings."""
     device, _, world = place
     encoder = load_encoder(args.checkpoint, img_size=args.img_size).to(device)
+    settings["sha256"] = sha256(args.checkpoint)
     cfg = encoder.cfg
     view = functools.partial(train_view, scale=(0.08, 1.0))
     train_set, tests = open_labelled(
@@ -365,22 +356,23 @@ def probe_mae(args, settings, place):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw)
+    add_data(
+        parser.add_argument,
+        checkpoint="file with an encoder; not needed with --features",
     )
-    add_data(parser.add_argument)
+    add_training_data(parser.add_argument)
+    add_probe(parser.add_argument)
     add_training(parser.add_argument)
-    add_running(parser.add_argument)
+    add_running(parser.add_argument, "the checkpoint or the features")
     args = parser.parse_args(argv)
     check_protocol(parser, args, argv)
     require(
         args.checkpoint or args.features,
         "a checkpoint is needed: eval_linear.py CHECKPOINT, or --features FILE",
     )
-    require(
-        0 < args.fraction <= 1,
-        f"--fraction {args.fraction}: must be above 0, at most 1",
-    )
+    check_flags(args)
     enough = not args.shots or min(args.shots) > 1
     alone = not args.shots or args.fraction == 1
     require(
@@ -388,12 +380,6 @@ def arguments(argv):
         f"--shots {args.shots}: 2 are needed, one to choose the learning rate; and no "
         "--fraction beside it",
     )
-    require(
-        "train" not in args.val,
-        "--val train: that is what is trained on; name test sets",
-    )
-    check_positive(args, ["seeds", "accum", "epochs", "batch_size", "lrs", "blr"])
-    check_positive(args, ["warmup_epochs", "weight_decay"])
     return args
 
 
@@ -430,21 +416,7 @@ def check_protocol(parser, args, argv):
             )
 
 
-def add_data(flag):
-    flag(
-        "checkpoint", nargs="?", help="file with an encoder; not needed with --features"
-    )
-    flag("--data", default="toy", help="as for attg_mae.py, with labels [%(default)s]")
-    flag(
-        "--classes",
-        help="file with the class folders to keep, one a line (ImageNet-100)",
-    )
-    flag(
-        "--val",
-        nargs="+",
-        default=["test"],
-        help="test sets: test, folders of the same classes, or toy's variants",
-    )
+def add_probe(flag):
     flag(
         "--protocol",
         choices=("features", "mae"),
@@ -452,34 +424,7 @@ def add_data(flag):
         help="of the linear probe [%(default)s]",
     )
     flag("--finetune", action="store_true", help="is eval_finetune.py now")
-    flag(
-        "--fraction",
-        type=float,
-        default=1.0,
-        help="share of each class's training images to use [%(default)s]",
-    )
-    flag(
-        "--shots",
-        type=int,
-        nargs="+",
-        default=[],
-        help="labelled images a class, --protocol features",
-    )
-    flag(
-        "--seeds",
-        type=int,
-        default=5,
-        help="random choices of the --shots [%(default)s]",
-    )
-
-
-def add_training(flag):
-    flag(
-        "--seed",
-        type=int,
-        default=0,
-        help="of --fraction, order, augmentation [%(default)s]",
-    )
+    add_shots(flag, use="; --protocol features")
     flag(
         "--lrs",
         type=float,
@@ -488,6 +433,15 @@ def add_training(flag):
         help="learning rates of --protocol features [1e-4 to 3]",
     )
     flag(
+        "--features",
+        help="file of --save_features, of this program or eval_knn.py; its images and "
+        "test sets",
+    )
+    flag("--save_features", help="file to write the features to")
+
+
+def add_training(flag):
+    flag(
         "--epochs",
         type=int,
         help="[features 100, at least 1,000 steps; mae 90, from ViT-L on 50]",
@@ -495,7 +449,8 @@ def add_training(flag):
     flag(
         "--batch_size",
         type=int,
-        help="of all processes [features 256; mae 16384, a tenth of few]",
+        help="[features 256, of the encoder too; mae 16384 of all processes, a tenth of "
+        "few]",
     )
     flag("--accum", type=int, help="micro-batches of a step [for mae of 512 images]")
     flag("--blr", type=float, help="lr = blr * batch_size / 256 [mae 0.1]")
@@ -503,60 +458,21 @@ def add_training(flag):
     flag("--weight_decay", type=float, help="[mae 0]")
     flag("--layer_decay", type=float, help="of eval_finetune.py")
     flag("--drop_path", type=float, help="of eval_finetune.py")
-
-
-def add_running(flag):
     flag(
         "--precision",
         choices=("fp32", "bf16"),
         help="[features fp32, mae bf16 on a GPU that has it]",
     )
-    flag(
-        "--features",
-        help="file of --save_features, of this program or eval_knn.py; its images and "
-        "test sets",
-    )
-    flag("--save_features", help="file to write the features to")
-    flag(
-        "--save",
-        help="file for the trained weights, written after each epoch; the same command "
-        "continues from it",
-    )
-    flag("--img_size", type=int, help="input size in pixels [the checkpoint's]")
-    flag("--workers", type=int, help="loader processes of each process [CPU 0, GPU 8]")
-    flag("--device", help="cuda, mps or cpu [the first there is]")
-    flag(
-        "--out",
-        help="file that the results are added to [eval_linear.jsonl beside the "
-        "checkpoint or the features]",
-    )
+
+
+PROTOCOLS = {"features": probe_features, "mae": probe_mae}
 
 
 def main(argv=None):
-    """Returns the rows of figures.
-
-    The first process prints them as a table and, with all settings, as a line of JSON.
-    """
+    """Returns the rows of figures; see common.evaluation.evaluate."""
     args = arguments(argv)
-    began = time.perf_counter()
-    with processes(args.device) as place:
-        device, rank, _ = place
-        settings = vars(args) | {"sha256": None}
-        if args.checkpoint:
-            settings["sha256"] = sha256(args.checkpoint)
-        if args.workers is None:
-            settings["workers"] = 0 if device.type == "cpu" else 8
-        protocol = probe_features if args.protocol == "features" else probe_mae
-        rows, settings = protocol(args, settings, place)
-        if rank == 0:
-            settings["seconds"] = round(time.perf_counter() - began, 1)
-            source = Path(args.features or args.checkpoint)
-            report(rows, settings, args.out or source.with_name("eval_linear.jsonl"))
-    return rows
+    return evaluate("eval_linear", args, PROTOCOLS[args.protocol])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval_linear.py: error: {error}")
+    end(main, memory="lower --batch_size, or raise --accum of --protocol mae")

@@ -1028,23 +1028,28 @@ def refuse_unreadable(dataset):
 def shot_indices(labels, shots, seed):
     """Indices (m,) of the images chosen of labels (n,), a few of each class.
 
-    shots: their number if an int, their share (at least one image) if a float. The
-    choice depends on labels, shots and seed alone; fewer shots are a part of more.
-    ValueError if a class has too few.
+    shots: their number if an int, their share (at least one image) if a float. A class
+    that has fewer gives all it has. The choice depends on labels, shots and seed alone;
+    fewer shots are a part of more. ValueError for less than one shot, and for a class
+    without images.
     """
+    counts = labels[labels >= 0].bincount().tolist()
+    if not shots > 0 or not counts or (isinstance(shots, int) and 0 in counts):
+        empty = [c for c, count in enumerate(counts) if count == 0]
+        raise ValueError(
+            f"--shots {shots} of {len(counts)} classes: must be above 0, and every class "
+            f"needs an image; without one are {empty[:5]}"
+        )
+
     chosen = []
-    for c in labels[labels >= 0].unique().tolist():
-        members = (labels == c).nonzero().flatten()
+    for c, available in enumerate(counts):
         count = shots
         if isinstance(shots, float):
-            count = max(1, round(shots * len(members)))
-        if len(members) < count:
-            raise ValueError(
-                f"--shots {shots}: class {c} has {len(members)} images; use fewer shots"
-            )
+            count = max(1, round(shots * available))
+        members = (labels == c).nonzero().flatten()
         # The order is the same for any number of shots.
         generator = generator_for("shots", seed, c)
-        order = torch.randperm(len(members), generator=generator)
+        order = torch.randperm(available, generator=generator)
         chosen.append(members[order[:count]])
     return torch.cat(chosen)
 

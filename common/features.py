@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import Subset
-from tqdm import tqdm
 
+from common.commandline import progress
 from common.data import make_loader
+from common.files import require, sha256
+from common.run import load_checkpoint, save_checkpoint
 
 FEATURES = ("class_token", "patch_mean")
 
@@ -24,7 +26,7 @@ def extract_features(model, loader, dtype=None):
     """
     device = model.cls_token.device
     class_tokens, patch_means, labels = [], [], []
-    for sample in tqdm(loader, desc="features", leave=False, disable=None):
+    for sample in progress(loader, desc="features"):
         imgs = model.normalize(sample.image.to(device))
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             tokens = model.forward_features(imgs).float()  # (B, 1 + L, D)
@@ -48,6 +50,39 @@ def features_of(model, dataset, loader_args, dtype, rank, world):
     ids = [torch.arange(r, len(dataset), world) for r in range(world)]
     order = torch.cat(ids).argsort()
     return tuple(torch.cat(part)[order] for part in zip(*parts, strict=True))
+
+
+# Settings that say where features are from; a file of them holds these.
+SOURCE = ("checkpoint", "sha256", "data", "classes", "val", "img_size", "precision")
+
+
+def make_features(model, sets, batch_size, settings, place):
+    """{"settings": where from, name of each set: {feature or "labels": (n, ...)}}.
+
+    sets: {name: data set}. settings: of the program, as they are reported; the file
+    settings["save_features"] is written if it is not None. place: (device, rank, world).
+    """
+    _, rank, world = place
+    dtype = torch.bfloat16 if settings["precision"] == "bf16" else None
+    loader = {"batch_size": batch_size, "workers": settings["workers"]}
+    settings = settings | {"sha256": sha256(settings["checkpoint"])}
+    parts = {"settings": {name: settings[name] for name in SOURCE}}
+    for name, dataset in sets.items():
+        found = features_of(model, dataset, loader, dtype, rank, world)
+        parts[name] = dict(zip((*FEATURES, "labels"), found, strict=True))
+    if settings["save_features"] and rank == 0:
+        save_checkpoint(settings["save_features"], **parts)
+    return parts
+
+
+def read_features(path):
+    """What make_features gave and wrote to this file."""
+    parts = load_checkpoint(path)
+    require(
+        {"train", "settings"} < set(parts),
+        f"--features {path}: holds {sorted(parts)[:5]}; name a file of --save_features",
+    )
+    return parts
 
 
 def knn_classify(

@@ -18,8 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
-from tqdm import tqdm
 
+from common.commandline import progress, say
 from common.data import Feed, TrainBatches, make_loader, seed_for, shot_indices
 from common.files import require
 from common.run import load_checkpoint, save_checkpoint
@@ -72,20 +72,6 @@ def fill_in(recipe, args, images, most, device, world):
     return dataclasses.replace(recipe, **(fitted | given))
 
 
-OR_ZERO = ("warmup_epochs", "weight_decay", "drop_path")
-
-
-def check_positive(args, names):
-    """ValueError unless these settings are above 0, or not given; of some 0 will do."""
-    for name in names:
-        value = getattr(args, name)
-        if value is None:
-            continue
-        least = 0 if name in OR_ZERO else 1e-12
-        positive = torch.tensor(value).min() >= least
-        require(positive, f"--{name} {value}: must be above 0")
-
-
 def take_fraction(train_set, fraction, seed):
     """That share of each class's images, in the order of the data set."""
     if fraction == 1:
@@ -124,18 +110,16 @@ def fit(
     start = continue_run(model, optimizer, settings)
     if start > 0 and rank == 0:
         epoch = start // epoch_steps
-        tqdm.write(
-            f"continuing {settings['save']} after epoch {epoch} of {recipe.epochs}"
-        )
+        say(f"continuing {settings['save']} after epoch {epoch} of {recipe.epochs}")
     feed = open_feed(train_set, recipe, settings, start, total_steps, place)
     parallel = DistributedDataParallel(model) if world > 1 else model
     model.train()
 
     losses = torch.zeros(2, device=device)  # their sum and number in this epoch
-    progress = {"initial": start, "total": total_steps, "leave": False}
-    # None: no bar where there is no terminal.
-    progress["disable"] = None if rank == 0 else True
-    for step in tqdm(range(start, total_steps), **progress):
+    bar = {"initial": start, "total": total_steps}
+    if rank != 0:
+        bar["disable"] = True
+    for step in progress(range(start, total_steps), **bar):
         lr = set_lr(optimizer, step, epoch_steps, recipe, lr_at)
         for micro in range(recipe.accum):
             sample = next(feed)
@@ -153,7 +137,7 @@ def fit(
             loss = check_epoch(epoch, losses, feed, train_set, settings)
             losses.zero_()
             if rank == 0:
-                tqdm.write(f"epoch {epoch}/{recipe.epochs} loss {loss:.4f} lr {lr:.2e}")
+                say(f"epoch {epoch}/{recipe.epochs} loss {loss:.4f} lr {lr:.2e}")
                 save_run(model, optimizer, step + 1, settings)
     if world > 1:
         # Statistics of a BatchNorm: each process has seen other images.
@@ -299,12 +283,14 @@ def score(model, tests, features, protocol, settings, place):
     """
     device, rank, world = place
     bf16 = settings["precision"] == "bf16"
+    # As many images at a time as in training, so that what fits there fits here.
+    batch_size = max(1, settings["batch_size"] // (settings["accum"] * world))
     model.eval()
     rows = []
     for name, dataset in tests.items():
         share = Subset(dataset, range(rank, len(dataset), world))
         counts = torch.zeros(len(features), 2, device=device)
-        for sample in make_loader(share, workers=settings["workers"]):
+        for sample in make_loader(share, batch_size, settings["workers"]):
             imgs = model.normalize(sample.image.to(device))
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(imgs)  # (F, B, C)

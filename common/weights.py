@@ -119,7 +119,15 @@ def fit_positions(positions, own, grid, sincos_table):
         return own
     if table.shape == own.shape[1:]:
         return positions
-    image = positions[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    return resize_positions(positions, (side, side), grid)
+
+
+def resize_positions(positions, old, grid):
+    """Positions (1, 1 + L, D) of a grid `old` (rows, columns), for another grid.
+
+    That of the class token stays.
+    """
+    image = positions[:, 1:].float().unflatten(1, old).permute(0, 3, 1, 2)
     # Hugging Face resizes so: bicubic, corners not aligned, no antialiasing.
     image = F.interpolate(
         image, grid, mode="bicubic", align_corners=False, antialias=False

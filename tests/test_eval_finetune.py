@@ -157,8 +157,8 @@ def test_fine_tuning_mixes_and_erases():
 FINETUNE_ERRORS = [
     ("", "checkpoint"),
     ("encoder.pt --fraction 0", "--fraction 0.0 above 0"),
-    ("encoder.pt --drop_path -1", "--drop_path -1.0 above 0"),
-    ("encoder.pt --epochs 0", "--epochs 0 above 0"),
+    ("encoder.pt --drop_path -1", "--drop_path -1.0 not be negative"),
+    ("encoder.pt --epochs 0", "--epochs 0 at least 1"),
     ("encoder.pt --batch_size 999", "--batch_size 999 25"),
     ("encoder.pt --batch_size 7 --accum 2", "--batch_size 7 --accum 2 multiple"),
     ("encoder.pt --val train", "--val train test"),

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,21 @@ from torch.nn import functional as F
 import attg_mae
 import common.features
 import eval_knn
-from common.data import make_loader, open_data
-from tests.helpers import Evil, noise, rand, randn, some_truth, write
+from common.data import open_data
+from common.export import to_hugging_face
+from tests.helpers import (
+    SMALL,
+    Evil,
+    close,
+    encoder_only,
+    noise,
+    ramp,
+    rand,
+    randn,
+    shake,
+    some_truth,
+    write,
+)
 
 
 @pytest.mark.parametrize(
@@ -187,54 +201,134 @@ def test_eval_knn_of_a_data_set(encoder, labelled, tmp_path, capsys):
     ] == [4, 4]
 
 
-def test_eval_knn_retrieval(encoder, tmp_path):
+# Landscape, portrait, square, of odd sizes, smaller than the encoder's 48 pixels.
+PHOTOS = [(100, 60), (60, 100), (64, 64), (97, 71), (30, 20), (48, 48), (300, 77)]
+
+
+def photographs(folder):
+    """(names, queries, ground truth) of photographs of many sizes in folder."""
     names = [f"oxford_{i:06d}" for i in range(40)]
     queries = ["all_souls_000013", "keble_000055"]
     gnd = some_truth(40, 2)
     gnd[1] = gnd[0] | {"bbx": [3, 4, 20, 30]}
     for i, name in enumerate([*names, *queries]):
-        write(tmp_path / "jpg" / f"{name}.jpg", noise(40 + i % 7, 40, i))
+        write(folder / f"{name}.jpg", noise(*PHOTOS[i % len(PHOTOS)], i))
     truth = {"imlist": names, "qimlist": queries, "gnd": gnd}
-    (tmp_path / "jpg" / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(truth))
-    flags = [
-        encoder,
-        *"--retrieval roxford5k".split(),
-        "--data",
-        str(tmp_path / "jpg"),
-        "--device",
-        "cpu",
-    ]
-    rows = eval_knn.main(flags)
+    (folder / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(truth))
+    return names, queries, gnd
+
+
+def shrunk_by_hugging_face(model, path, longest):
+    """Tokens (1, N, D) of a whole photograph, with positions resized by transformers."""
+    picture = Image.open(path).convert("RGB")
+    picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    imgs = attg_mae.normalize(pixels, attg_mae.Config())
+    return model(imgs, interpolate_pos_encoding=True).last_hidden_state
+
+
+@pytest.mark.parametrize("flags", [[], ["--img_size", "64"]])
+def test_retrieval_features_equal_hugging_face(flags, tmp_path):
+    """Aspect ratio kept, queries whole, positions resized to the grid of each image."""
+    settings = SMALL | {"img_size": 48, "patch_size": 8, "depth": 2}
+    model = shake(attg_mae.build_model(attg_mae.Config(**settings)), 0.1)
+    file = tmp_path / "encoder.pt"
+    attg_mae.save_checkpoint(
+        file, model=encoder_only(model.state_dict()), config=asdict(model.cfg)
+    )
+    names, queries, gnd = photographs(tmp_path / "jpg")
+    argv = [str(file), "--retrieval", "roxford5k", "--data", str(tmp_path / "jpg")]
+    argv += ["--save_features", str(tmp_path / "f.pt"), "--device", "cpu", *flags]
+    rows = eval_knn.main(argv)
+
+    peer = to_hugging_face(file)
+    longest = 64 if flags else 48
+    tokens = {}
+    for part, stems in (("train", names), ("test", queries)):
+        paths = [tmp_path / "jpg" / f"{name}.jpg" for name in stems]
+        tokens[part] = [shrunk_by_hugging_face(peer, path, longest) for path in paths]
+    kept = attg_mae.load_checkpoint(tmp_path / "f.pt")
+    for part, found in tokens.items():
+        first = torch.cat([x[:, 0] for x in found])
+        means = torch.cat([x[:, 1:].mean(dim=1) for x in found])
+        assert close(kept[part]["class_token"], first, 1e-4)
+        assert close(kept[part]["patch_mean"], means, 1e-4)
+        # Other photographs give other features
+        assert not close(kept[part]["patch_mean"], means.roll(1, 0), 1e-2)
+    want = eval_knn.retrieval_map(
+        kept["train"]["patch_mean"], kept["test"]["patch_mean"], gnd
+    )["hard"]
+    assert {k: rows[3][k] for k in want} == pytest.approx(want)
     made = [(r["feature"], r["protocol"]) for r in rows]
     assert made == [
         (f, f"roxford5k {x}") for f in eval_knn.FEATURES for x in ("medium", "hard")
     ]
-    model = attg_mae.load_encoder(encoder)
-    cut = (
-        Image.open(tmp_path / "jpg" / "keble_000055.jpg")
-        .convert("RGB")
-        .crop((3, 4, 20, 30))
-        .resize((32, 32), 3)
+    again = [*argv[1:5], "--features", str(tmp_path / "f.pt"), "--device", "cpu"]
+    assert eval_knn.main(again) == rows
+
+
+def test_photographs_are_cut_to_whole_patches(tmp_path):
+    write(tmp_path / "wide.jpg", ramp(200, 9))
+    write(tmp_path / "small.png", ramp(30, 20)).rename(tmp_path / "small.jpg")
+    views = eval_knn.Landmarks(tmp_path, ["wide", "small"], 48, 8)
+    assert views[0].image.shape == (3, 8, 48)
+    assert views[0].image[:, 3:].max() == 0  # 2 rows of picture, then black
+    assert views[1].image.shape == (3, 16, 24)  # not enlarged
+    assert np.array_equal(
+        views[1].image.permute(1, 2, 0), ramp(30, 20).crop((0, 0, 24, 16))
     )
-    views = [eval_knn.Landmarks(tmp_path / "jpg", names, (32, 32))]
-    views.append(
-        eval_knn.Landmarks(tmp_path / "jpg", queries, (32, 32), [g["bbx"] for g in gnd])
-    )
-    assert np.array_equal(views[1][1].image.permute(1, 2, 0), cut)
-    bank, asked = (attg_mae.extract_features(model, make_loader(x))[1] for x in views)
-    want = eval_knn.retrieval_map(bank, asked, gnd)["hard"]
-    assert {k: rows[3][k] for k in want} == pytest.approx(want)
+
+
+def test_retrieval_tells_what_is_missing(encoder, tmp_path):
+    photographs(tmp_path / "jpg")
+    argv = [encoder, "--retrieval", "roxford5k", "--data", str(tmp_path / "jpg")]
+    argv += ["--device", "cpu"]
+    with pytest.raises(ValueError, match="--batch_size 8: with --retrieval"):
+        eval_knn.main([*argv, "--batch_size", "8"])
+    with pytest.raises(ValueError, match="--img_size 8: a patch has 16 pixels"):
+        eval_knn.main([*argv, "--img_size", "8"])
+    (tmp_path / "jpg" / "oxford_000007.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="oxford_000007.jpg is unreadable"):
+        eval_knn.main(argv)
     (tmp_path / "jpg" / "oxford_000007.jpg").unlink()
+    missing = "1 of 40 photographs are missing.*oxford_000007"
+    with pytest.raises(ValueError, match=missing):
+        eval_knn.main(argv)
+
+
+def test_features_of_another_set_are_refused(encoder, labelled, tmp_path):
+    photographs(tmp_path / "jpg")
+    kept = str(tmp_path / "f.pt")
+    flags = ["--data", labelled["data"], "--device", "cpu", "--save_features", kept]
+    eval_knn.main([encoder, *flags])
+    argv = ["--retrieval", "roxford5k", "--data", str(tmp_path / "jpg")]
     with pytest.raises(
-        ValueError, match="1 of 40 photographs are missing.*oxford_000007"
+        ValueError, match="features of 25 images, but --gnd tells of 40"
     ):
-        eval_knn.main(flags)
+        eval_knn.main([*argv, "--features", kept, "--device", "cpu"])
+
+
+def test_shots_that_a_class_does_not_have(encoder, labelled, capsys):
+    """Classes of 9, 8 and 8 images: 50 shots are all of them, and it is said once."""
+    flags = [encoder, "--data", labelled["data"], "--device", "cpu", "--seeds", "2"]
+    rows = eval_knn.main([*flags, "--shots", "8", "9", "50"])
+    words = [x for x in capsys.readouterr().out.splitlines() if x.startswith("--shots")]
+    assert words == [
+        "--shots 9: 2 of 3 classes have fewer images, the smallest 8; they give all "
+        "they have",
+        "--shots 50: 3 of 3 classes have fewer images, the smallest 8; they give all "
+        "they have",
+    ]
+    assert [row["images"] for row in rows] == [24, 25, 25] * 2
+    everything = eval_knn.main([*flags, "--k", "5"])
+    assert [row["top-1"] for row in everything] == [rows[2]["top-1"], rows[5]["top-1"]]
+    assert rows[2]["+-"] == 0
 
 
 KNN_ERRORS = [
     ("", "checkpoint --features"),
-    ("encoder.pt --k 0", "--k above"),
-    ("encoder.pt --shots 99", "--shots 99 class fewer"),
+    ("encoder.pt --k 0", "--k 0 at least 1"),
+    ("encoder.pt --shots 0", "--shots 0 at least 1"),
     ("encoder.pt --data flat", "--data flat labelled train/CLASS"),
     ("encoder.pt --img_size 30", "--img_size 16 multiple"),
     ("missing.pt", "missing.pt"),

@@ -310,7 +310,7 @@ def test_eval_linear_of_a_data_set(encoder, labelled, tmp_path, capsys, monkeypa
     ]
     # Where they are from
     assert settings["features"]
-    assert all(settings[k] == report["settings"][k] for k in eval_linear.SOURCE)
+    assert all(settings[k] == report["settings"][k] for k in common.features.SOURCE)
     few = eval_linear.main([*kept, "--shots", "2", "4", "--seeds", "2"])
     assert [(r["protocol"], len(r["lr"].split())) for r in few[:4]] == [
         ("2 shots", 2)
@@ -319,6 +319,13 @@ def test_eval_linear_of_a_data_set(encoder, labelled, tmp_path, capsys, monkeypa
         [*flags, "--val", "test", other, "--shots", "2", "4", "--seeds", "2"]
     )
     assert all(0 <= r["+-"] < 50 for r in few)
+    assert [r["images"] for r in few[::2]] == [6, 12] * 2
+    capsys.readouterr()
+    # 9, 8 and 8 images: all of them, as without --shots but for the draws
+    many = eval_linear.main([*kept, "--shots", "50", "--seeds", "1"])
+    words = "--shots 50: 3 of 3 classes have fewer images, the smallest 8;"
+    assert capsys.readouterr().out.startswith(words)
+    assert [r["images"] for r in many] == [25] * 4
     assert eval_knn.main(
         ["--features", str(tmp_path / "new" / "f.pt"), "--device", "cpu", "--k", "3"]
     )
@@ -349,7 +356,7 @@ def test_toy_variants_are_test_sets(encoder, monkeypatch):
 LINEAR_ERRORS = [
     ("", "checkpoint eval_linear.py"),
     ("encoder.pt --fraction 0", "--fraction 0.0 above 0"),
-    ("encoder.pt --fraction 1.5", "--fraction 1.5 at most 1"),
+    ("encoder.pt --fraction 1.5", "--fraction 1.5 to 1"),
     ("encoder.pt --shots 2 --fraction 0.5", "--shots [2] --fraction"),
     (
         "encoder.pt --finetune --epochs 3",
@@ -357,10 +364,9 @@ LINEAR_ERRORS = [
     ),
     ("encoder.pt --save w.pt", "--save mae finetune features"),
     ("encoder.pt --protocol mae --drop_path 0.1", "--drop_path finetune mae"),
-    ("encoder.pt --shots 99", "--shots 99 class fewer"),
     ("encoder.pt --shots 5 1", "--shots [5, 1] 2 are needed"),
-    ("encoder.pt --shots 0", "--shots [0] 2 are needed"),
-    ("encoder.pt --lrs 0.1 -1", "--lrs [0.1, -1.0] above 0"),
+    ("encoder.pt --shots 0", "--shots 0 at least 1"),
+    ("encoder.pt --lrs 0.1 -1", "--lrs -1.0 above 0"),
     ("--protocol mae", "checkpoint"),
     ("--features encoder.pt", "--features encoder.pt --save_features"),
     ("encoder.pt --val train", "--val train test"),
@@ -376,7 +382,7 @@ LINEAR_ERRORS = [
     ("decoder.pt", "decoder.pt no ViT encoder"),
     ("missing.pt", "missing.pt"),
     ("text.pt", "text.pt damaged"),
-    ("encoder.pt --protocol mae --epochs 0", "--epochs 0 above 0"),
+    ("encoder.pt --protocol mae --epochs 0", "--epochs 0 at least 1"),
     ("encoder.pt --protocol mae --save text.pt", "text.pt damaged"),
 ]
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -210,7 +211,8 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "imagenet100.txt").write_text("r\nb\n")
     monkeypatch.chdir(tmp_path)
     large = attg_mae.build_model(attg_mae.Config("vit_large", **SMALL))
-    torch.save({"model": large.state_dict()}, "mae_visualize_vit_large.pth")
+    for name in ("visualize_vit_large", "pretrain_vit_large_full"):
+        torch.save({"model": large.state_dict()}, f"mae_{name}.pth")
     return tmp_path
 
 
@@ -298,8 +300,11 @@ def run_discovery(argv, monkeypatch):
     model = attg_mae.build_model(attg_mae.Config("vit_small", img_size=32, depth=1))
     Path(weights).parent.mkdir(parents=True, exist_ok=True)
     torch.save(encoder_only(model.state_dict()), weights)
-    monkeypatch.setattr(object_discovery, "download", lambda *_: Path("dino.pth"))
     pictures = open_data("path/to/images")
+    if "gradcam" in argv:
+        torch.save(torchvision.models.resnet50().state_dict(), "dino.pth")
+        pictures = pictures.subset(torch.arange(2))
+    monkeypatch.setattr(object_discovery, "download", lambda *_: Path("dino.pth"))
     monkeypatch.setattr(object_discovery, "open_data", lambda *_, **__: pictures)
     made = object_discovery.main(argv)["maps"]
     assert load_maps(made, pictures)[0].any()

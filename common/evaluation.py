@@ -1,0 +1,156 @@
+"""
+What the evaluation programs share: flags, and the way from them to the results.
+"""
+
+import time
+from pathlib import Path
+
+from common.commandline import check_numbers, say
+from common.data import shot_indices
+from common.files import report, require
+from common.run import processes
+
+# -- Flags -----------------------------------------------------------------------------
+
+
+def add_data(flag, checkpoint="file with an encoder", data="as for attg_mae.py"):
+    """flag: add_argument of a parser. checkpoint, data: the help of these two."""
+    flag("checkpoint", nargs="?", help=checkpoint)
+    flag("--data", default="toy", help=f"{data} [%(default)s]")
+    flag(
+        "--classes",
+        help="file with the class folders to keep, one a line (ImageNet-100)",
+    )
+
+
+def add_training_data(flag):
+    """The flags of programs that train a classifier."""
+    flag(
+        "--val",
+        nargs="+",
+        default=["test"],
+        help="test sets: test, folders of the same classes, or toy's variants",
+    )
+    flag(
+        "--fraction",
+        type=float,
+        default=1.0,
+        help="share of each class's training images to use [%(default)s]",
+    )
+    flag(
+        "--seed",
+        type=int,
+        default=0,
+        help="of --fraction, order, augmentation [%(default)s]",
+    )
+    flag(
+        "--save",
+        help="file for the trained weights, written after each epoch; the same command "
+        "continues from it",
+    )
+
+
+def add_shots(flag, use):
+    flag(
+        "--shots",
+        type=int,
+        nargs="+",
+        default=[],
+        help=f"labelled images a class, all of a class that has fewer{use}",
+    )
+    flag(
+        "--seeds",
+        type=int,
+        default=5,
+        help="random choices of the --shots [%(default)s]",
+    )
+
+
+def add_running(flag, beside):
+    """beside: what the file of results lies beside, in words."""
+    flag("--img_size", type=int, help="input size in pixels [the checkpoint's]")
+    flag("--workers", type=int, help="loader processes of each process [CPU 0, GPU 8]")
+    flag("--device", help="cuda, mps or cpu [the first there is]")
+    flag(
+        "--out",
+        help="file that the results are added to [named after the program, beside "
+        f"{beside}]",
+    )
+
+
+def check_flags(args):
+    """ValueError for numbers out of range, and for a test set that is trained on."""
+    check_numbers(vars(args), epochs=(1, 10**6), seeds=(1, 10**6), lrs=(1e-38, 1e38))
+    require(
+        "train" not in getattr(args, "val", ()),
+        "--val train: that is what is trained on; name test sets",
+    )
+
+
+def check_shots(labels, all_shots, rank):
+    """Says which of these numbers of shots some class does not have, of labels (n,).
+
+    ValueError for those that cannot be drawn. Only the first process says it.
+    """
+    counts = labels[labels >= 0].bincount()
+    for shots in all_shots:
+        shot_indices(labels, shots, 0)
+        fewer = int((counts < shots).sum())
+        if fewer and rank == 0:
+            say(
+                f"--shots {shots}: {fewer} of {len(counts)} classes have fewer images, "
+                f"the smallest {counts.min()}; they give all they have"
+            )
+
+
+# -- A program from its flags to its results -------------------------------------------
+
+
+def evaluate(program, args, protocol):
+    """The rows of figures of protocol(args, settings, place) -> (rows, settings).
+
+    The first process prints them as a table and, with all settings, as a line of JSON,
+    which is added to --out. place: (device, rank, world).
+    """
+    began = time.perf_counter()
+    source = Path(getattr(args, "features", None) or args.checkpoint)
+    out = Path(args.out or source.parent / f"{program}.jsonl")
+    with processes(args.device) as place:
+        device, rank, _ = place
+        if rank == 0:
+            try_outputs(out, args)
+        if args.workers is None:
+            args.workers = 0 if device.type == "cpu" else 8
+        rows, settings = protocol(args, vars(args) | {"sha256": None}, place)
+        if rank == 0:
+            settings["seconds"] = round(time.perf_counter() - began, 1)
+            report(rows, settings, out)
+    return rows
+
+
+def try_outputs(out, args):
+    """OSError, before hours of work, if a file could not be written at their end."""
+    outputs = []
+    # Without --out it lies beside a file that is there, unless that name is wrong.
+    if args.out or out.parent.is_dir():
+        outputs.append(("out", out))
+    for flag in ("save", "save_features"):
+        path = getattr(args, flag, None)
+        if path:
+            # Written beside its place first (common.files.replacing).
+            outputs += [(flag, Path(path)), (flag, Path(f"{path}.tmp"))]
+    for flag, path in outputs:
+        is_there = path.exists()
+        try:
+            if not path.parent.exists():
+                path.parent.mkdir(parents=True)
+            # Appending nothing leaves a file that is there as it is.
+            with open(path, "ab"):
+                pass
+            if not is_there:
+                path.unlink()
+        except OSError as error:
+            raise OSError(
+                f"--{flag} {path}: cannot be written ({error.strerror}); name a file in "
+                "a folder that takes one"
+            ) from error
