@@ -14,6 +14,7 @@ import os
 import sys
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -283,11 +284,11 @@ def whole_step(code, inputs, model, guided, _=None):
     )
 
 
-def steps_of(code, inputs, compiled):
+def steps_of(code, inputs, compiled, backend):
     """{name: call} of a code: its plain step, and for ours train_step."""
     model, after = code.model, ""
     if compiled:
-        model, after = torch.compile(code.model), ", compiled"
+        model, after = torch.compile(code.model, backend=backend), ", compiled"
     steps = {code.name + after: partial(plain_step, code, inputs, model)}
     if code.name == "ours":
         for words, guided in (("vanilla", False), ("guided", True)):
@@ -329,13 +330,15 @@ def unchanged(x):
     return x
 
 
+def first_images(inputs, number):
+    """The same inputs for the plain step of the first images alone."""
+    return inputs._replace(imgs=inputs.imgs[:number], noise=inputs.noise[:number])
+
+
 def saved_bytes_per_image(code, inputs):
     """Of two images less those of one: weights count for nothing."""
-    one, two = [], []
-    for number, parts in ((1, one), (2, two)):
-        few = inputs._replace(imgs=inputs.imgs[:number], noise=inputs.noise[:number])
-        parts.append(saved_bytes(code, few))
-    return two[0] - one[0]
+    two = saved_bytes(code, first_images(inputs, 2))
+    return two - saved_bytes(code, first_images(inputs, 1))
 
 
 def operator_calls(step, device):
@@ -357,73 +360,78 @@ def operator_calls(step, device):
     return calls, kernels if device.type == "cuda" else None
 
 
-def properties(codes, inputs):
-    """{code: what a step takes, whatever the clock says}, per image where it can be."""
-    B = len(inputs.imgs)
-    found = {}
-    for code in codes:
-        step = partial(plain_step, code, inputs, code.model)
-        # The first step makes the optimiser's state.
-        step()
-        calls, kernels = operator_calls(step, inputs.imgs.device)
-        found[code.name] = {
-            "GFLOP": model_flops(step) / B / 1e9,
-            "saved MB": saved_bytes_per_image(code, inputs) / 1e6,
-            "operators": calls,
-        }
-        if kernels is not None:
-            found[code.name]["kernels"] = kernels
+def properties(code, inputs):
+    """What a plain step takes, whatever the clock says."""
+    step = partial(plain_step, code, inputs, code.model)
+    # The first step makes the optimiser's state.
+    step()
+    calls, kernels = operator_calls(step, inputs.imgs.device)
+    one = partial(plain_step, code, first_images(inputs, 1), code.model)
+    found = {
+        "GFLOP/img": model_flops(one) / 1e9,
+        "saved MB/img": saved_bytes_per_image(code, inputs) / 1e6,
+        "operators": calls,
+    }
+    if kernels is not None:
+        found["kernels"] = kernels
     return found
 
 
 # -- The table -------------------------------------------------------------------------
 
 
-def measure_steps(codes, inputs, modes, repeats, say=print):
-    """A row for each code and step. modes: False is eager, True compiled.
+def measure_steps(codes, inputs, modes, repeats, say=print, backend="inductor"):
+    """A row for each code and step; what fails is left out, by name.
 
-    `x` is its speed beside that of the first row of the same mode, ours.
+    modes: False is eager, True compiled by `backend`. `x ours` is the speed beside that
+    of our plain step in the same mode.
     """
     device = inputs.imgs.device
-    B = len(inputs.imgs)
     steps, memory = {}, {}
-    for compiled in modes:
-        for code in codes:
-            for name, step in steps_of(code, inputs, compiled).items():
-                try:
-                    # Compiles, and makes the optimiser's state.
-                    step()
-                    memory[name] = step_memory(step, device)
-                    steps[name] = step
-                except Exception as error:
-                    say(f"without {name}: {type(error).__name__}: {str(error)[:300]}")
+    for compiled, code in product(modes, codes):
+        for name, step in steps_of(code, inputs, compiled, backend).items():
+            try:
+                # Compiles, and makes the optimiser's state.
+                step()
+                memory[name] = step_memory(step, device)
+                steps[name] = step
+            except Exception as error:
+                say(f"without {name}: {type(error).__name__}: {str(error)[:300]}")
+    taken = {}
+    for code in codes:
+        if code.name in steps:
+            taken[code.name] = properties(code, inputs)
     calls = {name: (nothing, step) for name, step in steps.items()}
     times = take_turns(calls, device, repeats)
+    return step_rows(inputs, times, taken, memory)
 
-    taken = properties(codes, inputs)
-    rate = matrix_rate(inputs.dtype or torch.float32, device)
-    flops = taken["ours"]["GFLOP"] * 1e9
+
+def step_rows(inputs, times, taken, memory):
+    """Rows of seconds, properties and peak memory, by the names of the steps."""
+    B, dtype = len(inputs.imgs), inputs.dtype or torch.float32
+    rate = matrix_rate(dtype, inputs.imgs.device)
+    # A code that does more operations is not better.
+    flops = taken["ours"]["GFLOP/img"] * 1e9
     rows = []
     for name, seconds in times.items():
+        base = times["ours"]
+        if name.endswith("compiled"):
+            base = times.get("ours, compiled", base)
         median, p20, p80 = percentiles(seconds)
         img_s = 1e3 * B / median
-        base = times["ours, compiled" if name.endswith("compiled") else "ours"]
-        rows.append(
-            {
-                "model": inputs.cfg.model,
-                "type": str(inputs.dtype or torch.float32).removeprefix("torch."),
-                "batch": B,
-                "step": name,
-                "img/s": img_s,
-                "p20": 1e3 * B / p80,
-                "p80": 1e3 * B / p20,
-                "x ours": percentiles(base)[0] / median,
-                # By the operations of ours: a code that does more is not better.
-                "% of matrix rate": 100 * flops * img_s / rate,
-                "peak MiB": memory[name],
-            }
-        )
-        rows[-1] |= taken.get(name, {})
+        row = {
+            "model": inputs.cfg.model,
+            "type": str(dtype).removeprefix("torch."),
+            "batch": B,
+            "step": name,
+            "img/s": img_s,
+            "p20": 1e3 * B / p80,
+            "p80": 1e3 * B / p20,
+            "x ours": percentiles(base)[0] / median,
+            "% of matrix rate": 100 * flops * img_s / rate,
+            "peak MiB": memory[name],
+        }
+        rows.append(row | taken.get(name, {}))
     return rows
 
 
@@ -433,16 +441,6 @@ def step_memory(step, device):
         return "not measured"
     torch.cuda.synchronize()
     return peak_memory_on_gpu(step)
-
-
-def measure_model(
-    name, batch_size, dtype, modes, device, repeats, mae_repo=None, say=print, **sizes
-):
-    """Rows of a preset; sizes replace those of the preset."""
-    cfg = Config(name, **sizes)
-    codes = available_codes(cfg, device, mae_repo, say)
-    inputs = make_inputs(cfg, batch_size, dtype, device)
-    return measure_steps(codes, inputs, modes, repeats, say)
 
 
 def guidance_cost(rows):
@@ -461,19 +459,14 @@ def run(args, device, out):
     """Images a second, and what a step takes."""
     on_gpu = device.type == "cuda"
     batch_size = (args.batches or [128 if on_gpu else 4])[0]
-    dtype = (args.dtypes or ["bfloat16" if on_gpu else "float32"])[0]
+    dtypes = args.dtypes or ["bfloat16" if on_gpu else "float32"]
     modes = [False, True] if args.compile else [False]
     rows = []
-    for name in args.models:
-        more = measure_model(
-            name,
-            batch_size,
-            getattr(torch, dtype),
-            modes,
-            device,
-            args.repeats,
-            args.mae_repo,
-        )
+    for name, dtype in product(args.models, dtypes):
+        cfg = Config(name)
+        codes = available_codes(cfg, device, args.mae_repo)
+        inputs = make_inputs(cfg, batch_size, getattr(torch, dtype), device)
+        more = measure_steps(codes, inputs, modes, args.repeats)
         for row in more:
             print_row(row)
         rows += more
