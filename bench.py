@@ -55,18 +55,20 @@ def parse(argv):
     add("--tiny", action="store_true", help="gpu: a trial of everything, also on a CPU")
     items = "gpu: only items whose names begin so, done before or not"
     add("--items", nargs="+", help=items)
-    # How `gpu` calls itself.
-    add("--until", type=float, help=argparse.SUPPRESS)
+    # How `gpu` calls itself: when to stop, since when items count as done, and where
+    # pictures and run folders go.
+    for name, kind in (("--until", float), ("--since", float), ("--scratch", Path)):
+        add(name, type=kind, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
     if args.what == "gpu" and not args.until:
-        # Its work is done in another process, and this one needs no PyTorch.
+        # The work is done in another process; this one watches it.
         from benchmarks.gpu import supervise
 
-        return supervise(args)
+        return supervise(args, sys.argv[1:] if argv is None else argv)
 
     import torch
 

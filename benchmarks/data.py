@@ -44,8 +44,8 @@ def picture(seed, width, height):
     """Smooth shapes and fine grain, uint8 (height, width, 3)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.zeros(1, 3, height, width)
-    # Halving the cells halves the contrast, as in photographs.
-    for cell, contrast in ((128, 60), (64, 30), (32, 15), (16, 8), (8, 5), (2, 4)):
+    # The last two make files as large as photographs.
+    for cell, contrast in ((128, 60), (64, 30), (32, 15), (16, 8), (4, 12), (2, 28)):
         coarse = torch.randn(
             1, 3, height // cell + 2, width // cell + 2, generator=generator
         )
