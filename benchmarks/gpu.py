@@ -83,12 +83,8 @@ def end(process):
             continue
 
 
-def watch(command, out, until, log):
+def watch(command, out, until, log, environment):
     """Runs the command; returns its exit code, or why it was ended: "time" or "limit"."""
-    environment = dict(os.environ)
-    if "cpu" in command:
-        # The kernels then run in Triton's interpreter.
-        environment["TRITON_INTERPRET"] = "1"
     process = subprocess.Popen(
         command,
         stdout=log,
@@ -126,12 +122,16 @@ def supervise(args, argv, program=PROGRAM):
     until = now + 60 * args.minutes
     since = now if args.items else 0.0
     signal.signal(signal.SIGTERM, leave)
+    environment = dict(os.environ)
+    if args.device == "cpu":
+        # A trial: the kernels run in Triton's interpreter.
+        environment["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as scratch, open(out / LOG, "a") as log:
         command = [sys.executable, "-u", str(program), *argv]
         command += ["--until", str(until), "--since", str(since)]
         command += ["--scratch", scratch]
         while time.time() < until:
-            ended = watch(command, out, until, log)
+            ended = watch(command, out, until, log, environment)
             item = running(read_records(out))
             if ended == 0 or ended == "time":
                 break

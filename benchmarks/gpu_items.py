@@ -7,6 +7,7 @@ why. --tiny runs all of it on small sizes; what needs a GPU is left out on a CPU
 
 import functools
 import gc
+import json
 import os
 import re
 import subprocess
@@ -25,13 +26,13 @@ import attg_mae
 from attg_mae import Config, build_model, param_groups, train_step
 from benchmarks import data, kernel, knn, maps, step
 from benchmarks.gpu import add_record, read_records, results
-from benchmarks.gpu_checks import CHECKS, loss_path, row_of
+from benchmarks.gpu_checks import CHECKS, kernel_impl, loss_path, row_of
 from benchmarks.gpu_report import write_report
 from benchmarks.measure import copy_bandwidth, machine, print_row, time_alone
 from common.data import Batch, generator_for, open_data
 from common.maps import save_maps
-from common.run import Log  # noqa: F401
 from common.toy import toy
+from kernels import attg_loss
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -58,6 +59,8 @@ class Setup:
         self.repeats = 2 if args.tiny else 30
         self.backend = "aot_eager" if args.tiny else "inductor"
         self.notes = []
+        # Set when the process is of no use any more.
+        self.lost = False
 
     def note(self, text):
         """Prints what was left out, and keeps it for the record."""
@@ -98,8 +101,6 @@ def train_command(setup, name, *flags, torchrun=False):
 
 
 def step_records(path):
-    import json
-
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line for line in lines if "loss" in line]
 
@@ -143,23 +144,21 @@ RUNS = {
 
 
 def short_run(name, setup):
-    """The quick start for an epoch (`resumed`: another one), with k-NN at the end."""
-    began = time.time()
-    flags = ["--log_every", 10, *RUNS[name]]
-    folder = "resumed" if name in ("quick start", "resumed") else name
-    epochs = 1
-    if name == "resumed":
-        if not (setup.scratch / folder / "last.pt").exists():
-            train_command(setup, folder, *flags, "--epochs", 1, "--warmup_epochs", 0.4)
-        epochs = 2
-    flags += ["--epochs", epochs, "--warmup_epochs", 0.4]
-    if setup.tiny:
-        flags += ["--depth", 1, "--batch_size", 5000]
+    """The quick start for an epoch, with k-NN at the end; `resumed`: for one more."""
     if not setup.on_gpu and name in ("fp16", "compiled"):
         setup.note(f"without {name}: needs a GPU")
         return []
-    steps = train_command(setup, folder, *flags)
-    return [run_row(" ".join(["attg_mae.py", *map(str, flags)]), steps, began)]
+    began = time.time()
+    flags = ["--log_every", 10, "--warmup_epochs", 0.4, *RUNS[name]]
+    if setup.tiny:
+        flags += ["--data", setup.pictures, "--guidance", "none", "--batch_size", 4]
+    epochs = 1
+    if name == "resumed":
+        train_command(setup, name, *flags, "--epochs", 1)
+        epochs = 2
+    steps = train_command(setup, name, *flags, "--epochs", epochs)
+    words = ["attg_mae.py", *map(str, RUNS[name]), f"({name})"]
+    return [run_row(" ".join(words), steps, began)]
 
 
 # -- Checks and tests ------------------------------------------------------------------
@@ -175,11 +174,12 @@ def checks(setup):
             traceback.print_exc()
             name = check.__name__.replace("_", " ")
             more = [row_of(name, f"{type(error).__name__}: {str(error)[:200]}", 0.0)]
-            if is_fatal(error):
-                raise
+            setup.lost = is_fatal(error)
         for row in more:
             print_row(row)
         rows += more
+        if setup.lost:
+            break
     return rows
 
 
@@ -211,10 +211,9 @@ def tests(setup):
 
 
 def kernel_case(case, setup):
-    losses = kernel.available_losses(setup.device, setup.note)
-    if setup.tiny and not setup.on_gpu:
-        losses.pop("compile", None)
-        losses["triton"] = partial(kernel.K.attg_loss, impl=setup_impl())
+    losses = kernel.available_losses(setup.device, setup.note, setup.backend)
+    if not setup.on_gpu:
+        losses["triton"] = partial(attg_loss, impl=kernel_impl(setup))
     bandwidth = copy_bandwidth(setup.device, 3 if setup.tiny else 20)
     rows = kernel.measure_case(
         losses, case, setup.device, setup.repeats, bandwidth, setup.note
@@ -223,11 +222,6 @@ def kernel_case(case, setup):
         row["copy GB/s"] = bandwidth / 1e9
         print_row(row)
     return rows
-
-
-def setup_impl():
-    """Of a trial on a CPU: the kernels where Triton's interpreter is on."""
-    return "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
 
 
 def kernel_cases(tiny):
@@ -256,7 +250,7 @@ def steps(name, compiled, setup):
         small = {"width": 32, "depth": 1, "heads": 2, "img_size": 32, "patch_size": 8}
         small |= {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}
         cfg, batch_size = Config(name, **small), 2
-    codes = step.available_codes(cfg, setup.device, setup.mae_repo, setup.note)
+    codes = step.available_codes(cfg, setup.device, setup.mae_repo, say=setup.note)
     inputs = step.make_inputs(cfg, batch_size, dtype, setup.device)
     modes = [False, True] if compiled else [False]
     repeats = max(1, setup.repeats // 2)
@@ -294,9 +288,13 @@ def micro_batch(name, setup):
     optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=1e-4, fused=True)
     code = step.Code("ours", model, step.our_loss, optimizer)
 
+    tau = torch.tensor(0.75, device=setup.device)
+    # The steps take their images from the batch alone.
+    inputs = step.Inputs(cfg, None, None, None, torch.bfloat16, tau)
+
     def call(batch_size):
-        inputs = step.make_inputs(cfg, batch_size, torch.bfloat16, setup.device)
-        return partial(step.whole_step, code, inputs, model, True)
+        batch = step.random_batch(cfg, batch_size, setup.device)
+        return partial(step.whole_step, code, inputs, model, batch)
 
     def fits(batch_size):
         try:
@@ -312,6 +310,8 @@ def micro_batch(name, setup):
 
     most = 4 if setup.tiny else 8192
     found = largest(fits, min(8, most), most)
+    if found == most:
+        setup.note(f"{most} images fit; more were not tried")
     row = {"model": name, "type": "bfloat16", "micro-batch": found}
     if found and setup.on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -469,7 +469,8 @@ def kernel_item(case):
 
 def is_fatal(error):
     """Whether the process is of no use after it: the GPU's context is lost."""
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    words = ("CUDA error", "illegal memory access", "misaligned address")
+    return any(word in str(error) for word in words)
 
 
 def run(args, device, out):
@@ -506,14 +507,13 @@ def measure_item(item, setup, out):
     record = {"item": item.name, "on": machine(setup.device)}
     try:
         record["rows"] = item.run(setup)
-        fatal = None
     except Exception as error:
         traceback.print_exc()
         record["failed"] = f"{type(error).__name__}: {str(error)[:500]}"
-        fatal = error if is_fatal(error) else None
+        setup.lost = is_fatal(error)
     record |= {"notes": setup.notes, "seconds": time.time() - began}
     add_record(out, **record)
-    if fatal:
+    if setup.lost:
         raise SystemExit(3)
     torch.compiler.reset()
     free_memory(setup)

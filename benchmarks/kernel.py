@@ -91,12 +91,14 @@ def loss_passes(loss, case, device):
     }
 
 
-def available_losses(device, say=print):
+def available_losses(device, say=print, backend="inductor"):
     """{name: loss} of what runs here; says what does not."""
     eager = partial(K.attg_loss, impl="torch")
     losses = {"eager": eager}
     if device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++"))):
-        losses["compile"] = torch.compile(eager, fullgraph=True, dynamic=False)
+        losses["compile"] = torch.compile(
+            eager, fullgraph=True, dynamic=False, backend=backend
+        )
     else:
         say("no C++ compiler: without torch.compile")
     if device.type == "cuda":

@@ -88,14 +88,6 @@ def copy_bandwidth(device, repeats=20):
     return 2 * x.nbytes / statistics.median(seconds)
 
 
-def matrix_rate(dtype, device, repeats=10):
-    """Floating-point operations a second of a large product of random matrices."""
-    side = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(side, side, device=device).to(dtype)
-    seconds = time_alone((lambda: a, a.matmul), device, repeats)
-    return 2 * side**3 / statistics.median(seconds)
-
-
 # -- Memory ----------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ error and the norm of the gradient; `guided` has maps, `vanilla` none.
 import importlib
 import math
 import os
+import statistics
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -29,7 +30,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from attg_mae import Config, build_model, model_inputs, param_groups, train_step
 from benchmarks.measure import (
     machine,
-    matrix_rate,
     nothing,
     peak_memory_on_gpu,
     percentiles,
@@ -184,8 +184,11 @@ def ours(cfg):
     return build_model(cfg), our_loss
 
 
-def available_codes(cfg, device, mae_repo=None, say=print):
-    """[Code] of what is installed, ours first; says what is not."""
+def available_codes(cfg, device, mae_repo=None, wanted=None, say=print):
+    """[Code] of what is installed, ours first; says what is not.
+
+    wanted: names, the first words are enough; None is all.
+    """
     codes = {"ours": partial(ours, cfg)}
     if find_spec("transformers"):
         codes["HF sdpa"] = partial(hugging_face, cfg)
@@ -199,6 +202,9 @@ def available_codes(cfg, device, mae_repo=None, say=print):
         codes["mae"] = partial(facebook, Path(mae_repo), cfg)
     else:
         say("without mae: no --mae_repo, or timm is not installed")
+    if wanted:
+        first = ("ours", *wanted)
+        codes = {name: make for name, make in codes.items() if name.startswith(first)}
 
     ready = []
     for name, make in codes.items():
@@ -235,22 +241,25 @@ class Inputs(NamedTuple):
     tau: torch.Tensor
 
 
-def make_inputs(cfg, batch_size, dtype, device):
-    """Inputs of random pixels; dtype: torch.float32 is without autocast."""
-    generator = torch.Generator().manual_seed(0)
+def random_batch(cfg, batch_size, device):
+    """A Batch of random pixels and maps."""
+    generator = torch.Generator(device).manual_seed(0)
+    where = {"generator": generator, "device": device}
     height, width = cfg.size
     shape = (batch_size, cfg.in_chans, height, width)
-    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    corners = torch.tensor([0.1, 0.2, 0.8, 0.9]).expand(batch_size, 4)
-    batch = Batch(
-        image=pixels.to(device),
-        maps=torch.rand(batch_size, *cfg.grid, generator=generator).to(device),
-        box=corners.to(device),
-        flip=(torch.rand(batch_size, generator=generator) < 0.5).to(device),
-        noise=torch.rand(batch_size, math.prod(cfg.grid), generator=generator).to(
-            device
-        ),
+    corners = torch.tensor([0.1, 0.2, 0.8, 0.9], device=device)
+    return Batch(
+        image=torch.randint(0, 256, shape, dtype=torch.uint8, **where),
+        maps=torch.rand(batch_size, *cfg.grid, **where),
+        box=corners.expand(batch_size, 4),
+        flip=torch.rand(batch_size, **where) < 0.5,
+        noise=torch.rand(batch_size, math.prod(cfg.grid), **where),
     )
+
+
+def make_inputs(cfg, batch_size, dtype, device):
+    """Inputs of random pixels; dtype: torch.float32 is without autocast."""
+    batch = random_batch(cfg, batch_size, device)
     imgs, *_ = model_inputs(batch._replace(maps=None), cfg)
     dtype = None if dtype == torch.float32 else dtype
     tau = torch.tensor(0.75, device=device)
@@ -267,21 +276,11 @@ def plain_step(code, inputs, model, _=None):
     code.optimizer.zero_grad()
 
 
-def whole_step(code, inputs, model, guided, _=None):
-    """attg_mae.train_step."""
-    batch = inputs.batch
-    if not guided:
-        batch = batch._replace(maps=None)
-    scaler = torch.amp.GradScaler(inputs.imgs.device.type, enabled=False)
-    train_step(
-        model,
-        code.optimizer,
-        scaler,
-        [batch],
-        inputs.tau,
-        inputs.cfg,
-        inputs.dtype,
-    )
+def whole_step(code, inputs, model, batch, _=None):
+    """attg_mae.train_step, guided if the batch has maps."""
+    tau, cfg, dtype = inputs.tau, inputs.cfg, inputs.dtype
+    scaler = torch.amp.GradScaler(tau.device.type, enabled=False)
+    train_step(model, code.optimizer, scaler, [batch], tau, cfg, dtype)
 
 
 def steps_of(code, inputs, compiled, backend):
@@ -291,8 +290,9 @@ def steps_of(code, inputs, compiled, backend):
         model, after = torch.compile(code.model, backend=backend), ", compiled"
     steps = {code.name + after: partial(plain_step, code, inputs, model)}
     if code.name == "ours":
-        for words, guided in (("vanilla", False), ("guided", True)):
-            call = partial(whole_step, code, inputs, model, guided)
+        guided, vanilla = inputs.batch, inputs.batch._replace(maps=None)
+        for words, batch in (("vanilla", vanilla), ("guided", guided)):
+            call = partial(whole_step, code, inputs, model, batch)
             steps[f"train_step, {words}{after}"] = call
     return steps
 
@@ -402,14 +402,26 @@ def measure_steps(codes, inputs, modes, repeats, say=print, backend="inductor"):
         if code.name in steps:
             taken[code.name] = properties(code, inputs)
     calls = {name: (nothing, step) for name, step in steps.items()}
+    # In the same rounds: the rate of a machine that others use as well changes.
+    product_flops, calls["product"] = matrix_product(inputs.dtype, device)
     times = take_turns(calls, device, repeats)
-    return step_rows(inputs, times, taken, memory)
+    rate = product_flops / statistics.median(times.pop("product"))
+    return step_rows(inputs, times, taken, memory, rate)
 
 
-def step_rows(inputs, times, taken, memory):
-    """Rows of seconds, properties and peak memory, by the names of the steps."""
+def matrix_product(dtype, device):
+    """(floating-point operations, (prepare, call)) of a large product."""
+    side = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=device).to(dtype or torch.float32)
+    return 2 * side**3, (partial(unchanged, a), a.matmul)
+
+
+def step_rows(inputs, times, taken, memory, rate):
+    """Rows of seconds, properties and peak memory, by the names of the steps.
+
+    rate: of the matrix product, operations a second.
+    """
     B, dtype = len(inputs.imgs), inputs.dtype or torch.float32
-    rate = matrix_rate(dtype, inputs.imgs.device)
     # A code that does more operations is not better.
     flops = taken["ours"]["GFLOP/img"] * 1e9
     rows = []
@@ -429,18 +441,17 @@ def step_rows(inputs, times, taken, memory):
             "p80": 1e3 * B / p20,
             "x ours": percentiles(base)[0] / median,
             "% of matrix rate": 100 * flops * img_s / rate,
-            "peak MiB": memory[name],
         }
-        rows.append(row | taken.get(name, {}))
+        rows.append(row | memory[name] | taken.get(name, {}))
     return rows
 
 
 def step_memory(step, device):
-    """MiB beside weights and optimiser state; on a GPU only."""
+    """{"peak MiB": beside weights and optimiser state}, on a GPU only."""
     if device.type != "cuda":
-        return "not measured"
+        return {}
     torch.cuda.synchronize()
-    return peak_memory_on_gpu(step)
+    return {"peak MiB": peak_memory_on_gpu(step)}
 
 
 def guidance_cost(rows):
@@ -464,7 +475,7 @@ def run(args, device, out):
     rows = []
     for name, dtype in product(args.models, dtypes):
         cfg = Config(name)
-        codes = available_codes(cfg, device, args.mae_repo)
+        codes = available_codes(cfg, device, args.mae_repo, args.codes)
         inputs = make_inputs(cfg, batch_size, getattr(torch, dtype), device)
         more = measure_steps(codes, inputs, modes, args.repeats)
         for row in more:

@@ -13,6 +13,12 @@ class tqdm:  # noqa: N801
     def __iter__(self):
         return iter(self.iterable)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
     def update(self, number=1):
         pass
 
