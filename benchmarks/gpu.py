@@ -59,6 +59,11 @@ def results(records, since=0.0):
     return ended
 
 
+def count_ended(out):
+    """How many records there are of items that ended, well or not."""
+    return sum("item" in record for record in read_records(out))
+
+
 def running(records):
     """The record of the item that began last, or None if it has ended."""
     last = None
@@ -93,7 +98,8 @@ def watch(command, out, until, log, environment):
         start_new_session=True,
     )
     try:
-        with open(log.name) as printed:
+        # A character may be half written.
+        with open(log.name, errors="replace") as printed:
             printed.seek(0, os.SEEK_END)
             while process.poll() is None:
                 time.sleep(0.1)
@@ -121,25 +127,39 @@ def supervise(args, argv, program=PROGRAM):
     now = time.time()
     until = now + 60 * args.minutes
     since = now if args.items else 0.0
-    signal.signal(signal.SIGTERM, leave)
     environment = dict(os.environ)
     if args.device == "cpu":
         # A trial: the kernels run in Triton's interpreter.
         environment["TRITON_INTERPRET"] = "1"
-    with tempfile.TemporaryDirectory() as scratch, open(out / LOG, "a") as log:
-        command = [sys.executable, "-u", str(program), *argv]
-        command += ["--until", str(until), "--since", str(since)]
-        command += ["--scratch", scratch]
-        while time.time() < until:
-            ended = watch(command, out, until, log, environment)
-            item = running(read_records(out))
-            if ended == 0 or ended == "time":
-                break
-            if item is None:
-                raise SystemExit(f"bench.py gpu: the process ended with {ended}")
-            words = f"ended the process, exit code {ended}"
-            if ended == "limit":
-                words = f"took longer than {item['limit']:.0f} s"
-            add_record(out, item=item["begins"], failed=words)
-            print(f"{item['begins']}: {words}", flush=True)
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        with tempfile.TemporaryDirectory() as scratch, open(out / LOG, "a") as log:
+            command = [sys.executable, "-u", str(program), *argv]
+            command += ["--until", str(until), "--since", str(since)]
+            command += ["--scratch", scratch]
+            while time.time() < until:
+                number = count_ended(out)
+                ended = watch(command, out, until, log, environment)
+                if ended in (0, "time"):
+                    break
+                record_failure(out, ended)
+                # An item that fails ends; if none did, the next try would not help.
+                if count_ended(out) == number:
+                    raise SystemExit(
+                        f"bench.py gpu: exit code {ended}, see {out / LOG}"
+                    )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"records: {out / RECORDS}, report: {out / REPORT}, log: {out / LOG}")
+
+
+def record_failure(out, ended):
+    """Of the item that was running, if any, when the process ended."""
+    item = running(read_records(out))
+    if item is None:
+        return
+    words = f"ended the process, exit code {ended}"
+    if ended == "limit":
+        words = f"took longer than {item['limit']:.0f} s"
+    add_record(out, item=item["begins"], failed=words)
+    print(f"{item['begins']}: {words}", flush=True)

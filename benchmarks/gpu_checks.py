@@ -46,14 +46,15 @@ def kernel_impl(setup):
 
 
 @contextlib.contextmanager
-def loss_path(fused):
-    """Models use the kernels, or the plain lines of attg_mae.masked_loss."""
-    original = attg_mae.masked_loss
-    attg_mae.masked_loss = partial(original, fused=fused)
+def loss_path(fused, impl="auto"):
+    """Models use the kernels (impl: see attg_loss), or attg_mae.masked_loss's lines."""
+    lines, kernels = attg_mae.masked_loss, attg_mae.attg_loss
+    attg_mae.masked_loss = partial(lines, fused=fused)
+    attg_mae.attg_loss = partial(kernels, impl=impl)
     try:
         yield
     finally:
-        attg_mae.masked_loss = original
+        attg_mae.masked_loss, attg_mae.attg_loss = lines, kernels
 
 
 def example(B, L, P, dtype, device, seed=0):
@@ -230,8 +231,9 @@ def whole_model(setup):
     imgs = torch.randn(B, 3, 32, 32, device=setup.device)
     attn, noise = torch.rand(2, B, 64, device=setup.device)
     gradients = []
+    impl = kernel_impl(setup)
     for fused in (True, False):
-        with loss_path(fused):
+        with loss_path(fused, impl):
             loss, _, _ = model(imgs, attn, noise=noise)
         model.zero_grad()
         loss.backward()

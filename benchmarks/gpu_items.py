@@ -9,11 +9,12 @@ import functools
 import gc
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
 import time
 import traceback
+import xml.etree.ElementTree
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,7 +73,9 @@ class Setup:
     def pictures(self):
         """A folder of JPEG files of ImageNet's size, with maps beside it."""
         folder = self.scratch / "pictures"
-        if not folder.exists():
+        # The maps come last.
+        if not (self.scratch / "maps.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
             count, different = (8, 2) if self.tiny else (1024, 64)
             data.write_pictures(folder, count, different)
             pictures = open_data(folder, "train", 224)
@@ -189,22 +192,34 @@ def tests(setup):
         if not find_spec(package):
             setup.note(f"without the project's tests: {package} is not installed")
             return []
-    files = ["tests/test_kernel.py", "tests/test_loss.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    if find_spec("xdist"):
-        command += ["-n", "8"]
+    large = "above_2_to_31"
+    several = ["-n", "8"] if find_spec("xdist") else []
     if setup.tiny:
-        command += ["-k", "where_it_cannot_run"]
+        return [run_tests(setup, "where_it_cannot_run", [])]
+    # The large ones fill the GPU's memory, and run one after the other.
+    return [run_tests(setup, f"not {large}", several), run_tests(setup, large, [])]
+
+
+def run_tests(setup, words, flags):
+    """A row of counts; words: pytest's -k. Failed tests become notes."""
     began = time.time()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-8000:], done.stderr[-2000:], flush=True)
-    row = {"tests": " ".join(files)}
-    for word in ("passed", "failed", "skipped", "error"):
-        found = re.search(rf"(\d+) {word}", done.stdout)
-        row[word] = int(found[1]) if found else 0
-    for line in re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.M):
-        setup.note(line[:300])
-    return [row | {"s": time.time() - began}]
+    report = setup.scratch / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["tests/test_kernel.py", "tests/test_loss.py", "-k", words, *flags]
+    code = subprocess.run([*command, f"--junit-xml={report}"], cwd=ROOT).returncode
+    if not report.exists():
+        raise RuntimeError(f"{' '.join(command[1:])}: exit code {code}")
+    row = {"tests": words}
+    suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
+    for name in ("tests", "failures", "errors", "skipped"):
+        row[f"number of {name}"] = int(suite.get(name))
+    for case in suite.iter("testcase"):
+        for kind in ("failure", "error"):
+            found = case.find(kind)
+            if found is not None:
+                setup.note(f"{case.get('name')}: {found.get('message')[:300]}")
+    report.unlink()
+    return row | {"s": time.time() - began}
 
 
 # -- The loss alone --------------------------------------------------------------------
@@ -287,7 +302,6 @@ def micro_batch(name, setup):
         model = build_model(cfg)
     optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=1e-4, fused=True)
     code = step.Code("ours", model, step.our_loss, optimizer)
-
     tau = torch.tensor(0.75, device=setup.device)
     # The steps take their images from the batch alone.
     inputs = step.Inputs(cfg, None, None, None, torch.bfloat16, tau)
@@ -297,11 +311,7 @@ def micro_batch(name, setup):
         return partial(step.whole_step, code, inputs, model, batch)
 
     def fits(batch_size):
-        try:
-            call(batch_size)()
-            good = True
-        except torch.OutOfMemoryError:
-            good = False
+        good = fits_in_memory(call, batch_size)
         # Gradients of a step that was cut short would stay.
         optimizer.zero_grad()
         free_memory(setup)
@@ -313,16 +323,30 @@ def micro_batch(name, setup):
     if found == most:
         setup.note(f"{most} images fit; more were not tried")
     row = {"model": name, "type": "bfloat16", "micro-batch": found}
-    if found and setup.on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        call(found)()
-        row["peak GiB"] = torch.cuda.max_memory_allocated() / GIB
-        row["of GiB"] = torch.cuda.mem_get_info()[1] / GIB
     if found:
         whole = call(found)
         seconds = time_alone((step.nothing, whole), setup.device, 3)
         row["img/s"] = found / float(np.median(seconds))
+    if found and setup.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        whole()
+        row["peak GiB"] = torch.cuda.max_memory_allocated() / GIB
+        row["of GiB"] = torch.cuda.mem_get_info()[1] / GIB
     return [row]
+
+
+def fits_in_memory(call, batch_size):
+    """Whether call(batch_size)() runs."""
+    try:
+        call(batch_size)()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    except RuntimeError as error:
+        # cuBLAS's words for it.
+        if "ALLOC_FAILED" in str(error):
+            return False
+        raise
 
 
 def free_memory(setup):
@@ -366,7 +390,7 @@ def train_toy(setup, fused, dtype, stop, seconds=float("inf")):
     values = []
     batches = toy_batches(cfg, setup.device)
     began = time.time()
-    with loss_path(fused):
+    with loss_path(fused, kernel_impl(setup)):
         while len(values) < stop and time.time() - began < seconds:
             for group in optimizer.param_groups:
                 group["lr"] = cfg.lr * min(1, (len(values) + 1) / 100)
