@@ -26,6 +26,7 @@ from benchmarks.measure import (
     machine,
     percentiles,
     print_row,
+    quiet_clock,
     table,
     take_turns,
     time_alone,
@@ -171,7 +172,7 @@ def measure_core(folder, size, batch_size, repeats):
     for name, open_pipeline in PIPELINES.items():
         batches = open_pipeline(folder, size, batch_size, 0)
         calls[name] = (partial(iter, batches), next)
-    times = take_turns(calls, torch.device("cpu"), repeats)
+    times = take_turns(calls, torch.device("cpu"), repeats, quiet_clock())
     torch.set_num_threads(threads)
     rows = []
     for name, seconds in times.items():

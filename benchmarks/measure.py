@@ -28,7 +28,17 @@ def percentiles(times):
     return [times.quantile(q).item() for q in (0.5, 0.2, 0.8)]
 
 
-def take_turns(calls, device, repeats):
+def quiet_clock():
+    """Of calls in this process alone: its CPU time, where it has one thread.
+
+    On a machine that others use as well that is steadier than the time on the wall.
+    """
+    if torch.get_num_threads() == 1:
+        return time.process_time
+    return time.perf_counter
+
+
+def take_turns(calls, device, repeats, clock=time.perf_counter):
     """Times several calls, one of each a round, so that all meet the same conditions.
 
     calls is {name: (prepare, call)}; call gets what prepare() returned. Returns {name:
@@ -42,9 +52,9 @@ def take_turns(calls, device, repeats):
         for _ in range(repeats + 1):
             for name, (prepare, call) in calls.items():
                 x = prepare()
-                start = time.perf_counter()
+                start = clock()
                 call(x)
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: seconds[1:] for name, seconds in times.items()}
 
 

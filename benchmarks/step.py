@@ -34,6 +34,7 @@ from benchmarks.measure import (
     peak_memory_on_gpu,
     percentiles,
     print_row,
+    quiet_clock,
     table,
     take_turns,
 )
@@ -407,7 +408,7 @@ def measure_steps(codes, inputs, modes, repeats, say=print, backend="inductor"):
     calls = {name: (nothing, step) for name, step in steps.items()}
     # In the same rounds: the rate of a machine that others use as well changes.
     product_flops, calls["product"] = matrix_product(inputs.dtype, device)
-    times = take_turns(calls, device, repeats)
+    times = take_turns(calls, device, repeats, quiet_clock())
     rate = product_flops / statistics.median(times.pop("product"))
     return step_rows(inputs, times, taken, memory, rate)
 
