@@ -144,7 +144,7 @@ def test_bench_step_counts_operations_and_saved_bytes():
 
 def test_bench_step_counts_each_storage_once():
     imgs = torch.randn(2, 3, 4, 4)
-    cfg = attg_mae.Config(img_size=4, patch_size=4)
+    cfg = attg_mae.Config(img_size=8, patch_size=4)
     inputs = step.Inputs(cfg, imgs, torch.rand(2, 1), None, None, torch.tensor(0.75))
 
     def loss(model, imgs, noise):
