@@ -247,6 +247,8 @@ def run(args, device, out):
         files = list(Path(folder, "train", "a").iterdir())
         mean = sum(path.stat().st_size for path in files) / len(files)
         title = f"{machine(device)}; JPEG files of {WIDTH} x {HEIGHT}, "
-        title += f"{mean / 1e3:.0f} KB, cropped to {args.size}"
+        title += (
+            f"{mean / 1e3:.0f} KB, cropped to {args.size}; without workers CPU time"
+        )
         rows = measure(folder, args.size, batch_size, workers, device, args.repeats)
     table(rows, out, "data", title)

@@ -38,6 +38,14 @@ def quiet_clock():
     return time.perf_counter
 
 
+def clock_words(device):
+    """For a table's title."""
+    on_gpu = device.type == "cuda"
+    if not on_gpu and quiet_clock() is time.process_time:
+        return "CPU time of one thread"
+    return "the GPU's time" if on_gpu else "wall time"
+
+
 def take_turns(calls, device, repeats, clock=time.perf_counter):
     """Times several calls, one of each a round, so that all meet the same conditions.
 

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attg_mae import Config, build_model, model_inputs, param_groups, train_step
 from benchmarks.measure import (
+    clock_words,
     machine,
     nothing,
     peak_memory_on_gpu,
@@ -485,4 +486,4 @@ def run(args, device, out):
         for row in more:
             print_row(row)
         rows += more
-    table(rows, out, "step", machine(device))
+    table(rows, out, "step", f"{machine(device)}; {clock_words(device)}")
