@@ -283,7 +283,7 @@ def normalize(imgs, cfg):
 
     A model of one channel gets its grey from RGB, which is what the loader decodes.
     """
-    if cfg.in_chans == 1 and imgs.shape[1] == 3:
+    if len(cfg.mean) == 1 and imgs.shape[1] == 3:
         imgs = (imgs * channels(LUMA, imgs.device)).sum(dim=1, keepdim=True)
     mean, std = channels(cfg.mean, imgs.device), channels(cfg.std, imgs.device)
     return (imgs / 255 - mean) / std

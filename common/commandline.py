@@ -269,5 +269,6 @@ def out_of_memory(error):
     """Of the GPU (torch.OutOfMemoryError) or of the machine."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    # What PyTorch's allocator of the CPU says.
-    return "can't allocate memory" in str(error)
+    # What PyTorch's allocators of the CPU and of MPS say.
+    words = str(error)
+    return "can't allocate memory" in words or "out of memory" in words

@@ -116,16 +116,15 @@ def report(rows, settings, path):
     Prints rows, dicts of figures, as a table, then all of it as a line of JSON, which
     is also added to the file.
     """
-    print_table(rows)
-
     results = []
     for row in rows:
         # JSON has no NaN, the one value that differs from itself: null instead.
         results.append({k: v if v == v else None for k, v in row.items()})
     record = {"settings": settings, "torch": torch.__version__, "results": results}
     line = json.dumps(record, allow_nan=False)
-    print(line)
-
+    # First the file: a closed pipe ends the program when it prints.
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(line + "\n")
+    print_table(rows)
+    print(line)

@@ -710,8 +710,11 @@ def test_few_shots_are_the_same_for_every_model():
     assert sorted(everything.tolist()) == list(range(200))
     # At least one of each
     assert common.data.shot_indices(labels, 1e-9, 3).tolist() == one.tolist()
-    with pytest.raises(ValueError, match="--shots 500: class 0 has"):
-        common.data.shot_indices(labels, 500, 0)
+    # A class that has fewer gives all it has
+    assert sorted(common.data.shot_indices(labels, 500, 0).tolist()) == list(range(200))
+    for bad, shots in ((labels, 0), (labels[labels != 1], 5)):
+        with pytest.raises(ValueError, match=f"--shots {shots} of 4 classes: must be"):
+            common.data.shot_indices(bad, shots, 0)
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index(labelled):
