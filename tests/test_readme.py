@@ -208,6 +208,8 @@ def place(tmp_path, monkeypatch):
                 tmp_path / "path/to/imagenet/train" / c / f"{i}.png", noise(40, 40, i)
             )
         write(tmp_path / "path/to/images" / f"{i}.png", noise(40, 40, i))
+        mask = Image.fromarray(np.eye(40, dtype=np.uint8))
+        write(tmp_path / "pairs/masks" / f"{i}.png", mask)
     (tmp_path / "imagenet100.txt").write_text("r\nb\n")
     monkeypatch.chdir(tmp_path)
     large = attg_mae.build_model(attg_mae.Config("vit_large", **SMALL))

@@ -108,7 +108,7 @@ def test_a_stopped_study_goes_on(pictures, monkeypatch, capsys):
     monkeypatch.chdir(pictures)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = "--name small --data data --maps exact=exact.npy --arms none exact "
-    flags += "--seeds 0 1 --jobs 2 --evaluate knn shots --shots 2 "
+    flags += "--seeds 0 1 --jobs 2 --evaluate knn "
     flags += "-- --epochs 2 --batch_size 32 --knn_every 1"
     out = pictures / "out" / "study" / "small"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -128,14 +128,7 @@ def test_a_stopped_study_goes_on(pictures, monkeypatch, capsys):
     results = pictures / "results" / "study" / "small"
     runs = ["exact-seed0", "exact-seed1", "none-seed0", "none-seed1"]
     assert sorted(p.name for p in results.iterdir() if p.is_dir()) == runs
-    files = [
-        "config.json",
-        "eval.txt",
-        "knn.jsonl",
-        "log.jsonl",
-        "log.txt",
-        "shots.jsonl",
-    ]
+    files = ["config.json", "eval.txt", "knn.jsonl", "log.jsonl", "log.txt"]
     for run in runs:
         assert sorted(p.name for p in (results / run).iterdir()) == files
         config = json.loads((results / run / "config.json").read_text())
@@ -149,7 +142,7 @@ def test_a_stopped_study_goes_on(pictures, monkeypatch, capsys):
         for feature in study.FEATURES:
             assert evaluated["k-NN, k = 20", feature] == last["knn"][feature]
     measures = {(row["measure"], row["feature"]) for row in rows}
-    assert len(measures) == 6 and len(rows) == 12
+    assert len(measures) == 4 and len(rows) == 8
     assert all(row["n"] == 2 for row in rows)
     differences = [row["difference"] for row in rows if row["arm"] == "exact"]
     assert any(abs(x) > 0.1 for x in differences)
