@@ -33,6 +33,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -42,7 +43,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common.data import open_data
-from common.files import replacing, require
+from common.features import FEATURES
+from common.files import replacing, require, without_nan
 from common.maps import save_maps
 from common.run import revision
 
@@ -172,7 +174,7 @@ class Study:
         mark = folder / f"{name}.done"
         if mark.exists():
             return
-        log = "log.txt" if name == "train" else "eval.txt"
+        log = "log.txt" if name in ("maps", "train") else "eval.txt"
         self.programs.run(folder / log, program, *flags)
         mark.touch()
 
@@ -269,8 +271,6 @@ class Study:
 
 # -- Figures of the runs ---------------------------------------------------------------
 
-FEATURES = {"class_token": "class token", "patch_mean": "patch mean"}
-
 
 def read_lines(path):
     """The JSON lines of a file, empty if it is not there."""
@@ -319,11 +319,8 @@ T_975 += (2.0484, 2.0452, 2.0423)
 
 def mean_and_deviation(values):
     """(mean, sample deviation) of a list; the deviation of one value is NaN."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return mean, math.nan
-    squares = [(value - mean) ** 2 for value in values]
-    return mean, math.sqrt(sum(squares) / (len(values) - 1))
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.fmean(values), deviation
 
 
 def interval(values):
@@ -390,21 +387,26 @@ def markdown(rows):
                 cell += f" [{row['low']:+.2f}, {row['high']:+.2f}]"
             differences.setdefault((row["arm"], row["pairs"]), {})[column] = cell
     text = "Top-1 in percent, mean ± standard deviation over n seeds.\n\n"
-    text += grid_of_cells("n", columns, means)
+    text += grid_of_cells(columns, means)
     text += (
         "\nPaired differences to the vanilla runs of the same n seeds, with the 95 % "
     )
     text += "interval of their mean.\n\n"
-    return text + grid_of_cells("n", columns, differences)
+    return text + grid_of_cells(columns, differences)
 
 
-def grid_of_cells(count, columns, cells):
+def grid_of_cells(columns, cells):
     """A Markdown table: {(arm, n): {column: text}}."""
-    titles = [f"{measure}, {FEATURES[feature]}" for measure, feature in columns]
-    lines = [["arm", count, *titles], ["---"] * (2 + len(columns))]
+    titles = [f"{measure}, {in_words(feature)}" for measure, feature in columns]
+    lines = [["arm", "n", *titles], ["---"] * (2 + len(columns))]
     for (arm, number), row in cells.items():
         lines.append([arm, str(number), *(row.get(c, "") for c in columns)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def in_words(feature):
+    """class_token -> class token"""
+    return feature.replace("_", " ")
 
 
 def write_results(results):
@@ -416,11 +418,6 @@ def write_results(results):
         lines = [json.dumps(without_nan(row)) for row in rows]
         temporary.write_text("\n".join(lines) + "\n")
     draw_curves(results)
-
-
-def without_nan(row):
-    """NaN, which JSON has not and which alone differs from itself, becomes None."""
-    return {key: value if value == value else None for key, value in row.items()}
 
 
 def draw_curves(results):
@@ -447,7 +444,7 @@ def draw_curves(results):
         for number, (arm, runs) in enumerate(curves.items()):
             draw_arm(axes, arm, runs, feature, f"C{number}")
         axes.set(
-            title=FEATURES[feature], xlabel="epoch", ylabel="k-NN, k = 20, top-1 %"
+            title=in_words(feature), xlabel="epoch", ylabel="k-NN, k = 20, top-1 %"
         )
     axes.legend()
     with replacing(results / "curves.png") as temporary:
@@ -477,6 +474,8 @@ def named_file(text):
     name, _, file = text.partition("=")
     if not name or not file or "+" in name or "-seed" in name:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    if name in OWN_SOURCES:
+        raise argparse.ArgumentTypeError(f"{text!r}: {name} means other maps")
     return name, Path(file)
 
 

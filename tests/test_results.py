@@ -44,7 +44,10 @@ def test_each_run_of_a_study_names_its_command_commit_and_seed(folder):
 
 
 def cells_of_study(name, arm, measures):
-    """ "mean ± sd" of the class token and the patch mean, for each measure."""
+    """(means ± deviations, differences with their intervals, numbers of seeds).
+
+    The first two are cells of a Markdown table, class token before patch mean.
+    """
     rows = study.table_rows(study.read_study(RESULTS / "study" / name))
     found = {(r["arm"], r["measure"], r["feature"]): r for r in rows}
     cells, differences, numbers = [], [], set()
