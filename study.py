@@ -446,7 +446,9 @@ def draw_curves(results):
         axes.set(
             title=in_words(feature), xlabel="epoch", ylabel="k-NN, k = 20, top-1 %"
         )
-    axes.legend()
+    # Beside the curves, which it would hide.
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     with replacing(results / "curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
