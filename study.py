@@ -20,8 +20,9 @@ and what is changed, joined by +:
 Runs of the same seed begin with the same weights and see the same pictures, crops and
 masks in the same order, so their differences are paired. After each run come k-NN
 (k = 5, 20), k-NN with few labels and the linear probe (--evaluate). All files of the
-runs lie in --out; logs, figures, the table and the curves are copied to --results as
-soon as a run ends. The same command goes on where a study was interrupted.
+runs lie in --out; logs and figures are copied to --results, and the table is written
+there, as soon as a run ends; the curves at the end. The same command goes on where a
+study was interrupted.
 """
 
 import argparse
@@ -231,7 +232,7 @@ class Study:
             for name in KEPT:
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, copy / name)
-            write_results(self.args.results)
+            write_table(self.args.results)
         print(f"{folder.name}: done, see {copy}", flush=True)
 
     def run_all(self):
@@ -409,25 +410,25 @@ def in_words(feature):
     return feature.replace("_", " ")
 
 
-def write_results(results):
-    """table.md, table.jsonl and curves.png of the runs in the folder `results`."""
+def write_table(results):
+    """table.md and table.jsonl of the runs in the folder `results`."""
     rows = table_rows(read_study(results))
     with replacing(results / "table.md") as temporary:
         temporary.write_text(markdown(rows))
     with replacing(results / "table.jsonl") as temporary:
         lines = [json.dumps(without_nan(row)) for row in rows]
         temporary.write_text("\n".join(lines) + "\n")
-    draw_curves(results)
 
 
 def draw_curves(results):
     """curves.png: k-NN accuracy over the epochs, a line for each arm, pale ones of seeds.
 
-    Nothing without matplotlib, or without k-NN along the way.
+    Without matplotlib a line that says so, and nothing without k-NN in the logs.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        print("no curves.png: matplotlib is not installed")
         return
     curves = {}
     for folder in sorted(results.glob("*-seed*")):
@@ -556,9 +557,7 @@ def main(argv=None):
     """Runs the study. Returns the rows of its table, see table_rows."""
     args = arguments(argv)
     if args.table:
-        write_results(args.table)
-        print((args.table / "table.md").read_text())
-        return table_rows(read_study(args.table))
+        return show(args.table)
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
@@ -573,8 +572,15 @@ def main(argv=None):
             f"{len(failed)} runs failed, the first: {failed[0]}; "
             "the same command tries them again"
         )
-    print((args.results / "table.md").read_text())
-    return table_rows(read_study(args.results))
+    return show(args.results)
+
+
+def show(results):
+    """Writes table and curves of the folder `results`, prints and returns the table."""
+    write_table(results)
+    draw_curves(results)
+    print((results / "table.md").read_text())
+    return table_rows(read_study(results))
 
 
 if __name__ == "__main__":
