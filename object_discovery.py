@@ -5,14 +5,16 @@ arXiv 2402.15172), by TokenCut, by DINO's class attention or by Grad-CAM.
     python object_discovery.py --backbone pixels --out maps.npy --show 8
     python object_discovery.py --method tokencut --backbone dino_vits16 --data DATA --out maps.npy
     python object_discovery.py --method dino --backbone ENCODER.pt --data DATA --out maps.npy
+    python object_discovery.py --method tokencut --backbone resnet50 --data DATA --out maps.npy
     python object_discovery.py --method gradcam --backbone resnet50 --data DATA --out maps.npy
     python object_discovery.py --method masks --masks DIR --data DATA --out maps.npy
     torchrun --nproc_per_node=8 object_discovery.py --method tokencut --data DATA --out maps.npy
 
 The first needs no weights and no data: the embedded toy set takes about half a
 minute on one CPU core. The backbone of tokencut and dino may be any checkpoint of
-this project or of MAE; dino_vits16 is downloaded. --method masks takes PNG masks of
-your own as the maps. DATA is a folder or a name, as for attg_mae.py.
+this project or of MAE; dino_vits16 is downloaded. resnet50 and mobilenet_v2 are
+classifiers, trained with ImageNet's labels. --method masks takes PNG masks of your own
+as the maps. DATA is a folder or a name, as for attg_mae.py.
 
 Maps are made of the whole picture squashed to the input size; attg_mae.py --maps
 pools them over each crop. An interrupted job goes on with the same command.
@@ -360,6 +362,7 @@ def one_object(features, taken, grid, args):
     # Zero vectors have no edges, so this takes them out of the graph.
     features = features.masked_fill(taken[..., None], 0.0)
     y = tokencut(features, args.cut)
+    # Its sign may be that of a patch which is taken.
     y = positive_peak(y.masked_fill(taken, 0.0))
     if args.binary:
         mean = y.masked_fill(taken, torch.nan).nanmean(dim=1, keepdim=True)
@@ -464,7 +467,7 @@ def mobilenet_v2(model):
     """torchvision's MobileNetV2 as a Classifier."""
     pool = torch.nn.AdaptiveAvgPool2d(1)
     head = torch.nn.Sequential(pool, torch.nn.Flatten(), model.classifier)
-    # The 14th block halves the resolution for the last time.
+    # Block 14 halves the resolution for the last time.
     return Classifier(model.features[:14], model.features[14:], head)
 
 
@@ -472,8 +475,7 @@ CNNS = {"resnet50": resnet50, "mobilenet_v2": mobilenet_v2}
 
 
 def cnn(args, device):
-    """A classifier of torchvision: Grad-CAM of its last convolutional stage, or the cut
-    of its features of stride 16, which are the finest that see whole objects."""
+    """A classifier of torchvision: Grad-CAM of its last stage, or the cut at stride 16."""
     model, path = torchvision.models.get_model(args.backbone), args.weights
     if not path:
         url = torchvision.models.get_model_weights(args.backbone).IMAGENET1K_V1.url
@@ -504,7 +506,7 @@ def cnn(args, device):
             x = parts.to_stride_16(normalize(imgs, channels))  # (B, C, h, w)
             if args.method == "tokencut":
                 features = x.flatten(2).mT  # (B, L, C)
-                # After a ReLU all cosines are high: centred, they tell parts apart.
+                # What all patches share would make them all alike.
                 return cut(features - features.mean(dim=1, keepdim=True), grid, args)
             x = parts.to_stride_32(x)
         return grad_cam(x, parts.classify, grid, size)
@@ -806,11 +808,9 @@ def command_line():
     methods = ("tokencut", "dino", "gradcam", "masks")
     flag("--method", choices=methods, default="tokencut")
     vits, cnns = ", ".join(DINO), ", ".join(CNNS)
-    text = f"{vits}, a checkpoint, or pixels (tokencut); {cnns} (gradcam)"
+    text = f"{vits}, a checkpoint; {cnns} (tokencut, gradcam); pixels (tokencut)"
     flag("--backbone", help=text)
-    text = (
-        "file with the weights of gradcam's backbone [torchvision's, downloaded once]"
-    )
+    text = f"file with the weights of {cnns} [torchvision's, downloaded once]"
     flag("--weights", help=text)
     text = "TokenCut's bipartition at the mean instead of the eigenvector"
     flag("--binary", action="store_true", help=text)

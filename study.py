@@ -20,8 +20,9 @@ and what is changed, joined by +:
 Runs of the same seed begin with the same weights and see the same pictures, crops and
 masks in the same order, so their differences are paired. After each run come k-NN
 (k = 5, 20), k-NN with few labels and the linear probe (--evaluate). All files of the
-runs lie in --out; logs, figures, the table and the curves are copied to --results as
-soon as a run ends. The same command goes on where a study was interrupted.
+runs lie in --out; logs and figures are copied to --results, and the table is written
+there, as soon as a run ends; the curves at the end. The same command goes on where a
+study was interrupted.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -42,7 +44,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common.data import open_data
-from common.files import replacing, require
+from common.features import FEATURES
+from common.files import replacing, require, without_nan
 from common.maps import save_maps
 from common.run import revision
 
@@ -172,7 +175,7 @@ class Study:
         mark = folder / f"{name}.done"
         if mark.exists():
             return
-        log = "log.txt" if name == "train" else "eval.txt"
+        log = "log.txt" if name in ("maps", "train") else "eval.txt"
         self.programs.run(folder / log, program, *flags)
         mark.touch()
 
@@ -229,7 +232,7 @@ class Study:
             for name in KEPT:
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, copy / name)
-            write_results(self.args.results)
+            write_table(self.args.results)
         print(f"{folder.name}: done, see {copy}", flush=True)
 
     def run_all(self):
@@ -268,8 +271,6 @@ class Study:
 
 
 # -- Figures of the runs ---------------------------------------------------------------
-
-FEATURES = {"class_token": "class token", "patch_mean": "patch mean"}
 
 
 def read_lines(path):
@@ -319,11 +320,8 @@ T_975 += (2.0484, 2.0452, 2.0423)
 
 def mean_and_deviation(values):
     """(mean, sample deviation) of a list; the deviation of one value is NaN."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return mean, math.nan
-    squares = [(value - mean) ** 2 for value in values]
-    return mean, math.sqrt(sum(squares) / (len(values) - 1))
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.fmean(values), deviation
 
 
 def interval(values):
@@ -390,47 +388,47 @@ def markdown(rows):
                 cell += f" [{row['low']:+.2f}, {row['high']:+.2f}]"
             differences.setdefault((row["arm"], row["pairs"]), {})[column] = cell
     text = "Top-1 in percent, mean ± standard deviation over n seeds.\n\n"
-    text += grid_of_cells("n", columns, means)
+    text += grid_of_cells(columns, means)
     text += (
         "\nPaired differences to the vanilla runs of the same n seeds, with the 95 % "
     )
     text += "interval of their mean.\n\n"
-    return text + grid_of_cells("n", columns, differences)
+    return text + grid_of_cells(columns, differences)
 
 
-def grid_of_cells(count, columns, cells):
+def grid_of_cells(columns, cells):
     """A Markdown table: {(arm, n): {column: text}}."""
-    titles = [f"{measure}, {FEATURES[feature]}" for measure, feature in columns]
-    lines = [["arm", count, *titles], ["---"] * (2 + len(columns))]
+    titles = [f"{measure}, {in_words(feature)}" for measure, feature in columns]
+    lines = [["arm", "n", *titles], ["---"] * (2 + len(columns))]
     for (arm, number), row in cells.items():
         lines.append([arm, str(number), *(row.get(c, "") for c in columns)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def write_results(results):
-    """table.md, table.jsonl and curves.png of the runs in the folder `results`."""
+def in_words(feature):
+    """class_token -> class token"""
+    return feature.replace("_", " ")
+
+
+def write_table(results):
+    """table.md and table.jsonl of the runs in the folder `results`."""
     rows = table_rows(read_study(results))
     with replacing(results / "table.md") as temporary:
         temporary.write_text(markdown(rows))
     with replacing(results / "table.jsonl") as temporary:
         lines = [json.dumps(without_nan(row)) for row in rows]
         temporary.write_text("\n".join(lines) + "\n")
-    draw_curves(results)
-
-
-def without_nan(row):
-    """NaN, which JSON has not and which alone differs from itself, becomes None."""
-    return {key: value if value == value else None for key, value in row.items()}
 
 
 def draw_curves(results):
     """curves.png: k-NN accuracy over the epochs, a line for each arm, pale ones of seeds.
 
-    Nothing without matplotlib, or without k-NN along the way.
+    Without matplotlib a line that says so, and nothing without k-NN in the logs.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        print("no curves.png: matplotlib is not installed")
         return
     curves = {}
     for folder in sorted(results.glob("*-seed*")):
@@ -447,9 +445,11 @@ def draw_curves(results):
         for number, (arm, runs) in enumerate(curves.items()):
             draw_arm(axes, arm, runs, feature, f"C{number}")
         axes.set(
-            title=FEATURES[feature], xlabel="epoch", ylabel="k-NN, k = 20, top-1 %"
+            title=in_words(feature), xlabel="epoch", ylabel="k-NN, k = 20, top-1 %"
         )
-    axes.legend()
+    # Beside the curves, which it would hide.
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     with replacing(results / "curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -477,6 +477,8 @@ def named_file(text):
     name, _, file = text.partition("=")
     if not name or not file or "+" in name or "-seed" in name:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE")
+    if name in OWN_SOURCES:
+        raise argparse.ArgumentTypeError(f"{text!r}: {name} means other maps")
     return name, Path(file)
 
 
@@ -555,9 +557,7 @@ def main(argv=None):
     """Runs the study. Returns the rows of its table, see table_rows."""
     args = arguments(argv)
     if args.table:
-        write_results(args.table)
-        print((args.table / "table.md").read_text())
-        return table_rows(read_study(args.table))
+        return show(args.table)
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
@@ -572,8 +572,15 @@ def main(argv=None):
             f"{len(failed)} runs failed, the first: {failed[0]}; "
             "the same command tries them again"
         )
-    print((args.results / "table.md").read_text())
-    return table_rows(read_study(args.results))
+    return show(args.results)
+
+
+def show(results):
+    """Writes table and curves of the folder `results`, prints and returns the table."""
+    write_table(results)
+    draw_curves(results)
+    print((results / "table.md").read_text())
+    return table_rows(read_study(results))
 
 
 if __name__ == "__main__":

@@ -111,15 +111,17 @@ def print_table(rows):
         print("  ".join(padded).rstrip())
 
 
+def without_nan(row):
+    """A dict for JSON, which has no NaN, the one value that differs from itself."""
+    return {key: value if value == value else None for key, value in row.items()}
+
+
 def report(rows, settings, path):
     """
     Prints rows, dicts of figures, as a table, then all of it as a line of JSON, which
     is also added to the file.
     """
-    results = []
-    for row in rows:
-        # JSON has no NaN, the one value that differs from itself: null instead.
-        results.append({k: v if v == v else None for k, v in row.items()})
+    results = [without_nan(row) for row in rows]
     record = {"settings": settings, "torch": torch.__version__, "results": results}
     line = json.dumps(record, allow_nan=False)
     # First the file: a closed pipe ends the program when it prints.

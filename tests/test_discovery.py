@@ -176,6 +176,13 @@ def test_dino_maps_equal_hugging_face(size, tmp_path):
     )
 
 
+def cnn_args(method, name, weights, size, grid=None, **more):
+    """What `cnn` reads of the command line."""
+    settings = {"method": method, "backbone": name, "weights": str(weights)}
+    settings |= {"img_size": size, "grid": grid, "mean": None, "std": None}
+    return SimpleNamespace(**settings, **more)
+
+
 @pytest.mark.parametrize(("name", "size"), [("resnet50", 96), ("mobilenet_v2", 160)])
 def test_grad_cam_equals_the_package(name, size, tmp_path):
     from pytorch_grad_cam import GradCAM
@@ -186,15 +193,7 @@ def test_grad_cam_equals_the_package(name, size, tmp_path):
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.2, 0.6)
     torch.save(ref.state_dict(), tmp_path / "cnn.pt")
-    args = SimpleNamespace(
-        method="gradcam",
-        backbone=name,
-        weights=str(tmp_path / "cnn.pt"),
-        img_size=size,
-        grid=5,
-        mean=None,
-        std=None,
-    )
+    args = cnn_args("gradcam", name, tmp_path / "cnn.pt", size, grid=5)
     maps, shape, grid, about = object_discovery.cnn(args, "cpu")
     imgs = (
         (rand(3, 3, 12, 12) * 255)
@@ -226,16 +225,7 @@ def test_cut_of_a_classifier_equals_scipy(name, size, tmp_path):
     torch.manual_seed(0)
     ref = torchvision.models.get_model(name).eval()
     torch.save(ref.state_dict(), tmp_path / "cnn.pt")
-    args = SimpleNamespace(
-        method="tokencut",
-        backbone=name,
-        weights=str(tmp_path / "cnn.pt"),
-        img_size=size,
-        grid=None,
-        mean=None,
-        std=None,
-        **vars(cut_args()),
-    )
+    args = cnn_args("tokencut", name, tmp_path / "cnn.pt", size, **vars(cut_args()))
     maps, shape, grid, _ = object_discovery.cnn(args, "cpu")
     assert shape == (size, size) and grid == (math.ceil(size / 16),) * 2
     imgs = F.interpolate(rand(2, 3, 6, 6), (size, size)).mul(255).byte()

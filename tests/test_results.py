@@ -43,32 +43,74 @@ def test_each_run_of_a_study_names_its_command_commit_and_seed(folder):
     assert all(len(of_seed) == 1 for of_seed in commits.values())
 
 
-def cells_of_study(name, arm, measures):
-    """ "mean ± sd" of the class token and the patch mean, for each measure."""
+def rows_of_study(name):
+    """{(arm, measure, feature): row of study.table_rows}"""
     rows = study.table_rows(study.read_study(RESULTS / "study" / name))
-    found = {(r["arm"], r["measure"], r["feature"]): r for r in rows}
-    cells, differences, numbers = [], [], set()
-    for measure in measures:
-        for feature in study.FEATURES:
-            row = found[arm, measure, feature]
-            numbers.add(row["n"])
-            cells.append(f"{row['mean']:.1f} ± {row['sd']:.1f}")
-            if "difference" in row:
-                low, high = row["low"], row["high"]
-                differences.append(
-                    f"{row['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
-                )
-    return " | ".join(cells), " | ".join(differences), numbers
+    return {(row["arm"], row["measure"], row["feature"]): row for row in rows}
+
+
+def mean(row):
+    return f"{row['mean']:.1f} ± {row['sd']:.1f}"
+
+
+def difference(row):
+    return f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
 
 
 def test_the_first_table_of_the_readme():
-    measures = ("k-NN, k = 20", "linear probe")
-    vanilla, _, n = cells_of_study("imagenette64", "none", measures)
-    guided, difference, m = cells_of_study("imagenette64", "cnn-tokencut", measures)
-    assert n == m and f"{min(n)} seeds" in README
-    assert f"| {vanilla} |" in README
-    assert f"| {guided} |" in README
-    assert f"| {difference} |" in README
+    rows = rows_of_study("imagenette64")
+    vanilla, guided, differences = [], [], []
+    for measure in ("k-NN, k = 20", "linear probe"):
+        for feature in study.FEATURES:
+            vanilla.append(mean(rows["none", measure, feature]))
+            guided.append(mean(rows["cnn-tokencut", measure, feature]))
+            differences.append(difference(rows["cnn-tokencut", measure, feature]))
+    for cells in (vanilla, guided, differences):
+        assert f"| {' | '.join(cells)} |" in README
+    numbers = {(row["n"], row.get("pairs", 5)) for row in rows.values()}
+    assert numbers == {(5, 5)} and "5 seeds, top-1" in README
+    # What is said of them: every interval holds 0.
+    for row in rows.values():
+        assert row["arm"] == "none" or row["low"] < 0 < row["high"]
+    toy = rows_of_study("toy")
+    for arm in ("masks", "none"):
+        both = [mean(toy[arm, "k-NN, k = 20", feature]) for feature in study.FEATURES]
+        assert " / ".join(both) in README
+
+
+def cells_of_page(first):
+    """{first cells: other cells} of docs/study.md, in lines whose first cells are given."""
+    lines = {}
+    for line in (ROOT / "docs" / "study.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        lines[tuple(cells[: len(first)])] = cells[len(first) :]
+    return lines[tuple(first)]
+
+
+def test_the_tables_of_the_page_on_the_study():
+    rows = rows_of_study("imagenette64")
+    names = {"k-NN, 10 shots": "k-NN, 10 labelled images a class, k = 5"}
+    names["transfer, k = 20"] = "k-NN, k = 20, on 12 classes of flowers"
+    for measure in ("k-NN, k = 5", "k-NN, k = 20", "linear probe", *names):
+        for feature in study.FEATURES:
+            key = measure, feature
+            guided = rows["cnn-tokencut", *key]
+            want = [mean(rows["none", *key]), mean(guided), difference(guided)]
+            first = [names.get(measure, measure), study.in_words(feature)]
+            assert cells_of_page(first) == want
+
+    rows = rows_of_study("toy")
+    names = {"none": "vanilla", "masks": "exact masks", "self": "own encoder (`self`)"}
+    names["masks+inverted"] = "exact masks, inverted"
+    names["pixels"] = "TokenCut of colours (`pixels`)"
+    names["gaussian"] = "a centred Gaussian, the control"
+    assert {arm for arm, _, _ in rows} == set(names)
+    for arm, name in names.items():
+        want = []
+        for measure in ("k-NN, k = 20", "linear probe"):
+            row = rows[arm, measure, "patch_mean"]
+            want += [mean(row), difference(row) if arm != "none" else ""]
+        assert cells_of_page([name, str(row["n"])]) == want
 
 
 def test_the_quick_start_is_that_of_its_log():
