@@ -462,8 +462,10 @@ class MAE(ViT):
         places = ids_keep[..., None].expand(-1, -1, D)  # (B, K, D)
         tokens = tokens.scatter(1, places, x[:, 1:])
         x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed  # (B, N, D)
-        x = self.decoder_norm(self.decoder_blocks(x))
-        return self.decoder_pred(x)[:, 1:]  # (B, L, P)
+        # Without the class token from here on: its gradient would be zeros in a copy of
+        # pred.
+        x = self.decoder_blocks(x)[:, 1:]  # (B, L, D)
+        return self.decoder_pred(self.decoder_norm(x))  # (B, L, P)
 
     def forward(
         self,

@@ -18,9 +18,9 @@ The mask is 1 where a patch was removed and is predicted:
     l      = mean_P (pred - x_norm)^2             per patch
     loss   = sum(mask * w * l) / sum(mask)        Eq. 2
 
-The PyTorch code (`normalize_map`, `_patch_loss`) is the specification. The kernels fuse
-all of it but the last sum: one for the forward, one for the backward pass. They read
-masked patches only, and images in place. The forward kernel keeps three numbers a
+The PyTorch code (`normalize_map`, `_patch_loss`) is the specification. One kernel fuses
+the forward pass, a small one adds up what its programs found, one makes the gradient.
+They read masked patches only, and images in place. The forward kernel keeps three numbers a
 patch; the backward kernel reads the patches again and writes the gradient. These are
 the bytes that both passes move for n masked patches, s being the size of an element:
 
@@ -40,10 +40,12 @@ import importlib.util
 import math
 import os
 import sys
+from fractions import Fraction
 from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # A map with max - min <= FLAT * max|M| says nothing. Without this rule a noise of 1e-7
 # would be stretched to the full range.
@@ -56,12 +58,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The most values that fit into the registers and the shared memory of one program.
 MAX_TILE = 16384
-# A program takes STEPS tiles one after the other. A tile has TILE values, or those of
-# one patch if they are more, and a warp for each WARP of them. These three have not
-# been tuned on a GPU yet.
-TILE = 1024
+# A program takes STEPS tiles one after the other. A tile has WARP values, or those of
+# one patch if they are more, and a warp for each WARP of them. Neither has been tuned on
+# a GPU yet.
 STEPS = 4
-WARP = 256
+WARP = 1024
 
 # The operators are registered under the module's name, so that two copies of this file
 # may live in one process.
@@ -103,11 +104,7 @@ def _patch_loss(
 ):
     """mask * w * l of shape (B, L). The arguments are those of `attg_loss`."""
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
-    if target.dim() == 4:
-        target = _patchify(target, patch_size)  # (B, L, P)
-    x = target.to(dtype)
-    if target.dtype == torch.uint8:
-        x = x / 255
+    x = _patches(target, patch_size, dtype)
     y = pred.to(dtype)
     if mask is not None:
         mask = mask.bool()
@@ -131,6 +128,15 @@ def _patch_loss(
     return torch.where(mask, loss, 0.0)
 
 
+def _patches(target, patch_size, dtype):
+    """The target, images or patches, as patches (B, L, P) of a dtype."""
+    if target.dim() == 4:
+        target = _patchify(target, patch_size)
+    if target.dtype == torch.uint8:
+        return target.to(dtype) / 255
+    return target.to(dtype)
+
+
 def _patchify(imgs: Tensor, p: int) -> Tensor:
     """(B, C, H, W) -> (B, L, p*p*C)."""
     B, C, H, W = imgs.shape
@@ -141,11 +147,12 @@ def _patchify(imgs: Tensor, p: int) -> Tensor:
 
 # -- What the kernels share ------------------------------------------------------------
 #
-# A program takes STEPS tiles of ROWS patches of one image, one after the other. A tile
-# is (ROWS, PIXELS, CHANNELS), each a power of 2. With channels on an axis of their own
-# images are read along their rows and pred along its channels. Offsets are int64 and
-# all arithmetic is fp32. A target of patches (B, L, P) is read as if it were an image
-# of L rows with P pixels of one channel; PATCH is 0 then.
+# A program is a warp, or a few for large patches. It takes STEPS tiles of ROWS patches of
+# one image, one after the other. A tile is (ROWS, PIXELS, CHANNELS), each a power of 2:
+# a pixel's channels lie side by side. Sums over a patch stay within the warp, so that no
+# thread waits for another. Offsets are int64 and all arithmetic is fp32. A target of
+# patches (B, L, P) is read as if it were an image of L rows with P pixels of one channel;
+# PATCH is 0 then.
 
 _TRITON_FUNCTIONS = []
 
@@ -174,40 +181,12 @@ def _triton():
 
 
 @_jit
-def _first_patch(L, ROWS: tl.constexpr, STEPS: tl.constexpr):
-    """The image of this program, and the first of its patches there."""
+def _first_patch(program, L, ROWS: tl.constexpr, STEPS: tl.constexpr):
+    """The image of a program, and the first of its patches there."""
     blocks = (L + ROWS * STEPS - 1) // (ROWS * STEPS)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks) * (ROWS * STEPS)
+    b = (program // blocks).to(tl.int64)
+    first = (program % blocks) * (ROWS * STEPS)
     return b, first
-
-
-@_jit
-def _lanes(
-    target_y,
-    target_x,
-    target_c,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    PATCH: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """For each lane of a patch, (1, PIXELS, CHANNELS): whether it has a value, the
-    place of this value in the patch, and its offset in the target from the patch's
-    corner."""
-    pixel = tl.arange(0, PIXELS)[None, :, None]
-    c = tl.arange(0, CHANNELS)[None, None, :]
-    lane = (pixel < P // C) & (c < C)
-    e = (pixel * C + c).to(tl.int64)
-    if PATCH > 0:
-        y = (pixel // PATCH).to(tl.int64)
-        x = (pixel % PATCH).to(tl.int64)
-        within = y * target_y + x * target_x
-        within += c.to(tl.int64) * target_c
-    else:
-        within = e * target_x
-    return lane, e, within
 
 
 @_jit
@@ -221,31 +200,62 @@ def _in_loss(mask, b, row, inside, mask_b, mask_l, MASK: tl.constexpr):
 
 
 @_jit
+def _corners(row, columns, target_y, target_x, PATCH: tl.constexpr):
+    """Offsets in an image of the first values of its patches, (ROWS,)."""
+    if PATCH > 0:
+        line = (row // columns).to(tl.int64)
+        column = (row % columns).to(tl.int64)
+        return (line * target_y + column * target_x) * PATCH
+    else:
+        return row.to(tl.int64) * target_y
+
+
+@_jit
+def _in_patch(
+    keep, P: tl.constexpr, C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Where a tile has values that count, (ROWS, PIXELS, CHANNELS)."""
+    pixel = tl.arange(0, PIXELS)[None, :, None]
+    c = tl.arange(0, CHANNELS)[None, None, :]
+    return keep[:, None, None] & (pixel < P // C) & (c < C)
+
+
+@_jit
 def _load_patches(
-    pred,  # points at the image's first patch
-    target,  # points at the image
-    row,
-    columns,
-    e,
-    within,
-    read,
-    pred_l,
+    pred,  # (ROWS,), points at the first value of each patch
+    target,  # (ROWS,), likewise
+    keep,
     pred_e,
     target_y,
     target_x,
+    target_c,
+    P: tl.constexpr,
+    C: tl.constexpr,
     PATCH: tl.constexpr,
     BYTES: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """The tile's predictions and targets in fp32; 0 where `read` is False."""
-    line = (row // columns).to(tl.int64)
-    column = (row % columns).to(tl.int64)
-    row = row.to(tl.int64)
-    if PATCH > 0:
-        corner = (line * target_y + column * target_x) * PATCH
+    """Predictions and targets (ROWS, PIXELS, CHANNELS) in fp32; 0 where none count."""
+    if GROUP > 0:
+        y, x = _load_groups(
+            pred, target, keep, target_y, target_c, P, PATCH, ROWS, PIXELS, GROUP
+        )
     else:
-        corner = row * target_y
-    y = tl.load(pred + (row * pred_l)[:, None, None] + e * pred_e, read, 0.0)
-    x = tl.load(target + corner[:, None, None] + within, read, 0)
+        read = _in_patch(keep, P, C, PIXELS, CHANNELS)
+        pixel = tl.arange(0, PIXELS)[None, :, None]
+        c = tl.arange(0, CHANNELS)[None, None, :]
+        e = (pixel * C + c).to(tl.int64)
+        if PATCH > 0:
+            within = (pixel // PATCH).to(tl.int64) * target_y
+            within += (pixel % PATCH).to(tl.int64) * target_x
+            within += c.to(tl.int64) * target_c
+        else:
+            within = e * target_x
+        y = tl.load(pred[:, None, None] + e * pred_e, read, 0.0)
+        x = tl.load(target[:, None, None] + within, read, 0)
     y = y.to(tl.float32)
     x = x.to(tl.float32)
     if BYTES:
@@ -253,7 +263,196 @@ def _load_patches(
     return y, x
 
 
+@_jit
+def _store_patches(
+    out,  # (ROWS,), points at the first value of each patch
+    g,
+    inside,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Writes a tile (ROWS, PIXELS, CHANNELS) to patches that are contiguous."""
+    if GROUP > 0:
+        _store_groups(out, g, inside, P, ROWS, PIXELS, GROUP)
+    else:
+        pixel = tl.arange(0, PIXELS)[None, :, None]
+        c = tl.arange(0, CHANNELS)[None, None, :]
+        write = _in_patch(inside, P, C, PIXELS, CHANNELS)
+        tl.store(out[:, None, None] + (pixel * C + c), g, write)
+
+
+# -- Register groups -------------------------------------------------------------------
+#
+# An image holds its colours in three planes, pred holds the colours of a pixel side by
+# side. Read pixel by pixel, neither gives the memory more than 2 or 4 bytes at a time.
+# So a thread takes a group of GROUP pixels: GROUP neighbours in each plane, and
+# 3 * GROUP neighbours in pred. With GROUP = 4:
+#
+#     planes   r0 r1 r2 r3     g0 g1 g2 g3     b0 b1 b2 b3       three vectors
+#     pred     r0 g0 b0 r1     g1 b1 r2 g2     b2 r3 g3 b3       three vectors
+#
+# Both are read as vectors of up to 16 bytes. They meet in the registers of the thread,
+# where another order costs nothing: `_apart` names the values of a group one by one, and
+# `_together` makes tensors of any choice of them. The gradient goes the way back. The
+# tile is the same as without groups: (ROWS, PIXELS, 4), the fourth channel 0.
+
+
+@_jit
+def _four_apart(x, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """(ROWS, GROUPS, 4) -> four tensors (ROWS, GROUPS)."""
+    even, odd = tl.split(tl.reshape(x, [ROWS, GROUPS, 2, 2]))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@_jit
+def _apart(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """(ROWS, GROUPS, GROUP) -> a tuple of GROUP tensors (ROWS, GROUPS); GROUP 4 or 8."""
+    if GROUP == 4:
+        return _four_apart(x, ROWS, GROUPS)
+    else:
+        even, odd = tl.split(tl.reshape(x, [ROWS, GROUPS, 4, 2]))
+        a, c, e, g = _four_apart(even, ROWS, GROUPS)
+        b, d, f, h = _four_apart(odd, ROWS, GROUPS)
+        return a, b, c, d, e, f, g, h
+
+
+@_jit
+def _four_together(a, b, c, d, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Four tensors (ROWS, GROUPS) -> (ROWS, GROUPS, 4)."""
+    pairs = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(pairs, [ROWS, GROUPS, 4])
+
+
+@_jit
+def _together(
+    values,
+    first: tl.constexpr,
+    step: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """GROUP values: first, first + step, first + 2 step ... -> (ROWS, GROUPS, GROUP)."""
+    a = values[first]
+    b = values[first + step]
+    c = values[first + 2 * step]
+    d = values[first + 3 * step]
+    if GROUP == 4:
+        return _four_together(a, b, c, d, ROWS, GROUPS)
+    else:
+        e = values[first + 4 * step]
+        f = values[first + 5 * step]
+        g = values[first + 6 * step]
+        h = values[first + 7 * step]
+        even = _four_together(a, c, e, g, ROWS, GROUPS)
+        odd = _four_together(b, d, f, h, ROWS, GROUPS)
+        return tl.reshape(tl.join(even, odd), [ROWS, GROUPS, 8])
+
+
+@_jit
+def _pixels(red, green, blue, ROWS: tl.constexpr, PIXELS: tl.constexpr):
+    """Three planes -> (ROWS, PIXELS, 4)."""
+    ends = tl.join(red, blue)
+    middle = tl.join(green, tl.zeros_like(green))
+    return tl.reshape(tl.join(ends, middle), [ROWS, PIXELS, 4])
+
+
+@_jit
+def _load_groups(
+    pred,
+    target,
+    keep,
+    target_y,
+    target_c,
+    P: tl.constexpr,
+    PATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """As `_load_patches`, in the dtypes of pred and target."""
+    GROUPS: tl.constexpr = PIXELS // GROUP
+    group = tl.arange(0, GROUPS)[None, :, None]
+    i = tl.arange(0, GROUP)[None, None, :]
+    pixel = group * GROUP + i
+    read = keep[:, None, None] & (group < P // (3 * GROUP))
+
+    within = (pixel // PATCH).to(tl.int64) * target_y + pixel % PATCH
+    plane = target[:, None, None] + within
+    red = tl.load(plane, read, 0)
+    plane += target_c
+    green = tl.load(plane, read, 0)
+    plane += target_c
+    blue = tl.load(plane, read, 0)
+    x = _pixels(red, green, blue, ROWS, PIXELS)
+
+    part = pred[:, None, None] + (group * (3 * GROUP) + i)
+    first = _apart(tl.load(part, read, 0.0), ROWS, GROUPS, GROUP)
+    second = _apart(tl.load(part + GROUP, read, 0.0), ROWS, GROUPS, GROUP)
+    third = _apart(tl.load(part + 2 * GROUP, read, 0.0), ROWS, GROUPS, GROUP)
+    values = first + second + third
+    red = _together(values, 0, 3, ROWS, GROUPS, GROUP)
+    green = _together(values, 1, 3, ROWS, GROUPS, GROUP)
+    blue = _together(values, 2, 3, ROWS, GROUPS, GROUP)
+    y = _pixels(red, green, blue, ROWS, PIXELS)
+    return y, x
+
+
+@_jit
+def _store_groups(
+    out,
+    g,
+    inside,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """As `_store_patches`."""
+    GROUPS: tl.constexpr = PIXELS // GROUP
+    ends, middle = tl.split(tl.reshape(g, [ROWS, GROUPS, GROUP, 2, 2]))
+    red, blue = tl.split(ends)
+    green, zero = tl.split(middle)
+    red = _apart(red, ROWS, GROUPS, GROUP)
+    green = _apart(green, ROWS, GROUPS, GROUP)
+    blue = _apart(blue, ROWS, GROUPS, GROUP)
+    values = ()
+    for k in tl.static_range(GROUP):
+        values = values + (red[k], green[k], blue[k])
+    first = _together(values, 0, 1, ROWS, GROUPS, GROUP)
+    second = _together(values, GROUP, 1, ROWS, GROUPS, GROUP)
+    third = _together(values, 2 * GROUP, 1, ROWS, GROUPS, GROUP)
+    # Written in one piece, which Triton passes through shared memory: each store alone
+    # would fill every third vector, and each sector of the L2 cache would be written
+    # twice.
+    parts = _pixels(first, second, third, ROWS, PIXELS)
+    parts = tl.reshape(parts, [ROWS, GROUPS, GROUP, 4])
+    parts = tl.permute(parts, (0, 1, 3, 2))  # (ROWS, GROUPS, 4, GROUP)
+    group = tl.arange(0, GROUPS)[None, :, None, None]
+    part = tl.arange(0, 4)[None, None, :, None]
+    i = tl.arange(0, GROUP)[None, None, None, :]
+    e = (group * 3 + part) * GROUP + i
+    write = inside[:, None, None, None] & (group < P // (3 * GROUP)) & (part < 3)
+    tl.store(out[:, None, None, None] + e, parts, write)
+
+
 # -- The forward kernel ----------------------------------------------------------------
+
+
+@_jit
+def _least(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@_jit
+def _largest(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @_jit
@@ -265,16 +464,13 @@ def _map_range(attn, L, flat, attn_l, MAP: tl.constexpr, MAPS: tl.constexpr):
     """
     low = tl.full([MAP], float("inf"), tl.float32)
     high = tl.full([MAP], float("-inf"), tl.float32)
-    # Minimum and maximum pass over NaN, so that it has a place of its own.
-    bad = tl.full([MAP], 0.0, tl.float32)
     for piece in range(MAPS):
         i = piece * MAP + tl.arange(0, MAP)
         m = tl.load(attn + i.to(tl.int64) * attn_l, i < L, 0.0).to(tl.float32)
-        low = tl.where(i < L, tl.minimum(low, m), low)
-        high = tl.where(i < L, tl.maximum(high, m), high)
-        bad = tl.where(m == m, bad, m)
-    low = tl.min(low, 0) + tl.sum(bad, 0)
-    high = tl.max(high, 0)
+        low = tl.where(i < L, _least(low, m), low)
+        high = tl.where(i < L, _largest(high, m), high)
+    low = tl.reduce(low, 0, _least)
+    high = tl.reduce(high, 0, _largest)
     if high - low < float("inf"):
         if high - low <= flat * tl.maximum(tl.abs(high), tl.abs(low)):
             high = low + float("inf")
@@ -288,10 +484,18 @@ def _map_range(attn, L, flat, attn_l, MAP: tl.constexpr, MAPS: tl.constexpr):
 # Manual for the Elementary Functions, 1980, chapter 6.
 @_jit
 def _exp(m):
-    """exp(m), accurate for large |m| too; 0 for -inf."""
+    """exp(m), accurate for large |m| too: 0 for -inf, inf for inf."""
     m = tl.where(m < -1000, -1000, m)
+    m = tl.where(m > 1000, 1000, m)
     n = tl.floor(m * 1.4426950408889634 + 0.5)
-    return tl.exp(m - n * 0.693359375 + n * 2.12194440e-4) * tl.exp2(n)
+    # 2^128 is above what fp32 holds, half of it times 2 is not.
+    return tl.exp(m - n * 0.693359375 + n * 2.12194440e-4) * tl.exp2(n - 1) * 2
+
+
+@_jit
+def _sum(x):
+    """Sum over each patch of a tile, (ROWS,)."""
+    return tl.sum(tl.sum(x, 2), 1)
 
 
 @_jit
@@ -302,7 +506,8 @@ def _forward_kernel(
     attn,  # (B, L)
     tau,  # one value
     stats,  # out: (B, L, 3) fp32, contiguous: mean, 1 / deviation, weight w
-    out,  # out: (B, L) fp32, contiguous: mask * w * l
+    out,  # out: fp32, contiguous: mask * w * l (B, L), or with TOTAL (2, programs):
+    # for each program its sum, and the number of patches in it
     L,
     columns,  # patches side by side in an image
     eps,
@@ -326,67 +531,115 @@ def _forward_kernel(
     NORMALIZE: tl.constexpr,
     NORM_PIX: tl.constexpr,
     BYTES: tl.constexpr,  # the target is uint8
+    TOTAL: tl.constexpr,
     ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,  # pixels of a register group; 0: none
     STEPS: tl.constexpr,
     MAP: tl.constexpr,
     MAPS: tl.constexpr,
 ):
-    b, first = _first_patch(L, ROWS, STEPS)
-    lane, e, within = _lanes(
-        target_y, target_x, target_c, P, C, PATCH, PIXELS, CHANNELS
-    )
+    # From the last image to the first: the backward kernel begins with the first ones,
+    # some of which the L2 cache still holds then.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    b, first = _first_patch(program, L, ROWS, STEPS)
     if ATTN:
         t = tl.load(tau).to(tl.float32)
         if NORMALIZE:
             low, high = _map_range(attn + b * attn_b, L, flat, attn_l, MAP, MAPS)
 
+    total = tl.zeros([ROWS], tl.float32)
+    count = tl.zeros([ROWS], tl.float32)
     for step in range(STEPS):
         row = first + step * ROWS + tl.arange(0, ROWS)
         inside = row < L
-        keep = _in_loss(mask, b, row, inside, mask_b, mask_l, MASK)
         # What is masked out is not read.
-        read = keep[:, None, None] & lane
-        y, x = _load_patches(
-            pred + b * pred_b,
-            target + b * target_b,
-            row,
-            columns,
-            e,
-            within,
-            read,
-            pred_l,
-            pred_e,
-            target_y,
-            target_x,
-            PATCH,
-            BYTES,
-        )
-
-        mean = tl.full([ROWS], 0.0, tl.float32)
+        keep = _in_loss(mask, b, row, inside, mask_b, mask_l, MASK)
+        mean = tl.zeros([ROWS], tl.float32)
         rstd = mean + 1
         w = rstd
-        if NORM_PIX:
-            mean = tl.sum(tl.sum(x, 1), 1) / P
-            # Lanes without a value must not count: they would hold 0 - mean.
-            x = tl.where(read, x - mean[:, None, None], 0.0)
-            rstd = 1 / tl.sqrt(tl.sum(tl.sum(x * x, 1), 1) / (P - 1) + eps)
-            x = x * rstd[:, None, None]
-        if ATTN:
-            m = tl.load(attn + b * attn_b + row.to(tl.int64) * attn_l, keep, 0.0)
-            m = m.to(tl.float32)
-            if NORMALIZE:
-                m = tl.div_rn(m - low, high - low)
-            w = _exp(tl.div_rn(m, t))
-        error = tl.where(read, y - x, 0.0)
-        loss = w * (tl.sum(tl.sum(error * error, 1), 1) / P)
+        loss = mean
+        # A patch alone in its tile is passed over; in a tile of several each waits for
+        # the others anyway.
+        needed = True
+        if ROWS == 1:
+            needed = tl.max(keep.to(tl.int32), 0) > 0
+        if needed:
+            corner = _corners(row, columns, target_y, target_x, PATCH)
+            y, x = _load_patches(
+                pred + b * pred_b + row.to(tl.int64) * pred_l,
+                target + b * target_b + corner,
+                keep,
+                pred_e,
+                target_y,
+                target_x,
+                target_c,
+                P,
+                C,
+                PATCH,
+                BYTES,
+                ROWS,
+                PIXELS,
+                CHANNELS,
+                GROUP,
+            )
+
+            if NORM_PIX:
+                mean = _sum(x) / P
+                # Places without a value must not count: they would hold 0 - mean.
+                x = tl.where(
+                    _in_patch(inside, P, C, PIXELS, CHANNELS),
+                    x - mean[:, None, None],
+                    0.0,
+                )
+                rstd = 1 / tl.sqrt(_sum(x * x) / (P - 1) + eps)
+                x = x * rstd[:, None, None]
+            if ATTN:
+                m = tl.load(attn + b * attn_b + row.to(tl.int64) * attn_l, keep, 0.0)
+                m = m.to(tl.float32)
+                if NORMALIZE:
+                    m = tl.div_rn(m - low, high - low)
+                w = _exp(tl.div_rn(m, t))
+            error = y - x
+            loss = w * (_sum(error * error) / P)
+        loss = tl.where(keep, loss, 0.0)
 
         at = b * L + row
-        tl.store(out + at, tl.where(keep, loss, 0.0), inside)
         tl.store(stats + at * 3, mean, inside)
         tl.store(stats + at * 3 + 1, rstd, inside)
         tl.store(stats + at * 3 + 2, w, inside)
+        if TOTAL:
+            total += loss
+            count += keep.to(tl.float32)
+        else:
+            tl.store(out + at, loss, inside)
+    if TOTAL:
+        tl.store(out + program, tl.sum(total, 0))
+        tl.store(out + tl.num_programs(0) + program, tl.sum(count, 0))
+
+
+@_jit
+def _total_kernel(
+    sums,  # (2, n) fp32, what the forward kernel's programs found
+    loss,  # out: one value, their sum, or with MEAN their mean
+    divisor,  # out: one value, what the sum was divided by
+    n,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The second stage of the sum, by one program: always in the same order."""
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, n, BLOCK):
+        total += tl.load(sums + first + i, first + i < n, 0.0)
+        count += tl.load(sums + n + first + i, first + i < n, 0.0)
+    divide_by = 1.0
+    if MEAN:
+        divide_by = tl.maximum(tl.sum(count, 0), 1.0)
+    tl.store(loss, tl.sum(total, 0) / divide_by)
+    tl.store(divisor, divide_by)
 
 
 # -- The backward kernel ---------------------------------------------------------------
@@ -398,10 +651,11 @@ def _backward_kernel(
     target,  # images (B, C, H, W), or patches (B, L, P)
     mask,  # (B, L), not zero where the patch enters the loss
     stats,  # (B, L, 3) fp32, contiguous, as the forward kernel wrote it
-    grad,  # (B, L): the upstream gradient
-    out,  # out: (B, L, P), contiguous: the gradient for pred, 0 in the other patches
+    grad,  # upstream gradient, (B, L)
+    divisor,  # one value, what the loss was divided by, or None
+    out,  # out: (B, L, P), contiguous: the gradient for pred
     L,
-    columns,  # patches side by side in an image
+    columns,
     pred_b,
     pred_l,
     pred_e,
@@ -421,34 +675,35 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,  # pixels of a register group; 0: none
     STEPS: tl.constexpr,
 ):
-    b, first = _first_patch(L, ROWS, STEPS)
-    lane, e, within = _lanes(
-        target_y, target_x, target_c, P, C, PATCH, PIXELS, CHANNELS
-    )
+    b, first = _first_patch(tl.program_id(0), L, ROWS, STEPS)
     for step in range(STEPS):
         row = first + step * ROWS + tl.arange(0, ROWS)
         inside = row < L
         keep = _in_loss(mask, b, row, inside, mask_b, mask_l, MASK)
-        read = keep[:, None, None] & lane
+        corner = _corners(row, columns, target_y, target_x, PATCH)
         y, x = _load_patches(
-            pred + b * pred_b,
-            target + b * target_b,
-            row,
-            columns,
-            e,
-            within,
-            read,
-            pred_l,
+            pred + b * pred_b + row.to(tl.int64) * pred_l,
+            target + b * target_b + corner,
+            keep,
             pred_e,
             target_y,
             target_x,
+            target_c,
+            P,
+            C,
             PATCH,
             BYTES,
+            ROWS,
+            PIXELS,
+            CHANNELS,
+            GROUP,
         )
 
         at = b * L + row
+        # Zeros for what is masked out, pred and target too: a gradient of zero.
         mean = tl.load(stats + at * 3, keep, 0.0)
         rstd = tl.load(stats + at * 3 + 1, keep, 0.0)
         w = tl.load(stats + at * 3 + 2, keep, 0.0)
@@ -456,10 +711,12 @@ def _backward_kernel(
 
         # d loss / d pred = upstream * w * 2 (pred - x_norm) / P
         scale = upstream.to(tl.float32) * w * (2 / P)
+        if divisor is not None:
+            scale = scale / tl.load(divisor)
         x_norm = (x - mean[:, None, None]) * rstd[:, None, None]
         g = scale[:, None, None] * (y - x_norm)
-        g = tl.where(read, g, 0.0).to(out.dtype.element_ty)
-        tl.store(out + (at * P)[:, None, None] + e, g, inside[:, None, None] & lane)
+        g = g.to(out.dtype.element_ty)
+        _store_patches(out + at * P, g, inside, P, C, ROWS, PIXELS, CHANNELS, GROUP)
 
 
 # -- The launches and the registered operators -----------------------------------------
@@ -468,6 +725,24 @@ def _backward_kernel(
 def _tile(P, C):
     """The powers of 2 that hold the pixels and the channels of a patch."""
     return 1 << (P // C - 1).bit_length(), 1 << (C - 1).bit_length()
+
+
+def _has_tuples():
+    """Whether Triton can keep tensors in tuples, which 3.2 cannot."""
+    return hasattr(_triton().language, "tuple")
+
+
+def _group(pred, target, patch_size):
+    """Pixels of a register group; 0 for the plain layout, which is right everywhere."""
+    if not _has_tuples():
+        return 0
+    if target.dim() < 4 or target.shape[1] != 3:
+        return 0
+    if pred.stride(2) != 1 or target.stride(3) != 1:
+        return 0
+    group = math.gcd(patch_size, 16 // pred.element_size())
+    # Smaller groups gain nothing.
+    return group if group >= 4 else 0
 
 
 def _strides(x):
@@ -492,8 +767,13 @@ def _shared_arguments(pred, target, mask, patch_size):
 
     pixels, channels = _tile(P, C)
     lanes = pixels * channels
-    rows = max(1, min(TILE // lanes, triton.next_power_of_2(L)))
-    steps = min(STEPS, triton.cdiv(L, rows))
+    rows = max(1, min(WARP // lanes, triton.next_power_of_2(L)))
+    if INTERPRETED and not _has_tuples():
+        # The interpreter of Triton 3.2 takes a mask of one element for none.
+        rows = max(rows, 2)
+    # Each program reads the whole map: a long map is to be less than what it is read for.
+    steps = max(STEPS, triton.cdiv(2 * L, rows * P))
+    steps = min(steps, triton.cdiv(L, rows))
     programs = B * triton.cdiv(L, rows * steps)
     return programs, {
         "L": L,
@@ -515,8 +795,9 @@ def _shared_arguments(pred, target, mask, patch_size):
         "ROWS": rows,
         "PIXELS": pixels,
         "CHANNELS": channels,
+        "GROUP": _group(pred, target, patch_size),
         "STEPS": steps,
-        "num_warps": min(16, max(1, rows * lanes // WARP)),
+        "num_warps": min(16, triton.cdiv(rows * lanes, WARP)),
     }
 
 
@@ -527,18 +808,22 @@ def _launch_forward(
     attn,
     tau,
     stats,
-    out,
+    loss,
+    divisor,
     norm_pix,
     eps,
     patch_size,
     normalize_attn,
+    reduction,
 ):
-    """Fills out (B, L) and stats (B, L, 3)."""
+    """Fills stats (B, L, 3), and loss: (B, L), or one value, then divisor too."""
     triton = _triton()
     programs, shared = _shared_arguments(pred, target, mask, patch_size)
     attn_b, attn_l = _strides(attn)
     L = pred.shape[1]
-    piece = min(4096, triton.next_power_of_2(L))
+    piece = min(512, triton.next_power_of_2(L))
+    total = reduction != "none"
+    out = pred.new_empty((2, programs), dtype=torch.float32) if total else loss
     _forward_kernel[(programs,)](
         pred,
         target,
@@ -554,13 +839,19 @@ def _launch_forward(
         ATTN=attn is not None,
         NORMALIZE=normalize_attn,
         NORM_PIX=norm_pix,
+        TOTAL=total,
         MAP=piece,
         MAPS=triton.cdiv(L, piece),
         **shared,
     )
+    if total:
+        mean = reduction == "mean"
+        _total_kernel[(1,)](
+            out, loss, divisor, programs, MEAN=mean, BLOCK=8192, num_warps=16
+        )
 
 
-def _launch_backward(pred, target, mask, stats, grad, out, patch_size):
+def _launch_backward(pred, target, mask, stats, grad, divisor, out, patch_size):
     """Fills out (B, L, P), given the upstream gradient (B, L)."""
     programs, shared = _shared_arguments(pred, target, mask, patch_size)
     grad_b, grad_l = grad.stride()
@@ -570,6 +861,7 @@ def _launch_backward(pred, target, mask, stats, grad, out, patch_size):
         mask,
         stats,
         grad,
+        divisor,
         out,
         grad_b=grad_b,
         grad_l=grad_l,
@@ -588,36 +880,43 @@ def _op(
     eps: float,
     patch_size: int,
     normalize_attn: bool,
-) -> tuple[Tensor, Tensor]:
-    """`_patch_loss` by the kernel, (B, L), and what its backward pass needs, (B, L, 3).
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss by the kernels, and what its backward pass needs, all fp32.
 
-    Both are fp32.
+    The loss (B, L), or one value; per patch mean, 1 / deviation and weight (B, L, 3);
+    what the sum was divided by, one value, or none.
     """
-    loss, stats = _op_fake(pred)
-    if loss.numel():
-        with torch.cuda.device_of(pred):
-            _launch_forward(
-                pred,
-                target,
-                mask,
-                attn,
-                tau,
-                stats,
-                loss,
-                norm_pix,
-                eps,
-                patch_size,
-                normalize_attn,
-            )
-    return loss, stats
+    loss, stats, divisor = _op_fake(pred, reduction)
+    if stats.numel() == 0:
+        return loss.zero_(), stats, divisor.fill_(1)
+    with torch.cuda.device_of(pred):
+        _launch_forward(
+            pred,
+            target,
+            mask,
+            attn,
+            tau,
+            stats,
+            loss,
+            divisor,
+            norm_pix,
+            eps,
+            patch_size,
+            normalize_attn,
+            reduction,
+        )
+    return loss, stats, divisor
 
 
 @_op.register_fake
-def _op_fake(pred, *_):
+def _op_fake(pred, *rest):
     B, L, _ = pred.shape
-    loss = pred.new_empty((B, L), dtype=torch.float32)
+    each = rest[-1] == "none"
+    loss = pred.new_empty((B, L) if each else (), dtype=torch.float32)
     stats = pred.new_empty((B, L, 3), dtype=torch.float32)
-    return loss, stats
+    divisor = pred.new_empty((0,) if each else (), dtype=torch.float32)
+    return loss, stats, divisor
 
 
 @torch.library.custom_op(f"{NAMESPACE}::patch_loss_backward", mutates_args=())
@@ -627,16 +926,20 @@ def _op_backward(
     target: Tensor,
     mask: Tensor | None,
     stats: Tensor,
+    divisor: Tensor,
     patch_size: int,
 ) -> Tensor:
     """The gradient for pred, of its shape and dtype.
 
-    The upstream gradient, (B, L), is applied in fp32.
+    The upstream gradient, (B, L) or one value, is applied in fp32.
     """
     out = _op_backward_fake(grad, pred)
     if out.numel():
+        grad = grad.expand(pred.shape[:2])
+        if divisor.numel() == 0:
+            divisor = None
         with torch.cuda.device_of(pred):
-            _launch_backward(pred, target, mask, stats, grad, out, patch_size)
+            _launch_backward(pred, target, mask, stats, grad, divisor, out, patch_size)
     return out
 
 
@@ -646,21 +949,49 @@ def _op_backward_fake(grad, pred, *_):
 
 
 def _save(ctx, inputs, output):
-    pred, target, mask, _, _, _, _, patch_size, _ = inputs
-    _, stats = output
+    pred, target, mask, _, _, _, _, patch_size, _, _ = inputs
+    _, stats, divisor = output
     ctx.patch_size = patch_size
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(pred, target, mask, stats)
+    # Or zeros would be made for what has no gradient.
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(stats, divisor)
+    ctx.save_for_backward(pred, target, mask, stats, divisor)
 
 
-def _differentiate(ctx, grad, _):
-    pred, target, mask, stats = ctx.saved_tensors
-    gradient = _op_backward(grad, pred, target, mask, stats, ctx.patch_size)
-    # The other eight inputs of `_op` have no gradient.
-    return gradient, None, None, None, None, None, None, None, None
+def _differentiate(ctx, grad, *_):
+    pred, target, mask, stats, divisor = ctx.saved_tensors
+    gradient = _op_backward(grad, pred, target, mask, stats, divisor, ctx.patch_size)
+    # The other nine inputs of `_op` have no gradient.
+    return gradient, None, None, None, None, None, None, None, None, None
+
+
+def _save_backward(ctx, inputs, output):
+    *tensors, patch_size = inputs
+    ctx.patch_size = patch_size
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_backward(ctx, v):
+    """The second derivative, in PyTorch: of grad * slope * (pred - x_norm)."""
+    grad, pred, target, mask, stats, divisor = ctx.saved_tensors
+    mean, rstd, w = stats.unbind(dim=-1)  # (B, L) each
+    slope = w * 2 / pred.shape[-1]
+    if divisor.numel():
+        slope = slope / divisor
+    x = _patches(target, ctx.patch_size, torch.float32)
+    error = pred.float() - (x - mean[..., None]) * rstd[..., None]
+    if mask is not None:
+        slope = torch.where(mask != 0, slope, 0.0)
+        error = torch.where(mask[..., None] != 0, error, 0.0)
+
+    v = v.float()
+    for_grad = ((v * error).sum(dim=-1) * slope).sum_to_size(grad.shape)
+    for_pred = (v * (grad * slope)[..., None]).to(pred.dtype)
+    return for_grad, for_pred, None, None, None, None, None
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
+_op_backward.register_autograd(_differentiate_backward, setup_context=_save_backward)
 
 
 # -- The loss --------------------------------------------------------------------------
@@ -693,7 +1024,8 @@ def attg_loss(
     attn        (B, L) attention map M; None = weight 1, the loss of MAE. -inf with
                 normalize_attn=False is weight 0.
     tau         temperature > 0: a float, or a 0-d tensor, whose value is not checked
-                (that would synchronise).
+                (that would synchronise). A CUDA graph keeps the value of a float, and
+                cannot copy a tensor from the CPU: pass a 0-d tensor on the GPU there.
     norm_pix    normalise each target patch to mean 0 and variance 1 (unbiased, plus
                 `eps`).
     normalize_attn
@@ -711,20 +1043,32 @@ def attg_loss(
     gradient flows to `pred` only. Raises ValueError for wrong shapes, dtypes or values,
     and for `target`, `attn` or `tau` that require a gradient.
     """
-    _check(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, impl)
-    if _is_fused(pred, target, attn, impl):
+    _check(
+        pred,
+        target,
+        mask,
+        attn,
+        tau,
+        norm_pix,
+        eps,
+        patch_size,
+        normalize_attn,
+        reduction,
+        impl,
+    )
+    if _is_fused(pred, target, mask, attn, tau, impl):
         if isinstance(tau, Tensor):
             tau = tau.to(device=pred.device, non_blocking=True)
         else:
             tau = torch.full((), tau, device=pred.device)
-        side = patch_size or 0
-        loss, _ = _op(
-            pred, target, mask, attn, tau, norm_pix, eps, side, normalize_attn
-        )
-    else:
-        loss = _patch_loss(
-            pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn
-        )
+        side = patch_size if target.dim() == 4 else 0
+        options = norm_pix, float(eps), side, normalize_attn, reduction
+        loss, _, _ = _op(pred, target, mask, attn, tau, *options)
+        return loss
+
+    loss = _patch_loss(
+        pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn
+    )
 
     # loss is mask * w * l, (B, L).
     if reduction == "none":
@@ -739,11 +1083,15 @@ def attg_loss(
 # -- Which of the two computes it ------------------------------------------------------
 
 
-def _is_fused(pred, target, attn, impl):
+def _is_fused(pred, target, mask, attn, tau, impl):
     """Whether the kernels run. ValueError if impl is "triton" and they cannot."""
     if impl == "torch":
         return False
-    obstacle = _unfit(pred, target, attn) or _obstacle(pred.device)
+    obstacle = (
+        _transform(pred, target, mask, attn, tau)
+        or _unfit(pred, target, attn)
+        or _obstacle(pred.device)
+    )
     if impl == "triton":
         if obstacle:
             raise ValueError(
@@ -759,6 +1107,25 @@ def _is_fused(pred, target, attn, impl):
         else:
             _say(f"PyTorch ({obstacle or 'cpu tensors'})")
     return fused
+
+
+def _transform(*arguments):
+    """What PyTorch is doing that the kernels cannot take part in; "" for nothing."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    for x in tensors:
+        # Without this the derivative would be zero, and nobody would be told.
+        if forward_ad.unpack_dual(x).tangent is not None:
+            return "forward-mode differentiation"
+    if torch.compiler.is_compiling():
+        return ""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    # Older versions have no public way to tell, and raise an error of their own.
+    if hasattr(torch.func, "debug_unwrap"):
+        for x in tensors:
+            if torch.func.debug_unwrap(x) is not x:
+                return "a transform of torch.func"
+    return ""
 
 
 def _unfit(pred, target, attn):
@@ -802,10 +1169,37 @@ def _say(path):
 # -- The checks of the arguments -------------------------------------------------------
 
 
-def _check(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, impl):
+def _check(
+    pred,
+    target,
+    mask,
+    attn,
+    tau,
+    norm_pix,
+    eps,
+    patch_size,
+    normalize_attn,
+    reduction,
+    impl,
+):
+    _check_types(pred, target, mask, attn)
     _check_shapes(pred, target, mask, attn, patch_size)
     _check_tensors(pred, target, mask, attn, tau)
-    _check_options(pred, tau, norm_pix, eps, reduction, impl)
+    _check_flags(norm_pix, normalize_attn, reduction, impl)
+    _check_numbers(pred, tau, norm_pix, eps)
+
+
+def _check_types(pred, target, mask, attn):
+    """Dense tensors of PyTorch."""
+    for name, x in (("pred", pred), ("target", target), ("mask", mask), ("attn", attn)):
+        if x is None and name in ("mask", "attn"):
+            continue
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: got {type(x).__name__}; pass a torch.Tensor")
+        if x.layout != torch.strided:
+            raise ValueError(
+                f"{name}: got a tensor of layout {x.layout}; pass {name}.to_dense()"
+            )
 
 
 def _describe(x):
@@ -880,26 +1274,39 @@ def _check_tensors(pred, target, mask, attn, tau):
             )
 
 
-def _check_options(pred, tau, norm_pix, eps, reduction, impl):
-    """Values."""
+def _check_flags(norm_pix, normalize_attn, reduction, impl):
+    """Values out of a few."""
+    for name, x in (("norm_pix", norm_pix), ("normalize_attn", normalize_attn)):
+        if not isinstance(x, bool):
+            raise ValueError(f"{name}: got {x!r}; pass True or False")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction: got {reduction!r}; pass "mean", "sum" or "none"')
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f'impl: got {impl!r}; pass "auto", "torch" or "triton"')
+
+
+def _check_numbers(pred, tau, norm_pix, eps):
+    """Numbers, which fp32 has to hold on both paths."""
+    fp32 = torch.finfo(torch.float32)
     if isinstance(tau, Tensor):
-        if tau.dim() != 0:
-            raise ValueError(
-                f"tau: got a tensor of shape {tuple(tau.shape)}; "
-                "pass a float or a 0-d tensor"
-            )
-    else:
-        is_number = isinstance(tau, Real) and not isinstance(tau, bool)
-        if not is_number or not 0 < tau < math.inf:
-            raise ValueError(f"tau: got {tau!r}; pass a finite number above 0")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: got {eps!r}; pass a finite number, 0 or above")
+        if tau.dim() != 0 or tau.is_complex():
+            raise ValueError(f"tau: got {_describe(tau)}; pass a float or a 0-d tensor")
+    elif not _is_number(tau) or not fp32.tiny <= tau <= fp32.max:
+        raise ValueError(
+            f"tau: got {tau!r}; pass a float above 0, "
+            f"from {fp32.tiny:.2g} to {fp32.max:.2g}"
+        )
+    if not _is_number(eps) or not 0 <= eps <= fp32.max:
+        raise ValueError(
+            f"eps: got {eps!r}; pass a float, 0 or above, up to {fp32.max:.2g}"
+        )
     if norm_pix and pred.shape[2] == 1:
         raise ValueError(
             "norm_pix: patches of one value (P = 1) have no variance; "
             "pass norm_pix=False"
         )
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction: got {reduction!r}; pass "mean", "sum" or "none"')
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f'impl: got {impl!r}; pass "auto", "torch" or "triton"')
+
+
+def _is_number(x):
+    """Whether it is a real number of Python or NumPy that PyTorch calculates with."""
+    return isinstance(x, Real) and not isinstance(x, (bool, Fraction))

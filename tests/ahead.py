@@ -1,9 +1,12 @@
 """
-Compiles the kernels for GPUs that need not be there, and counts what they spill.
+Compiles the kernels for GPUs that need not be there, and tells what became of them.
 
     python -m tests.ahead        # in a process without TRITON_INTERPRET; prints JSON
 
-Prints [{target: [spills of a launch, ...]}, {target: spills of a kernel far too large}].
+Prints [{target: [launch, ...]}, {target: a launch that is far too large}, whether images
+are read in register groups]. A launch is a dictionary: case, kernel, spills (bytes on
+NVIDIA, registers on AMD), barriers, and on NVIDIA loads, {bytes that a thread loads at
+once: how often in the code}.
 """
 
 import importlib
@@ -28,7 +31,10 @@ TYPES = {
     torch.bool: "*i1",
 }
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "sm_80": GPUTarget("cuda", 80, 32)}
-if "amd" in triton.backends.backends:
+OLD = not hasattr(triton.language, "tuple")  # Triton 3.2
+# Older versions need ROCm's linker to compile for AMD.
+NEWER = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 6)
+if "amd" in triton.backends.backends and NEWER:
     TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
 
@@ -47,8 +53,21 @@ class Recorder:
         self.launches.append((self.jitted, num_warps, arguments))
 
 
-def spills(target, jitted, warps, arguments):
-    """Bytes (NVIDIA) or registers (AMD) that a launch spills.
+def source_of(jitted, signature, constants, attributes):
+    """What Triton compiles. Triton 3.2 wants it in another form."""
+    if not OLD:
+        return ASTSource(jitted, signature, constants, attributes)
+    from triton.backends.compiler import AttrsDescriptor
+
+    signature = {k: v for k, v in signature.items() if k not in constants}
+    multiples = [i for (i,) in attributes]
+    properties = {"tt.divisibility": multiples, "tt.equal_to": []}
+    hints = {"arg_properties": properties, "cls": "AttrsDescriptor"}
+    return ASTSource(jitted, signature, constants, AttrsDescriptor.from_dict(hints))
+
+
+def compiled(target, jitted, warps, arguments):
+    """A launch in the languages of the compiler, {"ptx": text, ...}.
 
     Specialised as by Triton's launcher: 1 and None are constants, and pointers and the
     integers that 16 divides are known to be multiples of it.
@@ -67,12 +86,31 @@ def spills(target, jitted, warps, arguments):
             signature[name] = "i32"
             if x % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(jitted, signature, constants, attributes)
+    source = source_of(jitted, signature, constants, attributes)
     options = {"num_warps": warps}
-    asm = triton.compile(source, target=TARGETS[target], options=options).asm
+    return triton.compile(source, target=TARGETS[target], options=options).asm
+
+
+def facts(target, case, jitted, warps, arguments):
+    """What the compiler made of a launch."""
+    asm = compiled(target, jitted, warps, arguments)
+    found = {"case": case, "kernel": jitted.__name__}
     if "amdgcn" in asm:
-        return int(re.search(r"vgpr_spill_count: *([0-9]+)", asm["amdgcn"])[1])
-    return stack(asm["cubin"])
+        spilled = re.search(r"vgpr_spill_count: *([0-9]+)", asm["amdgcn"])[1]
+        found["spills"] = int(spilled)
+        found["barriers"] = asm["amdgcn"].count("s_barrier")
+        return found
+    found["spills"] = stack(asm["cubin"])
+    found["barriers"] = asm["ptx"].count("bar.sync")
+    loads = {}
+    for line in asm["ptx"].splitlines():
+        load = re.search(r"\bld\.global\S*\.[bu](8|16|32|64)\b", line)
+        if load:
+            vector = re.search(r"\.v([24])\.", load[0])
+            size = int(load[1]) // 8 * int(vector[1] if vector else 1)
+            loads[size] = loads.get(size, 0) + 1
+    found["loads"] = loads
+    return found
 
 
 def stack(cubin):
@@ -87,47 +125,58 @@ def stack(cubin):
     return int(re.search(r"STACK:([0-9]+)", done.stdout)[1])
 
 
-def launch(pred, target, patch_size, mask=torch.float32):
+def launch(pred, target, patch_size=None, mask=torch.float32):
     """A forward and a backward pass with everything switched on."""
     rows = torch.empty(2, pred.shape[1])
-    mask = rows.to(mask)
     tau = rows[0, 0]
-    kernel._launch_forward(
-        pred, target, mask, rows, tau, rows, rows, True, 1e-6, patch_size, True
-    )
-    kernel._launch_backward(pred, target, mask, rows, rows, pred, patch_size)
+    options = {"tau": tau, "patch_size": patch_size, "impl": "triton"}
+    loss = kernel.attg_loss(pred, target, rows.to(mask), rows, **options)
+    loss.backward()
 
 
-def empty(*shape, dtype=torch.float32):
-    return torch.empty(shape, dtype=dtype)
+def empty(*shape, dtype=torch.float32, grad=False):
+    return torch.empty(shape, dtype=dtype, requires_grad=grad)
+
+
+def predictions(L, P, dtype=torch.float32):
+    """As MAE hands them over, without the class token."""
+    return empty(2, L + 1, P, dtype=dtype, grad=True)[:, 1:]
 
 
 def main():
+    # The launches are only taken down, so that tensors on the CPU do.
+    kernel._obstacle = lambda device: ""
     kernel._triton()
     launches = []
-    for name in ("_forward_kernel", "_backward_kernel"):
+    for name in ("_forward_kernel", "_total_kernel", "_backward_kernel"):
         setattr(kernel, name, Recorder(getattr(kernel, name), launches))
 
     bf16, fp16 = torch.bfloat16, torch.float16
     imgs = empty(2, 3, 224, 224)
-    launch(empty(2, 197, 768, dtype=bf16)[:, 1:], imgs, 16)
-    launch(empty(2, 197, 768)[:, 1:], empty(2, 196, 768), 0, torch.bool)
-    launch(empty(2, 3137, 48, dtype=fp16)[:, 1:], imgs.to(torch.uint8), 4)
-    # the largest tile
-    launch(empty(2, 10, 12288)[:, 1:], empty(2, 3, 192, 192), 64)
-    found = {}
-    for target in TARGETS:
-        some = launches[:2] if target == "sm_80" else launches
-        found[target] = [spills(target, *each) for each in some]
+    cases = {
+        "images": (predictions(196, 768, bf16), imgs, 16),
+        "patches": (predictions(196, 768), empty(2, 196, 768), None, torch.bool),
+        "bytes": (predictions(196, 768, bf16), imgs.to(torch.uint8), 16),
+        "small": (predictions(3136, 48, fp16), imgs.to(torch.uint8), 4),
+        "largest": (predictions(9, 12288), empty(2, 3, 192, 192), 64),
+    }
+    found = {target: [] for target in TARGETS}
+    for case, arguments in cases.items():
+        launches.clear()
+        launch(*arguments)
+        for target, each in found.items():
+            if target != "sm_80" or case in ("images", "patches"):
+                each += [facts(target, case, *recorded) for recorded in launches]
 
-    launches.clear()
-    kernel.TILE = 2**16
-    launch(empty(2, 197, 768, dtype=bf16)[:, 1:], imgs, 16)
+    # A thread has 255 registers on NVIDIA, 512 on AMD.
     oversized = {}
-    for target in TARGETS:
-        if target != "sm_80":
-            oversized[target] = spills(target, *launches[0])
-    print(json.dumps([found, oversized]))
+    for target, values in (("sm_90", 2**13), ("gfx942", 2**15)):
+        if target in TARGETS:
+            launches.clear()
+            kernel.WARP = values
+            launch(*cases["images"])
+            oversized[target] = facts(target, "oversized", *launches[0])
+    print(json.dumps([found, oversized, not OLD]))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ The loss, in PyTorch and as a kernel, against float64 loops over the paper's equ
 """
 
 import math
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -401,6 +402,21 @@ ERRORS = [  # the argument, its value, what the text names beside the argument
     ("pred", torch.zeros(2, 4, 0), "2, 4, 0"),
     ("reduction", "avg", "avg"),
     ("impl", "cuda", "cuda"),
+    ("tau", Fraction(3, 4), "Fraction"),
+    ("tau", 10**400, "1000"),
+    ("tau", 1e39, "1e+39"),
+    ("tau", 1e-50, "1e-50"),
+    ("tau", torch.tensor(1j), "complex"),
+    ("eps", None, "None"),
+    ("eps", 10**400, "1000"),
+    ("eps", True, "True"),
+    ("normalize_attn", 1, "1"),
+    ("norm_pix", "yes", "yes"),
+    ("pred", np.zeros((2, 4, 12)), "ndarray"),
+    ("target", np.zeros((2, 4, 12)), "ndarray"),
+    ("mask", np.zeros((2, 4)), "ndarray"),
+    ("attn", np.zeros((2, 4)), "ndarray"),
+    ("mask", torch.zeros(2, 4).to_sparse(), "sparse"),
     ("patch_size", None, "None", {"target": IMGS}),
     ("patch_size", 0, "0", {"target": IMGS}),
     ("target", IMGS, "3", {"patch_size": 3}),
@@ -426,10 +442,52 @@ def test_loss_errors(case):
         attn=torch.zeros(2, 4),
     )
     assert kernel.attg_loss(**good) == 0
-    with pytest.raises(ValueError, match=rf"\b{name}\b") as error:
-        kernel.attg_loss(**good | {name: value} | (more[0] if more else {}))
+    texts = []
+    for impl in IMPLS:
+        bad = good | {"impl": impl} | {name: value} | (more[0] if more else {})
+        with pytest.raises(ValueError, match=rf"\b{name}\b") as error:
+            kernel.attg_loss(**bad)
+        texts.append(str(error.value))
     # Room for a remedy
-    assert says in str(error.value) and len(str(error.value).split()) >= 6
+    assert says in texts[0] and len(texts[0].split()) >= 6
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_loss_overflows_as_fp32_does(impl):
+    """To inf, and not to NaN, at the same values on both paths."""
+    m = torch.tensor([math.inf, 3e38, 100.0, 66.5, 0.0, -64.0, -3e38, -math.inf])
+    pred, target = torch.zeros(8, 1, 12), randn(8, 1, 12, seed=1)  # l = 11 / 12
+    options = {"normalize_attn": False, "reduction": "none"}
+    loss, grad = run(pred, target, None, m[:, None], rand(8, 1), impl=impl, **options)
+    rows, _, _ = oracle(pred, target)
+    want = torch.exp(m.double() / 0.75)[:, None] * rows
+    finite = want < torch.finfo(torch.float32).max
+    assert finite.flatten().tolist() == [False] * 3 + [True] * 5
+    assert close(loss[finite], want[finite], 1e-5)
+    assert (loss[~finite] == math.inf).all() and grad[~finite[:, 0]].isinf().all()
+    # Squares that fp32 cannot hold: of the error, and of the target's deviations
+    large = torch.tensor([1e30, 1e-3])[:, None, None] * randn(2, 1, 12, seed=2)
+    for y, x in ((large, target[:2]), (target[:2], large)):
+        for norm_pix in (True, False):
+            kw = {"norm_pix": norm_pix, "reduction": "none"}
+            got, want = (
+                run(y, x, None, None, rand(2, 1), impl=i, **kw) for i in (impl, "torch")
+            )
+            for a, b in zip(got, want, strict=True):
+                assert torch.allclose(a, b, rtol=1e-5) and not b.isnan().any()
+    assert run(large, target[:2], impl=impl)[0] == math.inf
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_loss_knows_the_whole_map(impl):
+    """NaN in a patch that is not in the loss makes every weight of its image NaN."""
+    attn, mask = rand(2, 9), torch.ones(2, 9)
+    attn[0, 4], mask[0, 4] = math.nan, 0
+    pred, target = randn(2, 9, 12), randn(2, 9, 12, seed=1)
+    rows, _ = run(pred, target, mask, attn, rand(2, 9), impl=impl, reduction="none")
+    assert rows[0].isnan().tolist() == mask[0].bool().tolist()
+    assert rows[1].isfinite().all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
