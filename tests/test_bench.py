@@ -70,7 +70,7 @@ def test_bench_kernel(tmp_path, capsys):
 
 def test_bench_kernel_refuses():
     with pytest.raises(ValueError, match="--sweep: the kernel needs a GPU"):
-        bench.main(["kernel", "--device", "cpu", "--sweep", "TILE=1024"])
+        bench.main(["kernel", "--device", "cpu", "--sweep", "WARP=1024"])
     with pytest.raises(ValueError, match="--shapes patch 9: choose from ViT-B/L 16,"):
         bench.main(["kernel", "--device", "cpu", "--shapes", "patch 9"])
     with pytest.raises(ValueError, match="needs a GPU; --tiny --device cpu"):
