@@ -6,8 +6,12 @@ those it starts, and nowhere else.
 """
 
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell makes what it starts in the background ignore Ctrl-C, programs of the tests too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -130,3 +130,55 @@ def test_the_quality_of_maps_is_that_of_the_logs(data):
     cells = [line.split("|")[columns[data]] for line in table.splitlines()[2:]]
     told = set(re.findall(r"\d+\.\d, \d+\.\d, \d+\.\d", " ".join(cells)))
     assert len(told) > 5 and told <= known
+
+
+def rows_of_evaluations(name):
+    """{(protocol, k or None, test, feature): row of what the evaluations wrote}"""
+    rows = {}
+    for line in (RESULTS / "eval" / f"{name}.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for row in record["results"]:
+            protocol = row["protocol"]
+            if protocol == "finetune":
+                protocol += f" {record['settings']['fraction']}"
+            key = (protocol, row.get("k"), row.get("test", "test"), row["feature"])
+            assert key not in rows
+            rows[key] = row
+    return rows
+
+
+EVALUATIONS = {  # line of the table: protocol, k, test set
+    "k-NN, k = 20": ("k-NN", 20, "test"),
+    "k-NN, 10 labelled images a class, k = 5": ("10 shots", 5, "test"),
+    "linear probe": ("linear", None, "test"),
+    "linear, 10 labelled images a class": ("10 shots", None, "test"),
+    "linear, 50 labelled images a class": ("50 shots", None, "test"),
+    "`--protocol mae` (few epochs)": ("mae", None, "test"),
+    "fine-tuning, 1 % of the labels": ("finetune 0.01", None, "test"),
+    "fine-tuning, 10 %": ("finetune 0.1", None, "test"),
+    "linear, objects on black (`only_fg`)": ("linear", None, "only_fg"),
+    "linear, backgrounds of the class (`mixed_same`)": ("linear", None, "mixed_same"),
+    "linear, random backgrounds (`mixed_rand`)": ("linear", None, "mixed_rand"),
+    "linear, backgrounds of the next class (`mixed_next`)": (
+        "linear",
+        None,
+        "mixed_next",
+    ),
+}
+
+
+def test_the_table_of_evaluations():
+    page = (RESULTS / "README.md").read_text()
+    runs = [rows_of_evaluations(name) for name in ("toy-none", "toy-masks")]
+    for line, key in EVALUATIONS.items():
+        cells = []
+        for rows in runs:
+            figures = []
+            for feature in study.FEATURES:
+                row = rows.get((*key, feature))
+                if row and "+-" in row:
+                    figures.append(f"{row['top-1']:.1f} ± {row['+-']:.1f}")
+                elif row:
+                    figures.append(f"{row['top-1']:.1f}")
+            cells.append(" / ".join(figures))
+        assert f"| {line} | {' | '.join(cells)} |" in page
