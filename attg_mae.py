@@ -55,7 +55,7 @@ from torchvision.ops import roi_align
 
 from common.bookkeeping import Run
 from common.commandline import check_numbers, count_or_auto, end, parse_settings
-from common.data import generator_for, seed_for, to_device
+from common.data import MAX_PIXELS, generator_for, seed_for, to_device
 from common.features import extract_features, knn_classify
 from common.pictures import save_reconstructions
 from common.run import load_checkpoint, processes, save_checkpoint, stop_signals
@@ -92,7 +92,6 @@ PRESETS = {
 GUIDANCE = ("attg", "none", "inverted", "foreground", "background", "input_masking")
 PRECISION = ("auto", "fp32", "bf16", "fp16")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LUMA = (0.299, 0.587, 0.114)
 
 
 def flag(default, text, **more):
@@ -158,6 +157,7 @@ class Config:
     )
     std: tuple = flag(IMAGENET_STD, "channel deviations", type=float, nargs="+")
     classes: str | None = flag(None, "file with the class folders to keep, one a line")
+    max_pixels: int = flag(MAX_PIXELS, "a picture with more is unreadable")
     # The machine
     precision: str = flag(
         "auto", "auto = the fastest that serves, by device and width", choices=PRECISION
@@ -279,12 +279,7 @@ def take(x, ids):
 
 
 def normalize(imgs, cfg):
-    """uint8 (B, C, H, W) -> fp32, (x / 255 - mean) / std.
-
-    A model of one channel gets its grey from RGB, which is what the loader decodes.
-    """
-    if len(cfg.mean) == 1 and imgs.shape[1] == 3:
-        imgs = (imgs * channels(LUMA, imgs.device)).sum(dim=1, keepdim=True)
+    """uint8 (B, C, H, W) -> fp32, (x / 255 - mean) / std."""
     mean, std = channels(cfg.mean, imgs.device), channels(cfg.std, imgs.device)
     return (imgs / 255 - mean) / std
 
@@ -707,11 +702,15 @@ FIXED = {"patch_size", "img_size", "in_chans", "width", "depth", "heads"}
 FIXED |= {"decoder_width", "decoder_depth", "decoder_heads"}
 FIXED |= {"data", "classes", "batch_size", "seed"}
 FREE = {"out", "precision", "compile", "device", "workers", "resume"}
-FREE |= {"knn_every", "save_every", "keep_every", "log_every"}
+FREE |= {"knn_every", "save_every", "keep_every", "log_every", "max_pixels"}
 
 
-def train(cfg):
+def train(cfg, data=None):
     """Pre-trains a model and writes the run folder, cfg.out.
+
+    data: pictures of your own, of which cfg.data is the name then: a map-style data set
+    of (PIL picture, label), a label being an int or None, or {"train": one, "test":
+    another}; see open_data in common/data.py.
 
     One process, or one of several if torchrun's environment says so. Returns {"step":
     the last one, "mse_test": error on the test split if there is one, "knn": {feature:
@@ -721,7 +720,7 @@ def train(cfg):
     cfg = dataclasses.replace(cfg)  # the run settles what is "auto"
     with stop_signals() as signals, processes(cfg.device) as (device, rank, world):
         # Pictures, log, checkpoints, k-NN: nothing of the method (common/bookkeeping.py).
-        run = Run(cfg, device, rank, world, signals)
+        run = Run(cfg, device, rank, world, signals, data)
         checkpoint = run.find_checkpoint(FIXED, FREE)
         model = first_model(cfg, checkpoint, run.log).to(device)
         if cfg.epochs == 0:

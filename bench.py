@@ -14,19 +14,32 @@ is measured, and how. `gpu` stops when the time is up; the same command goes on 
 what is left.
 """
 
+if __name__ == "__main__":
+    from common.commandline import quiet_imports
+
+    quiet_imports()
+
 import argparse
 import importlib
-import os
 import sys
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
+
+from common.commandline import Parser, check_numbers, end
+
+# (least, most) of the numbers that only this program has.
+RANGES = {
+    "repeats": (1, 10**6),
+    "batches": (1, 10**6),
+    "size": (1, 8192),
+    "pictures": (1, 10**6),
+    "knn": (1, 10**9),
+    "minutes": (0, 10**6),
+}
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("what", choices=["kernel", "step", "data", "maps", "knn", "gpu"])
     add("--device", help="default: the GPU if there is one")
@@ -63,7 +76,9 @@ def parse(argv):
     # pictures and run folders go.
     for name, kind in (("--until", float), ("--since", float), ("--scratch", Path)):
         add(name, type=kind, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_numbers(vars(args), **RANGES)
+    return args
 
 
 def main(argv=None):
@@ -74,8 +89,6 @@ def main(argv=None):
 
         return supervise(args, sys.argv[1:] if argv is None else argv)
 
-    if find_spec("tqdm") is None:
-        use_stand_ins()
     import torch
 
     from benchmarks.measure import machine
@@ -90,14 +103,6 @@ def main(argv=None):
         benchmark.run(args, device, args.out)
 
 
-def use_stand_ins():
-    """For this process and those that it starts."""
-    folder = str(Path(__file__).parent / "benchmarks" / "stand_ins")
-    sys.path.append(folder)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = f"{before}{os.pathsep}{folder}" if before else folder
-
-
 def default_device():
     import torch
 
@@ -105,7 +110,4 @@ def default_device():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"bench.py: error: {error}")
+    end(main, memory="name smaller --models, --batches or --size")

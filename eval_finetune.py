@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
     quiet_imports()
 
-import argparse
 import dataclasses
 import functools
 
@@ -35,6 +34,7 @@ from common.evaluation import (
     add_training_data,
     check_flags,
     evaluate,
+    view_of,
 )
 from common.files import require, sha256
 from common.supervised import (
@@ -172,7 +172,7 @@ def finetune(args, settings, place):
     after = rand_augment(cfg.mean)
     view = functools.partial(train_view, scale=(0.08, 1.0), after=after)
     train_set, tests = open_labelled(
-        args.data, args.val, cfg.size, view, args.seed, args.classes
+        args.data, args.val, augment=view, seed=args.seed, **view_of(args, cfg)
     )
     train_set = take_fraction(train_set, args.fraction, args.seed)
     recipe = complete(args, len(train_set), cfg.depth, device, world)
@@ -201,8 +201,7 @@ def finetune(args, settings, place):
 
 
 def arguments(argv):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     add_data(parser.add_argument)
     add_training_data(parser.add_argument)
     add_recipe(parser.add_argument)
@@ -233,9 +232,9 @@ def add_recipe(flag):
     flag("--precision", choices=("fp32", "bf16"), help="[bf16 on a GPU that has it]")
 
 
-def main(argv=None):
-    """Returns the rows of figures; see common.evaluation.evaluate."""
-    return evaluate("eval_finetune", arguments(argv), finetune)
+def main(argv=None, data=None):
+    """Returns the rows of figures; data: of one's own, see common.evaluation.evaluate."""
+    return evaluate("eval_finetune", arguments(argv), finetune, data)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
     quiet_imports()
 
-import argparse
 import copy
 import pickle
 from pathlib import Path
@@ -36,7 +35,15 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from attg_mae import load_encoder
 from common.commandline import Parser, end
-from common.data import Sample, open_labelled, shot_indices, to_rgb
+from common.data import (
+    MAX_PIXELS,
+    MODES,
+    Sample,
+    load_picture,
+    open_labelled,
+    shot_indices,
+    to_8_bits,
+)
 from common.evaluation import (
     add_data,
     add_running,
@@ -44,6 +51,7 @@ from common.evaluation import (
     check_flags,
     check_shots,
     evaluate,
+    view_of,
 )
 from common.features import (
     FEATURES,
@@ -267,13 +275,15 @@ class Landmarks(Dataset):
 
     As in DINO's evaluation the longer side is shrunk to `longest` pixels and the aspect
     ratio kept, and queries are not cropped to their boxes. What is no whole patch at the
-    right and at the bottom is cut off.
+    right and at the bottom is cut off. cfg: of the encoder, its patches and channels.
     """
 
-    def __init__(self, folder, names, longest, patch_size):
+    def __init__(self, folder, names, longest, cfg, max_pixels=MAX_PIXELS):
         self.paths = [Path(folder, f"{name}.jpg") for name in names]
         self.longest = longest
-        self.patch_size = patch_size
+        self.patch_size = cfg.patch_size
+        self.mode = MODES[cfg.in_chans]
+        self.max_pixels = max_pixels
         missing = [str(path) for path in self.paths if not path.is_file()]
         if missing:
             raise ValueError(
@@ -286,7 +296,7 @@ class Landmarks(Dataset):
 
     def __getitem__(self, i):
         try:
-            picture = to_rgb(Image.open(self.paths[i]))
+            picture = to_8_bits(load_picture(self.paths[i], self.max_pixels), self.mode)
         except Exception as error:  # decoders raise nearly anything
             raise ValueError(
                 f"--data: {self.paths[i]} is unreadable ({error})"
@@ -337,19 +347,18 @@ def retrieval_features(args, gnd, settings, place):
     longest = args.img_size or max(model.cfg.size)
     p = model.cfg.patch_size
     require(longest >= p, f"--img_size {longest}: a patch has {p} pixels; use more")
-    sets = {
-        "train": Landmarks(args.data, gnd["imlist"], longest, p),
-        "test": Landmarks(args.data, gnd["qimlist"], longest, p),
-    }
+    sets = {}
+    for name, photographs in (("train", gnd["imlist"]), ("test", gnd["qimlist"])):
+        sets[name] = Landmarks(
+            args.data, photographs, longest, model.cfg, args.max_pixels
+        )
     return make_features(AnySize(model), sets, args.batch_size, settings, place)
 
 
 def knn_features(args, settings, place):
     """make_features of a data set with labels."""
     model = load_encoder(args.checkpoint, img_size=args.img_size).to(place[0])
-    train_set, tests = open_labelled(
-        args.data, ["test"], model.cfg.size, classes=args.classes
-    )
+    train_set, tests = open_labelled(args.data, ["test"], **view_of(args, model.cfg))
     if args.shots:
         # What cannot be drawn is an error that should come before the long part.
         check_shots(train_set.labels, args.shots, place[1])
@@ -361,8 +370,7 @@ def knn_features(args, settings, place):
 
 
 def arguments(argv):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     add_protocol(parser.add_argument)
     add_features(parser.add_argument)
     add_running(parser.add_argument, "the checkpoint or the features")
@@ -434,9 +442,15 @@ def protocol(args, settings, place):
     return knn_rows(parts, args, place), settings
 
 
-def main(argv=None):
-    """Returns the rows of figures; see common.evaluation.evaluate."""
-    return evaluate("eval_knn", arguments(argv), protocol)
+def main(argv=None, data=None):
+    """Returns the rows of figures; data: of one's own, see common.evaluation.evaluate."""
+    args = arguments(argv)
+    require(
+        data is None or not args.retrieval,
+        f"--retrieval {args.retrieval}: takes no data of your own, but a folder of "
+        "photographs, --data DIR",
+    )
+    return evaluate("eval_knn", args, protocol, data)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
     quiet_imports()
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -42,6 +41,7 @@ from common.evaluation import (
     check_flags,
     check_shots,
     evaluate,
+    view_of,
 )
 from common.features import FEATURES, make_features, read_features
 from common.files import require, sha256
@@ -241,9 +241,8 @@ def summary(runs, name, spread):
 def labelled_features(args, settings, place):
     """The features of the training images and of each test set; see make_features."""
     encoder = load_encoder(args.checkpoint, img_size=args.img_size).to(place[0])
-    train_set, tests = open_labelled(
-        args.data, args.val, encoder.cfg.size, classes=args.classes
-    )
+    view = view_of(args, encoder.cfg)
+    train_set, tests = open_labelled(args.data, args.val, **view)
     if args.shots:
         # What cannot be drawn is an error that should come before the long part.
         check_shots(train_set.labels, args.shots, place[1])
@@ -338,7 +337,7 @@ def probe_mae(args, settings, place):
     cfg = encoder.cfg
     view = functools.partial(train_view, scale=(0.08, 1.0))
     train_set, tests = open_labelled(
-        args.data, args.val, cfg.size, view, args.seed, args.classes
+        args.data, args.val, augment=view, seed=args.seed, **view_of(args, cfg)
     )
     train_set = take_fraction(train_set, args.fraction, args.seed)
     recipe = complete(args, len(train_set), cfg.depth, device, world)
@@ -356,8 +355,7 @@ def probe_mae(args, settings, place):
 
 
 def arguments(argv):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__)
     add_data(
         parser.add_argument,
         checkpoint="file with an encoder; not needed with --features",
@@ -468,10 +466,10 @@ def add_training(flag):
 PROTOCOLS = {"features": probe_features, "mae": probe_mae}
 
 
-def main(argv=None):
-    """Returns the rows of figures; see common.evaluation.evaluate."""
+def main(argv=None, data=None):
+    """Returns the rows of figures; data: of one's own, see common.evaluation.evaluate."""
     args = arguments(argv)
-    return evaluate("eval_linear", args, PROTOCOLS[args.protocol])
+    return evaluate("eval_linear", args, PROTOCOLS[args.protocol], data)
 
 
 if __name__ == "__main__":

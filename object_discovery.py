@@ -24,11 +24,15 @@ masks) tells how good the maps are.
 Shapes: B images, H heads, L patches of a grid (h, w), d or D channels.
 """
 
-import argparse
+if __name__ == "__main__":
+    from common.commandline import quiet_imports
+
+    quiet_imports()
+
 import json
 import math
 import re
-import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -41,10 +45,18 @@ import torchvision
 from PIL.Image import Resampling
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
 
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD, load_encoder, normalize
-from common.data import make_loader, open_data, to_rgb
+from common.commandline import Parser, check_numbers, end, progress, say
+from common.data import (
+    LINES,
+    MAX_PIXELS,
+    MODES,
+    make_loader,
+    open_data,
+    own_or_named,
+    to_8_bits,
+)
 from common.files import replacing, save_sheet, sha256
 from common.maps import (
     chunks,
@@ -273,7 +285,7 @@ def patch_statistics(imgs, p):
 class Backbone(NamedTuple):
     """What turns pictures into maps, and what is to be known of it."""
 
-    # uint8 (B, 3, H, W) of the input size -> float (B, *grid), NaN where it failed
+    # uint8 (B, C, H, W) of the input size -> float (B, *grid), NaN where it failed
     maps: Callable
     # (H, W) of the input, in pixels
     size: tuple
@@ -288,6 +300,18 @@ class Channels(NamedTuple):
 
     mean: tuple
     std: tuple
+
+
+def input_channels(args, mean, std):
+    """The Channels of --mean and --std, or the mean and std of the backbone."""
+    for name, usual in (("mean", mean), ("std", std)):
+        given = getattr(args, name)
+        if given and len(given) != len(usual):
+            raise ValueError(
+                f"--{name}: {len(given)} values, but --backbone {args.backbone} takes "
+                f"pictures of {len(usual)} channels; give {len(usual)}"
+            )
+    return Channels(tuple(args.mean or mean), tuple(args.std or std))
 
 
 # facebookresearch/dino's released weights, below this address
@@ -410,8 +434,7 @@ def vit(args, device):
         )
     model = load_encoder(str(path), img_size=args.img_size).to(device)
     grid = model.cfg.grid
-    mean, std = args.mean or model.cfg.mean, args.std or model.cfg.std
-    channels = Channels(tuple(mean), tuple(std))
+    channels = input_channels(args, model.cfg.mean, model.cfg.std)
 
     @torch.no_grad()
     def maps(imgs):
@@ -498,8 +521,7 @@ def cnn(args, device):
             "and was trained on 224"
         )
     size, grid = (side, side), (cells, cells)
-    mean, std = args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD
-    channels = Channels(tuple(mean), tuple(std))
+    channels = input_channels(args, IMAGENET_MEAN, IMAGENET_STD)
 
     def maps(imgs):
         with torch.no_grad():
@@ -543,12 +565,13 @@ def open_backbone(args, device):
 class Whole(Dataset):
     """Whole pictures squashed to (h, w): [i] -> (uint8 (C, h, w), could it be read).
 
-    With a folder, the masks of the pictures in it, C = 1, instead of the pictures,
-    C = 3. Unreadable ones are black.
+    C = channels, 3 or, for grey, 1. With a folder, the masks of the pictures in it,
+    C = 1, instead of the pictures. Unreadable ones are black.
     """
 
-    def __init__(self, dataset, size, folder=None):
+    def __init__(self, dataset, size, folder=None, channels=3):
         self.dataset, self.size, self.folder = dataset, size, folder
+        self.channels = 1 if folder else channels
 
     def __len__(self):
         return len(self.dataset)
@@ -558,7 +581,7 @@ class Whole(Dataset):
         if self.folder:
             mask = read_mask(self.folder, self.dataset.names[i])
             return pil_to_tensor(mask.resize((w, h), Resampling.BOX))
-        picture = to_rgb(self.dataset.read(i)[0])
+        picture = to_8_bits(self.dataset.read(i)[0], MODES[self.channels])
         return pil_to_tensor(picture.resize((w, h), Resampling.BICUBIC))
 
     def __getitem__(self, i):
@@ -566,8 +589,7 @@ class Whole(Dataset):
             return self.read(i), True
         # Decoders raise OSError, SyntaxError, ValueError ...
         except Exception:
-            channels = 1 if self.folder else 3
-            return torch.zeros(channels, *self.size, dtype=torch.uint8), False
+            return torch.zeros(self.channels, *self.size, dtype=torch.uint8), False
 
 
 class JobFiles:
@@ -655,7 +677,7 @@ def discover(
     # All have read what is done before anybody adds to it.
     wait(world)
     if rank == 0 and done:
-        print(f"going on: {len(done)} of {len(blocks)} blocks are there")
+        say(f"going on: {len(done)} of {len(blocks)} blocks are there")
     left = [number for number in range(len(blocks)) if number not in done]
     mine = {number: blocks[number] for number in left[rank::world]}
     write_blocks(maps, whole, mine, files, grid, workers, device, rank)
@@ -688,22 +710,21 @@ def begin_or_continue(files, shape, job):
         )
 
 
+# Seconds between two lines that tell how far a job is.
+LINE_EVERY = 60
+
+
 def write_blocks(maps, whole, blocks, files, grid, workers, device, rank):
     """Maps of the blocks {number: rows} into the part file, each number into the log."""
     loader = make_loader(whole, batch_sampler=list(blocks.values()), workers=workers)
-    # Seconds between two states of the bar: in a log file each is a line.
-    seconds = 0.1 if sys.stderr.isatty() else 60
-    bar = tqdm(
-        total=sum(map(len, blocks.values())),
-        unit="img",
-        desc="maps",
-        mininterval=seconds,
-        disable=rank > 0,
-    )
-    with bar, open(files.part, "r+b") as part, open(files.log(rank), "a") as log:
-        for (number, rows), (imgs, readable) in zip(
-            blocks.items(), loader, strict=True
-        ):
+    total, done = sum(map(len, blocks.values())), 0
+    last_line = began = time.perf_counter()
+    steps = zip(blocks.items(), loader, strict=True)
+    bar = {"total": len(blocks), "unit": "block", "desc": "maps"}
+    if rank > 0:
+        bar["disable"] = True
+    with open(files.part, "r+b") as part, open(files.log(rank), "a") as log:
+        for (number, rows), (imgs, readable) in progress(steps, **bar):
             m = maps(imgs.to(device)).float().flatten(1)  # (B, L)
             m = normalize_map(m).cpu()
             # NaN is what save_maps lists as failed; zeros would look like a flat map.
@@ -716,7 +737,11 @@ def write_blocks(maps, whole, blocks, files, grid, workers, device, rank):
             # checksum is for power cuts. It begins anew, as the one before may be torn.
             log.write(f"\n{number} {checksum_of(content)};")
             log.flush()
-            bar.update(len(imgs))
+            done += len(imgs)
+            now = time.perf_counter()
+            if rank == 0 and now - last_line > LINE_EVERY:
+                say(f"{done} of {total} maps, {done / (now - began):.1f} a second")
+                last_line = now
 
 
 def finish(files, shape, count, whole, settings):
@@ -801,9 +826,7 @@ def show(path, dataset, files, ids, tau=0.75, cell=112):
 
 def command_line():
     """The parser of all flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     flag = parser.add_argument
     methods = ("tokencut", "dino", "gradcam", "masks")
     flag("--method", choices=methods, default="tokencut")
@@ -828,14 +851,16 @@ def command_line():
     flag("--masks", help=text)
     flag("--data", default="toy", help="as for attg_mae.py [%(default)s]")
     flag("--classes", help="file with the class folders to keep, one a line")
+    text = "a picture with more is unreadable [%(default)s]"
+    flag("--max_pixels", type=int, default=MAX_PIXELS, help=text)
     flag("--out", default="maps.npy", type=Path, help="map file [%(default)s]")
     text = "input size of the backbone in pixels [a checkpoint's own, else 224]"
     flag("--img_size", type=int, help=text)
     text = "cells a side of the maps of gradcam [14] and masks [56]"
     flag("--grid", type=int, help=text)
     text = "channel means of the backbone's input [the checkpoint's, ImageNet's]"
-    flag("--mean", type=float, nargs=3, help=text)
-    flag("--std", type=float, nargs=3, help="channel deviations")
+    flag("--mean", type=float, nargs="+", help=text)
+    flag("--std", type=float, nargs="+", help="channel deviations")
     text = "pictures in a block of work [%(default)s]"
     flag("--batch_size", type=int, default=64, help=text)
     flag("--device", help="cuda, mps or cpu [the first there is]")
@@ -894,6 +919,7 @@ def unused_flags(args):
 def check(args, unused):
     """Refuses what cannot work, ahead of any download; the first fault is named."""
     method, backbone, out = args.method, args.backbone, args.out
+    check_numbers(vars(args))
     if out.suffix != ".npy":
         raise ValueError(f"--out {out}: must end in .npy")
     # In a flat folder the sheet would become one of the pictures.
@@ -922,17 +948,6 @@ def check(args, unused):
     if lost:
         text = "no such .npy file; name map files that are finished"
         raise ValueError(f"--with {', '.join(lost)}: {text}")
-    least = {"batch_size": 1, "img_size": 1, "grid": 1, "show": 0, "workers": 0}
-    least["objects"] = 1
-    low = []
-    for name, limit in least.items():
-        value = getattr(args, name)
-        if value is not None and value < limit:
-            low.append(f"--{name} {value}: must be {limit} or more")
-    if low:
-        raise ValueError(", ".join(low))
-    if not -1 < args.cut < 1:
-        raise ValueError(f"--cut {args.cut}: is a cosine, between -1 and 1")
     if args.objects > 1 and args.cut < 0:
         text = "needs a --cut of 0 or more: below, every patch stays in the graph"
         raise ValueError(f"--objects {args.objects}: {text}")
@@ -962,7 +977,9 @@ def make_maps(args, dataset, device, rank, world):
     if workers is None:
         workers = 0 if device.type == "cpu" else 8
     folder = args.masks if args.method == "masks" else None
-    whole = Whole(dataset, backbone.size, folder)
+    # A model of grey pictures has one mean.
+    channels = len(backbone.about.get("mean", IMAGENET_MEAN))
+    whole = Whole(dataset, backbone.size, folder, channels)
     try:
         complete = args.out.is_file() and args.out.with_suffix(".json").is_file()
         # Both are there, yet not sure to be whole, until the job's own files are gone.
@@ -998,21 +1015,20 @@ def read_maps(path, flag, dataset):
     flat, failed = manifest["flat"], manifest["failed"]
     large = manifest["settings"].get("large", [])
     method, shape = manifest["method"], manifest["shape"][1:]
-    print(
+    say(
         f"{path}: {len(dataset)} maps of {shape} by {method}, {len(flat)} flat, "
         f"{len(failed)} failed, {len(large)} larger than 90 % of the picture"
     )
     if method == "tokencut" and len(flat) > len(dataset) / 10:
-        print(
+        say(
             "hint: flat maps weigh nothing. Patches that are all alike call for a "
             "higher --cut (0.5 to 0.9)"
         )
+    for i in failed[:LINES]:
+        say(f"failed, unreadable or not finite: {dataset.path(i)}")
     if failed:
-        names = ", ".join(dataset.names[i] for i in failed[:10])
-        print(
-            f"failed, unreadable or not finite: {names} ... "
-            "(all are in the manifest; delete it to try again)"
-        )
+        manifest_file = path.with_suffix(".json")
+        say(f"all {len(failed)} are in {manifest_file}; delete it to try again")
     return maps, manifest
 
 
@@ -1028,7 +1044,7 @@ def report_quality(files, dataset, folder):
     for name, maps in files.items():
         truth = true_masks(dataset, folder, range(len(dataset)))
         q = quality(maps, truth)
-        print(
+        say(
             f"{name}: IoU {q['IoU']:.1f}, CorLoc {q['CorLoc']:.1f}, "
             f"AUROC {q['AUROC']:.1f} on {q['images']} images"
         )
@@ -1036,12 +1052,17 @@ def report_quality(files, dataset, folder):
     return figures
 
 
-def main(argv=None):
+def main(argv=None, data=None):
     """Returns {"maps": path, "manifest": dict, "quality": {file: figures}}, the last
-    empty without true masks; of other processes than the first, without both."""
+    empty without true masks; of other processes than the first, without both.
+
+    data: a data set of one's own, of which --data is the name then; see open_data.
+    """
     args = arguments(argv)
+    pictures = own_or_named(data, args.data)
+    view = {"classes": args.classes, "max_pixels": args.max_pixels}
     with processes(args.device) as (device, rank, world):
-        dataset = open_data(args.data, "train", classes=args.classes)
+        dataset = open_data(pictures, "train", **view)
         settings = make_maps(args, dataset, device, rank, world)
     result = {"maps": str(args.out), "manifest": None, "quality": {}}
     if rank:
@@ -1067,19 +1088,9 @@ def main(argv=None):
         sheet = args.out.with_suffix(".png")
         spread = np.linspace(0, len(dataset) - 1, args.show)
         show(sheet, dataset, files, np.unique(spread.round().astype(int)))
-        print(f"sheet: {sheet}")
+        say(f"sheet: {sheet}")
     return result
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"object_discovery.py: error: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"object_discovery.py: error: out of memory ({error}); "
-            "use a smaller --batch_size"
-        )
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on")
+    end(main, interrupted="interrupted; the same command goes on")

@@ -25,6 +25,11 @@ there, as soon as a run ends; the curves at the end. The same command goes on wh
 study was interrupted.
 """
 
+if __name__ == "__main__":
+    from common.commandline import quiet_imports
+
+    quiet_imports()
+
 import argparse
 import concurrent.futures
 import json
@@ -43,6 +48,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.commandline import Parser, check_numbers, end, say
 from common.data import open_data
 from common.features import FEATURES
 from common.files import replacing, require, without_nan
@@ -121,6 +127,7 @@ class Programs:
         with open(log, "a") as file:
             file.write(f"$ {command}    # {revision()}\n")
             file.flush()
+            begin = file.tell()
             with self.lock:
                 if self.stopped:
                     raise InterruptedError(command)
@@ -137,8 +144,9 @@ class Programs:
         if self.stopped:
             raise InterruptedError(command)
         if code != 0:
-            last = Path(log).read_text(errors="replace").strip().splitlines()[-1]
-            raise RuntimeError(f"{command}: exit code {code}, {last} (all in {log})")
+            raise RuntimeError(
+                f"{command}: exit code {code}, {last_words(log, begin)} (all in {log})"
+            )
 
     def stop(self):
         """Ends what runs, as Ctrl-C would: trainings save first. Nothing starts anew."""
@@ -146,6 +154,15 @@ class Programs:
             self.stopped = True
             for process in self.running:
                 process.terminate()
+
+
+def last_words(log, begin):
+    """The error in a log from byte `begin` on, or its last line."""
+    text = Path(log).read_bytes()[begin:].decode(errors="replace")
+    lines = text.strip().splitlines() or ["without a word"]
+    # For a wrong flag lines of advice follow.
+    errors = [line for line in lines if "error: " in line]
+    return (errors or lines)[-1]
 
 
 # -- Runs ------------------------------------------------------------------------------
@@ -233,7 +250,7 @@ class Study:
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, copy / name)
             write_table(self.args.results)
-        print(f"{folder.name}: done, see {copy}", flush=True)
+        say(f"{folder.name}: done, see {copy}")
 
     def run_all(self):
         """All runs, args.jobs at a time. Returns the words of those that failed."""
@@ -262,7 +279,7 @@ class Study:
                 for future in concurrent.futures.as_completed(futures):
                     error = future.exception()
                     if error is not None:
-                        print(f"failed: {error}", flush=True)
+                        say(f"failed: {error}")
                         failed.append(str(error))
             except BaseException:
                 self.programs.stop()
@@ -428,7 +445,7 @@ def draw_curves(results):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no curves.png: matplotlib is not installed")
+        say("no curves.png: matplotlib is not installed")
         return
     curves = {}
     for folder in sorted(results.glob("*-seed*")):
@@ -488,9 +505,7 @@ def arguments(argv):
     if "--" in argv:
         place = argv.index("--")
         argv, train = argv[:place], argv[place + 1 :]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     flag = parser.add_argument
     flag("--name", default="toy", help="of the study and its folders [%(default)s]")
     text = "as for attg_mae.py, with labels and a test split [%(default)s]"
@@ -524,7 +539,8 @@ def arguments(argv):
 
 def check(args):
     """Refuses what cannot work before the first run."""
-    require(args.jobs >= 1, f"--jobs {args.jobs}: must be 1 or more")
+    # A folder ARM-seedN has its seed from its name: no minus there.
+    check_numbers(vars(args), seeds=(0, 2**63 - 1))
     require("knn" in args.evaluate, "--evaluate: needs knn, which keeps the features")
     args.threads = max(1, (os.cpu_count() or 1) // args.jobs)
     if args.table:
@@ -568,7 +584,7 @@ def main(argv=None):
     finally:
         signal.signal(signal.SIGTERM, before)
     if failed:
-        raise RuntimeError(
+        raise ChildProcessError(
             f"{len(failed)} runs failed, the first: {failed[0]}; "
             "the same command tries them again"
         )
@@ -579,14 +595,9 @@ def show(results):
     """Writes table and curves of the folder `results`, prints and returns the table."""
     write_table(results)
     draw_curves(results)
-    print((results / "table.md").read_text())
+    say((results / "table.md").read_text())
     return table_rows(read_study(results))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"study.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on")
+    end(main, interrupted="interrupted; the same command goes on")

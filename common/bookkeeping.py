@@ -12,7 +12,14 @@ import torch
 from torch.utils.data import Subset, default_collate
 
 from common.commandline import out_of_memory, progress
-from common.data import Feed, TrainBatches, generator_for, make_loader, open_data
+from common.data import (
+    Feed,
+    TrainBatches,
+    generator_for,
+    make_loader,
+    open_data,
+    own_or_named,
+)
 from common.features import knn_accuracy
 from common.files import require
 from common.maps import open_maps
@@ -35,9 +42,12 @@ from common.weights import DECODER
 
 
 class Run:
-    """One run of a Config, on one of `world` processes; signals: see run.stop_signals."""
+    """One run of a Config, on one of `world` processes; signals: see run.stop_signals.
 
-    def __init__(self, cfg, device, rank, world, signals):
+    data: of one's own, see attg_mae.train.
+    """
+
+    def __init__(self, cfg, device, rank, world, signals, data=None):
         self.cfg, self.device, self.signals = cfg, device, signals
         self.rank, self.world = rank, world
         self.out = Path(cfg.out)
@@ -48,18 +58,18 @@ class Run:
             if getattr(cfg, name) == "auto":
                 self.settled.add(name)
         self.start = 0
-        self.open_pictures()
+        self.open_pictures(own_or_named(data, cfg.data))
         self.refuse_idle_flags()
         self.steps_per_epoch = max(1, len(self.train_set) // cfg.batch_size)
         self.total_steps = cfg.epochs * self.steps_per_epoch
 
-    def open_pictures(self):
+    def open_pictures(self, data):
         """train_set, test_set or None, maps (n, h, w) or None, settings of loaders."""
         cfg = self.cfg
-        self.train_set = open_data(
-            cfg.data, "train", cfg.size, True, cfg.seed, cfg.classes
-        )
-        self.test_set = open_data(cfg.data, "test", cfg.size, classes=cfg.classes)
+        view = {"size": cfg.size, "classes": cfg.classes}
+        view |= {"channels": cfg.in_chans, "max_pixels": cfg.max_pixels}
+        self.train_set = open_data(data, "train", augment=True, seed=cfg.seed, **view)
+        self.test_set = open_data(data, "test", **view)
         self.maps = None
         has_maps = bool(cfg.maps) or self.train_set.masks is not None
         # Guided training is refused without maps; drawing pictures needs none.
@@ -75,10 +85,6 @@ class Run:
         """ValueError for flags that cannot work or do nothing, before a file is written."""
         cfg = self.cfg
         C = cfg.in_chans
-        require(
-            C in (1, 3),
-            f"--in_chans {C}: pictures are read as RGB, 3 channels, or as grey, 1",
-        )
         for name in ("mean", "std"):
             values = getattr(cfg, name)
             words = " ".join(str(value) for value in values)

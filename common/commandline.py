@@ -38,6 +38,7 @@ WHOLE_NUMBERS = {
     "img_size": (1, 8192),
     "patch_size": (1, 1024),
     "in_chans": (1, 1024),
+    "max_pixels": (1, 10**12),
     "width": (4, 32768),
     "depth": (1, 1024),
     "heads": (1, 1024),
@@ -55,6 +56,7 @@ WHOLE_NUMBERS = {
     "objects": (1, 1000),
     "grid": (1, 1024),
     "show": (0, 10**4),
+    "jobs": (1, 1024),
 }
 NUMBERS = {
     "tau": (1e-6, 1e6),
@@ -116,7 +118,14 @@ def count_or_auto(text):
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags may have hyphens for underscores; a mistake is answered in three lines."""
+    """Flags may have hyphens for underscores; a mistake is answered in three lines.
+
+    --help shows the description as it is written.
+    """
+
+    def __init__(self, **options):
+        raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(**(raw | options))
 
     def names(self):
         """{name with underscores: name} of all flags."""
@@ -138,7 +147,11 @@ class Parser(argparse.ArgumentParser):
         near = self.nearest(message)
         if near:
             lines.append(f"Did you mean {near}?")
-        lines.append(f"python {self.prog} --help lists every flag")
+        # A module names its whole command, python -m MODULE.
+        command = self.prog
+        if not command.startswith("python"):
+            command = f"python {command}"
+        lines.append(f"{command} --help lists every flag")
         self.exit(2, "\n".join(lines) + "\n")
 
     def nearest(self, message):
@@ -161,8 +174,7 @@ def parse_settings(kind, description, argv=None):
 
     A field's metadata are the options of its flag; its type is the field's.
     """
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, formatter_class=raw)
+    parser = Parser(description=description)
     for field in dataclasses.fields(kind):
         options = {"default": field.default, **field.metadata}
         if field.type is bool:
@@ -243,14 +255,35 @@ def end(main, memory="lower --batch_size", interrupted="interrupted"):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             # SIGPIPE's, which Windows does not have.
             sys.exit(128 + 13)
-        sys.exit(f"{name}: error: {error}")
+        sys.exit(f"{name}: error: {words_of(error)}")
     except (RuntimeError, MemoryError) as error:
+        if worker_was_killed(error):
+            advice = "if it is short of memory: fewer --workers, or --workers 0"
+            sys.exit(f"{name}: error: {error}; {advice}")
         if not out_of_memory(error):
             raise
         first_words = str(error).partition(". ")[0] or "memory"
         sys.exit(f"{name}: error: out of memory ({first_words}); {memory}")
     stopped = result.get("stopped") if isinstance(result, dict) else None
     sys.exit(128 + stopped if stopped else 0)
+
+
+def words_of(error):
+    """The message of an error; of one that a loader's worker raised, its last line.
+
+    PyTorch puts the worker's whole traceback into the message.
+    """
+    words = str(error)
+    if not words.startswith("Caught ") or "Original Traceback" not in words:
+        return words
+    # ValueError: --data: none of ...
+    last_line = words.strip().splitlines()[-1]
+    return last_line.partition(": ")[2] or last_line
+
+
+def worker_was_killed(error):
+    """Whether a loader's worker ended without a word, as the system's signals end it."""
+    return str(error).startswith("DataLoader worker (pid")
 
 
 def pipe_is_closed(error):

@@ -27,7 +27,7 @@ What --data accepts (the `name` of open_data):
     PATH of a picture
         a data set of one
 
-In Python it may also be a data set of your own, see open_data.
+In Python it may also be a data set of your own, see open_data and docs/data.md.
 
 In all folders only regular files count whose names end as those of pictures do. A class
 may have folders within folders; links are followed, but no folder is entered twice. A
@@ -76,6 +76,8 @@ MAX_PIXELS = 100_000_000
 # JPEGs are decoded at a half, quarter or eighth of their size where both sides keep this
 # many pixels: in a part of the time, and enough for views of up to 1792 pixels.
 LEAST_SIDE = 2048
+# PIL's modes by the number of channels, grey and colour.
+MODES = {1: "L", 3: "RGB"}
 # Pictures that get a line of their own when they cannot be read.
 LINES = 10
 
@@ -383,7 +385,7 @@ class ImageData(Dataset):
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.augment = train_view if augment is True else augment
         self.seed = seed
-        self.mode = {1: "L", 3: "RGB"}[channels]
+        self.mode = MODES[channels]
         # Which pictures could not be read. Workers write to the same memory.
         self.unreadable = torch.zeros(len(names), dtype=torch.bool).share_memory_()
 
@@ -412,8 +414,16 @@ class ImageData(Dataset):
         """int64 (n,), -1 = none. Some sets have to be read for them, once."""
         labels = self.known
         if labels is None:
-            labels = [self.read(i)[1] for i in range(len(self))]
+            labels = [self.read_label(i) for i in range(len(self))]
         return torch.as_tensor(labels, dtype=torch.int64)
+
+    def read_label(self, i):
+        """The label of picture i; none if the picture cannot be read."""
+        try:
+            return self.read(i)[1]
+        except Exception as error:
+            self.tell(i, error)
+            return -1
 
     def subset(self, rows):
         """These rows, a tensor (m,), as a data set of its own."""
@@ -600,10 +610,9 @@ def open_data(
 
     ValueError names --data or --classes, what is wrong and the remedy.
     """
-    if channels not in (1, 3):
+    if channels not in MODES:
         raise ValueError(
-            f"--mean, --std: {channels} values, but pictures have 3 channels, or 1 as "
-            "grey ones; give 3 or 1"
+            f"--in_chans {channels}: pictures are read as RGB, 3 channels, or as grey, 1"
         )
     view = {"size": size, "augment": augment, "seed": seed, "channels": channels}
     if not isinstance(name, str | os.PathLike):
@@ -986,6 +995,22 @@ def open_part(dataset, root, options):
         return dataset(str(root), download=True, **options)
 
 
+def own_or_named(data, name):
+    """What open_data is to open: data of one's own, if there are any, or `name`.
+
+    ValueError if data of one's own go by the name of toy, the default: results, run
+    folders and checkpoints are told apart by the name.
+    """
+    if data is None:
+        return name
+    if name == "toy":
+        raise ValueError(
+            "data: needs a name of its own, by which results and run folders are known: "
+            "--data NAME, or Config(data=NAME)"
+        )
+    return data
+
+
 def open_labelled(name, tests, size, augment=False, seed=0, classes=None, **options):
     """The training set and {test: test set} of what --data names; see open_data.
 
@@ -1002,7 +1027,8 @@ def open_labelled(name, tests, size, augment=False, seed=0, classes=None, **opti
         if not part or not part.labelled:
             raise ValueError(
                 f"--data {'of your own' if own else name}: needs labelled images, "
-                "train/CLASS and val/CLASS or test/CLASS"
+                "train/CLASS and val/CLASS or test/CLASS, or another folder of the same "
+                "classes for --val"
             )
     # Most training pictures of stl10 have no labels, and some of your own may not.
     if own or name == "stl10":
@@ -1012,13 +1038,19 @@ def open_labelled(name, tests, size, augment=False, seed=0, classes=None, **opti
 
 
 def refuse_unreadable(dataset):
-    """ValueError if more than 1 % of a data set turned out to be unreadable."""
-    count = int(dataset.unreadable.sum())
-    if count > len(dataset) / 100:
-        first = dataset.path(int(dataset.unreadable.int().argmax()))
+    """ValueError if more than 1 % of a data set turned out to be unreadable.
+
+    A single picture is never too much. All processes come here at once.
+    """
+    rows = dataset.unreadable.nonzero().flatten().tolist()
+    if torch.distributed.is_initialized():
+        parts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, rows)
+        rows = sorted(set().union(*parts))
+    if len(rows) > max(1, len(dataset) / 100):
         raise ValueError(
-            f"--data: {count} of {len(dataset)} pictures are unreadable, over 1 %; mend "
-            f"or remove them, the first is {first}"
+            f"--data: {len(rows)} of {len(dataset)} pictures are unreadable, over 1 %; "
+            f"mend or remove them, the first is {dataset.path(rows[0])}"
         )
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from common.commandline import check_numbers, say
-from common.data import shot_indices
+from common.data import MAX_PIXELS, own_or_named, shot_indices
 from common.files import report, require
 from common.run import processes
 
@@ -21,6 +21,8 @@ def add_data(flag, checkpoint="file with an encoder", data="as for attg_mae.py")
         "--classes",
         help="file with the class folders to keep, one a line (ImageNet-100)",
     )
+    text = "a picture with more is unreadable [%(default)s]"
+    flag("--max_pixels", type=int, default=MAX_PIXELS, help=text)
 
 
 def add_training_data(flag):
@@ -87,6 +89,16 @@ def check_flags(args):
     )
 
 
+def view_of(args, cfg):
+    """How open_labelled opens the pictures of a command line for an encoder's Config."""
+    return {
+        "size": cfg.size,
+        "classes": args.classes,
+        "channels": cfg.in_chans,
+        "max_pixels": args.max_pixels,
+    }
+
+
 def check_shots(labels, all_shots, rank):
     """Says which of these numbers of shots some class does not have, of labels (n,).
 
@@ -106,11 +118,12 @@ def check_shots(labels, all_shots, rank):
 # -- A program from its flags to its results -------------------------------------------
 
 
-def evaluate(program, args, protocol):
+def evaluate(program, args, protocol, data=None):
     """The rows of figures of protocol(args, settings, place) -> (rows, settings).
 
     The first process prints them as a table and, with all settings, as a line of JSON,
-    which is added to --out. place: (device, rank, world).
+    which is added to --out. place: (device, rank, world). data: of one's own, a dict of
+    data sets by split (see data.open_data); --data is its name then.
     """
     began = time.perf_counter()
     source = Path(getattr(args, "features", None) or args.checkpoint)
@@ -121,7 +134,9 @@ def evaluate(program, args, protocol):
             try_outputs(out, args)
         if args.workers is None:
             args.workers = 0 if device.type == "cpu" else 8
-        rows, settings = protocol(args, vars(args) | {"sha256": None}, place)
+        settings = vars(args) | {"sha256": None}
+        args.data = own_or_named(data, args.data)
+        rows, settings = protocol(args, settings, place)
         if rank == 0:
             settings["seconds"] = round(time.perf_counter() - began, 1)
             report(rows, settings, out)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import Subset
 
 from common.commandline import progress
-from common.data import make_loader
+from common.data import ImageData, make_loader, refuse_unreadable
 from common.files import require, sha256
 from common.run import load_checkpoint, save_checkpoint
 
@@ -39,10 +39,14 @@ def extract_features(model, loader, dtype=None):
 def features_of(model, dataset, loader_args, dtype, rank, world):
     """extract_features of a data set, in its order, in every process.
 
-    Each process extracts every world-th image, then all exchange what they have.
+    Each process extracts every world-th image, then all exchange what they have. What
+    cannot be read has the features and the label of the next; see data.ImageData.
     """
     share = Subset(dataset, range(rank, len(dataset), world))
     mine = extract_features(model, make_loader(share, **loader_args), dtype)
+    # Other data sets have no replacements: what they cannot read is an error at once.
+    if isinstance(dataset, ImageData):
+        refuse_unreadable(dataset)
     if world == 1:
         return mine
     parts = [None] * world

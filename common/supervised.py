@@ -20,7 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
 from common.commandline import progress, say
-from common.data import Feed, TrainBatches, make_loader, seed_for, shot_indices
+from common.data import (
+    Feed,
+    TrainBatches,
+    make_loader,
+    refuse_unreadable,
+    seed_for,
+    shot_indices,
+)
 from common.files import require
 from common.run import load_checkpoint, save_checkpoint
 
@@ -134,7 +141,7 @@ def fit(
         optimizer.zero_grad()
         epoch, rest = divmod(step + 1, epoch_steps)
         if rest == 0:
-            loss = check_epoch(epoch, losses, feed, train_set, settings)
+            loss = check_epoch(epoch, losses, train_set)
             losses.zero_()
             if rank == 0:
                 say(f"epoch {epoch}/{recipe.epochs} loss {loss:.4f} lr {lr:.2e}")
@@ -203,17 +210,14 @@ def backward(model, imgs, targets, recipe, label_smoothing, last):
     return total.detach() / len(logits)
 
 
-def check_epoch(epoch, losses, feed, train_set, settings):
+def check_epoch(epoch, losses, train_set):
     """The mean loss of an epoch; ValueError if it, or the data, is no good."""
     loss = (losses[0] / losses[1]).item()
     require(
         math.isfinite(loss),
         f"loss not finite in epoch {epoch}; try a lower --blr or --precision fp32",
     )
-    require(
-        len(feed.unreadable) <= len(train_set) / 100,
-        f"--data {settings['data']}: over 1 % of it is unreadable",
-    )
+    refuse_unreadable(train_set)
     return loss
 
 
@@ -295,6 +299,7 @@ def score(model, tests, features, protocol, settings, place):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(imgs)  # (F, B, C)
             counts += hits(logits.float(), sample.label.to(device))
+        refuse_unreadable(dataset)
         if world > 1:
             dist.all_reduce(counts)
         percent = 100 * counts.cpu().double() / len(dataset)

@@ -26,7 +26,11 @@ picture looks them up at turned and scaled coordinates, with a table of cosines 
 that is fast, and gives the same bits on every machine.
 """
 
-import argparse
+if __name__ == "__main__":
+    from common.commandline import quiet_imports
+
+    quiet_imports()
+
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +39,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.commandline import Parser, end
 from common.files import save_sheet
 
 TOY_SEED = 2402
@@ -443,8 +448,9 @@ def toy_sheet(path, pairs=5):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Draws a sheet of the toy set: images, masks, test variants."
+    parser = Parser(
+        prog="python -m common.toy",
+        description="Draws a sheet of the toy set: images, masks, test variants.",
     )
     parser.add_argument(
         "--out", default="toy.png", help="picture to write (default: %(default)s)"
@@ -466,4 +472,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    end(main)

@@ -12,15 +12,19 @@ patches. The pictures are evenly spaced in the data set, they are not chosen by 
 Predicted patches get the mean and deviation of the true ones (common/pictures.py).
 """
 
-import argparse
+if __name__ == "__main__":
+    from common.commandline import quiet_imports
+
+    quiet_imports()
+
 import dataclasses
 import math
-import sys
 
 import torch
 from torch.utils.data import default_collate
 
 from attg_mae import MAE, Config, load_checkpoint, mask_noise, model_inputs, pool_maps
+from common.commandline import Parser, end
 from common.data import open_data, to_device
 from common.files import require
 from common.maps import open_maps
@@ -84,9 +88,7 @@ def draw_rows(batch, vanilla, guided):
 
 @torch.no_grad()
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m docs.idea", description=__doc__)
     add = parser.add_argument
     add("--vanilla", required=True, help="last.pt of a run with --guidance none")
     add("--guided", required=True, help="last.pt of a guided run")
@@ -104,7 +106,7 @@ def main(argv=None):
 
     require(args.count > 0, f"--count {args.count}: must be above 0")
     data = args.data or cfg.data
-    dataset = open_data(data, args.split, cfg.size)
+    dataset = open_data(data, args.split, cfg.size, channels=cfg.in_chans)
     require(dataset is not None, f"--split {args.split}: --data {data} has none")
     maps = open_maps(args.maps, dataset, data)
 
@@ -118,7 +120,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"docs/idea.py: error: {error}")
+    end(main)

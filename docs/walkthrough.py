@@ -10,8 +10,11 @@ its tau. Prints the numbers and draws the panels. The values come from the funct
 train; only the lines of masked_loss are repeated here, to show what they add up.
 """
 
-import argparse
-import sys
+if __name__ == "__main__":
+    from common.commandline import quiet_imports
+
+    quiet_imports()
+
 from types import SimpleNamespace
 
 import torch
@@ -19,6 +22,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms.functional import pil_to_tensor
 
 from attg_mae import MAE, Config, mask_noise, model_inputs, tau_at
+from common.commandline import Parser, end
 from common.data import TrainBatches, open_data, seed_for, to_device
 from common.files import require
 from common.pictures import denormalize
@@ -224,9 +228,7 @@ def weighting(step, tau, grid):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m docs.walkthrough", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", help="last.pt of `python attg_mae.py` [untrained weights]")
     add("--out", default="docs/walkthrough.png", help="the figure [%(default)s]")
@@ -255,7 +257,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"docs/walkthrough.py: error: {error}")
+    end(main)

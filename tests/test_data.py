@@ -1038,7 +1038,9 @@ def test_grey_pictures(tmp_path, labelled):
     assert all(data[e, 0].image.shape == (1, 32, 32) for e in range(20))
     assert open_data("toy", "test", channels=1)[0].image.shape == (1, 32, 32)
     assert data.subset(torch.tensor([1]))[0].image.shape == (1, 32, 32)
-    with pytest.raises(ValueError, match="--mean, --std: 2 values.*give 3 or 1"):
+    with pytest.raises(
+        ValueError, match="--in_chans 2: .*RGB, 3 channels, or as grey, 1"
+    ):
         open_data("toy", channels=2)
 
 

@@ -178,7 +178,7 @@ def test_a_failed_run_leaves_the_others(pictures, monkeypatch, capsys):
     flags = (
         "--name bad --data data --maps exact=exact.npy --arms none exact --seeds 0 1"
     )
-    with pytest.raises(RuntimeError, match="2 runs failed.*out of luck.*again"):
+    with pytest.raises(ChildProcessError, match="2 runs failed.*out of luck.*again"):
         study.main(flags.split())
     assert capsys.readouterr().out.count("none-seed") == 4
     marks = sorted(
