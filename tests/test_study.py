@@ -8,7 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,13 +108,33 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def test_a_stopped_study_goes_on(pictures, monkeypatch, capsys):
-    monkeypatch.chdir(pictures)
+def forked(ask, folder):
+    """Popen for study.py by the server of processes, which has imported torch already."""
+    server = threading.Lock()
+
+    class Forked:
+        def __init__(self, argv, env, stdout, stderr):
+            self.out = stdout
+            with server:
+                self.logs = Path(tempfile.mkdtemp(dir=folder))
+                self.pid = ask([str(self.logs), {}, [str(word) for word in argv[1:]]])
+
+        def wait(self):
+            with server:
+                code = ask(self.pid)
+            for name in ("stdout", "stderr"):
+                self.out.write((self.logs / name).read_text())
+            return code
+
+    return Forked
+
+
+def test_a_stopped_study_goes_on(pictures, ask, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    flags = "--name small --data data --maps exact=exact.npy --arms none exact "
-    flags += "--seeds 0 1 --jobs 2 --evaluate knn "
+    data, out, results = (pictures / name for name in ("data", "out", "results"))
+    flags = f"--data {data} --maps exact={pictures}/exact.npy --arms none exact "
+    flags += f"--seeds 0 1 --jobs 2 --evaluate knn --out {out} --results {results} "
     flags += "-- --epochs 2 --batch_size 32 --knn_every 1"
-    out = pictures / "out" / "study" / "small"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "study.py", *flags.split()]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
@@ -122,11 +146,12 @@ def test_a_stopped_study_goes_on(pictures, monkeypatch, capsys):
     trained = {p: p.stat().st_mtime_ns for p in out.glob("*/train.done")}
     assert 0 < len(trained) < 4
 
+    popen = SimpleNamespace(Popen=forked(ask, tmp_path), STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(study, "subprocess", popen)
     rows = study.main(flags.split())
     # What was done is not done again.
     for path, stamp in trained.items():
         assert path.stat().st_mtime_ns == stamp
-    results = pictures / "results" / "study" / "small"
     runs = ["exact-seed0", "exact-seed1", "none-seed0", "none-seed1"]
     assert sorted(p.name for p in results.iterdir() if p.is_dir()) == runs
     files = ["config.json", "eval.txt", "knn.jsonl", "log.jsonl", "log.txt"]
@@ -136,7 +161,7 @@ def test_a_stopped_study_goes_on(pictures, monkeypatch, capsys):
         assert f"seed{config['seed']}" in run
         assert config["guidance"] == ("none" if "none" in run else "attg")
         log = (results / run / "log.txt").read_text()
-        assert "$ python attg_mae.py --data data --epochs 2" in log
+        assert f"$ python attg_mae.py --data {data} --epochs 2" in log
         # The last step's k-NN is that of the evaluation.
         last = [json.loads(x) for x in (results / run / "log.jsonl").open()][-1]
         evaluated = study.figures_of_run(results / run)
