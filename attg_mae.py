@@ -54,12 +54,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import roi_align
 
 from common.bookkeeping import Run
-from common.commandline import check_numbers, count_or_auto, end, parse_settings
+from common.checkpoint import load_checkpoint, load_state, save_checkpoint
+from common.commandline import (
+    check_numbers,
+    check_types,
+    count_or_auto,
+    end,
+    parse_settings,
+)
 from common.data import MAX_PIXELS, generator_for, seed_for, to_device
 from common.features import extract_features, knn_classify
 from common.pictures import save_reconstructions
-from common.run import load_checkpoint, processes, save_checkpoint, stop_signals
-from common.weights import DECODER, config_of_weights, load_weights, read_weights
+from common.run import processes, stop_signals
+from common.weights import (
+    DECODER,
+    as_config,
+    load_weights,
+    read_weights,
+)
 from kernels import attg_loss, is_flat, normalize_map
 
 # For `from attg_mae import ...`, those of other files included.
@@ -179,8 +191,10 @@ class Config:
     save_every: int = flag(1, "epochs between checkpoints")
     keep_every: int = flag(0, "epochs between those that are kept (0 = the last only)")
     log_every: int = flag(20, "steps between log lines")
+    timeout: float = flag(30, "minutes after which a silent process is given up")
 
     def __post_init__(self):
+        check_types(self)
         self.fill_in()
         self.check()
         self.derive()
@@ -702,7 +716,7 @@ FIXED = {"patch_size", "img_size", "in_chans", "width", "depth", "heads"}
 FIXED |= {"decoder_width", "decoder_depth", "decoder_heads"}
 FIXED |= {"data", "classes", "batch_size", "seed"}
 FREE = {"out", "precision", "compile", "device", "workers", "resume"}
-FREE |= {"knn_every", "save_every", "keep_every", "log_every", "max_pixels"}
+FREE |= {"knn_every", "save_every", "keep_every", "log_every", "max_pixels", "timeout"}
 
 
 def train(cfg, data=None):
@@ -718,9 +732,12 @@ def train(cfg, data=None):
     ended the run early, or None}.
     """
     cfg = dataclasses.replace(cfg)  # the run settles what is "auto"
-    with stop_signals() as signals, processes(cfg.device) as (device, rank, world):
+    with (
+        stop_signals() as signals,
+        processes(cfg.device, cfg.timeout) as (device, rank, world),
         # Pictures, log, checkpoints, k-NN: nothing of the method (common/bookkeeping.py).
-        run = Run(cfg, device, rank, world, signals, data)
+        Run(cfg, device, rank, world, signals, data) as run,
+    ):
         checkpoint = run.find_checkpoint(FIXED, FREE)
         model = first_model(cfg, checkpoint, run.log).to(device)
         if cfg.epochs == 0:
@@ -762,7 +779,7 @@ def first_model(cfg, checkpoint, log):
     torch.manual_seed(seed_for("weights", cfg.seed))
     model = build_model(cfg)
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
+        load_state(model, checkpoint["model"], checkpoint["path"])
     elif cfg.init:
         weights = read_weights(cfg.init)[0]
         words = load_weights(model, weights, cfg.init, sincos_table)
@@ -828,12 +845,10 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
     made anew, learned ones resized. ValueError if there is no such encoder in the file.
     """
     state, stored, name = read_weights(path_or_state_dict)
-    stored = stored or config_of_weights(state, heads)
-    known = {field.name for field in dataclasses.fields(Config)}
-    settings = {key: value for key, value in stored.items() if key in known}
+    cfg = as_config(Config, stored, state, name, heads)
     if img_size:
-        settings["img_size"] = img_size
-    model = ViT(Config(**settings))
+        cfg = dataclasses.replace(cfg, img_size=img_size)
+    model = ViT(cfg)
     encoder = {key: value for key, value in state.items() if not DECODER.match(key)}
     load_weights(model, encoder, name, sincos_table)
     return model.eval()

@@ -47,6 +47,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD, load_encoder, normalize
+from common.checkpoint import load_checkpoint
 from common.commandline import Parser, check_numbers, end, progress, say
 from common.data import (
     LINES,
@@ -67,7 +68,7 @@ from common.maps import (
     save_maps,
     true_masks,
 )
-from common.run import load_checkpoint, processes, wait
+from common.run import processes, wait
 from kernels import normalize_map
 
 # -- The methods: TokenCut -------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Subset, default_collate
 
+from common.checkpoint import load_optimizer, load_scaler, save_checkpoint
 from common.commandline import out_of_memory, progress
 from common.data import (
     Feed,
@@ -34,8 +35,8 @@ from common.run import (
     find_model,
     from_first,
     keep_settled,
+    only_run,
     refuse_not_finite,
-    save_checkpoint,
     total_over_processes,
 )
 from common.weights import DECODER
@@ -44,6 +45,7 @@ from common.weights import DECODER
 class Run:
     """One run of a Config, on one of `world` processes; signals: see run.stop_signals.
 
+    As a context manager it is the only one that writes to its folder.
     data: of one's own, see attg_mae.train.
     """
 
@@ -62,6 +64,15 @@ class Run:
         self.refuse_idle_flags()
         self.steps_per_epoch = max(1, len(self.train_set) // cfg.batch_size)
         self.total_steps = cfg.epochs * self.steps_per_epoch
+
+    def __enter__(self):
+        what = f"--out {self.out}"
+        self.alone = only_run(self.out / ".lock", what, self.rank, self.world)
+        self.alone.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.alone.__exit__(*error)
 
     def open_pictures(self, data):
         """train_set, test_set or None, maps (n, h, w) or None, settings of loaders."""
@@ -125,7 +136,7 @@ class Run:
 
         parts = from_first(find, self.rank, self.world)
         if parts:
-            keep_settled(cfg, parts["config"])
+            keep_settled(cfg, parts)
         self.precision, self.dtype = choose_precision(
             cfg.precision, self.device, cfg.width
         )
@@ -173,12 +184,9 @@ class Run:
         cfg = self.cfg
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         if parts:
-            self.start = parts["step"]
-            optimizer.load_state_dict(parts["optimizer"])
-            if parts["scaler"]:  # empty without fp16
-                scaler.load_state_dict(parts["scaler"])
-            # the stored one would replace a new --weight_decay
-            optimizer.param_groups[0]["weight_decay"] = cfg.weight_decay
+            self.start, path = parts["step"], parts["path"]
+            load_optimizer(optimizer, parts["optimizer"], self.start, path)
+            load_scaler(scaler, parts["scaler"], path)
             # or it would stay in memory for the whole run
             parts.clear()
         self.batches = TrainBatches(

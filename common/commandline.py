@@ -73,6 +73,7 @@ NUMBERS = {
     "layer_decay": (1e-6, 1),
     "drop_path": (0, 0.99),
     "cut": (-1, 1),
+    "timeout": (0.01, 10**6),
 }
 
 
@@ -107,6 +108,31 @@ def check_number(name, number, kind, least, most):
         elif least <= 1e-6:
             words = "must be above 0"
     raise ValueError(f"--{name} {number}: {words}")
+
+
+# What else a value of a type may be, and the type in words.
+ALSO = {int: numbers.Integral, float: numbers.Real, str: os.PathLike, tuple: list}
+IN_WORDS = {int: "a whole number", float: "a number", str: "a text", tuple: "values"}
+IN_WORDS |= {bool: "true or false", type(None): "nothing"}
+
+
+def check_types(settings):
+    """ValueError names the first field of a dataclass whose value is not of its type.
+
+    The command line makes no others; a damaged file may hold any.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        # int | None -> int, None
+        kinds = typing.get_args(field.type) or (field.type,)
+        allowed = kinds + tuple(ALSO.get(kind, kind) for kind in kinds)
+        # True is a number for Python.
+        right = isinstance(value, allowed) and (
+            type(value) is not bool or bool in kinds
+        )
+        if not right:
+            words = " or ".join(IN_WORDS[kind] for kind in kinds)
+            raise ValueError(f"--{field.name} {value!r}: must be {words}")
 
 
 # -- Flags -----------------------------------------------------------------------------

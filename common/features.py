@@ -9,10 +9,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import Subset
 
+from common.checkpoint import load_checkpoint, save_checkpoint
 from common.commandline import progress
 from common.data import ImageData, make_loader, refuse_unreadable
 from common.files import require, sha256
-from common.run import load_checkpoint, save_checkpoint
 
 FEATURES = ("class_token", "patch_mean")
 

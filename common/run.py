@@ -2,7 +2,6 @@
 A run: its processes and signals, its log, its checkpoints, and how it is continued.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -11,26 +10,28 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from common.checkpoint import load_checkpoint
 from common.commandline import say
-from common.files import replacing, require
+from common.files import locked, replacing, require
 
 # -- Processes and signals -------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def processes(name):
+def processes(name, timeout=30):
     """(device, rank, world): the named device or the best there is.
 
-    Under torchrun the group of processes exists for as long as the block runs.
+    Under torchrun the group of processes exists for as long as the block runs. If one of
+    them is lost, or does not answer for `timeout` minutes, ConnectionError says which.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -47,12 +48,40 @@ def processes(name):
         if device.index is None:
             device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    members = [None] * world
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    yield device, rank, max(1, world)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
+        dist.all_gather_object(members, (socket.gethostname(), os.getpid()))
+    try:
+        yield device, rank, max(1, world)
+    except RuntimeError as error:
+        if world == 1 or not re.search("gloo|nccl|peer", str(error), re.I):
+            raise
+        words = f"{lost_process(members)}, so rank {rank} ends as well"
+        raise ConnectionError(words) from error
     # Not after an error: it would wait for the other processes, which torchrun ends.
     if world > 1:
         dist.destroy_process_group()
+
+
+def lost_process(members):
+    """In words which of these processes, (host, pid) by rank, is gone or stopped."""
+    # The system closes the connections of a process before it is gone.
+    time.sleep(0.5)
+    for rank, (host, pid) in enumerate(members):
+        if host != socket.gethostname():
+            continue
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+            state = stat.rpartition(")")[2].split()[0]
+        except OSError:
+            state = "X"
+        if state in "XZ":
+            return f"rank {rank} (process {pid}) is gone"
+        if state in "Tt":
+            return f"rank {rank} (process {pid}) is stopped"
+    return "a process on another machine is gone, or one has not answered in --timeout"
 
 
 def wait(world):
@@ -83,6 +112,23 @@ def from_first(find, rank, world):
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
+
+
+@contextlib.contextmanager
+def only_run(lock, what, rank, world):
+    """Refuses, in all processes, to run while another run writes to the same place.
+
+    lock: a file beside or in `what`, held by the first process; see files.locked.
+    """
+    # torchrun has killed a run, and starts it again before all of it is gone.
+    patience = 30 if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else 0
+    with contextlib.ExitStack() as held:
+
+        def take():
+            held.enter_context(locked(lock, what, patience))
+
+        from_first(take, rank, world)
+        yield
 
 
 @contextlib.contextmanager
@@ -162,67 +208,6 @@ def describe_machine(device):
 # -- Checkpoints -----------------------------------------------------------------------
 
 
-def save_checkpoint(path, /, **parts):
-    """Writes tensors and plain types, all or nothing.
-
-    OSError names the file; an earlier one stays as it was.
-    """
-    try:
-        with replacing(path) as temporary:
-            torch.save(parts, temporary)
-    # torch.save raises RuntimeError on a full disk.
-    except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"{path} could not be written: {error}; is the disk full? "
-            f"An earlier {path} is intact"
-        ) from error
-
-
-def load_checkpoint(path):
-    """What torch.save or safetensors wrote, on the CPU: tensors and plain types.
-
-    ValueError for all else, of which nothing is run.
-    """
-    path = Path(path)
-    require(path.exists(), f"{path}: there is no such file")
-    require(not path.is_dir(), f"{path}: a folder; name a file in it, such as last.pt")
-    if path.suffix == ".safetensors":
-        return load_safetensors(path)
-    try:
-        # facebookresearch/mae's training files hold a Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        reason = f"damaged, or no file of weights ({type(error).__name__})"
-        # PyTorch's own words advise to switch the check off.
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign:
-            reason = (
-                f"holds {foreign[1]}, which is no tensor and no plain type; refused, and "
-                "nothing of it was run"
-            )
-        raise ValueError(f"{path}: {reason}") from error
-    kind = type(loaded).__name__
-    require(isinstance(loaded, dict), f"{path}: no checkpoint, it holds a {kind}")
-    return loaded
-
-
-def load_safetensors(path):
-    """The tensors of a .safetensors file, a dict."""
-    require(
-        find_spec("safetensors") is not None,
-        f"{path}: to read it the package safetensors is needed: pip install safetensors",
-    )
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise ValueError(
-            f"{path}: damaged, or no safetensors file ({error})"
-        ) from error
-
-
 def checkpoint_to_continue(cfg):
     """Path of the checkpoint that --resume and --out name, or None."""
     if cfg.resume == "none":
@@ -267,21 +252,34 @@ def read_run(path):
         f"{path}: not a training checkpoint of this project, lacks {sorted(lacks)}; "
         "try --init",
     )
-    return parts
+    step = parts["step"]
+    require(type(step) is int and 0 <= step < 2**53, f"{path}: its step is {step!r}")
+    try:
+        # Through JSON, which makes lists of tuples, as torch.save may have.
+        parts["config"] = dict(json.loads(json.dumps(parts["config"])))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its settings are damaged ({error})") from error
+    return parts | {"path": str(path)}
 
 
-def keep_settled(cfg, old):
+def keep_settled(cfg, parts):
     """What a continued run has settled itself stays so, unless it is given now.
 
-    That is what stood for "auto", and a warm-up that was the default of its time. old:
-    the settings in the checkpoint.
+    That is what stood for "auto", and a warm-up that was the default of its time. parts:
+    of the checkpoint.
     """
+    old = parts["config"]
+    usual = dataclasses.replace(cfg, warmup_epochs=None).warmup_epochs
     for name in ("precision", "accum"):
         if getattr(cfg, name) == "auto":
             setattr(cfg, name, old.get(name, "auto"))
-    usual = dataclasses.replace(cfg, warmup_epochs=None).warmup_epochs
     if cfg.warmup_epochs == usual and old.get("epochs") == cfg.epochs:
         cfg.warmup_epochs = old.get("warmup_epochs", usual)
+    try:
+        cfg.check()
+    except ValueError as error:
+        words = f"{parts['path']}: its settings are damaged ({error})"
+        raise ValueError(words) from error
 
 
 def compare_settings(path, parts, cfg, total_steps, fixed, free):
@@ -290,9 +288,8 @@ def compare_settings(path, parts, cfg, total_steps, fixed, free):
     fixed: settings that may not change in a run. free: those that may even change once
     it has ended (any other would pass an old result off as new). ValueError names them.
     """
-    # Through JSON, which makes lists of tuples, as torch.save may have.
     new = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    old = json.loads(json.dumps(parts["config"]))
+    old = parts["config"]
     require(
         cfg.resume != "auto" or old.get("epochs") == cfg.epochs or not cfg.epochs,
         f"{path} was made for --epochs {old.get('epochs')}, not {cfg.epochs}, and its lr "
@@ -325,7 +322,7 @@ def find_checkpoint(cfg, total_steps, log, fixed, free):
     if path is None:
         return None
     parts = read_run(path)
-    keep_settled(cfg, parts["config"])
+    keep_settled(cfg, parts)
     differences = compare_settings(path, parts, cfg, total_steps, fixed, free)
     note = f"; the new value holds: {differences}" if differences else ""
     log.say(f"continuing {path} after step {parts['step']}{note}")
@@ -373,32 +370,53 @@ class Log:
                 file.write(json.dumps(values) + "\n")
 
     def records(self):
-        """The lines of log.jsonl, as dicts."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        """The lines of log.jsonl, as dicts, without damaged ones."""
+        found = [as_record(line) for line in self.path.read_bytes().splitlines()]
+        return [record for record in found if record]
 
     def begin(self, cfg, step):
         """Writes config.json, and keeps of an earlier log what this run does not repeat.
 
         It goes on after `step`: later steps come again, and so does the k-NN of `step`
-        itself. A killed run leaves half a line.
+        itself. A killed run leaves half a line; other damaged ones are set aside.
         """
         if not self.first:
             return
-        text = ""
+        content = b""
         if step and self.path.exists():
-            text = self.path.read_text()
-        whole = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-        kept = []
+            content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        kept, damaged = [], []
         for line in whole:
-            record = json.loads(line)
+            record = as_record(line)
+            if record is None:
+                damaged.append(line)
+                continue
             # An evaluation is what has no loss.
             repeated = record["step"] == step and "loss" not in record
             if record["step"] <= step and not repeated:
                 kept.append(line)
+        if damaged:
+            aside = self.path.with_name("log.jsonl.damaged")
+            with open(aside, "ab") as file:
+                file.writelines(damaged)
+            self.say(f"{self.path}: {len(damaged)} damaged lines, moved to {aside}")
         with replacing(self.path) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_bytes(b"".join(kept))
         config = json.dumps(dataclasses.asdict(cfg), indent=1)
         self.path.with_name("config.json").write_text(config)
+
+
+def as_record(line):
+    """The dict of a line of log.jsonl, bytes; None if it is damaged."""
+    try:
+        record = json.loads(line)
+    # RecursionError: of thousands of brackets.
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(record, dict) and type(record.get("step")) is int:
+        return record
+    return None
 
 
 class Meter:

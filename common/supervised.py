@@ -19,6 +19,12 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
+from common.checkpoint import (
+    load_checkpoint,
+    load_optimizer,
+    load_state,
+    save_checkpoint,
+)
 from common.commandline import progress, say
 from common.data import (
     Feed,
@@ -29,7 +35,6 @@ from common.data import (
     shot_indices,
 )
 from common.files import require
-from common.run import load_checkpoint, save_checkpoint
 
 # -- Settings --------------------------------------------------------------------------
 
@@ -258,9 +263,13 @@ def continue_run(model, optimizer, settings):
             differ.append(f"{name} {value}")
     words = ", ".join(differ)
     require(not differ, f"--save {path}: of a run without {words}; name another file")
-    model.load_state_dict(parts["model"])
-    optimizer.load_state_dict(parts["optimizer"])
-    return parts["step"]
+    lacks = sorted({"model", "optimizer", "step"} - set(parts))
+    require(not lacks, f"--save {path}: not a file of --save, lacks {lacks}")
+    step = parts["step"]
+    require(type(step) is int and step >= 0, f"--save {path}: its step is {step!r}")
+    load_state(model, parts["model"], path)
+    load_optimizer(optimizer, parts["optimizer"], step, path)
+    return step
 
 
 # -- Scoring ---------------------------------------------------------------------------

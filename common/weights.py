@@ -3,25 +3,27 @@ Weights from here and elsewhere: the layouts of facebookresearch/mae, DINO, timm
 Hugging Face are read as those of this project.
 """
 
+import dataclasses
 import math
 import re
 
 import torch
 import torch.nn.functional as F
 
+from common.checkpoint import load_checkpoint
 from common.files import require
-from common.run import load_checkpoint
 
 DECODER = re.compile("decoder|mask_token")
 CLASSIFIER = re.compile("head|fc_norm|pooler|classifier")
 POSITIONS = ("pos_embed", "decoder_pos_embed")
-# What every encoder of ours holds, by its name in timm and facebookresearch/mae.
-ESSENTIAL = (
-    "cls_token",
-    "pos_embed",
-    "patch_embed.proj.weight",
-    "blocks.0.attn.qkv.weight",
-)
+# What every encoder of ours holds, by its name in timm and facebookresearch/mae, and the
+# number of its dimensions.
+ESSENTIAL = {
+    "cls_token": 3,
+    "pos_embed": 3,
+    "patch_embed.proj.weight": 4,
+    "blocks.0.attn.qkv.weight": 2,
+}
 # Heads of the standard ViTs by their width, for files that do not tell.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 # Prefixes that wrappers leave, then Hugging Face's names before and since transformers 5.
@@ -58,8 +60,13 @@ def read_weights(source):
     for key in ("model", "state_dict", "teacher"):
         if isinstance(state.get(key), dict):
             state = state[key]
-    weights = join_qkv({rename(key): value for key, value in state.items()})
-    lacks = sorted(set(ESSENTIAL) - set(weights))
+    require(all(isinstance(key, str) for key in state), f"{name}: no names of weights")
+    weights = join_qkv({rename(key): value for key, value in state.items()}, name)
+    lacks = []
+    for key, dims in ESSENTIAL.items():
+        value = weights.get(key)
+        if not (isinstance(value, torch.Tensor) and value.dim() == dims):
+            lacks.append(key)
     found = sorted(weights)[:8]
     require(not lacks, f"{name}: no ViT encoder in it: lacks {lacks}, found {found}")
     return weights, config, name
@@ -71,15 +78,18 @@ def rename(key):
     return key
 
 
-def join_qkv(weights):
+def join_qkv(weights, name):
     """Hugging Face keeps queries, keys and values apart: here they are one matrix."""
     joined = dict(weights)
     for key, q in weights.items():
         if ".attn.q." in key:
             # Where k or v is missing the matrix is too small, which loading then says.
             names = [key.replace(".q.", f".{x}.") for x in "qkv"]
-            parts = [joined.pop(name, q[:0]) for name in names]
-            joined[key.replace(".q.", ".qkv.")] = torch.cat(parts)
+            parts = [joined.pop(part, q[:0]) for part in names]
+            try:
+                joined[key.replace(".q.", ".qkv.")] = torch.cat(parts)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"{name}: {', '.join(names)}: {error}") from error
     return joined
 
 
@@ -103,6 +113,30 @@ def config_of_weights(state, heads=None):
         "depth": len(blocks),
         "heads": heads,
     }
+
+
+def as_config(kind, settings, state, name, heads=None):
+    """The Config, `kind`, of an encoder's weights and the settings stored beside them.
+
+    settings: a dict, None if there are none; heads: see config_of_weights. name: of the
+    file, for the ValueError if settings and weights differ. Nothing has been made of
+    their sizes by then.
+    """
+    if settings is None:
+        return kind(**config_of_weights(state, heads))
+    known = {field.name for field in dataclasses.fields(kind)}
+    try:
+        cfg = kind(**{key: value for key, value in settings.items() if key in known})
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{name}: its settings are damaged ({error})") from error
+    stored = dataclasses.asdict(cfg) | {"positions": math.prod(cfg.grid) + 1}
+    told = sizes_of_weights(state) | {"positions": state["pos_embed"].shape[1]}
+    for key, value in told.items():
+        require(
+            stored[key] == value,
+            f"{name}: its settings say {key} {stored[key]}, its weights {value}",
+        )
+    return cfg
 
 
 def fit_positions(positions, own, grid, sincos_table):

@@ -521,7 +521,7 @@ def losses(out):
 
 
 def last(out):
-    return torch.load(Path(out) / "last.pt", weights_only=True)
+    return attg_mae.load_checkpoint(Path(out) / "last.pt")
 
 
 def same(a, b):

@@ -1,0 +1,261 @@
+"""
+Files of weights and of whole runs: written whole or not at all, and read unchanged or
+not at all.
+
+    save_checkpoint("last.pt", model=model.state_dict(), step=7)
+    parts = load_checkpoint("last.pt")
+    load_state(model, parts["model"], "last.pt")
+
+Nothing but tensors and plain types is read, and nothing of a file is run. torch.load does
+not notice bits that have changed on a disk or on the way. So these files carry the crc32
+of each tensor, and one of all else, as a part of their own; of other people's the
+checksums of the zip archive are compared, which every file of torch.save since PyTorch
+1.6 has.
+"""
+
+import argparse
+import errno
+import math
+import re
+import zipfile
+import zlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from common.files import replacing, require
+
+# What a checkpoint may hold: values in it, and the characters of the longest name.
+MOST_VALUES = 10**6
+LONGEST_NAME = 1000
+
+
+# -- Writing ---------------------------------------------------------------------------
+
+
+def save_checkpoint(path, /, **parts):
+    """Writes tensors and plain types, all or nothing.
+
+    OSError names the file; an earlier one stays as it was.
+    """
+    parts["checksums"] = checksums(parts)
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.save(parts, file)
+    except (OSError, RuntimeError) as error:
+        # torch.save may raise an error of its own after that of the disk.
+        cause = error if isinstance(error, OSError) else error.__context__
+        words = f"{path} could not be written: {cause or error}"
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            words += "; the disk is full"
+        if Path(path).exists():
+            words += f"; the earlier {path} is intact"
+        raise OSError(words) from error
+
+
+def checksums(parts):
+    """{name: crc32} of the tensors in nested dicts and lists, and of all else as "rest"."""
+    found, rest = {}, []
+    for name, value in leaves(parts):
+        if isinstance(value, torch.Tensor):
+            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            found[name] = zlib.crc32(content.numpy())
+            value = f"{value.dtype} {list(value.shape)}"
+        rest.append(f"{name} {type(value).__name__} {value!r}")
+    found["rest"] = zlib.crc32("\n".join(rest).encode())
+    return found
+
+
+def leaves(parts):
+    """[(name, value)] of all that is neither a dict nor a list, within dicts and lists."""
+    found, left = [], [("", parts)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            items = value.items()
+        elif isinstance(value, list | tuple):
+            items = enumerate(value)
+        else:
+            found.append((name, value))
+            continue
+        left += [(f"{name}[{key!r}]", item) for key, item in items]
+        # A small file can hold a list that holds itself, or one a billion times.
+        require(
+            len(name) <= LONGEST_NAME and len(found) + len(left) <= MOST_VALUES,
+            "too many values in it",
+        )
+    return found
+
+
+# -- Reading ---------------------------------------------------------------------------
+
+
+def load_checkpoint(path):
+    """What torch.save or safetensors wrote, on the CPU: tensors and plain types.
+
+    ValueError for all else, of which nothing is run, and for a damaged file.
+    """
+    path = Path(path)
+    require(path.exists(), f"{path}: there is no such file")
+    require(not path.is_dir(), f"{path}: a folder; name a file in it, such as last.pt")
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)
+    try:
+        # facebookresearch/mae's training files hold a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        reason = f"damaged, or no file of weights ({type(error).__name__})"
+        # PyTorch's own words advise to switch the check off.
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if foreign:
+            reason = (
+                f"holds {foreign[1]}, which is no tensor and no plain type; refused, and "
+                "nothing of it was run"
+            )
+        raise ValueError(f"{path}: {reason}") from error
+    kind = type(loaded).__name__
+    require(isinstance(loaded, dict), f"{path}: no checkpoint, it holds a {kind}")
+    try:
+        refuse_changed(path, loaded)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from error
+    return loaded
+
+
+def load_safetensors(path):
+    """The tensors of a .safetensors file, a dict."""
+    require(
+        find_spec("safetensors") is not None,
+        f"{path}: to read it the package safetensors is needed: pip install safetensors",
+    )
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: damaged, or no safetensors file ({error})"
+        ) from error
+
+
+def refuse_changed(path, loaded):
+    """ValueError if what was loaded is not what was written. Takes the checksums out."""
+    written = loaded.pop("checksums", None)
+    for name, value in leaves(loaded):
+        if isinstance(value, torch.Tensor):
+            refuse_hollow(name, value)
+    if written is not None:
+        found = checksums(loaded)
+        if written != found:
+            names = dict(written) if isinstance(written, dict) else {}
+            changed = [name for name in found if names.get(name) != found[name]]
+            raise ValueError(f"{changed[:3]} changed since they were written")
+    elif zipfile.is_zipfile(path):
+        refuse_changed_archive(path)
+
+
+def refuse_hollow(name, x):
+    """ValueError for a tensor that is larger than what the file holds of it."""
+    require(
+        x.layout == torch.strided and x.device.type == "cpu",
+        f"{name} is a {x.layout} tensor of the device {x.device}",
+    )
+    held = x.untyped_storage().nbytes()
+    require(
+        x.numel() * x.element_size() <= held,
+        f"{name} has the shape {tuple(x.shape)}, but {held} bytes",
+    )
+
+
+def refuse_changed_archive(path):
+    """ValueError for a zip archive of which a file does not match its crc32."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+    except Exception as error:  # nearly anything, on a damaged file
+        raise ValueError(f"no sound archive ({type(error).__name__})") from error
+    require(changed is None, f"{changed} changed since it was written")
+
+
+# -- Weights and optimiser -------------------------------------------------------------
+
+
+def load_state(model, state, name):
+    """Loads all weights of a module, which have to be of its names, shapes and dtypes.
+
+    name: of the file, for the ValueError if they are not.
+    """
+    own = model.state_dict()
+    require(isinstance(state, dict), f"{name}: holds no weights")
+    odd = sorted(map(str, set(own) ^ set(state)))
+    require(not odd, f"{name}: weights of another model: {odd[:3]} are in one only")
+    for key, weight in own.items():
+        refuse_other(state[key], weight, f"{name}: {key}")
+    model.load_state_dict(state)
+
+
+def refuse_other(x, like, name):
+    """ValueError unless x is a tensor of the shape and dtype of another one."""
+    require(isinstance(x, torch.Tensor), f"{name} is no tensor")
+    words = [f"{t.dtype} {tuple(t.shape)}" for t in (x, like)]
+    require(words[0] == words[1], f"{name} is {words[0]}, must be {words[1]}")
+
+
+# What the optimisers keep of each parameter.
+MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "LARS": {"momentum"}}
+
+
+def load_optimizer(optimizer, stored, steps, name):
+    """Loads the moments of its parameters, but no settings, of which the run decides.
+
+    stored: its state_dict, as it was after so many steps. name: of the file, for the
+    ValueError. PyTorch trusts the sizes, and would write out of bounds.
+    """
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    states = stored.get("state") if isinstance(stored, dict) else None
+    require(isinstance(states, dict), f"{name}: holds no state of an optimizer")
+    # None before the first step that fp16's scaler lets through.
+    numbers = set(range(len(parameters))) if states else set()
+    require(
+        set(states) == numbers,
+        f"{name}: moments of {len(states)} parameters, must be {len(parameters)}",
+    )
+    wanted = MOMENTS[type(optimizer).__name__]
+    for number, state in states.items():
+        place = f"{name}: of the optimizer's parameter {number}"
+        require(
+            isinstance(state, dict) and set(state) == wanted,
+            f"{place} it must hold {sorted(wanted)}",
+        )
+        for key, x in state.items():
+            if key != "step":
+                refuse_other(x, parameters[number], f"{place} {key}")
+                state[key] = x.contiguous()
+                continue
+            done = float(x) if torch.is_tensor(x) and x.numel() == 1 else x
+            require(
+                isinstance(done, int | float) and done in range(steps + 1),
+                f"{place} step is {done!r}, must be 0 to {steps}",
+            )
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def load_scaler(scaler, stored, name):
+    """Loads the state of a GradScaler, empty where there is no fp16; as load_optimizer."""
+    own = scaler.state_dict()
+    require(isinstance(stored, dict), f"{name}: holds no state of a scaler")
+    # A run may go on in another precision.
+    if not stored or not own:
+        return
+    for key in own:
+        value = stored.get(key)
+        require(
+            isinstance(value, int | float) and math.isfinite(value) and value >= 0,
+            f"{name}: of the scaler {key} is {value!r}",
+        )
+    scaler.load_state_dict({key: stored[key] for key in own})
