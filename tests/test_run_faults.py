@@ -225,7 +225,7 @@ def test_disk_full(first, ask, long, finished, tmp_path):
     code, _, errors = run.wait()
     assert code == 1 and "Traceback" not in errors
     assert re.search(
-        rf"^attg_mae.py: error: .*{re.escape(str(run.out))}/last\.pt .*disk",
+        rf"^attg_mae.py: error: .*{re.escape(str(run.out))}/last\.pt could not be written: .*File too large",
         errors,
         re.M,
     )
