@@ -139,6 +139,7 @@ def linear_probe(
     best = lrs[held_out.argmax()]
 
     weights = train(x, y, [best])
+    require(weights.isfinite().all(), f"--lrs {best:g}: diverged; give lower ones")
     results = {}
     for name, (test_features, truth) in tests.items():
         test = standardise(test_features, mean, var).to(device)

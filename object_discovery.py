@@ -755,12 +755,13 @@ def finish(files, shape, count, whole, settings):
     rows = np.memmap(files.part, "<f2", "r", shape=shape)
     if all(np.isnan(m).all() for _, m in chunks(rows)):
         files.remove()
-        picture = whole.dataset.names[0]
+        picture = whole.dataset.path(0)
         if whole.folder:
-            picture += f" in --masks {whole.folder}, as .png"
+            picture = f"{whole.dataset.names[0]} in --masks {whole.folder}, as .png"
         raise ValueError(
             f"not one of {len(whole)} maps is finite: no picture could be read, or "
-            f"--backbone, --mean or --std are wrong; the first picture is {picture}"
+            "--backbone, --mean, --std or --max_pixels are wrong; the first picture is "
+            f"{picture}"
         )
     large = []
     for first, m in chunks(rows):
@@ -944,7 +945,10 @@ def check(args, unused):
     if unused:
         text = f"--method {method} --backbone {backbone} does not use it; leave it out"
         raise ValueError(f"{', '.join(unused)}: {text}")
-    lost = [str(path) for path in args.others if not path.is_file()]
+    lost = []
+    for path in args.others:
+        if path.suffix != ".npy" or not path.is_file():
+            lost.append(str(path))
     if lost:
         text = "no such .npy file; name map files that are finished"
         raise ValueError(f"--with {', '.join(lost)}: {text}")
