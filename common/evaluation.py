@@ -25,14 +25,18 @@ def add_data(flag, checkpoint="file with an encoder", data="as for attg_mae.py")
     flag("--max_pixels", type=int, default=MAX_PIXELS, help=text)
 
 
-def add_training_data(flag):
-    """The flags of programs that train a classifier."""
+def add_val(flag):
     flag(
         "--val",
         nargs="+",
         default=["test"],
         help="test sets: test, folders of the same classes, or toy's variants",
     )
+
+
+def add_training_data(flag):
+    """The flags of programs that train a classifier."""
+    add_val(flag)
     flag(
         "--fraction",
         type=float,
