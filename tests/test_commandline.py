@@ -4,6 +4,8 @@ Flags, their ranges, and how a program ends: common/commandline.py.
 
 import dataclasses
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,8 @@ import torch
 
 import attg_mae
 from common import commandline
-from common.commandline import Parser, check_numbers, end, progress, say
+from common.commandline import Parser, check_numbers, end, make_folder, progress, say
+from common.data import make_loader
 from tests.helpers import ROOT
 from tests.processes import SCRIPT
 
@@ -192,3 +195,64 @@ def test_without_tqdm(monkeypatch, capsys):
     assert progress(steps, desc="x") is steps
     say("a line")
     assert capsys.readouterr().out == "a line\n"
+
+
+class Broken(torch.utils.data.Dataset):
+    """Its workers raise `error`, or are killed without a word."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        if self.error is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (ValueError("--data: of 4 pictures: none"), "--data: of 4 pictures: none"),
+        (
+            FileNotFoundError(2, "No such file", "a.png"),
+            "[Errno 2] No such file: 'a.png'",
+        ),
+        (ValueError("first line\nlast line"), "last line"),
+    ],
+)
+def test_errors_of_workers_are_one_line(error, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    message = ending(lambda: list(make_loader(Broken(error), workers=1)))
+    assert message == f"program.py: error: {words}"
+    # A fault of ours keeps its traceback.
+    with pytest.raises(KeyError, match="Original Traceback"):
+        end(lambda: list(make_loader(Broken(KeyError("x")), workers=1)))
+
+
+def test_killed_workers_say_what_helps(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    message = ending(lambda: list(make_loader(Broken(None), workers=1)))
+    assert re.fullmatch(r"program.py: error: DataLoader worker \(pid.*", message)
+    assert message.endswith("fewer --workers, or --workers 0") and "\n" not in message
+
+
+def test_commands_of_modules(capsys):
+    with pytest.raises(SystemExit):
+        Parser(prog="python -m docs.idea").parse_args(["--x"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "python -m docs.idea --help lists every flag"
+    text = "Two\n\n    lines"
+    assert text in Parser(description=text).format_help()
+
+
+def test_folders_name_their_flag(tmp_path):
+    make_folder("out", tmp_path / "a" / "b")
+    make_folder("out", tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(OSError, match=f"--out {path}: this folder cannot be made"):
+            make_folder("out", path)
