@@ -45,6 +45,7 @@ from common.data import (
     to_8_bits,
 )
 from common.evaluation import (
+    MAKING,
     add_data,
     add_running,
     add_shots,
@@ -52,6 +53,7 @@ from common.evaluation import (
     check_flags,
     check_shots,
     evaluate,
+    refuse_idle,
     view_of,
 )
 from common.features import (
@@ -396,16 +398,14 @@ def arguments(argv):
         args.checkpoint or args.features,
         "a checkpoint is needed: eval_knn.py CHECKPOINT, or --features FILE",
     )
-    require(
-        not (args.retrieval and args.batch_size),
-        f"--batch_size {args.batch_size}: with --retrieval each image has its own size; "
-        "leave it out",
-    )
-    require(
-        not args.retrieval or args.val == ["test"],
-        f"--val {' '.join(args.val)}: the queries of --retrieval are named by --gnd; "
-        "leave it out",
-    )
+    if args.features:
+        refuse_idle(parser, args, MAKING, "does nothing beside --features")
+    if args.retrieval:
+        # Each photograph has its own size, the queries are named by --gnd.
+        idle = ("batch_size", "val", "classes", "k", "shots")
+        refuse_idle(parser, args, idle, "does nothing beside --retrieval")
+    else:
+        refuse_idle(parser, args, ["gnd"], "does nothing without --retrieval")
     check_flags(args)
     if not args.k:
         args.k = [5] if args.shots else [20]

@@ -93,6 +93,19 @@ def check_flags(args):
     )
 
 
+# Flags that say how features are made.
+MAKING = ("checkpoint", "classes", "val", "img_size", "max_pixels", "save_features")
+
+
+def refuse_idle(parser, args, names, why):
+    """ValueError for the flags of these names, if one is given; why: in words."""
+    for name in names:
+        if getattr(args, name) == parser.get_default(name):
+            continue
+        flag = name if name == "checkpoint" else f"--{name}"
+        raise ValueError(f"{flag}: {why}; leave it out")
+
+
 def view_of(args, cfg):
     """How open_labelled opens the pictures of a command line for an encoder's Config."""
     return {
@@ -164,10 +177,13 @@ def try_outputs(out, args):
             if not path.parent.exists():
                 path.parent.mkdir(parents=True)
             # Appending nothing leaves a file that is there as it is.
-            with open(path, "ab"):
-                pass
-            if not is_there:
-                path.unlink()
+            try:
+                with open(path, "ab"):
+                    pass
+            finally:
+                # Also after Ctrl-C just here: an empty file would count as damaged.
+                if not is_there:
+                    path.unlink(missing_ok=True)
         except OSError as error:
             raise OSError(
                 f"--{flag} {path}: cannot be written ({error.strerror}); name a file in "

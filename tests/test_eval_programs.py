@@ -82,7 +82,9 @@ def test_ctrl_c_in_a_run(ask, encoder, labelled, tmp_path):
     settings = {"data": labelled["data"], "device": "cpu", "epochs": 10**6}
     settings |= {"batch_size": 8, "save": tmp_path / "w.pt"}
     run = Process(ask, tmp_path / "out.jsonl", settings, script=[*map(str, script)])
-    assert run.until((tmp_path / "w.pt").exists)
+    log = run.logs / "stdout"
+    # From the second epoch on the file of the first is there.
+    assert run.until(lambda: log.exists() and "epoch 2/" in log.read_text())
     os.kill(run.pid, signal.SIGINT)
     code, out, err = run.wait()
     assert code == 130 and "Traceback" not in out + err
@@ -210,3 +212,19 @@ def test_grey_encoders_see_grey_pictures(program, labelled, tmp_path, monkeypatc
     picture = open_data(labelled["data"], "test", 32, channels=1)[0].image
     pictures = torch.cat(seen)
     assert pictures.shape[1] == 1 and any(x.equal(picture) for x in pictures)
+
+
+IDLE = [
+    (eval_knn, "encoder.pt --gnd x", "--gnd: does nothing without --retrieval"),
+    (eval_knn, "--features x --val y", "--val: does nothing beside --features"),
+    (eval_knn, "x --features y", "checkpoint: does nothing beside --features"),
+    (eval_knn, "x --retrieval roxford5k --k 3", "--k: does nothing beside --retrieval"),
+    (eval_linear, "--features x --img-size 32", "--img_size: does nothing beside"),
+    (eval_linear, "--features x --save_features y", "--save_features: does nothing"),
+]
+
+
+@pytest.mark.parametrize(("program", "flags", "words"), IDLE)
+def test_flags_that_do_nothing_are_refused(program, flags, words):
+    with pytest.raises(ValueError, match=f"^{words}.*; leave it out$"):
+        program.main(flags.split())
