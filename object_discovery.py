@@ -67,7 +67,7 @@ from common.maps import (
     save_maps,
     true_masks,
 )
-from common.run import load_checkpoint, processes, wait
+from common.run import default_workers, load_checkpoint, processes, wait
 from kernels import normalize_map
 
 # -- The methods: TokenCut -------------------------------------------------------------
@@ -865,7 +865,7 @@ def command_line():
     text = "pictures in a block of work [%(default)s]"
     flag("--batch_size", type=int, default=64, help=text)
     flag("--device", help="cuda, mps or cpu [the first there is]")
-    text = "loader processes of each process [CPU 0, GPU 8]"
+    text = "loader processes of each process [CPU 0, GPU up to 16]"
     flag("--workers", type=int, help=text)
     text = "write a sheet of N pictures beside the map file"
     flag("--show", type=int, default=0, metavar="N", help=text)
@@ -979,7 +979,7 @@ def make_maps(args, dataset, device, rank, world):
     settings = json.loads(json.dumps(settings))
     workers = args.workers
     if workers is None:
-        workers = 0 if device.type == "cpu" else 8
+        workers = default_workers(device)
     folder = args.masks if args.method == "masks" else None
     # A model of grey pictures has one mean.
     channels = len(backbone.about.get("mean", IMAGENET_MEAN))

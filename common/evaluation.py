@@ -8,7 +8,7 @@ from pathlib import Path
 from common.commandline import check_numbers, say
 from common.data import MAX_PIXELS, own_or_named, shot_indices
 from common.files import report, require
-from common.run import processes
+from common.run import default_workers, processes
 
 # -- Flags -----------------------------------------------------------------------------
 
@@ -75,7 +75,8 @@ def add_shots(flag, use):
 def add_running(flag, beside):
     """beside: what the file of results lies beside, in words."""
     flag("--img_size", type=int, help="input size in pixels [the checkpoint's]")
-    flag("--workers", type=int, help="loader processes of each process [CPU 0, GPU 8]")
+    text = "loader processes of each process [CPU 0, GPU up to 16]"
+    flag("--workers", type=int, help=text)
     flag("--device", help="cuda, mps or cpu [the first there is]")
     flag(
         "--out",
@@ -150,7 +151,7 @@ def evaluate(program, args, protocol, data=None):
         if rank == 0:
             try_outputs(out, args)
         if args.workers is None:
-            args.workers = 0 if device.type == "cpu" else 8
+            args.workers = default_workers(device)
         settings = vars(args) | {"sha256": None}
         args.data = own_or_named(data, args.data)
         rows, settings = protocol(args, settings, place)

@@ -256,3 +256,32 @@ def test_folders_name_their_flag(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "x"):
         with pytest.raises(OSError, match=f"--out {path}: this folder cannot be made"):
             make_folder("out", path)
+
+
+PROGRAMS = [path for path in ROOT.glob("*.py") if path.name[:4] not in ("conf", "test")]
+PROGRAMS += [
+    ROOT / "common/toy.py",
+    ROOT / "docs/idea.py",
+    ROOT / "docs/walkthrough.py",
+]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=[path.name for path in PROGRAMS])
+def test_every_program_begins_and_ends_alike(path):
+    text = path.read_text()
+    first, last = text.split('\nif __name__ == "__main__":\n')[1:]
+    assert "    quiet_imports()\n" in first
+    assert last.strip().startswith("end(main") and last.strip().endswith(")")
+    assert not re.search(r"^import|^from", text[: text.index("__name__")], re.M)
+
+
+def test_nothing_is_there_twice():
+    """Parsers and progress bars are made in one file."""
+    made = []
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")):
+        text = path.read_text()
+        if path.parent.name != "tests" and re.search(
+            r"import tqdm|ArgumentParser", text
+        ):
+            made.append(path.name)
+    assert made == ["commandline.py"]

@@ -1188,3 +1188,22 @@ def test_labels_of_pictures_that_cannot_be_read(capsys):
     data = open_data(Damaged([1, 0, 2]))
     assert data.labels.tolist() == [1, -1, 2] and data.num_classes == 3
     assert "data/train/000001 (truncated)" in capsys.readouterr().err
+
+
+def test_unreadable_pictures_of_all_processes_count(tmp_path, monkeypatch):
+    for i in range(300):
+        write(tmp_path / f"{i:03d}.png", noise(2, 2))
+    data = open_data(tmp_path)
+    data.unreadable[[7, 250]] = True
+    others = [[7, 9], []]
+
+    def gather(parts, mine):
+        parts[:] = [mine, *others]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    common.data.refuse_unreadable(data)
+    others[1] = [0]
+    with pytest.raises(ValueError, match=f"4 of 300 .* {tmp_path}/000.png"):
+        common.data.refuse_unreadable(data)
