@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 
 import attg_mae
 from common import commandline
@@ -197,44 +198,48 @@ def test_without_tqdm(monkeypatch, capsys):
     assert capsys.readouterr().out == "a line\n"
 
 
-class Broken(torch.utils.data.Dataset):
-    """Its workers raise `error`, or are killed without a word."""
+def raising_in_worker(error):
+    """As a DataLoader does, whose wrapper this is; a loader itself takes 10 s to end."""
 
-    def __init__(self, error):
-        self.error = error
+    def main():
+        try:
+            raise error
+        except Exception:
+            caught = ExceptionWrapper(where="in DataLoader worker process 0")
+        caught.reraise()
 
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, i):
-        if self.error is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise self.error
+    return main
 
 
 @pytest.mark.parametrize(
     "error, words",
     [
         (ValueError("--data: of 4 pictures: none"), "--data: of 4 pictures: none"),
-        (
-            FileNotFoundError(2, "No such file", "a.png"),
-            "[Errno 2] No such file: 'a.png'",
-        ),
+        (FileNotFoundError(2, "No such file", "a"), "[Errno 2] No such file: 'a'"),
         (ValueError("first line\nlast line"), "last line"),
     ],
 )
 def test_errors_of_workers_are_one_line(error, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["program.py"])
-    message = ending(lambda: list(make_loader(Broken(error), workers=1)))
-    assert message == f"program.py: error: {words}"
+    assert ending(raising_in_worker(error)) == f"program.py: error: {words}"
     # A fault of ours keeps its traceback.
     with pytest.raises(KeyError, match="Original Traceback"):
-        end(lambda: list(make_loader(Broken(KeyError("x")), workers=1)))
+        end(raising_in_worker(KeyError("x")))
+
+
+class Killed(torch.utils.data.Dataset):
+    """Its workers end without a word."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_killed_workers_say_what_helps(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["program.py"])
-    message = ending(lambda: list(make_loader(Broken(None), workers=1)))
+    message = ending(lambda: list(make_loader(Killed(), workers=1)))
     assert re.fullmatch(r"program.py: error: DataLoader worker \(pid.*", message)
     assert message.endswith("fewer --workers, or --workers 0") and "\n" not in message
 
