@@ -25,7 +25,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from common.commandline import Parser, check_numbers, end
+from common.commandline import Parser, check_numbers, end, make_folder
 
 # (least, most) of the numbers that only this program has.
 RANGES = {
@@ -83,6 +83,7 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
+    make_folder("out", args.out)
     if args.what == "gpu" and not args.until:
         # The work is done in another process; this one watches it.
         from benchmarks.gpu import supervise
@@ -93,7 +94,11 @@ def main(argv=None):
 
     from benchmarks.measure import machine
 
-    device = torch.device(args.device or default_device())
+    try:
+        device = torch.device(args.device or default_device())
+    except RuntimeError as error:
+        words = f"--device {args.device}: there is no such device; try cpu or cuda"
+        raise ValueError(words) from error
     on_gpu = device.type == "cuda"
     args.repeats = args.repeats or (50 if on_gpu else 7)
     print(machine(device), flush=True)

@@ -45,12 +45,15 @@ from common.data import (
     to_8_bits,
 )
 from common.evaluation import (
+    MAKING,
     add_data,
     add_running,
     add_shots,
+    add_val,
     check_flags,
     check_shots,
     evaluate,
+    refuse_idle,
     view_of,
 )
 from common.features import (
@@ -93,36 +96,52 @@ def accuracy(bank, labels, queries, truth, ks, num_classes, device, rank=0, worl
 
 def knn_rows(parts, args, place):
     """The rows of k-NN with all labels, or with few (--shots)."""
-    bank, test = parts["train"], parts["test"]
+    bank = parts["train"]
+    tests = {n: part for n, part in parts.items() if n not in ("train", "settings")}
+    require(tests, f"--features {args.features}: holds no test set")
     labelled = bank["labels"] >= 0
     require(
         labelled.any(),
         f"--features {args.features}: of images without labels; "
         "add --retrieval and --gnd",
     )
-    labels, truth = bank["labels"][labelled], test["labels"]
+    labels = bank["labels"][labelled]
     if args.features:
         check_shots(labels, args.shots, place[1])
-    setup = (args.k, int(labels.max()) + 1, *place)
     rows = []
     for feature in FEATURES:
-        x, queries = bank[feature][labelled], test[feature]
-        if not args.shots:
-            tops = accuracy(x, labels, queries, truth, *setup).tolist()
-            for k, (top1, top5) in zip(args.k, tops, strict=True):
-                row = {"feature": feature, "protocol": "k-NN", "k": k}
-                rows.append(row | {"top-1": top1, "top-5": top5})
-        for shots in args.shots:
-            tops = []
-            for seed in range(args.seeds):
-                chosen = shot_indices(labels, shots, seed)
-                few = x[chosen], labels[chosen]
-                tops.append(accuracy(*few, queries, truth, *setup))
-            tops = torch.stack(tops)  # (seeds, K, 2)
-            images = {"seeds": args.seeds, "images": len(chosen)}
-            for k, top in zip(args.k, tops.unbind(1), strict=True):
-                row = {"feature": feature, "protocol": f"{shots} shots", "k": k}
-                rows.append(row | mean_and_spread(top) | images)
+        x = bank[feature][labelled]
+        for name, test in tests.items():
+            measured = rows_of(x, labels, test[feature], test["labels"], args, place)
+            for row in measured:
+                words = {"feature": feature, "protocol": row.pop("protocol")}
+                # A column of its own where there is a choice.
+                if list(tests) != ["test"]:
+                    words["test"] = name
+                rows.append(words | row)
+    return rows
+
+
+def rows_of(x, labels, queries, truth, args, place):
+    """The rows of one feature x (n, D) on one test set, queries (B, D)."""
+    setup = (args.k, int(labels.max()) + 1, *place)
+    rows = []
+    if not args.shots:
+        tops = accuracy(x, labels, queries, truth, *setup).tolist()
+        for k, (top1, top5) in zip(args.k, tops, strict=True):
+            row = {"protocol": "k-NN", "k": k}
+            rows.append(row | {"top-1": top1, "top-5": top5})
+    for shots in args.shots:
+        tops = []
+        for seed in range(args.seeds):
+            chosen = shot_indices(labels, shots, seed)
+            few = x[chosen], labels[chosen]
+            tops.append(accuracy(*few, queries, truth, *setup))
+        tops = torch.stack(tops)  # (seeds, K, 2)
+        images = {"seeds": args.seeds, "images": len(chosen)}
+        for k, top in zip(args.k, tops.unbind(1), strict=True):
+            row = {"protocol": f"{shots} shots", "k": k}
+            rows.append(row | mean_and_spread(top) | images)
     return rows
 
 
@@ -358,7 +377,7 @@ def retrieval_features(args, gnd, settings, place):
 def knn_features(args, settings, place):
     """make_features of a data set with labels."""
     model = load_encoder(args.checkpoint, img_size=args.img_size).to(place[0])
-    train_set, tests = open_labelled(args.data, ["test"], **view_of(args, model.cfg))
+    train_set, tests = open_labelled(args.data, args.val, **view_of(args, model.cfg))
     if args.shots:
         # What cannot be drawn is an error that should come before the long part.
         check_shots(train_set.labels, args.shots, place[1])
@@ -379,11 +398,14 @@ def arguments(argv):
         args.checkpoint or args.features,
         "a checkpoint is needed: eval_knn.py CHECKPOINT, or --features FILE",
     )
-    require(
-        not (args.retrieval and args.batch_size),
-        f"--batch_size {args.batch_size}: with --retrieval each image has its own size; "
-        "leave it out",
-    )
+    if args.features:
+        refuse_idle(parser, args, MAKING, "does nothing beside --features")
+    if args.retrieval:
+        # Each photograph has its own size, the queries are named by --gnd.
+        idle = ("batch_size", "val", "classes", "k", "shots")
+        refuse_idle(parser, args, idle, "does nothing beside --retrieval")
+    else:
+        refuse_idle(parser, args, ["gnd"], "does nothing without --retrieval")
     check_flags(args)
     if not args.k:
         args.k = [5] if args.shots else [20]
@@ -398,6 +420,7 @@ def add_protocol(flag):
         checkpoint="file with an encoder; not needed with --features",
         data="as for attg_mae.py; with --retrieval the folder of the photographs",
     )
+    add_val(flag)
     flag("--k", type=int, nargs="+", help="neighbours [20; 5 with --shots]")
     add_shots(flag, use="")
     flag(
@@ -420,7 +443,6 @@ def add_features(flag):
 
 def protocol(args, settings, place):
     """The rows of figures of everything that was asked for, and all settings."""
-    settings["val"] = ["test"]
     gnd = None
     if args.retrieval:
         beside = Path(args.data, f"gnd_{args.retrieval}.pkl")
@@ -431,13 +453,13 @@ def protocol(args, settings, place):
         parts = retrieval_features(args, gnd, settings, place)
     else:
         parts = knn_features(args, settings, place)
-    require(
-        "test" in parts,
-        f"--features {args.features}: has no test set named test, only "
-        f"{sorted(parts)[:9]}",
-    )
     settings = settings | parts["settings"]
     if args.retrieval:
+        require(
+            "test" in parts,
+            f"--features {args.features}: has no test set named test, only "
+            f"{sorted(parts)[:9]}",
+        )
         return retrieval_rows(parts, gnd, args.retrieval), settings
     return knn_rows(parts, args, place), settings
 

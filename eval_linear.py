@@ -34,6 +34,7 @@ from attg_mae import load_encoder, lr_at
 from common.commandline import Parser, end, progress, say
 from common.data import open_labelled, seed_for, shot_indices, train_view
 from common.evaluation import (
+    MAKING,
     add_data,
     add_running,
     add_shots,
@@ -41,6 +42,7 @@ from common.evaluation import (
     check_flags,
     check_shots,
     evaluate,
+    refuse_idle,
     view_of,
 )
 from common.features import FEATURES, make_features, read_features
@@ -139,6 +141,7 @@ def linear_probe(
     best = lrs[held_out.argmax()]
 
     weights = train(x, y, [best])
+    require(weights.isfinite().all(), f"--lrs {best:g}: diverged; give lower ones")
     results = {}
     for name, (test_features, truth) in tests.items():
         test = standardise(test_features, mean, var).to(device)
@@ -366,6 +369,8 @@ def arguments(argv):
     add_running(parser.add_argument, "the checkpoint or the features")
     args = parser.parse_args(argv)
     check_protocol(parser, args, argv)
+    if args.features:
+        refuse_idle(parser, args, MAKING, "does nothing beside --features")
     require(
         args.checkpoint or args.features,
         "a checkpoint is needed: eval_linear.py CHECKPOINT, or --features FILE",
@@ -405,13 +410,8 @@ def check_protocol(parser, args, argv):
     for protocols, names in OPTIONS.items():
         if args.protocol in protocols.split():
             continue
-        for name in names:
-            unused = getattr(args, name) == parser.get_default(name)
-            require(
-                unused,
-                f"--{name}: of {protocols}, does nothing in {args.protocol}; "
-                "leave it out",
-            )
+        why = f"of {protocols}, does nothing in {args.protocol}"
+        refuse_idle(parser, args, names, why)
 
 
 def add_probe(flag):

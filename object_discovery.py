@@ -68,7 +68,7 @@ from common.maps import (
     save_maps,
     true_masks,
 )
-from common.run import processes, wait
+from common.run import default_workers, processes, wait
 from kernels import normalize_map
 
 # -- The methods: TokenCut -------------------------------------------------------------
@@ -756,12 +756,13 @@ def finish(files, shape, count, whole, settings):
     rows = np.memmap(files.part, "<f2", "r", shape=shape)
     if all(np.isnan(m).all() for _, m in chunks(rows)):
         files.remove()
-        picture = whole.dataset.names[0]
+        picture = whole.dataset.path(0)
         if whole.folder:
-            picture += f" in --masks {whole.folder}, as .png"
+            picture = f"{whole.dataset.names[0]} in --masks {whole.folder}, as .png"
         raise ValueError(
             f"not one of {len(whole)} maps is finite: no picture could be read, or "
-            f"--backbone, --mean or --std are wrong; the first picture is {picture}"
+            "--backbone, --mean, --std or --max_pixels are wrong; the first picture is "
+            f"{picture}"
         )
     large = []
     for first, m in chunks(rows):
@@ -865,7 +866,7 @@ def command_line():
     text = "pictures in a block of work [%(default)s]"
     flag("--batch_size", type=int, default=64, help=text)
     flag("--device", help="cuda, mps or cpu [the first there is]")
-    text = "loader processes of each process [CPU 0, GPU 8]"
+    text = "loader processes of each process [CPU 0, GPU up to 16]"
     flag("--workers", type=int, help=text)
     text = "write a sheet of N pictures beside the map file"
     flag("--show", type=int, default=0, metavar="N", help=text)
@@ -945,7 +946,10 @@ def check(args, unused):
     if unused:
         text = f"--method {method} --backbone {backbone} does not use it; leave it out"
         raise ValueError(f"{', '.join(unused)}: {text}")
-    lost = [str(path) for path in args.others if not path.is_file()]
+    lost = []
+    for path in args.others:
+        if path.suffix != ".npy" or not path.is_file():
+            lost.append(str(path))
     if lost:
         text = "no such .npy file; name map files that are finished"
         raise ValueError(f"--with {', '.join(lost)}: {text}")
@@ -976,7 +980,7 @@ def make_maps(args, dataset, device, rank, world):
     settings = json.loads(json.dumps(settings))
     workers = args.workers
     if workers is None:
-        workers = 0 if device.type == "cpu" else 8
+        workers = default_workers(device)
     folder = args.masks if args.method == "masks" else None
     # A model of grey pictures has one mean.
     channels = len(backbone.about.get("mean", IMAGENET_MEAN))

@@ -48,7 +48,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.commandline import Parser, check_numbers, end, say
+from common.commandline import Parser, check_numbers, end, make_folder, say
 from common.data import open_data
 from common.features import FEATURES
 from common.files import replacing, require, without_nan
@@ -255,7 +255,8 @@ class Study:
     def run_all(self):
         """All runs, args.jobs at a time. Returns the words of those that failed."""
         args = self.args
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_folder("out", args.out)
+        make_folder("results", args.results)
         if any(arm.source == "gaussian" for arm in self.arms):
             path = args.out / "gaussian.npy"
             if not path.with_suffix(".json").is_file():
@@ -593,10 +594,12 @@ def main(argv=None):
 
 def show(results):
     """Writes table and curves of the folder `results`, prints and returns the table."""
+    rows = table_rows(read_study(results))
+    require(rows, f"{results}: no figures of runs in it, in folders ARM-seedN")
     write_table(results)
     draw_curves(results)
     say((results / "table.md").read_text())
-    return table_rows(read_study(results))
+    return rows
 
 
 if __name__ == "__main__":

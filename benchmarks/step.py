@@ -40,6 +40,7 @@ from benchmarks.measure import (
     take_turns,
 )
 from common.data import Batch
+from common.files import require
 
 
 class Code(NamedTuple):
@@ -207,6 +208,10 @@ def available_codes(cfg, device, mae_repo=None, wanted=None, say=print):
     if wanted:
         first = ("ours", *wanted)
         codes = {name: make for name, make in codes.items() if name.startswith(first)}
+        require(
+            len(codes) > 1 or "ours" in wanted,
+            f"--codes {' '.join(wanted)}: none of them is here",
+        )
 
     ready = []
     for name, make in codes.items():

@@ -212,6 +212,17 @@ def parse_settings(kind, description, argv=None):
     return kind(**vars(parser.parse_args(argv)))
 
 
+def make_folder(name, path):
+    """Makes the folder of the flag --name, and those above; OSError names the flag."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"--{name} {path}: this folder cannot be made ({error.strerror}); name "
+            "another"
+        ) from error
+
+
 def plain(flag):
     """--with-hyphens -> --with_hyphens; other words stay as they are."""
     if not flag.startswith("--"):

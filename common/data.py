@@ -811,7 +811,8 @@ def find_split(path, split):
 
 def read_classes(file, folder, found):
     """The names listed in a file, as a set; ValueError if not all of them are found."""
-    lines = Path(file).read_text().splitlines()
+    # Of a file that is no text the names are unknown.
+    lines = Path(file).read_text(errors="replace").splitlines()
     listed = {line.strip() for line in lines} - {""}
     unknown = sorted(listed - set(found))[:5]
     if not listed or unknown:

@@ -8,7 +8,7 @@ from pathlib import Path
 from common.commandline import check_numbers, say
 from common.data import MAX_PIXELS, own_or_named, shot_indices
 from common.files import report, require
-from common.run import processes
+from common.run import default_workers, processes
 
 # -- Flags -----------------------------------------------------------------------------
 
@@ -25,14 +25,18 @@ def add_data(flag, checkpoint="file with an encoder", data="as for attg_mae.py")
     flag("--max_pixels", type=int, default=MAX_PIXELS, help=text)
 
 
-def add_training_data(flag):
-    """The flags of programs that train a classifier."""
+def add_val(flag):
     flag(
         "--val",
         nargs="+",
         default=["test"],
         help="test sets: test, folders of the same classes, or toy's variants",
     )
+
+
+def add_training_data(flag):
+    """The flags of programs that train a classifier."""
+    add_val(flag)
     flag(
         "--fraction",
         type=float,
@@ -71,7 +75,8 @@ def add_shots(flag, use):
 def add_running(flag, beside):
     """beside: what the file of results lies beside, in words."""
     flag("--img_size", type=int, help="input size in pixels [the checkpoint's]")
-    flag("--workers", type=int, help="loader processes of each process [CPU 0, GPU 8]")
+    text = "loader processes of each process [CPU 0, GPU up to 16]"
+    flag("--workers", type=int, help=text)
     flag("--device", help="cuda, mps or cpu [the first there is]")
     flag(
         "--out",
@@ -87,6 +92,19 @@ def check_flags(args):
         "train" not in getattr(args, "val", ()),
         "--val train: that is what is trained on; name test sets",
     )
+
+
+# Flags that say how features are made.
+MAKING = ("checkpoint", "classes", "val", "img_size", "max_pixels", "save_features")
+
+
+def refuse_idle(parser, args, names, why):
+    """ValueError for the flags of these names, if one is given; why: in words."""
+    for name in names:
+        if getattr(args, name) == parser.get_default(name):
+            continue
+        flag = name if name == "checkpoint" else f"--{name}"
+        raise ValueError(f"{flag}: {why}; leave it out")
 
 
 def view_of(args, cfg):
@@ -133,7 +151,7 @@ def evaluate(program, args, protocol, data=None):
         if rank == 0:
             try_outputs(out, args)
         if args.workers is None:
-            args.workers = 0 if device.type == "cpu" else 8
+            args.workers = default_workers(device)
         settings = vars(args) | {"sha256": None}
         args.data = own_or_named(data, args.data)
         rows, settings = protocol(args, settings, place)
@@ -160,10 +178,13 @@ def try_outputs(out, args):
             if not path.parent.exists():
                 path.parent.mkdir(parents=True)
             # Appending nothing leaves a file that is there as it is.
-            with open(path, "ab"):
-                pass
-            if not is_there:
-                path.unlink()
+            try:
+                with open(path, "ab"):
+                    pass
+            finally:
+                # Also after Ctrl-C just here: an empty file would count as damaged.
+                if not is_there:
+                    path.unlink(missing_ok=True)
         except OSError as error:
             raise OSError(
                 f"--{flag} {path}: cannot be written ({error.strerror}); name a file in "

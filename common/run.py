@@ -43,7 +43,11 @@ def processes(name, timeout=30):
         kinds.insert(0, "cuda")
     known = not name or name.split(":")[0] in kinds
     require(known, f"--device {name}: there is none here; choose from {kinds}")
-    device = torch.device(name or kinds[0])
+    try:
+        device = torch.device(name or kinds[0])
+    except RuntimeError as error:
+        words = f"--device {name}: there is no such device; choose from {kinds}"
+        raise ValueError(words) from error
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", local_rank)

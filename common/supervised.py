@@ -303,11 +303,14 @@ def score(model, tests, features, protocol, settings, place):
     for name, dataset in tests.items():
         share = Subset(dataset, range(rank, len(dataset), world))
         counts = torch.zeros(len(features), 2, device=device)
+        finite = torch.ones((), dtype=torch.bool, device=device)
         for sample in make_loader(share, batch_size, settings["workers"]):
             imgs = model.normalize(sample.image.to(device))
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(imgs)  # (F, B, C)
             counts += hits(logits.float(), sample.label.to(device))
+            finite &= logits.isfinite().all()
+        require(finite, "what the model says is not finite; try a lower --blr")
         refuse_unreadable(dataset)
         if world > 1:
             dist.all_reduce(counts)

@@ -463,6 +463,8 @@ def main(argv=None):
         print(f"200 pictures of two objects, and their masks: {args.pairs}")
         return
     out = Path(args.out)
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {out}: must end as pictures do, such as toy.png")
     toy_sheet(out)
     for split in ("train", "test", *TOY_VARIANTS):
         counts = np.bincount(toy(split)[2])

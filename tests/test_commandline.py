@@ -4,6 +4,8 @@ Flags, their ranges, and how a program ends: common/commandline.py.
 
 import dataclasses
 import math
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 
 import attg_mae
 from common import commandline
-from common.commandline import Parser, check_numbers, end, progress, say
+from common.commandline import Parser, check_numbers, end, make_folder, progress, say
+from common.data import make_loader
 from tests.helpers import ROOT
 from tests.processes import SCRIPT
 
@@ -192,3 +196,97 @@ def test_without_tqdm(monkeypatch, capsys):
     assert progress(steps, desc="x") is steps
     say("a line")
     assert capsys.readouterr().out == "a line\n"
+
+
+def raising_in_worker(error):
+    """As a DataLoader does, whose wrapper this is; a loader itself takes 10 s to end."""
+
+    def main():
+        try:
+            raise error
+        except Exception:
+            caught = ExceptionWrapper(where="in DataLoader worker process 0")
+        caught.reraise()
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (ValueError("--data: of 4 pictures: none"), "--data: of 4 pictures: none"),
+        (FileNotFoundError(2, "No such file", "a"), "[Errno 2] No such file: 'a'"),
+        (ValueError("first line\nlast line"), "last line"),
+    ],
+)
+def test_errors_of_workers_are_one_line(error, words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    assert ending(raising_in_worker(error)) == f"program.py: error: {words}"
+    # A fault of ours keeps its traceback.
+    with pytest.raises(KeyError, match="Original Traceback"):
+        end(raising_in_worker(KeyError("x")))
+
+
+class Killed(torch.utils.data.Dataset):
+    """Its workers end without a word."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_workers_say_what_helps(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    message = ending(lambda: list(make_loader(Killed(), workers=1)))
+    assert re.fullmatch(r"program.py: error: DataLoader worker \(pid.*", message)
+    assert message.endswith("fewer --workers, or --workers 0") and "\n" not in message
+
+
+def test_commands_of_modules(capsys):
+    with pytest.raises(SystemExit):
+        Parser(prog="python -m docs.idea").parse_args(["--x"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "python -m docs.idea --help lists every flag"
+    text = "Two\n\n    lines"
+    assert text in Parser(description=text).format_help()
+
+
+def test_folders_name_their_flag(tmp_path):
+    make_folder("out", tmp_path / "a" / "b")
+    make_folder("out", tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(OSError, match=f"--out {path}: this folder cannot be made"):
+            make_folder("out", path)
+
+
+PROGRAMS = [path for path in ROOT.glob("*.py") if path.name[:4] not in ("conf", "test")]
+PROGRAMS += [
+    ROOT / "common/toy.py",
+    ROOT / "docs/idea.py",
+    ROOT / "docs/walkthrough.py",
+]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=[path.name for path in PROGRAMS])
+def test_every_program_begins_and_ends_alike(path):
+    text = path.read_text()
+    first, last = text.split('\nif __name__ == "__main__":\n')[1:]
+    assert "    quiet_imports()\n" in first
+    assert last.strip().startswith("end(main") and last.strip().endswith(")")
+    assert not re.search(r"^import|^from", text[: text.index("__name__")], re.M)
+
+
+def test_nothing_is_there_twice():
+    """Parsers and progress bars are made in one file."""
+    made = []
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")):
+        text = path.read_text()
+        if path.parent.name != "tests" and re.search(
+            r"import tqdm|ArgumentParser", text
+        ):
+            made.append(path.name)
+    assert made == ["commandline.py"]

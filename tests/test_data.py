@@ -2,6 +2,7 @@
 Pictures: decoding, crops, classes, batches, loaders, against torchvision and by hand.
 """
 
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -23,6 +24,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import default_collate
 
+import attg_mae
 import common.data
 import common.features
 import common.maps
@@ -30,7 +32,7 @@ import common.run
 import common.toy
 from common.data import TrainBatches, make_loader, open_data, seed_for
 from tests.fuzz import largest_memory, odd_picture, odd_tree, png, within
-from tests.helpers import ROOT, equal, noise, ramp, write
+from tests.helpers import ROOT, TINY, equal, losses, noise, ramp, records, train, write
 
 
 def test_seed_for_separates_lengths_and_values():
@@ -1130,3 +1132,78 @@ def test_wrong_data_sets_of_ones_own(tmp_path):
         common.data.open_labelled(pair, ["test"], 32)
     big = open_data([(noise(90, 90), 0), (noise(9, 9), 1)], max_pixels=8000)
     assert big[0].index == 1
+
+
+def test_training_on_a_data_set_of_ones_own(labelled, tmp_path):
+    """Pictures from a list give the run that their files give."""
+    settings = labelled | {"guidance": "none", "maps": None, "epochs": 1}
+    train(tmp_path / "files", **settings)
+    pairs = {}
+    for split in ("train", "test"):
+        files = open_data(labelled["data"], split)
+        pairs[split] = [files.read(i) for i in range(len(files))]
+    cfg = attg_mae.Config(
+        **TINY | settings | {"data": "mine", "out": str(tmp_path / "o")}
+    )
+    result = attg_mae.train(cfg, pairs)
+    assert losses(tmp_path / "o") == losses(tmp_path / "files")
+    assert result["knn"] == records(tmp_path / "files", "knn")[-1]["knn"]
+    # Other pictures give another.
+    pairs["train"] = pairs["train"][::-1]
+    attg_mae.train(dataclasses.replace(cfg, resume="none"), pairs)
+    assert losses(tmp_path / "o") != losses(tmp_path / "files")
+    # A set alone is for training; grey, and too large ones, as in files.
+    alone = [(picture, None) for picture, _ in pairs["test"]]
+    grey = {"in_chans": 1, "mean": (0.5,), "std": (0.25,), "max_pixels": 48 * 40}
+    cfg = dataclasses.replace(cfg, out=str(tmp_path / "grey"), **grey)
+    assert attg_mae.train(cfg, alone)["knn"] == {}
+    with pytest.raises(ValueError, match="none of the 15 .*above --max_pixels 1919"):
+        attg_mae.train(dataclasses.replace(cfg, max_pixels=1919), alone)
+    with pytest.raises(ValueError, match="needs a name of its own.*Config.data=NAME."):
+        attg_mae.train(dataclasses.replace(cfg, data="toy"), pairs)
+
+
+def test_one_unreadable_picture_is_never_too_much(tmp_path, capsys):
+    for i in range(5):
+        write(tmp_path / f"{i}.png", noise(9, 9, i))
+    for i in (1, 3):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+        data = open_data(tmp_path, size=8)
+        assert [sample.index for sample in data][i] == i + 1
+        if i == 1:
+            common.data.refuse_unreadable(data)
+    first = tmp_path / "1.png"
+    with pytest.raises(ValueError, match=f"2 of 5 .*unreadable, over 1 %.* {first}"):
+        common.data.refuse_unreadable(data)
+    assert capsys.readouterr().err.count(f"{first} (") == 2
+
+
+def test_labels_of_pictures_that_cannot_be_read(capsys):
+    class Damaged(Own):
+        def __getitem__(self, i):
+            if i == 1:
+                raise OSError("truncated")
+            return super().__getitem__(i)
+
+    data = open_data(Damaged([1, 0, 2]))
+    assert data.labels.tolist() == [1, -1, 2] and data.num_classes == 3
+    assert "data/train/000001 (truncated)" in capsys.readouterr().err
+
+
+def test_unreadable_pictures_of_all_processes_count(tmp_path, monkeypatch):
+    for i in range(300):
+        write(tmp_path / f"{i:03d}.png", noise(2, 2))
+    data = open_data(tmp_path)
+    data.unreadable[[7, 250]] = True
+    others = [[7, 9], []]
+
+    def gather(parts, mine):
+        parts[:] = [mine, *others]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    common.data.refuse_unreadable(data)
+    others[1] = [0]
+    with pytest.raises(ValueError, match=f"4 of 300 .* {tmp_path}/000.png"):
+        common.data.refuse_unreadable(data)

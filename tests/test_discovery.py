@@ -805,6 +805,8 @@ DISCOVERY_ERRORS = [  # flags, what the text names
     ("--device gpu", "--device gpu"),
     ("--weights cut.pt", "--weights resnet50 mobilenet_v2 --backbone"),
     ("--with none.npy", "--with none.npy no such .npy file"),
+    ("--with cut.pt", "--with cut.pt no such .npy file"),
+    ("--max_pixels 9 --out n.npy", "no picture --max_pixels data/00.png"),
 ]
 
 
@@ -844,3 +846,52 @@ def test_one_pixel_picture_has_a_flat_map(tmp_path):
     colourful(tmp_path, 2)
     Image.new("RGB", (1, 1)).save(tmp_path / "data" / "99.png")
     assert discover(tmp_path, tmp_path / "m.npy")["manifest"]["flat"] == [2]
+
+
+def test_maps_of_a_data_set_of_ones_own(tmp_path, monkeypatch, capsys):
+    """Those of the files; lines tell how far it is where there is no bar."""
+    colourful(tmp_path, 6)
+    monkeypatch.setattr(object_discovery, "LINE_EVERY", 0)
+    discover(tmp_path, tmp_path / "files.npy")
+    lines = [x for x in capsys.readouterr().out.splitlines() if "a second" in x]
+    assert [line.split(" maps")[0] for line in lines] == ["4 of 6", "6 of 6"]
+    files = open_data(str(tmp_path / "data"))
+    own = [files.read(i) for i in range(6)]
+    flags = ["--backbone", "pixels", "--img-size", "96", "--device", "cpu"]
+    flags += ["--out", str(tmp_path / "own.npy"), "--data"]
+    made = object_discovery.main([*flags, "mine"], own)["maps"]
+    assert (np.load(made) == np.load(tmp_path / "files.npy")).all()
+    with pytest.raises(ValueError, match="data: needs a name of its own"):
+        object_discovery.main([*flags, "toy"], own)
+
+
+def test_failed_pictures_are_named_in_ten_lines(tmp_path, capsys):
+    colourful(tmp_path, 14, bad=range(1, 13))
+    discover(tmp_path, tmp_path / "m.npy")
+    said = capsys.readouterr().out
+    for i in range(14):
+        line = f"failed, unreadable or not finite: {tmp_path}/data/{i:02d}.png\n"
+        assert (line in said) == (1 <= i <= 10)
+    assert f"all 12 are in {tmp_path}/m.json; delete it" in said
+
+
+def test_a_grey_backbone_sees_grey_pictures(tmp_path):
+    colourful(tmp_path, 3)
+    grey = {"in_chans": 1, "mean": (0.5,), "std": (0.25,)}
+    model = attg_mae.build_model(attg_mae.Config(**SMALL | grey))
+    config = asdict(model.cfg)
+    file = tmp_path / "grey.pt"
+    attg_mae.save_checkpoint(file, model=model.state_dict(), config=config)
+    flags = ["--backbone", file, "--data", tmp_path / "data", "--device", "cpu"]
+    flags += ["--method", "dino", "--out", tmp_path / "m.npy"]
+    with pytest.raises(ValueError, match="--mean: 3 values, but .* of 1 channels"):
+        object_discovery.main([*map(str, flags), "--mean", "0", "0", "0"])
+    object_discovery.main([*map(str, flags)])
+    picture = Image.open(tmp_path / "data" / "01.png").convert("L")
+    picture = np.array(picture.resize((32, 32), Image.Resampling.BICUBIC))
+    imgs = (torch.from_numpy(picture)[None, None] / 255 - 0.5) / 0.25
+    q, k, _ = model.last_qkv(imgs)
+    want = kernel.normalize_map(object_discovery.class_attention(q, k))
+    got = torch.from_numpy(np.load(tmp_path / "m.npy")[1].astype(np.float32))
+    torch.testing.assert_close(got.flatten(), want[0], atol=2e-3, rtol=0)
+    assert got.std() > 0.1

@@ -9,6 +9,7 @@ import pickle
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,21 +271,36 @@ def test_retrieval_features_equal_hugging_face(flags, tmp_path):
 def test_photographs_are_cut_to_whole_patches(tmp_path):
     write(tmp_path / "wide.jpg", ramp(200, 9))
     write(tmp_path / "small.png", ramp(30, 20)).rename(tmp_path / "small.jpg")
-    views = eval_knn.Landmarks(tmp_path, ["wide", "small"], 48, 8)
+    cfg = SimpleNamespace(patch_size=8, in_chans=3)
+    views = eval_knn.Landmarks(tmp_path, ["wide", "small"], 48, cfg)
     assert views[0].image.shape == (3, 8, 48)
     assert views[0].image[:, 3:].max() == 0  # 2 rows of picture, then black
     assert views[1].image.shape == (3, 16, 24)  # not enlarged
     assert np.array_equal(
         views[1].image.permute(1, 2, 0), ramp(30, 20).crop((0, 0, 24, 16))
     )
+    cfg.in_chans = 1
+    grey = eval_knn.Landmarks(tmp_path, ["small"], 48, cfg, max_pixels=600)
+    assert grey[0].image.shape == (1, 16, 24)
+    few = eval_knn.Landmarks(tmp_path, ["small"], 48, cfg, max_pixels=599)
+    with pytest.raises(ValueError, match="small.jpg is unreadable .*--max_pixels 599"):
+        few[0]
 
 
 def test_retrieval_tells_what_is_missing(encoder, tmp_path):
     photographs(tmp_path / "jpg")
     argv = [encoder, "--retrieval", "roxford5k", "--data", str(tmp_path / "jpg")]
     argv += ["--device", "cpu"]
-    with pytest.raises(ValueError, match="--batch_size 8: with --retrieval"):
+    with pytest.raises(
+        ValueError, match="--batch_size: does nothing beside --retrieval"
+    ):
         eval_knn.main([*argv, "--batch_size", "8"])
+    with pytest.raises(ValueError, match="--val: does nothing beside --retrieval"):
+        eval_knn.main([*argv, "--val", "x"])
+    with pytest.raises(
+        ValueError, match="--retrieval roxford5k: takes no data of your"
+    ):
+        eval_knn.main(argv, [])
     with pytest.raises(ValueError, match="--img_size 8: a patch has 16 pixels"):
         eval_knn.main([*argv, "--img_size", "8"])
     (tmp_path / "jpg" / "oxford_000007.jpg").write_bytes(b"no picture")

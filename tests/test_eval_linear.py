@@ -405,3 +405,11 @@ def test_eval_linear_errors(flags, words, wrong, labelled):
     assert [w for w in words.split() if w not in str(error.value)] == []
     assert files == {p: p.read_bytes() for p in Path().rglob("*.pt")}
     assert not list(Path().rglob("*.jsonl"))
+
+
+def test_a_probe_that_diverges_is_an_error():
+    x, labels = blobs(60, 3)
+    tests = {"test": (x, labels)}
+    with pytest.raises(ValueError, match=r"--lrs 1e\+38: diverged; give lower ones"):
+        eval_linear.linear_probe(x, labels, tests, lrs=[1e38], epochs=1)
+    eval_linear.linear_probe(x, labels, tests, lrs=[1e38, 0.1], epochs=1)

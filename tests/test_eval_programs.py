@@ -3,7 +3,10 @@ common/evaluation.py: what the three evaluation programs have in common. Their f
 tried first, and they end without a traceback.
 """
 
+import dataclasses
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import attg_mae
 import eval_finetune
 import eval_knn
 import eval_linear
 from common.commandline import end
+from common.data import open_data
 from common.evaluation import check_shots
-from tests.helpers import ROOT
+from tests.helpers import ROOT, SMALL
 from tests.processes import Process
 
 PROGRAMS = [eval_knn, eval_linear, eval_finetune]
@@ -77,7 +82,9 @@ def test_ctrl_c_in_a_run(ask, encoder, labelled, tmp_path):
     settings = {"data": labelled["data"], "device": "cpu", "epochs": 10**6}
     settings |= {"batch_size": 8, "save": tmp_path / "w.pt"}
     run = Process(ask, tmp_path / "out.jsonl", settings, script=[*map(str, script)])
-    assert run.until((tmp_path / "w.pt").exists)
+    log = run.logs / "stdout"
+    # From the second epoch on the file of the first is there.
+    assert run.until(lambda: log.exists() and "epoch 2/" in log.read_text())
     os.kill(run.pid, signal.SIGINT)
     code, out, err = run.wait()
     assert code == 130 and "Traceback" not in out + err
@@ -122,3 +129,102 @@ def test_closed_pipe():
             os._exit(code)
     os.close(writing)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 141
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_unreadable_pictures(program, encoder, labelled, tmp_path, capsys):
+    """One is replaced and named; more than 1 % end the evaluation."""
+    data = shutil.copytree(labelled["data"], tmp_path / "data")
+    argv = [encoder, "--data", str(data), "--device", "cpu"]
+    if program is not eval_knn:
+        argv += ["--epochs", "1"]
+    for bad, count in (("000.png", 1), ("001.png", 2)):
+        path = data / "test" / "g" / bad
+        path.write_bytes(b"no picture")
+        if count == 1:
+            assert len(program.main(argv)) >= 1
+        else:
+            with pytest.raises(ValueError, match="2 of 15 pictures are unreadable"):
+                program.main(argv)
+        assert capsys.readouterr().err.count(f"replaces it: {path} (") == 1
+
+
+def test_large_pictures_are_refused(encoder, labelled):
+    argv = [encoder, "--data", labelled["data"], "--device", "cpu", "--max-pixels"]
+    assert eval_knn.main([*argv, str(48 * 40)])
+    with pytest.raises(ValueError, match="none of the 25 .*above --max_pixels 1919"):
+        eval_knn.main([*argv, "1919"])
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_data_sets_of_ones_own(program, encoder, labelled, tmp_path):
+    """The figures of their files; the name stands in the results."""
+    own = {}
+    for split in ("train", "test"):
+        files = open_data(labelled["data"], split)
+        own[split] = [files.read(i) for i in range(len(files))]
+    argv = [encoder, "--device", "cpu", "--out", str(tmp_path / "o.jsonl")]
+    if program is not eval_knn:
+        argv += ["--epochs", "1"]
+    want = program.main([*argv, "--data", labelled["data"]])
+    assert program.main([*argv, "--data", "mine"], own) == want
+    last = json.loads((tmp_path / "o.jsonl").read_text().splitlines()[-1])
+    assert last["settings"]["data"] == "mine"
+    with pytest.raises(ValueError, match="needs a name of its own, .* --data NAME"):
+        program.main(argv, own)
+    with pytest.raises(ValueError, match="--data of your own: needs labelled"):
+        program.main([*argv, "--data", "mine"], own["train"])
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_test_sets_of_a_folder_of_classes(program, encoder, labelled, tmp_path):
+    """--data and --val of the layout CLASS/*.png, without train/ and test/."""
+    argv = [encoder, "--device", "cpu", "--out", str(tmp_path / "o.jsonl")]
+    if program is not eval_knn:
+        argv += ["--epochs", "1"]
+    want = program.main([*argv, "--data", labelled["data"]])
+    val = f"{labelled['data']}/test"
+    rows = program.main([*argv, "--data", f"{labelled['data']}/train", "--val", val])
+    assert {row.pop("test") for row in rows} == {val}
+    assert rows == [{k: v for k, v in row.items() if k != "test"} for row in want]
+    with pytest.raises(ValueError, match="needs labelled images.* for --val"):
+        program.main([*argv, "--data", val])
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_grey_encoders_see_grey_pictures(program, labelled, tmp_path, monkeypatch):
+    grey = {"in_chans": 1, "mean": (0.5,), "std": (0.25,)}
+    model = attg_mae.build_model(attg_mae.Config(**SMALL | grey))
+    config = dataclasses.asdict(model.cfg)
+    encoder = str(tmp_path / "grey.pt")
+    attg_mae.save_checkpoint(encoder, model=model.state_dict(), config=config)
+    seen, normalize = [], attg_mae.normalize
+
+    def spy(imgs, cfg):
+        seen.append(imgs)
+        return normalize(imgs, cfg)
+
+    monkeypatch.setattr(attg_mae, "normalize", spy)
+    argv = [encoder, "--data", labelled["data"], "--device", "cpu"]
+    if program is not eval_knn:
+        argv += ["--epochs", "1"]
+    assert program.main(argv)
+    picture = open_data(labelled["data"], "test", 32, channels=1)[0].image
+    pictures = torch.cat(seen)
+    assert pictures.shape[1] == 1 and any(x.equal(picture) for x in pictures)
+
+
+IDLE = [
+    (eval_knn, "encoder.pt --gnd x", "--gnd: does nothing without --retrieval"),
+    (eval_knn, "--features x --val y", "--val: does nothing beside --features"),
+    (eval_knn, "x --features y", "checkpoint: does nothing beside --features"),
+    (eval_knn, "x --retrieval roxford5k --k 3", "--k: does nothing beside --retrieval"),
+    (eval_linear, "--features x --img-size 32", "--img_size: does nothing beside"),
+    (eval_linear, "--features x --save_features y", "--save_features: does nothing"),
+]
+
+
+@pytest.mark.parametrize(("program", "flags", "words"), IDLE)
+def test_flags_that_do_nothing_are_refused(program, flags, words):
+    with pytest.raises(ValueError, match=f"^{words}.*; leave it out$"):
+        program.main(flags.split())

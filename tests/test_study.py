@@ -222,6 +222,35 @@ def test_a_program_that_fails_is_named(tmp_path):
         programs.run(tmp_path / "log.txt", "eval_knn.py")
 
 
+def test_last_words(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("x.py: error: of an earlier try\n")
+    begin = log.stat().st_size
+    assert study.last_words(log, begin) == "without a word"
+    with open(log, "a") as file:
+        file.write("x.py: error: this\npython x.py --help lists every flag\n")
+    assert study.last_words(log, begin) == "x.py: error: this"
+    begin = log.stat().st_size
+    with open(log, "ab") as file:
+        file.write(b"\xff\nKilled\n\n")
+    assert study.last_words(log, begin) == "Killed"
+
+
+@pytest.mark.parametrize("flag", ["--out", "--results"])
+def test_folders_are_made_before_the_runs(flag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study.Programs, "run", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=f"{flag} file: this folder cannot be made"):
+        study.main([flag, "file"])
+
+
+def test_a_table_of_nothing_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="no figures of runs in it"):
+        study.main(["--table", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
 ERRORS = [  # flags, what the text names
     ("--arms cut", "--arms cut --maps cut=FILE.npy"),
     ("--arms none+inverted", "--arms none+inverted vanilla"),
@@ -230,6 +259,9 @@ ERRORS = [  # flags, what the text names
     ("--arms none none", "--arms --seeds once"),
     ("--maps a=none.npy --arms a", "--maps a=none.npy no such file"),
     ("--jobs 0", "--jobs 0 1"),
+    ("--jobs 10000", "--jobs 10000 1024"),
+    ("--seeds 0 -1", "--seeds -1 negative"),
+    ("--shots 0", "--shots 0 least"),
     ("--evaluate linear", "--evaluate knn"),
     ("--table nowhere", "--table nowhere no such folder"),
     ("-- --seed 3", "--seed set by the study"),

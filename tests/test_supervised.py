@@ -181,3 +181,12 @@ def test_a_loss_that_is_not_finite_stops(encoder, labelled, tmp_path):
     ):
         eval_finetune.main([*flags, "--blr", "1e30", "--save", str(tmp_path / "w.pt")])
     assert not (tmp_path / "w.pt").exists()
+
+
+def test_a_model_that_is_not_finite_is_not_scored(encoder, labelled, tmp_path):
+    """After the last step no loss tells."""
+    flags = [encoder, "--data", labelled["data"], *COMMON, "--out", str(tmp_path / "o")]
+    flags += "--epochs 1 --batch_size 25 --warmup_epochs 0 --blr 1e38".split()
+    with pytest.raises(ValueError, match="what the model says is not finite.* --blr"):
+        eval_finetune.main(flags)
+    assert not (tmp_path / "o").exists()
