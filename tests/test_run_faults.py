@@ -224,11 +224,10 @@ def test_disk_full(first, ask, long, finished, tmp_path):
     resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (10**6, 10**6))
     code, _, errors = run.wait()
     assert code == 1 and "Traceback" not in errors
-    assert re.search(
-        rf"^attg_mae.py: error: .*{re.escape(str(run.out))}/last\.pt could not be written: .*File too large",
-        errors,
-        re.M,
-    )
+    words = f"error: {run.out}/last.pt could not be written: [Errno 27] File too large"
+    assert words in errors
+    # An earlier file is promised only where there is one.
+    assert ("is intact" in errors) == (not first)
     assert not list(run.out.glob("*.tmp"))
     if first:
         assert not list(run.out.glob("*.pt"))
