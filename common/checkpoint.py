@@ -70,8 +70,10 @@ def checksums(parts):
 def leaves(parts):
     """[(name, value)] of all that is neither a dict nor a list, within dicts and lists."""
     found, left = [], [("", parts)]
+    seen = 0
     while left:
         name, value = left.pop()
+        seen += 1
         if isinstance(value, dict):
             items = value.items()
         elif isinstance(value, list | tuple):
@@ -82,7 +84,7 @@ def leaves(parts):
         left += [(f"{name}[{key!r}]", item) for key, item in items]
         # A small file can hold a list that holds itself, or one a billion times.
         require(
-            len(name) <= LONGEST_NAME and len(found) + len(left) <= MOST_VALUES,
+            len(name) <= LONGEST_NAME and seen + len(left) <= MOST_VALUES,
             "too many values in it",
         )
     return found
@@ -154,6 +156,11 @@ def refuse_changed(path, loaded):
             raise ValueError(f"{changed[:3]} changed since they were written")
     elif zipfile.is_zipfile(path):
         refuse_changed_archive(path)
+    else:
+        # Older files have no checksums at all.
+        for name, value in leaves(loaded):
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                require(value.isfinite().all(), f"{name} is not finite")
 
 
 def refuse_hollow(name, x):
@@ -238,9 +245,10 @@ def load_optimizer(optimizer, stored, steps, name):
                 continue
             done = float(x) if torch.is_tensor(x) and x.numel() == 1 else x
             require(
-                isinstance(done, int | float) and done in range(steps + 1),
-                f"{place} step is {done!r}, must be 0 to {steps}",
+                type(done) in (int, float) and done in range(steps + 1),
+                f"{place} step must be a number from 0 to {steps}",
             )
+            state[key] = torch.tensor(float(done))
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
@@ -255,7 +263,7 @@ def load_scaler(scaler, stored, name):
     for key in own:
         value = stored.get(key)
         require(
-            isinstance(value, int | float) and math.isfinite(value) and value >= 0,
-            f"{name}: of the scaler {key} is {value!r}",
+            type(value) in (int, float) and 0 <= value < math.inf,
+            f"{name}: of the scaler {key} is no number from 0 on",
         )
     scaler.load_state_dict({key: stored[key] for key in own})

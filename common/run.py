@@ -257,7 +257,7 @@ def read_run(path):
         "try --init",
     )
     step = parts["step"]
-    require(type(step) is int and 0 <= step < 2**53, f"{path}: its step is {step!r}")
+    require(type(step) is int and 0 <= step < 2**53, f"{path}: its step is no number")
     try:
         # Through JSON, which makes lists of tuples, as torch.save may have.
         parts["config"] = dict(json.loads(json.dumps(parts["config"])))

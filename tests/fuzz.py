@@ -7,6 +7,7 @@ those of the same room. `pytest --fuzz N` tries N of each kind.
     odd_picture(folder, rng)            # writes one
     odd_tree(folder, rng)               # class folders with pipes, links, odd names
     damaged_maps(path, rng)             # a map file of save_maps or its manifest
+    damaged_checkpoint(content, rng)    # of a checkpoint of a run
 """
 
 import contextlib
@@ -15,10 +16,12 @@ import json
 import os
 import signal
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 # What a number in a header, or a value in a text, may be replaced with.
@@ -242,3 +245,67 @@ def damaged_maps(path, rng):
         deep = "[" * 10**5, '{"a":' * 10**5, "null", "[]", "5", '"text"', "9" * 10**4
         manifest.write_text(rng.choice(deep))
     return kind
+
+
+# -- Checkpoints -----------------------------------------------------------------------
+
+
+def damaged_checkpoint(content, rng):
+    """(kind, bytes) of a damaged last.pt; content: of a sound one, which has checksums."""
+    kind = rng.choice(("bytes", "bytes", "foreign", "swap", "moment", "config", "old"))
+    if kind == "bytes":
+        return kind, damage(content, rng)
+    if kind == "swap":
+        return kind, swapped(content, rng)
+    parts = torch.load(io.BytesIO(content), weights_only=True)
+    # As other people's files, and those of older versions.
+    del parts["checksums"]
+    if kind == "moment":
+        change_moment(parts["optimizer"], rng)
+    elif kind == "config":
+        key = rng.choice(list(parts["config"]))
+        parts["config"][key] = rng.choice((*VALUES, *NUMBERS, torch.zeros(2)))
+    file = io.BytesIO()
+    torch.save(parts, file, _use_new_zipfile_serialization=kind != "old")
+    if kind in ("foreign", "old"):
+        return kind, damage(file.getvalue(), rng)
+    return kind, file.getvalue()
+
+
+def swapped(content, rng):
+    """An archive in which two tensors of one size have changed places."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    while True:
+        a, b = rng.sample([name for name in files if "/data/" in name], 2)
+        if len(files[a]) == len(files[b]) and files[a] != files[b]:
+            break
+    files[a], files[b] = files[b], files[a]
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, record in files.items():
+            archive.writestr(name, record)
+    return file.getvalue()
+
+
+def change_moment(optimizer, rng):
+    """Gives a moment of an optimiser's state dict another size, type or number."""
+    states = optimizer["state"]
+    number = rng.choice(list(states))
+    key = rng.choice(list(states[number]))
+    x = states[number][key]
+    kind = rng.choice(("short", "long", "type", "number", "hollow", "none", "more"))
+    if kind == "short":
+        states[number][key] = x.flatten()[:1].clone()[:0]
+    elif kind == "long":
+        states[number][key] = torch.zeros(3, *x.shape)
+    elif kind == "type":
+        states[number][key] = x.to(rng.choice((torch.float64, torch.int32)))[..., None]
+    elif kind == "number":
+        states[number][key] = rng.choice(VALUES[:8])
+    elif kind == "hollow":
+        states[number][key] = torch.zeros(()).expand(2, *x.shape)
+    elif kind == "none":
+        del states[number][key]
+    else:
+        del states[number]

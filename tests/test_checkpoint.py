@@ -1,0 +1,269 @@
+"""
+common/checkpoint.py and the lock of a run: damaged, odd and hostile files of weights,
+two runs at once.
+"""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import attg_mae
+from common import files
+from common.checkpoint import load_optimizer, load_scaler, load_state
+from common.run import Log, find_checkpoint
+from tests.fuzz import damaged_checkpoint, within
+from tests.helpers import (
+    TINY,
+    assert_same_run,
+    records,
+    same,
+    train,
+)
+from tests.processes import Process, ranks
+
+
+def resumed(path, cfg):
+    """[weights, moments] that a run would go on with."""
+    cfg = replace(cfg, resume=str(path))
+    log = Log(path.parent, rank=1)
+    parts = find_checkpoint(cfg, 10**6, log, attg_mae.FIXED, attg_mae.FREE)
+    model = attg_mae.build_model(cfg)
+    load_state(model, parts["model"], path)
+    groups = attg_mae.param_groups(model, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    load_optimizer(optimizer, parts["optimizer"], parts["step"], path)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    load_scaler(torch.amp.GradScaler("cpu", enabled=False), parts["scaler"], path)
+    return [model.state_dict(), optimizer.state_dict()["state"]]
+
+
+@pytest.fixture(scope="module")
+def small(labelled, tmp_path_factory):
+    """(settings, content of last.pt) of a run of two steps with a model of width 8."""
+    out = tmp_path_factory.mktemp("small") / "out"
+    settings = TINY | labelled | {"guidance": "none", "maps": None, "epochs": 1}
+    settings |= {"width": 8, "decoder_width": 8, "batch_size": 12, "out": str(out)}
+    cfg = attg_mae.Config(**settings)
+    attg_mae.train(cfg)
+    return cfg, (out / "last.pt").read_bytes()
+
+
+def test_damaged_checkpoints(small, fuzz, tmp_path):
+    """Either the same weights and moments, or one error that names the file."""
+    cfg, content = small
+    path = tmp_path / "a.pt"
+    path.write_bytes(content)
+    want = resumed(path, cfg)
+    encoder = attg_mae.load_encoder(path).state_dict()
+    assert want[1][0]["step"] == 2 and same(want, resumed(path, cfg))
+    outcomes = {}
+    for seed in range(fuzz):
+        kind, damaged = damaged_checkpoint(content, random.Random(seed))
+        path.write_bytes(damaged)
+        for read in (lambda: resumed(path, cfg), lambda: attg_mae.load_encoder(path)):
+            try:
+                with within(20):
+                    got = read()
+            except (ValueError, OSError) as error:
+                assert str(path) in str(error), (seed, kind, error)
+                outcomes[kind, "refused"] = outcomes.get((kind, "refused"), 0) + 1
+                continue
+            outcomes[kind, "loaded"] = outcomes.get((kind, "loaded"), 0) + 1
+            # The oldest format has no checksums.
+            if kind == "old":
+                continue
+            if isinstance(got, list):
+                assert same(got, want), (seed, kind)
+            else:
+                assert same(got.state_dict(), encoder), (seed, kind)
+    print(outcomes)
+    for kind in ("bytes", "foreign", "swap", "moment", "config", "old"):
+        assert outcomes[kind, "refused"] > 0
+    # What is refused is not everything: a bit between two records changes nothing.
+    assert outcomes["bytes", "loaded"] > 0 and ("swap", "loaded") not in outcomes
+
+
+@pytest.mark.parametrize("kind", ["size", "type", "number", "step", "missing", "group"])
+def test_moments_of_another_model(kind, small, tmp_path):
+    """PyTorch's fused AdamW would write beyond the end of a moment that is too small."""
+    cfg, content = small
+    parts = torch.load(io.BytesIO(content), weights_only=True)
+    del parts["checksums"]
+    state = parts["optimizer"]["state"]
+    if kind == "size":
+        state[3]["exp_avg"] = state[3]["exp_avg"].flatten()[:1]
+    elif kind == "type":
+        state[3]["exp_avg_sq"] = state[3]["exp_avg_sq"].double()
+    elif kind == "number":
+        state[3]["exp_avg"] = 0.5
+    elif kind == "step":
+        state[3]["step"] = torch.tensor(7.0)
+    elif kind == "missing":
+        del state[3]
+    else:
+        # Settings of the file are not used, whatever they are.
+        parts["optimizer"]["param_groups"][0]["betas"] = "nothing"
+    path = tmp_path / "a.pt"
+    torch.save(parts, path)
+    if kind == "group":
+        resumed(path, cfg)
+        return
+    with pytest.raises(ValueError, match=r"a\.pt: .*(parameter 3|moments of)"):
+        resumed(path, cfg)
+
+
+SIZES = [  # key and value in the stored settings, and what the error says of them
+    ("depth", 10**9, "--depth 1000000000: must be a whole number from 1 to 1024"),
+    ("depth", 2, "its settings say depth 2, its weights 1"),
+    ("width", 32768, "its settings say width 32768, its weights 8"),
+    ("heads", 0, "--heads 0: must be at least 1"),
+    ("patch_size", 8, "its settings say patch_size 8, its weights 4"),
+    ("img_size", 8192, "its settings say positions 4194305, its weights 17"),
+    ("decoder_depth", 9, "its settings say decoder_depth 9, its weights 1"),
+    ("data", ["x"], "--data \\['x'\\]: must be a text"),
+    ("epochs", "x", "--epochs 'x': must be a whole number"),
+    ("model", {}, "--model {}: must be a text"),
+    ("norm_pix", 1, "--norm_pix 1: must be true or false"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "words"), SIZES, ids=[x[0] for x in SIZES])
+def test_settings_that_are_not_those_of_the_weights(key, value, words, small, tmp_path):
+    parts = torch.load(io.BytesIO(small[1]), weights_only=True)
+    del parts["checksums"]
+    parts["config"][key] = value
+    path = tmp_path / "a.pt"
+    torch.save(parts, path)
+    with pytest.raises(ValueError, match=rf"a\.pt: .*{words}"):
+        attg_mae.load_encoder(path)
+
+
+def test_a_small_file_of_large_tensors_and_endless_lists(small, tmp_path):
+    path = tmp_path / "a.pt"
+    state = torch.load(io.BytesIO(small[1]), weights_only=True)["model"]
+    state["pos_embed"] = torch.zeros(8).expand(1, 10**9, 8)
+    endless = []
+    endless.append(endless)
+    twice = []
+    for _ in range(40):
+        twice = [twice, twice]
+    meta = torch.zeros(10**9, device="meta")
+    sparse = torch.zeros(4, 4).to_sparse()
+    for content in (state, {"a": endless}, {"a": twice}, {"a": meta}, {"a": sparse}):
+        torch.save(content, path)
+        assert path.stat().st_size < 10**6
+        with within(20), pytest.raises(ValueError, match=r"a\.pt: damaged"):
+            attg_mae.load_encoder(path)
+
+
+def test_old_files_must_be_finite(small, tmp_path):
+    """Those from before PyTorch 1.6, which have no checksums."""
+    state = torch.load(io.BytesIO(small[1]), weights_only=True)["model"]
+    for bad in (False, True):
+        if bad:
+            state["blocks.0.norm1.bias"][3] = float("inf")
+        file = tmp_path / "a.pth"
+        torch.save(state, file, _use_new_zipfile_serialization=False)
+        if not bad:
+            attg_mae.load_encoder(file, heads=2)
+            continue
+        with pytest.raises(ValueError, match="norm1.bias'] is not finite"):
+            attg_mae.load_encoder(file, heads=2)
+
+
+# -- One run at a time -----------------------------------------------------------------
+
+HOLD = """
+import fcntl, os, sys, time
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(f"process {os.getpid()} on a machine", end="", file=file, flush=True)
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def holder(lock, seconds):
+    """A process that holds the lock from now on."""
+    argv = [sys.executable, "-c", HOLD, str(lock), str(seconds)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def test_locked(tmp_path, monkeypatch, capsys):
+    lock = tmp_path / "new" / ".lock"
+    with files.locked(lock, "--out new"):
+        assert lock.exists()
+    assert list(tmp_path.iterdir()) == []  # nothing was written there
+    lock.parent.mkdir()
+    with holder(lock, 20) as process:
+        words = f"--out new: process {process.pid} on a machine is writing there"
+        with pytest.raises(ValueError, match=words), files.locked(lock, "--out new"):
+            raise AssertionError("two at once")
+        process.kill()
+        process.wait()
+        # However it has ended.
+        with files.locked(lock, "--out new"):
+            pass
+    with holder(lock, 1):
+        began = time.monotonic()
+        with files.locked(lock, "--out new", patience=60):
+            assert time.monotonic() - began > 0.3
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(files, "fcntl", None)
+    with files.locked(lock, "--out new"):
+        pass
+    assert "nothing keeps a second run from writing there" in capsys.readouterr().err
+
+
+def test_two_runs_in_one_folder(ask, long, finished, tmp_path):
+    run = Process(ask, tmp_path / "out", long)
+    assert run.until(lambda: run.steps() > 0)
+    second = Process(ask, tmp_path / "out", long | {"seed": 1})
+    code, _, errors = second.wait()
+    assert code == 1 and "Traceback" not in errors
+    assert f"process {run.pid} on " in errors and f"--out {run.out}" in errors
+    assert run.wait()[0] == 0
+    assert_same_run(run.out, finished)
+    assert not (run.out / ".lock").exists()
+
+
+# -- The log, lost processes -----------------------------------------------------------
+
+
+def test_damaged_lines_of_a_log(copy, whole, capsys):
+    out, settings = copy
+    log = out / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    assert len(lines) > 3
+    bad = [b"\n", b"\xff\xfe\n", b"[1]\n", b'{"loss": 1}\n', b"[" * 10**5 + b"\n"]
+    log.write_bytes(lines[0] + b"".join(bad) + b"".join(lines[1:]) + b'{"step": 9')
+    train(**settings)
+    assert f"{log}: 5 damaged lines, moved to" in capsys.readouterr().out
+    assert (out / "log.jsonl.damaged").read_bytes() == b"".join(bad)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == sorted(steps) and len(records(out)) == steps[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_process_is_named(number, ask, long, tmp_path):
+    runs = ranks(ask, tmp_path / "out", long | {"timeout": 0.1})
+    assert runs[0].until(lambda: runs[0].steps() >= 3)
+    os.kill(runs[1].pid, number)
+    code, _, errors = runs[0].wait()
+    state = "gone" if number == signal.SIGKILL else "stopped"
+    assert code == 1 and "Traceback" not in errors
+    assert f"rank 1 (process {runs[1].pid}) is {state}, so rank 0 ends" in errors
+    if number == signal.SIGSTOP:
+        os.kill(runs[1].pid, signal.SIGKILL)
+    runs[1].wait()
