@@ -68,7 +68,7 @@ from common.maps import (
     save_maps,
     true_masks,
 )
-from common.run import default_workers, processes, wait
+from common.run import default_workers, only_run, processes, wait
 from kernels import normalize_map
 
 # -- The methods: TokenCut -------------------------------------------------------------
@@ -1068,7 +1068,8 @@ def main(argv=None, data=None):
     view = {"classes": args.classes, "max_pixels": args.max_pixels}
     with processes(args.device) as (device, rank, world):
         dataset = open_data(pictures, "train", **view)
-        settings = make_maps(args, dataset, device, rank, world)
+        with only_run(f"{args.out}.lock", f"--out {args.out}", rank, world):
+            settings = make_maps(args, dataset, device, rank, world)
     result = {"maps": str(args.out), "manifest": None, "quality": {}}
     if rank:
         return result

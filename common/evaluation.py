@@ -2,13 +2,14 @@
 What the evaluation programs share: flags, and the way from them to the results.
 """
 
+import contextlib
 import time
 from pathlib import Path
 
 from common.commandline import check_numbers, say
 from common.data import MAX_PIXELS, own_or_named, shot_indices
 from common.files import report, require
-from common.run import default_workers, processes
+from common.run import default_workers, only_run, processes
 
 # -- Flags -----------------------------------------------------------------------------
 
@@ -147,14 +148,19 @@ def evaluate(program, args, protocol, data=None):
     source = Path(getattr(args, "features", None) or args.checkpoint)
     out = Path(args.out or source.parent / f"{program}.jsonl")
     with processes(args.device) as place:
-        device, rank, _ = place
+        device, rank, world = place
         if rank == 0:
             try_outputs(out, args)
+        alone = contextlib.nullcontext()
+        save = getattr(args, "save", None)
+        if save:
+            alone = only_run(f"{save}.lock", f"--save {save}", rank, world)
         if args.workers is None:
             args.workers = default_workers(device)
         settings = vars(args) | {"sha256": None}
         args.data = own_or_named(data, args.data)
-        rows, settings = protocol(args, settings, place)
+        with alone:
+            rows, settings = protocol(args, settings, place)
         if rank == 0:
             settings["seconds"] = round(time.perf_counter() - began, 1)
             report(rows, settings, out)

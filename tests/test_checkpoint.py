@@ -3,6 +3,7 @@ common/checkpoint.py and the lock of a run: damaged, odd and hostile files of we
 two runs at once.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -17,6 +18,8 @@ import pytest
 import torch
 
 import attg_mae
+import eval_linear
+import object_discovery
 from common import files
 from common.checkpoint import load_optimizer, load_scaler, load_state
 from common.run import Log, find_checkpoint
@@ -192,12 +195,16 @@ time.sleep(float(sys.argv[2]))
 """
 
 
+@contextlib.contextmanager
 def holder(lock, seconds):
-    """A process that holds the lock from now on."""
+    """A process that holds the lock, for as long as the block runs at the most."""
     argv = [sys.executable, "-c", HOLD, str(lock), str(seconds)]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE)
-    process.stdout.readline()
-    return process
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_locked(tmp_path, monkeypatch, capsys):
@@ -267,3 +274,16 @@ def test_a_lost_process_is_named(number, ask, long, tmp_path):
     if number == signal.SIGSTOP:
         os.kill(runs[1].pid, signal.SIGKILL)
     runs[1].wait()
+
+
+def test_maps_and_saved_probes_are_of_one_run(labelled, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", labelled["data"], "--device", "cpu"]
+    with holder(tmp_path / "m.npy.lock", 30), pytest.raises(ValueError) as error:
+        object_discovery.main([*data, "--backbone", "pixels", "--out", "m.npy"])
+    assert "--out m.npy: process" in str(error.value)
+    encoder = str(trained / "last.pt")
+    with holder(tmp_path / "p.pt.lock", 30), pytest.raises(ValueError) as error:
+        eval_linear.main([encoder, *data, "--protocol", "mae", "--save", "p.pt"])
+    assert "--save p.pt: process" in str(error.value)
+    assert not list(tmp_path.glob("*.npy")) and not list(tmp_path.glob("*.pt"))
