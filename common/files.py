@@ -69,8 +69,13 @@ def locked(path, what, patience=0):
     """
     path = Path(path)
     made = not path.parent.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = take_lock(path, what, time.monotonic() + patience)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = take_lock(path, what, time.monotonic() + patience)
+    except OSError as error:
+        raise OSError(
+            f"{what}: cannot be written ({error}); name another place"
+        ) from error
     try:
         yield
     finally:

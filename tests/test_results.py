@@ -67,11 +67,11 @@ def test_the_first_table_of_the_readme():
             differences.append(difference(rows["cnn-tokencut", measure, feature]))
     for cells in (vanilla, guided, differences):
         assert f"| {' | '.join(cells)} |" in README
-    numbers = {(row["n"], row.get("pairs", 5)) for row in rows.values()}
-    assert numbers == {(5, 5)} and "5 seeds, top-1" in README
+    guided = [row for row in rows.values() if row["arm"] == "cnn-tokencut"]
+    assert {(row["n"], row["pairs"]) for row in guided} == {(5, 5)}
+    assert len(guided) == 12 and "5 seeds, top-1" in README
     # What is said of them: every interval holds 0.
-    for row in rows.values():
-        assert row["arm"] == "none" or row["low"] < 0 < row["high"]
+    assert all(row["low"] < 0 < row["high"] for row in guided)
     toy = rows_of_study("toy")
     for arm in ("masks", "none"):
         both = [mean(toy[arm, "k-NN, k = 20", feature]) for feature in study.FEATURES]
@@ -98,6 +98,11 @@ def test_the_tables_of_the_page_on_the_study():
             want = [mean(rows["none", *key]), mean(guided), difference(guided)]
             first = [names.get(measure, measure), study.in_words(feature)]
             assert cells_of_page(first) == want
+
+    page = (ROOT / "docs" / "study.md").read_text()
+    for feature in study.FEATURES:
+        row = rows["gaussian", "k-NN, k = 20", feature]
+        assert row["pairs"] == 3 and difference(row) in page
 
     rows = rows_of_study("toy")
     names = {"none": "vanilla", "masks": "exact masks", "self": "own encoder (`self`)"}
