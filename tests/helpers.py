@@ -6,16 +6,17 @@ sets and runs on them. Every tolerance is shown to reject a fault.
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import itertools
 import json
 import math
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import timm.models.vision_transformer as timm_vit
 import torch
-import transformers as hf
 from PIL import Image
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -30,6 +31,20 @@ kernel = importlib.import_module("kernels.attg_loss")
 DEVICE = "cpu" if kernel.INTERPRETED else "cuda"  # of the kernel
 IMPLS = ("torch", "triton")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+def transformers():
+    """The package; without it the test is skipped.
+
+    Beside Hugging Face's package `kernels` too: it is hidden by the folder of that name.
+    """
+    with contextlib.suppress(PackageNotFoundError):
+        installed = version("kernels")
+        pytest.skip(
+            f"the package kernels {installed} is installed: transformers imports it, and "
+            "finds this repository's folder kernels/"
+        )
+    return pytest.importorskip("transformers")
 
 
 # Shapes (B, L, P) of predictions: one patch, one row, odd sizes.
@@ -242,6 +257,7 @@ def shake(model, std=0.03):
 
 
 def hf_model(kind, name="vit_micro", **kw):
+    hf = transformers()
     p, size, width, depth, heads, dw, dd, dh, _ = PRESETS[name]
     kw |= dict(
         image_size=size,
@@ -310,6 +326,7 @@ def from_hf(state):
 
 
 def timm_model(width=64, depth=2, heads=4, img_size=32, patch_size=8, **kw):
+    timm_vit = pytest.importorskip("timm.models.vision_transformer")
     torch.manual_seed(0)
     kw |= dict(embed_dim=width, depth=depth, num_heads=heads, num_classes=0)
     return shake(timm_vit.VisionTransformer(img_size, patch_size, **kw), 0.05)
@@ -543,6 +560,31 @@ def assert_same_run(out, reference):
     parts = ("model", "optimizer", "scaler", "step")
     assert [k for k in parts if not same(a[k], b[k])] == []
     assert losses(out) == losses(reference)
+
+
+@contextlib.contextmanager
+def recorded_passes():
+    """A list of what went into and came out of the model, a namespace for each pass.
+
+    Those of training alone.
+    """
+    seen, forward = [], attg_mae.MAE.forward
+
+    def spy(self, *args, **options):
+        bound = inspect.signature(forward).bind(self, *args, **options)
+        bound.apply_defaults()
+        loss, pred, mask = forward(self, *args, **options)
+        if self.training and torch.is_grad_enabled():
+            values = bound.arguments | {"loss": loss, "pred": pred, "mask": mask}
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    values[name] = value.detach().clone()
+            seen.append(SimpleNamespace(**values, model=self))
+        return loss, pred, mask
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attg_mae.MAE, "forward", spy)
+        yield seen
 
 
 @contextlib.contextmanager
