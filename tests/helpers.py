@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import attg_mae
 from common.data import open_data
+from common.features import FEATURES, SOURCE
 from common.maps import save_maps
 
 ROOT = Path(attg_mae.__file__).parent
@@ -624,6 +625,14 @@ def blobs(n, classes, width=16, spread=1.5, seed=0):
     x = randn(classes, width)[labels] + spreads * randn(n, width, seed=seed + 1)
     x = x @ torch.linalg.qr(randn(width, width, seed=99))[0]
     return 5 + x * torch.logspace(-3, 2, width), labels
+
+
+def save_features(path, x, labels, queries, truth):
+    """A file as eval_knn.py --save_features writes it, both features the same."""
+    parts = {"settings": dict.fromkeys(SOURCE)}
+    for name, features, y in (("train", x, labels), ("test", queries, truth)):
+        parts[name] = dict.fromkeys(FEATURES, features) | {"labels": y}
+    attg_mae.save_checkpoint(path, **parts)
 
 
 class Evil:

@@ -20,7 +20,7 @@ import eval_finetune
 import eval_linear
 from common.data import open_data, seed_for
 from common.features import FEATURES
-from tests.helpers import TINY, after_step, last, records, recorded_passes, train
+from tests.helpers import TINY, after_step, last, recorded_passes, records, train
 
 STEPS = 24  # of TINY: 4 epochs of 6
 
