@@ -203,12 +203,19 @@ def check(pred, target, **options):
     x = (rand(*target.shape) * 255).byte()
     target.copy_(x)
     losses = []
-    for y, t in ((pred, target), (pred.contiguous(), x)):
+    rows = torch.ones(pred.shape[:2])
+    mask, attn = options.pop("mask", rows), options.pop("attn", rand(*rows.shape))
+    for y, t, m, a in (
+        (pred, target, mask, attn),
+        (pred.contiguous(), x, mask.contiguous(), attn.contiguous()),
+    ):
         leaf = y.detach().requires_grad_()
-        loss = kernel.attg_loss(leaf, t, impl="triton", reduction="none", **options)
+        options |= {"impl": "triton", "reduction": "none"}
+        loss = kernel.attg_loss(leaf, t, m, a, **options)
         (grad,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
         losses.append((loss, grad))
-    assert all(a.equal(b) for a, b in zip(*losses)) and losses[0][0].all()
+    assert all(a.equal(b) for a, b in zip(*losses))
+    assert (losses[0][0] != 0).equal(mask != 0) and losses[0][1].any()
 small = randn(3, 4, 48).half()
 # rows, images and values of pred
 for shape, strides in (
@@ -217,6 +224,13 @@ for shape, strides in (
     pred = halves.as_strided(shape, strides)
     pred.copy_(randn(*shape))
     check(pred, bytes.as_strided(shape, strides))
+# rows and images of mask and map
+for shape, strides in (((1, 3), (0, far)), ((3, 1), (far, 0))):
+    mask, attn = bytes.as_strided(shape, strides), halves.as_strided(shape, strides)
+    mask.copy_(torch.tensor([1, 0, 1]).view(shape))
+    attn.copy_(torch.tensor([0.2, 0.9, 0.5]).view(shape))
+    for one in ({"mask": mask}, {"attn": attn}):
+        check(small[:, :1].reshape(*shape, 48), torch.empty(*shape, 48).byte(), **one)
 # images, channels, lines of a patch, lines of patches
 for shape, strides in (
     ((3, 3, 4, 4), (far, 16, 4, 1)),
