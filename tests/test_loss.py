@@ -505,12 +505,21 @@ def test_loss_knows_the_whole_map(impl, L):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_loss_edges(impl):
     pred, target, mask = randn(2, 4, 12), randn(2, 4, 12, seed=1), torch.ones(2, 4)
-    # A map that is not finite makes a loss that is not
-    for bad in (math.inf, -math.inf, math.nan):
+    # A map that is not finite makes a loss that is not: where M_norm has no value. Below
+    # an infinite maximum it is 0.
+    everywhere = [True] * 4
+    for bad, spoilt in (
+        (math.inf, [False, False, True, False]),
+        (-math.inf, everywhere),
+        (math.nan, everywhere),
+    ):
         attn = rand(2, 4)
+        want = oracle(pred, target, mask, attn)[0]
+        want[0] = oracle(pred, target, mask)[0][0]  # weight 1
         attn[0, 2] = bad
         rows = run(pred, target, mask, attn, rand(2, 4), reduction="none", impl=impl)[0]
-        assert rows[0].isnan().any() and rows[1].isfinite().all()
+        assert rows[0].isnan().tolist() == spoilt
+        assert close(rows[~rows.isnan()], want[~rows.isnan()], 5e-6)
     for shape in ((0, 4, 12), (0, 3, 4, 4)):
         loss, grad = run(
             pred[:0], torch.zeros(shape), mask[:0], rand(0, 4), impl=impl, patch_size=2
