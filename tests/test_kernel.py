@@ -231,11 +231,15 @@ for shape, strides in (((1, 3), (0, far)), ((3, 1), (far, 0))):
     attn.copy_(torch.tensor([0.2, 0.9, 0.5]).view(shape))
     for one in ({"mask": mask}, {"attn": attn}):
         check(small[:, :1].reshape(*shape, 48), torch.empty(*shape, 48).byte(), **one)
-# images, channels, lines of a patch, lines and columns of patches
+# images, channels, lines and columns of a patch (3 pixels do not fit register groups),
+# lines and columns of patches
 for p, shape, strides in (
     (4, (3, 3, 4, 4), (far, 16, 4, 1)),
     (4, (1, 3, 4, 4), (0, far, 8, 1)),
     (4, (1, 3, 4, 4), (0, 16, far, 1)),
+    (3, (1, 3, 3, 3), (0, far, 4, 1)),
+    (3, (1, 3, 3, 3), (0, 16, far, 1)),
+    (3, (1, 3, 3, 3), (0, 16, 1, far)),
     (4, (1, 3, 12, 4), (0, 16, far // 4, 1)),
     (1, (1, 3, 3, 1), (0, 16, far, 1)),
     (1, (1, 3, 1, 3), (0, 16, 1, far)),

@@ -54,6 +54,13 @@ def adamw(parameter, moments, step, lr, decay):
     parameter.data -= lr * change
 
 
+def features_of(encoder, imgs):
+    """Class token and patch mean (B, D), in float64."""
+    with torch.no_grad():
+        tokens = encoder.forward_features(imgs).double()
+    return tokens[:, 0].numpy(), tokens[:, 1:].mean(1).numpy()
+
+
 @pytest.fixture(scope="module")
 def written_out(labelled, tmp_path_factory):
     """(folder of a run, its passes, what it comes to: losses and the model)."""
@@ -118,6 +125,35 @@ def test_a_run_that_was_stopped(workers, written_out, labelled, tmp_path):
 def test_a_run_on_two_processes(written_out, distributed):
     _, _, losses, model = written_out
     assert_written_out(distributed, losses, model)
+
+
+def knn_figure(bank, labels, queries, truth):
+    """Top-1 in percent of the k-NN with k = 20, image by image."""
+    right = 0
+    for x, label in zip(queries, truth, strict=True):
+        cosine = bank @ x / np.linalg.norm(bank, axis=1) / np.linalg.norm(x)
+        nearest = cosine.argsort()[-20:]
+        votes = np.bincount(labels[nearest], np.exp(cosine[nearest] / 0.07), 3)
+        right += votes.argmax() == label
+    return 100 * right / len(truth)
+
+
+def test_figures_of_a_run_on_two_processes(distributed, labelled):
+    """The k-NN of its weights; each process had half of the pictures."""
+    model = attg_mae.load_encoder(distributed / "last.pt")
+    sets = []
+    for split in ("train", "test"):
+        pictures = list(open_data(labelled["data"], split, 16))
+        imgs = model.normalize(torch.stack([sample.image for sample in pictures]))
+        labels = np.array([sample.label for sample in pictures])
+        sets.append((features_of(model, imgs), labels))
+    (banks, labels), (queries, truth) = sets
+    figures = records(distributed, "knn")[-1]["knn"]
+    for name, bank, x in zip(FEATURES, banks, queries, strict=True):
+        assert figures[name] == pytest.approx(knn_figure(bank, labels, x, truth))
+        # In another order they would be others.
+        half = np.argsort(np.arange(25) % 2, kind="stable")
+        assert knn_figure(bank, labels[half], x, truth) < figures[name] - 20
 
 
 def test_each_step_has_masks_and_crops_of_its_own(written_out):
@@ -225,13 +261,6 @@ class Head:
         return x @ self.weight.T + self.bias
 
 
-def features_of(encoder, imgs):
-    """Class token and patch mean (B, 16), in float64."""
-    with torch.no_grad():
-        tokens = encoder.forward_features(imgs).double()
-    return tokens[:, 0].numpy(), tokens[:, 1:].mean(1).numpy()
-
-
 def test_mae_probe(recorded, encoder, labelled, tmp_path):
     """Its weights, its statistics and its figures, also where --save continued it."""
     flags = [
@@ -266,7 +295,9 @@ def test_mae_probe(recorded, encoder, labelled, tmp_path):
         start = recorded.start[f"heads.{number}.weight"].double().numpy()
         got = weights[f"heads.{number}.weight"].double().numpy()
         moved = np.linalg.norm(head.weight - start)
-        assert np.linalg.norm(got - head.weight) < 0.01 * moved
+        assert np.linalg.norm(got - head.weight) < 1e-4 * moved
+        bias = weights[f"heads.{number}.bias"]
+        np.testing.assert_allclose(bias, head.bias, 1e-3)
         mean, variance = (weights[f"norm.running_{x}"][own] for x in ("mean", "var"))
         np.testing.assert_allclose(mean, head.mean, 1e-3, 1e-5)
         np.testing.assert_allclose(variance, head.variance, 1e-3)
