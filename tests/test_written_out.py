@@ -63,7 +63,7 @@ def features_of(encoder, imgs):
 
 @pytest.fixture(scope="module")
 def written_out(labelled, tmp_path_factory):
-    """(folder of a run, its passes, what it comes to: losses and the model)."""
+    """(folder of a run, its passes, what it comes to: figures of each step, the model)."""
     out = tmp_path_factory.mktemp("run")
     with recorded_passes() as passes:
         train(out, **labelled)
@@ -71,24 +71,26 @@ def written_out(labelled, tmp_path_factory):
     model = attg_mae.MAE(attg_mae.Config(**TINY))
     trained = [p for p in model.parameters() if p.requires_grad]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in trained]
-    losses = []
+    figures = []  # loss, norm of the gradient
     for step, seen in enumerate(passes):
         tau = 0.75 + 0.25 * (1 - math.cos(math.pi * step / STEPS)) / 2
         loss = loss_of(model, seen, tau)
         model.zero_grad()
         loss.backward()
-        losses.append(loss.item())
+        squares = sum(p.grad.square().sum() for p in trained)
+        figures.append((loss.item(), squares.sqrt().item()))
         lr = 1e-3 * half_cosine(step, STEPS, 6)
         for parameter, own in zip(trained, moments, strict=True):
             decay = 0.05 if parameter.dim() > 1 else 0.0
             adamw(parameter, own, step, lr, decay)
-    return out, passes, losses, model
+    return out, passes, figures, model
 
 
-def assert_written_out(out, losses, model):
-    """Losses and weights of the run in `out` are these."""
-    got = [row["loss"] for row in records(out)]
-    np.testing.assert_allclose(got, losses, rtol=1e-4)
+def assert_written_out(out, figures, model):
+    """Losses, norms and weights of the run in `out` are these."""
+    got = [(row["loss"], row["grad_norm"]) for row in records(out)]
+    np.testing.assert_allclose(got, figures, rtol=1e-3)
+    np.testing.assert_allclose(got[0], figures[0], rtol=1e-5)
     weights = last(out)["model"]
     torch.manual_seed(seed_for("weights", 0))
     start = attg_mae.MAE(model.cfg).state_dict()
@@ -100,16 +102,16 @@ def assert_written_out(out, losses, model):
 
 
 def test_a_run(written_out):
-    out, _, losses, model = written_out
-    assert_written_out(out, losses, model)
+    out, _, figures, model = written_out
+    assert_written_out(out, figures, model)
     # A step more or less is seen.
     with pytest.raises(AssertionError):
-        assert_written_out(out, losses[1:] + losses[:1], model)
+        assert_written_out(out, figures[1:] + figures[:1], model)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_that_was_stopped(workers, written_out, labelled, tmp_path):
-    _, _, losses, model = written_out
+    _, _, figures, model = written_out
     settings = labelled | {"workers": workers}
 
     def stop():
@@ -119,12 +121,12 @@ def test_a_run_that_was_stopped(workers, written_out, labelled, tmp_path):
         train(tmp_path, **settings)
     assert last(tmp_path)["step"] == 12
     train(tmp_path, **settings)
-    assert_written_out(tmp_path, losses, model)
+    assert_written_out(tmp_path, figures, model)
 
 
 def test_a_run_on_two_processes(written_out, distributed):
-    _, _, losses, model = written_out
-    assert_written_out(distributed, losses, model)
+    _, _, figures, model = written_out
+    assert_written_out(distributed, figures, model)
 
 
 def knn_figure(bank, labels, queries, truth):
