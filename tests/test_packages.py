@@ -12,12 +12,11 @@ import tests.helpers as helpers
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setitem(sys.modules, "timm", None)
-    monkeypatch.delitem(sys.modules, "timm.models.vision_transformer", raising=False)
+    for name in ("transformers", "timm.models.vision_transformer"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(pytest.skip.Exception, match="'transformers'"):
         helpers.hf_model("ViTModel")
-    with pytest.raises(pytest.skip.Exception, match="'timm"):
+    with pytest.raises(pytest.skip.Exception, match="'timm.models"):
         helpers.timm_model()
 
 
