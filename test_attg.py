@@ -15,9 +15,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
-from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
 import attg_mae
@@ -279,24 +277,26 @@ def test_a_run_guided_by_flat_maps_is_a_vanilla_run(labelled, tmp_path):
 
 def test_tokencut_solves_the_normalised_cut():
     """The eigenvector that scipy.linalg.eigh(D - A, D) finds."""
+    linalg = pytest.importorskip("scipy.linalg")
     features = randn(3, 30, 8)
     features[:, :9] += 2  # an object
     for x, y in zip(F.normalize(features, dim=-1), tokencut(features), strict=True):
         A = np.where((x @ x.T).double().numpy() > 0.2, 1.0, 1e-5)
         D = np.diag(A.sum(axis=1))
-        _, vectors = scipy.linalg.eigh(D - A, D)
+        _, vectors = linalg.eigh(D - A, D)
         want = vectors[:, 1] * np.sign(vectors[np.abs(vectors[:, 1]).argmax(), 1])
         assert close(y, want, 1e-5) and not close(y, vectors[:, 2], 1e-1)
 
 
 def test_knn_is_that_of_scikit_learn():
     """Cosine, votes weighted by exp(similarity / 0.07)."""
+    neighbors = pytest.importorskip("sklearn.neighbors")
     bank, labels, queries = randn(300, 8), torch.arange(300) % 5, randn(80, 8, seed=1)
 
     def weights(distance):
         return np.exp((1 - distance) / 0.07)
 
-    peer = KNeighborsClassifier(20, metric="cosine", weights=weights)
+    peer = neighbors.KNeighborsClassifier(20, metric="cosine", weights=weights)
     want = peer.fit(bank, labels).predict(queries)
     assert knn_classify(bank, labels, queries)[:, 0].tolist() == want.tolist()
     assert knn_classify(bank, labels, queries, k=1)[:, 0].tolist() != want.tolist()

@@ -2,7 +2,6 @@
 The fixtures; conftest.py makes them known to all tests.
 """
 
-import inspect
 import json
 import os
 import shutil
@@ -10,12 +9,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-import attg_mae
 from common import bookkeeping
 from tests.helpers import (
     ROOT,
@@ -24,6 +21,7 @@ from tests.helpers import (
     make_data,
     make_pictures,
     noise,
+    recorded_passes,
     save_small,
     train,
     write,
@@ -86,24 +84,10 @@ def whole(guided, tmp_path_factory):
 
 
 @pytest.fixture
-def passes(monkeypatch):
-    """What went into and came out of the model in training, a namespace for each pass."""
-    seen, forward = [], attg_mae.MAE.forward
-
-    def spy(self, *args, **options):
-        bound = inspect.signature(forward).bind(self, *args, **options)
-        bound.apply_defaults()
-        loss, pred, mask = forward(self, *args, **options)
-        if self.training and torch.is_grad_enabled():
-            values = bound.arguments | {"loss": loss, "pred": pred, "mask": mask}
-            for name, value in values.items():
-                if isinstance(value, torch.Tensor):
-                    values[name] = value.detach().clone()
-            seen.append(SimpleNamespace(**values, model=self))
-        return loss, pred, mask
-
-    monkeypatch.setattr(attg_mae.MAE, "forward", spy)
-    return seen
+def passes():
+    """See recorded_passes."""
+    with recorded_passes() as seen:
+        yield seen
 
 
 @pytest.fixture

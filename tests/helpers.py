@@ -6,22 +6,24 @@ sets and runs on them. Every tolerance is shown to reject a fault.
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import itertools
 import json
 import math
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import timm.models.vision_transformer as timm_vit
 import torch
-import transformers as hf
 from PIL import Image
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import attg_mae
 from common.data import open_data
+from common.features import FEATURES, SOURCE
 from common.maps import save_maps
 
 ROOT = Path(attg_mae.__file__).parent
@@ -30,6 +32,21 @@ kernel = importlib.import_module("kernels.attg_loss")
 DEVICE = "cpu" if kernel.INTERPRETED else "cuda"  # of the kernel
 IMPLS = ("torch", "triton")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+def transformers():
+    """The package; without it the test is skipped.
+
+    Beside Hugging Face's package `kernels` too: it is hidden by the folder of that name.
+    """
+    with contextlib.suppress(PackageNotFoundError):
+        installed = version("kernels")
+        pytest.skip(
+            f"the package kernels {installed} is installed: transformers imports it, and "
+            "finds this repository's folder kernels/",
+            allow_module_level=True,
+        )
+    return pytest.importorskip("transformers")
 
 
 # Shapes (B, L, P) of predictions: one patch, one row, odd sizes.
@@ -242,6 +259,7 @@ def shake(model, std=0.03):
 
 
 def hf_model(kind, name="vit_micro", **kw):
+    hf = transformers()
     p, size, width, depth, heads, dw, dd, dh, _ = PRESETS[name]
     kw |= dict(
         image_size=size,
@@ -310,6 +328,7 @@ def from_hf(state):
 
 
 def timm_model(width=64, depth=2, heads=4, img_size=32, patch_size=8, **kw):
+    timm_vit = pytest.importorskip("timm.models.vision_transformer")
     torch.manual_seed(0)
     kw |= dict(embed_dim=width, depth=depth, num_heads=heads, num_classes=0)
     return shake(timm_vit.VisionTransformer(img_size, patch_size, **kw), 0.05)
@@ -546,6 +565,31 @@ def assert_same_run(out, reference):
 
 
 @contextlib.contextmanager
+def recorded_passes():
+    """A list of what went into and came out of the model, a namespace for each pass.
+
+    Those of training alone.
+    """
+    seen, forward = [], attg_mae.MAE.forward
+
+    def spy(self, *args, **options):
+        bound = inspect.signature(forward).bind(self, *args, **options)
+        bound.apply_defaults()
+        loss, pred, mask = forward(self, *args, **options)
+        if self.training and torch.is_grad_enabled():
+            values = bound.arguments | {"loss": loss, "pred": pred, "mask": mask}
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    values[name] = value.detach().clone()
+            seen.append(SimpleNamespace(**values, model=self))
+        return loss, pred, mask
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attg_mae.MAE, "forward", spy)
+        yield seen
+
+
+@contextlib.contextmanager
 def after_step(number, action):
     """Calls action() when an optimiser has made its step of this number, from 1 on."""
     steps = itertools.count(1)
@@ -582,6 +626,14 @@ def blobs(n, classes, width=16, spread=1.5, seed=0):
     x = randn(classes, width)[labels] + spreads * randn(n, width, seed=seed + 1)
     x = x @ torch.linalg.qr(randn(width, width, seed=99))[0]
     return 5 + x * torch.logspace(-3, 2, width), labels
+
+
+def save_features(path, x, labels, queries, truth):
+    """A file as eval_knn.py --save_features writes it, both features the same."""
+    parts = {"settings": dict.fromkeys(SOURCE)}
+    for name, features, y in (("train", x, labels), ("test", queries, truth)):
+        parts[name] = dict.fromkeys(FEATURES, features) | {"labels": y}
+    attg_mae.save_checkpoint(path, **parts)
 
 
 class Evil:

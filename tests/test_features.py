@@ -5,7 +5,6 @@ k-NN against scikit-learn, features of several processes.
 import numpy as np
 import pytest
 import torch
-from sklearn.neighbors import KNeighborsClassifier
 
 import attg_mae
 import common.features
@@ -24,6 +23,7 @@ KNN = [
 
 @pytest.mark.parametrize(("classes", "n", "tests", "k"), [*KNN, (7, 2**17, 600, 20)])
 def test_knn_equals_scikit_learn(classes, n, tests, k):
+    neighbors = pytest.importorskip("sklearn.neighbors")
     centres, labels = randn(classes, 16), torch.randint(classes, (n,))
     labels[:classes] = torch.arange(classes)
     # Lengths must not matter
@@ -34,7 +34,7 @@ def test_knn_equals_scikit_learn(classes, n, tests, k):
     assert all(len(set(row)) == len(row) for row in got.tolist())
     # So large that it takes several chunks
     part = slice(500, 540) if n > 10**5 else slice(None)
-    knn = KNeighborsClassifier(
+    knn = neighbors.KNeighborsClassifier(
         min(k, n),
         metric="cosine",
         algorithm="brute",

@@ -260,3 +260,32 @@ def test_pool_maps_follows_crop_and_flip(size, grid):
         m = rand(1, times * gh, times * gw)
         whole = attg_mae.pool_maps(m, box[-1:], torch.tensor([False]), grid)
         assert close(whole, nn.functional.avg_pool2d(m, times).flatten(1), 1e-6)
+
+
+def test_a_flat_crop_of_a_map_that_is_not_flat():
+    """--map_norm crop finds no object in it: weight 1 in every mode, as a flat map has.
+
+    --map_norm image knows the rest of the picture: the crop is all background.
+    """
+    maps = torch.zeros(3, 8, 8)
+    maps[0, :, 4:] = 1.0  # an object in the right half
+    maps[1], maps[2] = 0.5, rand(8, 8)
+    left = torch.tensor([0.0, 0.0, 0.5, 1.0]).expand(3, 4)
+    flip = torch.zeros(3).bool()
+    cfg = {"img_size": 16, "patch_size": 4}  # 4 x 4 patches, of a map's 2 x 1 pixels
+    means = maps[2, :, :4].reshape(4, 2, 4).mean(1).flatten()
+
+    crop = attg_mae.Config(map_norm="crop", **cfg)
+    m, flat = attg_mae.crop_maps(maps, left, flip, crop)
+    assert flat.tolist() == [True, True, False] and not m[:2].any()
+    assert close(m[2], (means - means.min()) / (means.max() - means.min()), 1e-5)
+    for guidance in ("attg", "inverted", "foreground", "background"):
+        attn, _ = attg_mae.guide(m, rand(3, 16), flat, guidance)
+        assert not attn[:2].any() and attn[2].any()
+
+    image = attg_mae.Config(map_norm="image", **cfg)
+    m, flat = attg_mae.crop_maps(maps, left, flip, image)
+    assert flat.tolist() == [False, True, False]
+    assert not m[0].any() and (m[1] == 0.5).all() and close(m[2], means, 1e-6)
+    attn, _ = attg_mae.guide(m, rand(3, 16), flat, "inverted")
+    assert (attn[0] == 1).all() and not attn[1].any()

@@ -203,12 +203,19 @@ def check(pred, target, **options):
     x = (rand(*target.shape) * 255).byte()
     target.copy_(x)
     losses = []
-    for y, t in ((pred, target), (pred.contiguous(), x)):
+    rows = torch.ones(pred.shape[:2])
+    mask, attn = options.pop("mask", rows), options.pop("attn", rand(*rows.shape))
+    for y, t, m, a in (
+        (pred, target, mask, attn),
+        (pred.contiguous(), x, mask.contiguous(), attn.contiguous()),
+    ):
         leaf = y.detach().requires_grad_()
-        loss = kernel.attg_loss(leaf, t, impl="triton", reduction="none", **options)
+        options |= {"impl": "triton", "reduction": "none"}
+        loss = kernel.attg_loss(leaf, t, m, a, **options)
         (grad,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
         losses.append((loss, grad))
-    assert all(a.equal(b) for a, b in zip(*losses)) and losses[0][0].all()
+    assert all(a.equal(b) for a, b in zip(*losses))
+    assert (losses[0][0] != 0).equal(mask != 0) and losses[0][1].any()
 small = randn(3, 4, 48).half()
 # rows, images and values of pred
 for shape, strides in (
@@ -217,15 +224,29 @@ for shape, strides in (
     pred = halves.as_strided(shape, strides)
     pred.copy_(randn(*shape))
     check(pred, bytes.as_strided(shape, strides))
-# images, channels, lines of a patch, lines of patches
-for shape, strides in (
-    ((3, 3, 4, 4), (far, 16, 4, 1)),
-    ((1, 3, 4, 4), (0, far, 8, 1)),
-    ((1, 3, 4, 4), (0, 16, far, 1)),
-    ((1, 3, 12, 4), (0, 16, far // 4, 1)),
+# rows and images of mask and map
+for shape, strides in (((1, 3), (0, far)), ((3, 1), (far, 0))):
+    mask, attn = bytes.as_strided(shape, strides), halves.as_strided(shape, strides)
+    mask.copy_(torch.tensor([1, 0, 1]).view(shape))
+    attn.copy_(torch.tensor([0.2, 0.9, 0.5]).view(shape))
+    for one in ({"mask": mask}, {"attn": attn}):
+        check(small[:, :1].reshape(*shape, 48), torch.empty(*shape, 48).byte(), **one)
+# images, channels, lines and columns of a patch (3 pixels do not fit register groups),
+# lines and columns of patches
+for p, shape, strides in (
+    (4, (3, 3, 4, 4), (far, 16, 4, 1)),
+    (4, (1, 3, 4, 4), (0, far, 8, 1)),
+    (4, (1, 3, 4, 4), (0, 16, far, 1)),
+    (3, (1, 3, 3, 3), (0, far, 4, 1)),
+    (3, (1, 3, 3, 3), (0, 16, far, 1)),
+    (3, (1, 3, 3, 3), (0, 16, 1, far)),
+    (4, (1, 3, 12, 4), (0, 16, far // 4, 1)),
+    (1, (1, 3, 3, 1), (0, 16, far, 1)),
+    (1, (1, 3, 1, 3), (0, 16, 1, far)),
 ):
-    pred = small[: shape[0], : shape[2] // 4]
-    check(pred, bytes.as_strided(shape, strides), patch_size=4)
+    patches = shape[2] * shape[3] // p**2
+    pred = small[: shape[0], :patches, : 3 * p**2]
+    check(pred, bytes.as_strided(shape, strides), patch_size=p)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
@@ -270,20 +291,32 @@ def test_kernel_where_it_cannot_run(monkeypatch, capsys):
         assert kernel._obstacle(old) == words
 
 
+# For predictions of 1: x_norm has mean 0 and, unbiased, variance 1.
+KNOWN = """
+def check(attg_loss, **options):
+    pred = torch.ones(1, 4, 12, requires_grad=True)
+    loss = attg_loss(pred, torch.rand(1, 3, 4, 4), patch_size=2, **options)
+    loss.backward()
+    assert abs(loss.item() - (1 + 11 / 12)) < 1e-3
+    # 2 / P * sum(1 - x_norm) of a patch, and 4 patches
+    assert (pred.grad.sum(2) - 2 / 4).abs().max() < 1e-5
+    assert pred.grad.std() > 0.01
+"""
+
+
 def test_kernel_file_works_alone(tmp_path):
     code = """
 import sys, warnings
 warnings.simplefilter("error")
 import attg_loss, torch
 assert not sys.modules.get("triton") and "kernels" not in sys.modules
-pred = torch.ones(1, 4, 12, requires_grad=True)
-attg_loss.attg_loss(pred, torch.rand(1, 3, 4, 4), patch_size=2).backward()
-assert pred.grad.any() and not sys.modules.get("triton") and not torch.cuda.is_initialized()
+check(attg_loss.attg_loss)
+assert not sys.modules.get("triton") and not torch.cuda.is_initialized()
 """
     Path(tmp_path, "attg_loss.py").write_bytes(Path(kernel.__file__).read_bytes())
     for first in ("", "import sys; sys.modules['triton'] = None"):
         done = subprocess.run(
-            [sys.executable, "-c", first + code],
+            [sys.executable, "-c", first + KNOWN + code],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -298,16 +331,17 @@ import importlib, torch, kernels
 import attg_loss as B
 A = importlib.import_module("kernels.attg_loss")
 for K in (A, B, A):
-    pred = torch.ones(1, 4, 12, requires_grad=True)
-    K.attg_loss(pred, torch.rand(1, 3, 4, 4), patch_size=2, impl="triton").backward()
-    assert pred.grad.any()
+    check(K.attg_loss, impl="triton")
 assert A._op is not B._op and A._op._qualname != B._op._qualname
 """
     Path(tmp_path, "attg_loss.py").write_bytes(Path(kernel.__file__).read_bytes())
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     if DEVICE == "cpu":
         done = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True
+            [sys.executable, "-c", KNOWN + code],
+            env=env,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
 

@@ -479,26 +479,47 @@ def test_loss_overflows_as_fp32_does(impl):
     assert run(large, target[:2], impl=impl)[0] == math.inf
 
 
+@pytest.mark.parametrize("L", [9, 600])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_loss_knows_the_whole_map(impl):
-    """NaN in a patch that is not in the loss makes every weight of its image NaN."""
-    attn, mask = rand(2, 9), torch.ones(2, 9)
-    attn[0, 4], mask[0, 4] = math.nan, 0
-    pred, target = randn(2, 9, 12), randn(2, 9, 12, seed=1)
-    rows, _ = run(pred, target, mask, attn, rand(2, 9), impl=impl, reduction="none")
-    assert rows[0].isnan().tolist() == mask[0].bool().tolist()
-    assert rows[1].isfinite().all()
+def test_loss_knows_the_whole_map(impl, L):
+    """NaN in a patch that is not in the loss makes every weight of its image NaN.
+
+    Of the loss and of the gradient, wherever it stands; not of other images. The kernel
+    reads a map of 600 in two pieces.
+    """
+    pred, target = randn(2, L, 4), randn(2, L, 4, seed=1)
+    for place in (0, 4, L // 2 + 1, L - 1):
+        attn, mask = rand(2, L), torch.ones(2, L)
+        attn[0, place], mask[:, place] = math.nan, 0
+        options = {"impl": impl, "reduction": "none"}
+        rows, grad = run(pred, target, mask, attn, rand(2, L) + 1, **options)
+        assert rows[0].isnan().tolist() == mask[0].bool().tolist()
+        assert grad[0].isnan().all(1).tolist() == mask[0].bool().tolist()
+        assert rows[1].isfinite().all() and rows[1].count_nonzero() == L - 1
+        assert grad[1].isfinite().all()
+        assert not rows[:, place].any() and not grad[:, place].any()
+        options |= {"reduction": "mean"}
+        assert run(pred, target, mask, attn, **options)[0].isnan()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_loss_edges(impl):
     pred, target, mask = randn(2, 4, 12), randn(2, 4, 12, seed=1), torch.ones(2, 4)
-    # A map that is not finite makes a loss that is not
-    for bad in (math.inf, -math.inf, math.nan):
+    # A map that is not finite makes a loss that is not: where M_norm has no value. Below
+    # an infinite maximum it is 0.
+    everywhere = [True] * 4
+    for bad, spoilt in (
+        (math.inf, [False, False, True, False]),
+        (-math.inf, everywhere),
+        (math.nan, everywhere),
+    ):
         attn = rand(2, 4)
+        want = oracle(pred, target, mask, attn)[0]
+        want[0] = oracle(pred, target, mask)[0][0]  # weight 1
         attn[0, 2] = bad
         rows = run(pred, target, mask, attn, rand(2, 4), reduction="none", impl=impl)[0]
-        assert rows[0].isnan().any() and rows[1].isfinite().all()
+        assert rows[0].isnan().tolist() == spoilt
+        assert close(rows[~rows.isnan()], want[~rows.isnan()], 5e-6)
     for shape in ((0, 4, 12), (0, 3, 4, 4)):
         loss, grad = run(
             pred[:0], torch.zeros(shape), mask[:0], rand(0, 4), impl=impl, patch_size=2

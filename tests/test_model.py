@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import timm.models.vision_transformer as timm_vit
 import torch
 from torch import nn
 
@@ -123,6 +122,7 @@ def test_position_tables(grid):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name):
+    timm_vit = pytest.importorskip("timm.models.vision_transformer")
     p, size, width, depth, heads, dw, dd, dh, published = PRESETS[name]
     with torch.device("meta"):
         model = attg_mae.build_model(attg_mae.Config(model=name))

@@ -13,6 +13,8 @@ from tests.helpers import ROOT
 RESULTS = ROOT / "results"
 README = (ROOT / "README.md").read_text()
 STUDIES = sorted(path.parent for path in RESULTS.glob("study/*/table.md"))
+# Of which the README and docs/study.md tell.
+assert {"imagenette64", "toy"} <= {path.name for path in STUDIES}
 
 
 @pytest.mark.parametrize("folder", STUDIES, ids=[path.name for path in STUDIES])

@@ -1,0 +1,44 @@
+"""
+Deviations over seeds, of few shots: those of samples.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import attg_mae
+import eval_knn
+import eval_linear
+from common.data import shot_indices
+from tests.helpers import blobs, save_features
+
+# Of these the sample deviation is sqrt(7 / 3), that of a population sqrt(14 / 9).
+SEEDS = [1.0, 2.0, 4.0]
+
+
+def test_deviations_are_those_of_samples():
+    tops = torch.tensor([[x, 10 * x] for x in SEEDS], dtype=torch.float64)
+    knn = eval_knn.mean_and_spread(tops)
+    assert knn == pytest.approx({"top-1": 7 / 3, "+-": (7 / 3) ** 0.5, "top-5": 70 / 3})
+    assert eval_knn.mean_and_spread(tops[:1])["+-"] == 0
+    runs = [{"results": {"t": [x, 10 * x]}, "lr": 0.1} for x in SEEDS]
+    linear = eval_linear.summary(runs, "t", True)
+    assert linear.pop("lr") == "0.1 0.1 0.1"
+    assert linear == pytest.approx(knn)
+    assert eval_linear.summary(runs[:1], "t", True)["+-"] == 0
+    assert "+-" not in eval_linear.summary(runs, "t", False)
+
+
+def test_deviations_in_the_rows_are_over_the_seeds(tmp_path):
+    """eval_knn.py --shots: calculated anew from one run of each seed."""
+    (x, labels), (queries, truth) = blobs(90, 3), blobs(60, 3, seed=7)
+    tops = []
+    for seed in range(3):
+        chosen = shot_indices(labels, 2, seed)
+        guess = attg_mae.knn_classify(x[chosen], labels[chosen], queries, k=5)[:, 0]
+        tops.append(100 * (guess == truth).double().mean().item())
+    file = str(tmp_path / "features.pt")
+    save_features(file, x, labels, queries, truth)
+    rows = eval_knn.main(["--features", file, "--seeds", "3", "--shots", "2"])
+    assert rows[0]["top-1"] == pytest.approx(np.mean(tops))
+    assert rows[0]["+-"] == pytest.approx(np.std(tops, ddof=1)) and rows[0]["+-"] > 1
