@@ -1019,8 +1019,8 @@ def attg_loss(
     target      patches (B, L, P), or images (B, C, H, W) with `patch_size`; float, or
                 uint8, which is read as value / 255.
     mask        (B, L) bool or 0/1, 1 = removed = enters the loss; None = every patch.
-                What stands in the other patches, NaN included, changes neither loss
-                nor gradient.
+                What pred and target hold in the other patches, NaN included, changes
+                neither loss nor gradient; a map counts as a whole where it is normalised.
     attn        (B, L) attention map M; None = weight 1, the loss of MAE. -inf with
                 normalize_attn=False is weight 0.
     tau         temperature > 0: a float, or a 0-d tensor, whose value is not checked
