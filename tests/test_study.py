@@ -134,7 +134,7 @@ def test_a_stopped_study_goes_on(pictures, ask, monkeypatch, tmp_path, capsys):
     data, out, results = (pictures / name for name in ("data", "out", "results"))
     flags = f"--data {data} --maps exact={pictures}/exact.npy --arms none exact "
     flags += f"--seeds 0 1 --jobs 2 --evaluate knn --out {out} --results {results} "
-    flags += "-- --epochs 2 --batch_size 32 --knn_every 1"
+    flags += "-- --epochs 2 --batch_size 32 --knn_every 1 --width 32 --depth 1"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "study.py", *flags.split()]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
