@@ -17,7 +17,6 @@ import scipy.linalg
 import scipy.ndimage
 import torch
 import torchvision
-import transformers as hf
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -39,6 +38,7 @@ from tests.helpers import (
     randn,
     shake,
     train,
+    transformers,
     write,
 )
 
@@ -136,6 +136,7 @@ def cut_args(**changed):
 
 @pytest.mark.parametrize("size", [32, 48])
 def test_dino_maps_equal_hugging_face(size, tmp_path):
+    hf = transformers()
     kw = dict(
         hidden_size=384,
         num_hidden_layers=2,

@@ -34,6 +34,7 @@ from tests.helpers import (
     randn,
     shake,
     some_truth,
+    transformers,
     write,
 )
 
@@ -231,6 +232,7 @@ def shrunk_by_hugging_face(model, path, longest):
 @pytest.mark.parametrize("flags", [[], ["--img_size", "64"]])
 def test_retrieval_features_equal_hugging_face(flags, tmp_path):
     """Aspect ratio kept, queries whole, positions resized to the grid of each image."""
+    transformers()
     settings = SMALL | {"img_size": 48, "patch_size": 8, "depth": 2}
     model = shake(attg_mae.build_model(attg_mae.Config(**settings)), 0.1)
     file = tmp_path / "encoder.pt"

@@ -8,11 +8,18 @@ from dataclasses import asdict
 
 import pytest
 import torch
-import transformers as hf
 
 import attg_mae
 from common.export import to_hugging_face
-from tests.helpers import close, encoder_only, rand, randn, shake, timm_model
+from tests.helpers import (
+    close,
+    encoder_only,
+    rand,
+    randn,
+    shake,
+    timm_model,
+    transformers,
+)
 
 
 def saved(path, keep=lambda state: state, **settings):
@@ -26,6 +33,7 @@ def saved(path, keep=lambda state: state, **settings):
 
 @pytest.mark.parametrize("size", [32, (16, 40)])
 def test_encoder_is_a_vit_model(size, tmp_path):
+    hf = transformers()
     model, path = saved(tmp_path / "encoder.pt", encoder_only, img_size=size)
     imgs = randn(3, 3, *model.cfg.size)
     want = model.forward_features(imgs)
@@ -45,6 +53,7 @@ def test_encoder_is_a_vit_model(size, tmp_path):
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_whole_model_is_a_vit_mae(norm_pix, tmp_path):
+    hf = transformers()
     settings = {"img_size": 16, "mask_ratio": 0.6, "norm_pix": norm_pix}
     model, path = saved(tmp_path / "last.pt", **settings)
     imgs, order = randn(4, 3, 16, 16), rand(4, 16)

@@ -137,6 +137,7 @@ def test_loss_dropped_into_hugging_face(norm_pix):
 def test_loss_dropped_into_lightly(monkeypatch):
     # It asks its server otherwise
     monkeypatch.setenv("LIGHTLY_DID_VERSION_CHECK", "True")
+    pytest.importorskip("lightly")
     from lightly.models import utils
     from lightly.models.modules import MaskedVisionTransformerTIMM
 

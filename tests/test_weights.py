@@ -11,11 +11,19 @@ from dataclasses import asdict
 
 import pytest
 import torch
-import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import attg_mae
-from tests.helpers import Evil, close, encoder_only, hf_model, randn, shake, timm_model
+from tests.helpers import (
+    Evil,
+    close,
+    encoder_only,
+    hf_model,
+    randn,
+    shake,
+    timm_model,
+    transformers,
+)
 
 
 def layouts():
@@ -189,6 +197,7 @@ def test_load_encoder_at_another_size():
 
 
 def test_learned_positions_are_resized_as_by_hugging_face():
+    hf = transformers()
     kw = dict(
         hidden_size=64,
         num_hidden_layers=1,
