@@ -68,7 +68,7 @@ from common.maps import (
     save_maps,
     true_masks,
 )
-from common.run import default_workers, only_run, processes, wait
+from common.run import add_timeout, default_workers, only_run, processes, wait
 from kernels import normalize_map
 
 # -- The methods: TokenCut -------------------------------------------------------------
@@ -866,6 +866,7 @@ def command_line():
     text = "pictures in a block of work [%(default)s]"
     flag("--batch_size", type=int, default=64, help=text)
     flag("--device", help="cuda, mps or cpu [the first there is]")
+    add_timeout(flag)
     text = "loader processes of each process [CPU 0, GPU up to 16]"
     flag("--workers", type=int, help=text)
     text = "write a sheet of N pictures beside the map file"
@@ -1066,7 +1067,7 @@ def main(argv=None, data=None):
     args = arguments(argv)
     pictures = own_or_named(data, args.data)
     view = {"classes": args.classes, "max_pixels": args.max_pixels}
-    with processes(args.device) as (device, rank, world):
+    with processes(args.device, args.timeout) as (device, rank, world):
         dataset = open_data(pictures, "train", **view)
         with only_run(f"{args.out}.lock", f"--out {args.out}", rank, world):
             settings = make_maps(args, dataset, device, rank, world)

@@ -18,6 +18,7 @@ from common.data import (
     TrainBatches,
     generator_for,
     make_loader,
+    most_unreadable,
     open_data,
     own_or_named,
 )
@@ -338,7 +339,7 @@ class Run:
         counts = [len(self.signals), len(self.feed.unreadable)]
         signals, unreadable = total_over_processes(counts, self.device, self.world)
         require(
-            unreadable <= len(self.train_set) / 100,
+            unreadable <= most_unreadable(len(self.train_set)),
             f"--data {self.cfg.data}: over 1 % unreadable, {unreadable:.0f} so far",
         )
         refuse_not_finite(rows, done, self.batches, self.precision, self.log)

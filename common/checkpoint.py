@@ -8,9 +8,10 @@ not at all.
 
 Nothing but tensors and plain types is read, and nothing of a file is run. torch.load does
 not notice bits that have changed on a disk or on the way. So these files carry the crc32
-of each tensor, and one of all else, as a part of their own; of other people's the
-checksums of the zip archive are compared, which every file of torch.save since PyTorch
-1.6 has.
+of each tensor, and one of all else, as a part of their own. Of other people's files the
+checksums of the zip archive are compared, and all weights must be finite. In files that
+are no archives, safetensors and those of torch.save before PyTorch 1.6, and in archives
+whose checksums were written anew, a change to another finite weight cannot be seen.
 """
 
 import argparse
@@ -102,11 +103,24 @@ def load_checkpoint(path):
     require(path.exists(), f"{path}: there is no such file")
     require(not path.is_dir(), f"{path}: a folder; name a file in it, such as last.pt")
     if path.suffix == ".safetensors":
-        return load_safetensors(path)
+        loaded = load_safetensors(path)
+    else:
+        loaded = load_torch(path)
+    kind = type(loaded).__name__
+    require(isinstance(loaded, dict), f"{path}: no checkpoint, it holds a {kind}")
+    try:
+        refuse_changed(path, loaded)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from error
+    return loaded
+
+
+def load_torch(path):
+    """What torch.save wrote."""
     try:
         # facebookresearch/mae's training files hold a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         reason = f"damaged, or no file of weights ({type(error).__name__})"
         # PyTorch's own words advise to switch the check off.
@@ -117,13 +131,6 @@ def load_checkpoint(path):
                 "nothing of it was run"
             )
         raise ValueError(f"{path}: {reason}") from error
-    kind = type(loaded).__name__
-    require(isinstance(loaded, dict), f"{path}: no checkpoint, it holds a {kind}")
-    try:
-        refuse_changed(path, loaded)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged: {error}") from error
-    return loaded
 
 
 def load_safetensors(path):
@@ -154,13 +161,12 @@ def refuse_changed(path, loaded):
             names = dict(written) if isinstance(written, dict) else {}
             changed = [name for name in found if names.get(name) != found[name]]
             raise ValueError(f"{changed[:3]} changed since they were written")
-    elif zipfile.is_zipfile(path):
+        return
+    if zipfile.is_zipfile(path):
         refuse_changed_archive(path)
-    else:
-        # Older files have no checksums at all.
-        for name, value in leaves(loaded):
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                require(value.isfinite().all(), f"{name} is not finite")
+    for name, value in leaves(loaded):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            require(value.isfinite().all(), f"{name} is not finite")
 
 
 def refuse_hollow(name, x):

@@ -1038,17 +1038,22 @@ def open_labelled(name, tests, size, augment=False, seed=0, classes=None, **opti
     return train_set, test_sets
 
 
-def refuse_unreadable(dataset):
-    """ValueError if more than 1 % of a data set turned out to be unreadable.
+def most_unreadable(number):
+    """So many of a number of pictures may be unreadable: 1 %, and a single one always."""
+    return max(1, number / 100)
 
-    A single picture is never too much. All processes come here at once.
+
+def refuse_unreadable(dataset):
+    """ValueError if too much of a data set turned out to be unreadable.
+
+    All processes come here at once.
     """
     rows = dataset.unreadable.nonzero().flatten().tolist()
     if torch.distributed.is_initialized():
         parts = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, rows)
         rows = sorted(set().union(*parts))
-    if len(rows) > max(1, len(dataset) / 100):
+    if len(rows) > most_unreadable(len(dataset)):
         raise ValueError(
             f"--data: {len(rows)} of {len(dataset)} pictures are unreadable, over 1 %; "
             f"mend or remove them, the first is {dataset.path(rows[0])}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.commandline import check_numbers, say
 from common.data import MAX_PIXELS, own_or_named, shot_indices
 from common.files import report, require
-from common.run import default_workers, only_run, processes
+from common.run import add_timeout, default_workers, only_run, processes
 
 # -- Flags -----------------------------------------------------------------------------
 
@@ -79,6 +79,7 @@ def add_running(flag, beside):
     text = "loader processes of each process [CPU 0, GPU up to 16]"
     flag("--workers", type=int, help=text)
     flag("--device", help="cuda, mps or cpu [the first there is]")
+    add_timeout(flag)
     flag(
         "--out",
         help="file that the results are added to [named after the program, beside "
@@ -147,7 +148,7 @@ def evaluate(program, args, protocol, data=None):
     began = time.perf_counter()
     source = Path(getattr(args, "features", None) or args.checkpoint)
     out = Path(args.out or source.parent / f"{program}.jsonl")
-    with processes(args.device) as place:
+    with processes(args.device, args.timeout) as place:
         device, rank, world = place
         if rank == 0:
             try_outputs(out, args)

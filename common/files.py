@@ -80,7 +80,9 @@ def locked(path, what, patience=0):
         yield
     finally:
         # While it is held: whoever waits sees that the file is gone, and makes another.
-        path.unlink(missing_ok=True)
+        # Windows removes no file that is open, and there none is held.
+        with contextlib.suppress(OSError):
+            path.unlink()
         file.close()
         if made:
             # Nothing was written.

@@ -25,9 +25,18 @@ from common.files import locked, replacing, require
 
 # -- Processes and signals -------------------------------------------------------------
 
+# Minutes.
+TIMEOUT = 30
+
+
+def add_timeout(flag):
+    """flag: add_argument of a parser."""
+    text = "minutes after which a silent process is given up [%(default)s]"
+    flag("--timeout", type=float, default=TIMEOUT, help=text)
+
 
 @contextlib.contextmanager
-def processes(name, timeout=30):
+def processes(name, timeout=TIMEOUT):
     """(device, rank, world): the named device or the best there is.
 
     Under torchrun the group of processes exists for as long as the block runs. If one of
@@ -52,21 +61,37 @@ def processes(name, timeout=30):
         if device.index is None:
             device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    members = [None] * world
+    members = []
     if world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
-        dist.all_gather_object(members, (socket.gethostname(), os.getpid()))
+        members = gather_processes(device, world, timeout)
     try:
         yield device, rank, max(1, world)
     except RuntimeError as error:
-        if world == 1 or not re.search("gloo|nccl|peer", str(error), re.I):
+        # gloo also says "Application timeout caused pair closure".
+        of_group = re.search("gloo|nccl|peer|pair closure", str(error), re.I)
+        if world == 1 or not of_group:
             raise
         words = f"{lost_process(members)}, so rank {rank} ends as well"
         raise ConnectionError(words) from error
     # Not after an error: it would wait for the other processes, which torchrun ends.
     if world > 1:
         dist.destroy_process_group()
+
+
+def gather_processes(device, world, timeout):
+    """Makes the group of processes. Returns (host, pid) of each, by rank."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    members = [None] * world
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout))
+        dist.all_gather_object(members, (socket.gethostname(), os.getpid()))
+    except RuntimeError as error:
+        words = str(error).partition("\n")[0]
+        raise ConnectionError(
+            f"--timeout {timeout:g}: so many minutes were not enough for all {world} "
+            f"processes to come together ({words})"
+        ) from error
+    return members
 
 
 def lost_process(members):

@@ -95,7 +95,7 @@ def take_fraction(train_set, fraction, seed):
 # -- Training --------------------------------------------------------------------------
 
 # Settings in which a continued run may differ from the one that wrote the file.
-FREE = ("checkpoint", "device", "workers", "out", "save", "val")
+FREE = ("checkpoint", "device", "workers", "out", "save", "val", "timeout")
 
 
 def fit(

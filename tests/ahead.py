@@ -1,12 +1,12 @@
 """
 Compiles the kernels for GPUs that need not be there, and tells what became of them.
 
-    python -m tests.ahead        # in a process without TRITON_INTERPRET; prints JSON
+    python -m tests.ahead sm_90     # in a process without TRITON_INTERPRET; prints JSON
 
-Prints [{target: [launch, ...]}, {target: a launch that is far too large}, whether images
-are read in register groups]. A launch is a dictionary: case, kernel, spills (bytes on
-NVIDIA, registers on AMD), barriers, and on NVIDIA loads, {bytes that a thread loads at
-once: how often in the code}.
+Prints [[launch, ...], a launch that is far too large or null, whether images are read in
+register groups], or null for a target that this Triton cannot compile for. A launch is a
+dictionary: case, kernel, spills (bytes on NVIDIA, registers on AMD), barriers, and on
+NVIDIA loads, {bytes that a thread loads at once: how often in the code}.
 """
 
 import importlib
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 
 import torch
@@ -143,7 +144,10 @@ def predictions(L, P, dtype=torch.float32):
     return empty(2, L + 1, P, dtype=dtype, grad=True)[:, 1:]
 
 
-def main():
+def main(target):
+    if target not in TARGETS:
+        print("null")
+        return
     # The launches are only taken down, so that tensors on the CPU do.
     kernel._obstacle = lambda device: ""
     kernel._triton()
@@ -160,24 +164,23 @@ def main():
         "small": (predictions(3136, 48, fp16), imgs.to(torch.uint8), 4),
         "largest": (predictions(9, 12288), empty(2, 3, 192, 192), 64),
     }
-    found = {target: [] for target in TARGETS}
+    found = []
     for case, arguments in cases.items():
-        launches.clear()
-        launch(*arguments)
-        for target, each in found.items():
-            if target != "sm_80" or case in ("images", "patches"):
-                each += [facts(target, case, *recorded) for recorded in launches]
+        if target != "sm_80" or case in ("images", "patches"):
+            launches.clear()
+            launch(*arguments)
+            found += [facts(target, case, *recorded) for recorded in launches]
 
     # A thread has 255 registers on NVIDIA, 512 on AMD.
-    oversized = {}
-    for target, values in (("sm_90", 2**13), ("gfx942", 2**15)):
-        if target in TARGETS:
-            launches.clear()
-            kernel.WARP = values
-            launch(*cases["images"])
-            oversized[target] = facts(target, "oversized", *launches[0])
+    too_many = {"sm_90": 2**13, "gfx942": 2**15}
+    oversized = None
+    if target in too_many:
+        launches.clear()
+        kernel.WARP = too_many[target]
+        launch(*cases["images"])
+        oversized = facts(target, "oversized", *launches[0])
     print(json.dumps([found, oversized, not OLD]))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

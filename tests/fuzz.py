@@ -13,6 +13,7 @@ those of the same room. `pytest --fuzz N` tries N of each kind.
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import struct
@@ -294,7 +295,8 @@ def change_moment(optimizer, rng):
     number = rng.choice(list(states))
     key = rng.choice(list(states[number]))
     x = states[number][key]
-    kind = rng.choice(("short", "long", "type", "number", "hollow", "none", "more"))
+    kinds = ("short", "long", "type", "number", "hollow", "nan", "none", "more")
+    kind = rng.choice(kinds)
     if kind == "short":
         states[number][key] = x.flatten()[:1].clone()[:0]
     elif kind == "long":
@@ -305,6 +307,8 @@ def change_moment(optimizer, rng):
         states[number][key] = rng.choice(VALUES[:8])
     elif kind == "hollow":
         states[number][key] = torch.zeros(()).expand(2, *x.shape)
+    elif kind == "nan":
+        x.view(-1)[-1] = math.nan
     elif kind == "none":
         del states[number][key]
     else:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import attg_mae
 import bench
+import benchmarks.kernel
 from benchmarks import data, gpu, gpu_checks, gpu_items, gpu_report, measure, step
 from common.data import open_data
 from tests.helpers import DEVICE, kernel, needs_gpu
@@ -42,7 +43,10 @@ def bench_rows(tmp_path, name, flags):
 # -- The loss --------------------------------------------------------------------------
 
 
-def test_bench_kernel(tmp_path, capsys):
+def test_bench_kernel(tmp_path, capsys, monkeypatch):
+    # Inductor, which compiles in C++, takes 20 s for it.
+    quick = partial(benchmarks.kernel.available_losses, backend="aot_eager")
+    monkeypatch.setattr(benchmarks.kernel, "available_losses", quick)
     names = {"eager", "compile"} if COMPILER else {"eager"}
     flags = ["--shapes", "patch 8", *"--dtypes float32 --size 16 --batches 3".split()]
     bench.main(

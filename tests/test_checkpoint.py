@@ -4,8 +4,10 @@ two runs at once.
 """
 
 import contextlib
+import functools
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -168,19 +170,33 @@ def test_a_small_file_of_large_tensors_and_endless_lists(small, tmp_path):
             attg_mae.load_encoder(path)
 
 
-def test_old_files_must_be_finite(small, tmp_path):
-    """Those from before PyTorch 1.6, which have no checksums."""
+@pytest.mark.parametrize("kind", ["archive", "old", "safetensors"])
+def test_weights_of_others_must_be_finite(kind, small, tmp_path):
+    """An old file, from before PyTorch 1.6, and safetensors have no checksums at all."""
     state = torch.load(io.BytesIO(small[1]), weights_only=True)["model"]
-    for bad in (False, True):
-        if bad:
-            state["blocks.0.norm1.bias"][3] = float("inf")
-        file = tmp_path / "a.pth"
-        torch.save(state, file, _use_new_zipfile_serialization=False)
-        if not bad:
-            attg_mae.load_encoder(file, heads=2)
-            continue
-        with pytest.raises(ValueError, match="norm1.bias'] is not finite"):
-            attg_mae.load_encoder(file, heads=2)
+    file = tmp_path / "a.pth"
+    if kind == "safetensors":
+        file = file.with_suffix(".safetensors")
+        save = pytest.importorskip("safetensors.torch").save_file
+    else:
+        new = kind == "archive"
+        save = functools.partial(torch.save, _use_new_zipfile_serialization=new)
+    save(state, file)
+    attg_mae.load_encoder(file, heads=2)
+    state["blocks.0.norm1.bias"][3] = float("inf")
+    save(state, file)
+    with pytest.raises(ValueError, match="norm1.bias'] is not finite"):
+        attg_mae.load_encoder(file, heads=2)
+
+
+def test_moments_of_others_must_be_finite(small, tmp_path):
+    cfg, content = small
+    parts = torch.load(io.BytesIO(content), weights_only=True)
+    del parts["checksums"]
+    parts["optimizer"]["state"][3]["exp_avg_sq"].view(-1)[0] = math.nan
+    torch.save(parts, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"\[3\]\['exp_avg_sq'\] is not finite"):
+        resumed(tmp_path / "a.pt", cfg)
 
 
 # -- One run at a time -----------------------------------------------------------------

@@ -1178,6 +1178,22 @@ def test_one_unreadable_picture_is_never_too_much(tmp_path, capsys):
     assert capsys.readouterr().err.count(f"{first} (") == 2
 
 
+@pytest.mark.parametrize("bad", [1, 2])
+def test_training_goes_on_without_one_picture_of_a_few(bad, tmp_path):
+    for i in range(5):
+        write(tmp_path / f"{i}.png", noise(9, 9, i))
+    for i in range(bad):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    settings = {"data": str(tmp_path), "guidance": "none", "epochs": 1, "batch_size": 5}
+    settings |= {"save_every": 1, "device": "cpu", "out": str(tmp_path / "out")}
+    cfg = attg_mae.Config(**TINY | settings)
+    if bad == 1:
+        assert attg_mae.train(cfg)["step"] == 1
+        return
+    with pytest.raises(ValueError, match="over 1 % unreadable, 2 so far"):
+        attg_mae.train(cfg)
+
+
 def test_labels_of_pictures_that_cannot_be_read(capsys):
     class Damaged(Own):
         def __getitem__(self, i):

@@ -13,8 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy.linalg
-import scipy.ndimage
 import torch
 import torchvision
 from PIL import Image
@@ -45,6 +43,7 @@ from tests.helpers import (
 
 @pytest.mark.parametrize("family", list(graphs()))
 def test_tokencut_equals_scipy(family):
+    linalg = pytest.importorskip("scipy.linalg")
     features = graphs()[family].contiguous()
     got = object_discovery.tokencut(features)
     assert got.dtype == torch.float32 and got.shape == features.shape[:2]
@@ -53,7 +52,7 @@ def test_tokencut_equals_scipy(family):
         A_ = np.where((x @ x.T).numpy() > 0.2, 1.0, 1e-5)
         A_ = np.maximum(A_, A_.T)
         d = A_.sum(1)
-        values, vectors = scipy.linalg.eigh(np.diag(d) - A_, np.diag(d))
+        values, vectors = linalg.eigh(np.diag(d) - A_, np.diag(d))
         want = vectors[:, 1] * np.sign(vectors[np.abs(vectors[:, 1]).argmax(), 1])
         value = y @ (d * y - A_ @ y) / (y @ (d * y))
         assert abs(value - values[1]) <= 1e-6
@@ -253,6 +252,8 @@ def cut_by_the_book(x, grid, objects=1, sign="max", binary=False, parts=None):
 
     parts: a list that receives what each cut has found, (h, w).
     """
+    linalg = pytest.importorskip("scipy.linalg")
+    ndimage = pytest.importorskip("scipy.ndimage")
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     left = np.full(len(x), True)
     joined = np.zeros(grid)
@@ -260,7 +261,7 @@ def cut_by_the_book(x, grid, objects=1, sign="max", binary=False, parts=None):
         kept = np.where(left[:, None], x, 0)
         A = np.where(kept @ kept.T > 0.2, 1.0, 1e-5)
         D = np.diag(A.sum(1))
-        y = scipy.linalg.eigh(D - A, D)[1][:, 1]
+        y = linalg.eigh(D - A, D)[1][:, 1]
         y = y * np.sign(y[left][np.abs(y[left]).argmax()])
         if binary:
             y = np.where(y > y[left].mean(), 1.0, 0.0)
@@ -273,7 +274,7 @@ def cut_by_the_book(x, grid, objects=1, sign="max", binary=False, parts=None):
             if m[there & ~inside].mean() > m[there & inside].mean():
                 m = np.where(there, 1 - m, 0)
         joined = np.maximum(joined, m)
-        regions, _ = scipy.ndimage.label(m > m[left.reshape(grid)].mean())
+        regions, _ = ndimage.label(m > m[left.reshape(grid)].mean())
         found = regions == regions.flat[m.argmax()]
         if parts is not None:
             parts.append(found)

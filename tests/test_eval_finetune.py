@@ -8,9 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import timm
-import timm.models.vision_transformer as timm_vit
-import timm.optim
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -21,6 +18,7 @@ from tests.helpers import SMALL, close, rand, randn
 
 
 def classifier_and_timm(drop_path=0.0):
+    timm_vit = pytest.importorskip("timm.models.vision_transformer")
     encoder = attg_mae.build_model(attg_mae.Config(**SMALL | {"depth": 3})).eval()
     with torch.no_grad():
         for p in encoder.parameters():
@@ -70,7 +68,7 @@ def test_layer_groups_equal_timm():
         for g in eval_finetune.layer_groups(ours, 0.05, 0.65)
         for p in g["params"]
     }
-    groups = timm.optim.param_groups_layer_decay(
+    groups = pytest.importorskip("timm.optim").param_groups_layer_decay(
         peer, 0.05, peer.no_weight_decay(), layer_decay=0.65
     )
     want = {

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
 import attg_mae
@@ -43,6 +42,7 @@ from tests.helpers import (
     ("classes", "n", "tests"), [(1, 9, 4), (3, 60, 33), (1000, 3000, 50)]
 )
 def test_accuracy_equals_scikit_learn(classes, n, tests):
+    neighbors = pytest.importorskip("sklearn.neighbors")
     labels = torch.arange(n) % classes
     train = randn(classes, 12)[labels] + randn(n, 12, seed=1)
     truth = torch.randint(classes, (tests,))
@@ -52,7 +52,7 @@ def test_accuracy_equals_scikit_learn(classes, n, tests):
         metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
     )
     for k, (one, five) in zip((1, 10), got.tolist(), strict=True):
-        knn = KNeighborsClassifier(min(k, n), **setup)
+        knn = neighbors.KNeighborsClassifier(min(k, n), **setup)
         votes = knn.fit(train.double().numpy(), labels.numpy()).predict_proba(
             test.double().numpy()
         )

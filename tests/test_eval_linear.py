@@ -12,10 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sklearn.linear_model
-import sklearn.preprocessing
-import timm
-import timm.optim
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -72,6 +68,8 @@ def test_probe_reaches_scikit_learn(n, classes, spread):
     """Within half a point of logistic regression, whose strength is chosen by held-out
     images as well.
     """
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
     (x, y) = blobs(n, classes, spread=spread)
     test = blobs(6000, classes, spread=spread, seed=5)
     epochs = 100 if n < 10_000 else 20
@@ -79,8 +77,8 @@ def test_probe_reaches_scikit_learn(n, classes, spread):
         x, y, {"a": test, "b": (test[0][:50], test[1][:50])}, epochs=epochs
     )
     a, b = got["results"]["a"], got["results"]["b"]
-    scaler = sklearn.preprocessing.StandardScaler().fit(x)
-    fit = sklearn.linear_model.LogisticRegressionCV(
+    scaler = preprocessing.StandardScaler().fit(x)
+    fit = linear_model.LogisticRegressionCV(
         Cs=[0.01, 0.1, 1.0, 10.0],
         cv=5,
         max_iter=2000,
@@ -155,6 +153,8 @@ def test_probe_at_the_limits():
 
 
 def test_lars_equals_timm():
+    optim = pytest.importorskip("timm.optim")
+
     def matrices():
         return [
             nn.Parameter(p)
@@ -170,7 +170,7 @@ def test_lars_equals_timm():
     ours, theirs, wrong = matrices(), matrices(), matrices()
     optimizers = [
         eval_linear.LARS(ours, lr=0.4, weight_decay=0.01),
-        timm.optim.Lars(
+        optim.Lars(
             [
                 {"params": theirs[:3], "weight_decay": 0.01, "always_adapt": True},
                 {"params": theirs[3:]},
@@ -178,7 +178,7 @@ def test_lars_equals_timm():
             lr=0.4,
             momentum=0.9,
         ),
-        timm.optim.Lars(wrong, lr=0.4, momentum=0.9, weight_decay=0.01),
+        optim.Lars(wrong, lr=0.4, momentum=0.9, weight_decay=0.01),
     ]
     for step in range(6):
         for parameters in (ours, theirs, wrong):
@@ -199,6 +199,7 @@ def test_lars_equals_timm():
 @pytest.mark.parametrize("fault", [None, "momentum", "bias"])
 def test_lars_equals_timm_without_decay(fault):
     """As MAE's probe has it: exactly."""
+    optim = pytest.importorskip("timm.optim")
     head, peer = nn.Linear(8, 5), nn.Linear(8, 5)
     peer.load_state_dict(head.state_dict())
     groups = [
@@ -206,9 +207,7 @@ def test_lars_equals_timm_without_decay(fault):
         {"params": [peer.bias], "always_adapt": fault == "bias"},
     ]
     ours = eval_linear.LARS(head.parameters(), lr=6.4)
-    theirs = timm.optim.Lars(
-        groups, lr=6.4, momentum=0.0 if fault == "momentum" else 0.9
-    )
+    theirs = optim.Lars(groups, lr=6.4, momentum=0.0 if fault == "momentum" else 0.9)
     for step in range(20):
         x, y = randn(32, 8, seed=step), torch.randint(5, (32,))
         for model, optimizer in ((head, ours), (peer, theirs)):
@@ -289,6 +288,8 @@ def test_eval_linear_of_a_data_set(encoder, labelled, tmp_path, capsys, monkeypa
     grid = report["settings"]["held_out"]["class_token, linear, seed 1"]
     assert len(grid) == 10 and rows[0]["lr"] == max(grid, key=grid.get)
     assert len(report["settings"]["sha256"]) == 64
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
     model = attg_mae.load_encoder(encoder)
     sets = [open_data(labelled["data"], s, 32) for s in ("train", "test")]
     train, test = (
@@ -296,10 +297,8 @@ def test_eval_linear_of_a_data_set(encoder, labelled, tmp_path, capsys, monkeypa
         + [s.labels]
         for s in sets
     )
-    scaler = sklearn.preprocessing.StandardScaler().fit(train[1])
-    fit = sklearn.linear_model.LogisticRegression().fit(
-        scaler.transform(train[1]), train[2]
-    )
+    scaler = preprocessing.StandardScaler().fit(train[1])
+    fit = linear_model.LogisticRegression().fit(scaler.transform(train[1]), train[2])
     want = 100 * (fit.predict(scaler.transform(test[1])) == test[2].numpy()).mean()
     assert rows[2]["top-1"] == pytest.approx(want, abs=14)  # 2 of 15 images
     assert all(r["top-5"] == 100 for r in rows)  # 3 classes

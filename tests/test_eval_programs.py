@@ -20,9 +20,11 @@ import attg_mae
 import eval_finetune
 import eval_knn
 import eval_linear
+import object_discovery
 from common.commandline import end
 from common.data import open_data
 from common.evaluation import check_shots
+from tests.fuzz import within
 from tests.helpers import ROOT, SMALL
 from tests.processes import Process
 
@@ -89,8 +91,28 @@ def test_ctrl_c_in_a_run(ask, encoder, labelled, tmp_path):
     code, out, err = run.wait()
     assert code == 130 and "Traceback" not in out + err
     assert err.endswith("eval_finetune.py: interrupted\n")
-    assert torch.load(tmp_path / "w.pt")["step"] > 0
+    steps = torch.load(tmp_path / "w.pt")["step"]
+    assert steps > 0 and steps % (len(open_data(labelled["data"])) // 8) == 0
     assert not (tmp_path / "out.jsonl").exists()
+
+
+MAINS = {program.__name__: [program.main, "none.pt"] for program in PROGRAMS}
+MAINS |= {"object_discovery": [object_discovery.main], "attg_mae": [attg_mae.main]}
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_a_process_that_does_not_come(name, tmp_path, monkeypatch):
+    """Every program gives the other one up after --timeout, and names the flag."""
+    monkeypatch.chdir(tmp_path)
+    main, *flags = MAINS[name]
+    place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for key, value in place.items():
+        monkeypatch.setenv(key, str(value))
+    began = time.perf_counter()
+    with within(60), pytest.raises(ConnectionError, match="--timeout 0.01: .* all 2 "):
+        main([*flags, "--device", "cpu", "--timeout", "0.01"])
+    assert time.perf_counter() - began > 0.5
+    assert not torch.distributed.is_initialized() and not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_in_the_imports():

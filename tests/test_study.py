@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy.stats
 from PIL import Image
 
 import study
@@ -36,12 +35,13 @@ def test_arms_are_flags_of_the_training():
 
 
 def test_quantiles_and_intervals_equal_scipy():
+    stats = pytest.importorskip("scipy.stats")
     for freedom, quantile in enumerate(study.T_975, start=1):
-        assert abs(quantile - scipy.stats.t.ppf(0.975, freedom)) < 1e-4
+        assert abs(quantile - stats.t.ppf(0.975, freedom)) < 1e-4
     random = np.random.default_rng(0)
     for n in (2, 3, 5, 17):
         values = random.normal(3, 2, n)
-        want = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        want = stats.ttest_1samp(values, 0).confidence_interval(0.95)
         mean, low, high = study.interval(values.tolist())
         assert math.isclose(mean, values.mean())
         assert abs(low - want.low) < 1e-4 * (high - low)
@@ -63,6 +63,7 @@ def canned(folder, arm, seed, top1):
 
 
 def test_differences_are_those_of_the_same_seed(tmp_path):
+    stats = pytest.importorskip("scipy.stats")
     vanilla = {0: 40.0, 1: 50.0, 2: 60.0, 7: 10.0}
     guided = {0: 41.0, 1: 52.0, 2: 63.0, 5: 99.0}
     for seed in vanilla:
@@ -77,10 +78,10 @@ def test_differences_are_those_of_the_same_seed(tmp_path):
     # Seed 5 has no partner: it counts for the mean, not for the difference.
     assert (second["n"], second["mean"]) == (4, 63.75)
     assert (second["pairs"], second["difference"]) == (3, 2)
-    want = scipy.stats.ttest_1samp([1, 2, 3], 0).confidence_interval(0.95)
+    want = stats.ttest_1samp([1, 2, 3], 0).confidence_interval(0.95)
     assert math.isclose(second["low"], want.low, rel_tol=1e-4)
     # Unpaired, three seeds that far apart would hide a difference of 2.
-    unpaired = scipy.stats.ttest_ind([41, 52, 63], [40, 50, 60])
+    unpaired = stats.ttest_ind([41, 52, 63], [40, 50, 60])
     assert unpaired.confidence_interval(0.95).low < -10 < second["low"]
 
     study.main(["--table", str(tmp_path)])

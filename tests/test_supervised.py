@@ -7,8 +7,6 @@ import json
 from functools import partial
 
 import pytest
-import timm
-import timm.models.vision_transformer as timm_vit
 import torch
 from torch import nn
 
@@ -65,7 +63,8 @@ def test_training_on_pictures(program, flags, encoder, labelled, tmp_path, capsy
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert weights["step"] == 8 * 3
     if program is eval_finetune:
-        peer = timm_vit.VisionTransformer(
+        models = pytest.importorskip("timm.models")
+        peer = models.VisionTransformer(
             img_size=32,
             patch_size=16,
             embed_dim=16,
@@ -75,7 +74,7 @@ def test_training_on_pictures(program, flags, encoder, labelled, tmp_path, capsy
             global_pool="avg",
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
-        timm.models.load_checkpoint(peer.eval(), tmp_path / "weights.pt")
+        models.load_checkpoint(peer.eval(), tmp_path / "weights.pt")
         tests = make_loader(open_data(labelled["data"], "test", 32))
         with torch.no_grad():
             right = [

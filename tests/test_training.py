@@ -14,9 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm.models.vision_transformer as timm_vit
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -475,15 +473,16 @@ def test_the_encoder_is_written_before_the_evaluation(labelled, tmp_path, monkey
 
 def test_curves(labelled, tmp_path, monkeypatch, capsys):
     """Of the log, drawn where matplotlib is there; a continued run draws all of it."""
+    figure = pytest.importorskip("matplotlib.figure")
     monkeypatch.setattr(bookkeeping, "save_curves", pictures.save_curves)
     drawn = []
 
-    class Spy(Figure):
+    class Spy(figure.Figure):
         def savefig(self, *args, **options):
             drawn.append(self)
             super().savefig(*args, **options)
 
-    monkeypatch.setattr("matplotlib.figure.Figure", Spy)
+    monkeypatch.setattr(figure, "Figure", Spy)
     settings = labelled | {"epochs": 2, "knn_every": 1}
     with after_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         train(tmp_path / "out", **settings)
@@ -596,6 +595,7 @@ def test_encoder_goes_to_timm(whole):
     """Strictly, and with the same features; so do load_encoder of the export and of the
     checkpoint.
     """
+    timm_vit = pytest.importorskip("timm.models.vision_transformer")
     exported = torch.load(whole() / "encoder.pt", weights_only=True)
     sizes = {
         "img_size": 16,
