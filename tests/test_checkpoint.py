@@ -280,7 +280,7 @@ def test_damaged_lines_of_a_log(copy, whole, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_process_is_named(number, ask, long, tmp_path):
-    runs = ranks(ask, tmp_path / "out", long | {"timeout": 0.1})
+    runs = ranks(ask, tmp_path / "out", long | {"timeout": 0.05})
     assert runs[0].until(lambda: runs[0].steps() >= 3)
     os.kill(runs[1].pid, number)
     code, _, errors = runs[0].wait()

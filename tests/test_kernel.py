@@ -55,8 +55,10 @@ def test_kernel_shapes_and_masks(dims, dtype):
         single,
         None,
     ]
-    # Each mask with a third of the shapes and types
+    # Each mask with a third of the smaller shapes and types
     others = masks[(DIMS.index(dims) + kernel.FUSED.index(dtype)) % 3 :: 3]
+    if P > 500:
+        others = []
     for mask in (some, *others):
         check_loss(pred, target, mask, attn, reductions=["none"], **kw)
     check_loss(pred, target.float(), some, None, reductions=["mean"], **kw)

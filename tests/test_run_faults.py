@@ -478,8 +478,8 @@ def test_two_processes_equal_one(ask, labelled, distributed, tmp_path):
 EVALUATIONS = {
     "eval_knn": {"k": 5},
     "eval_linear": {"epochs": 20},
-    "eval_linear mae": {"protocol": "mae", "epochs": 40, "batch_size": 8, "blr": 200},
-    "eval_finetune": {"fraction": 1, "epochs": 16, "batch_size": 8, "blr": 0.05},
+    "eval_linear mae": {"protocol": "mae", "epochs": 15, "batch_size": 8, "blr": 200},
+    "eval_finetune": {"fraction": 1, "epochs": 12, "batch_size": 8, "blr": 0.05},
 }
 
 

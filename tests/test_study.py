@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,6 +22,7 @@ from common.data import open_data
 from common.maps import load_maps, save_maps
 from common.toy import TOY_CLASSES, toy
 from tests.helpers import ROOT, write
+from tests.processes import state_and_session
 
 
 def test_arms_are_flags_of_the_training():
@@ -121,6 +121,9 @@ def forked(ask, folder):
                 self.pid = ask([str(self.logs), {}, [str(word) for word in argv[1:]]])
 
         def wait(self):
+            # The server waits for one process at a time: for this one when it has ended.
+            while state_and_session(f"/proc/{self.pid}/stat")[0] != "Z":
+                time.sleep(0.01)
             with server:
                 code = ask(self.pid)
             for name in ("stdout", "stderr"):
@@ -136,14 +139,12 @@ def test_a_stopped_study_goes_on(pictures, ask, monkeypatch, tmp_path, capsys):
     flags = f"--data {data} --maps exact={pictures}/exact.npy --arms none exact "
     flags += f"--seeds 0 1 --jobs 2 --evaluate knn --out {out} --results {results} "
     flags += "-- --epochs 2 --batch_size 32 --knn_every 1 --width 32 --depth 1"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, ROOT / "study.py", *flags.split()]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
-        while not list(out.glob("*/train.done")):
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait() != 0
+    pid = ask([str(tmp_path), {}, [str(ROOT / "study.py"), *flags.split()]])
+    while not list(out.glob("*/train.done")):
+        assert state_and_session(f"/proc/{pid}/stat")[0] != "Z"
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGTERM)
+    assert ask(pid) != 0
     trained = {p: p.stat().st_mtime_ns for p in out.glob("*/train.done")}
     assert 0 < len(trained) < 4
 
