@@ -66,12 +66,7 @@ from common.data import MAX_PIXELS, generator_for, seed_for, to_device
 from common.features import extract_features, knn_classify
 from common.pictures import save_reconstructions
 from common.run import processes, stop_signals
-from common.weights import (
-    DECODER,
-    as_config,
-    load_weights,
-    read_weights,
-)
+from common.weights import DECODER, as_config, load_weights, read_weights
 from kernels import attg_loss, is_flat, normalize_map
 
 # For `from attg_mae import ...`, those of other files included.

@@ -275,11 +275,13 @@ def average_precision(places, count):
 
 def retrieval_rows(parts, gnd, name):
     """The rows of image retrieval; name: of the data set."""
-    images, expected = len(parts["train"]["labels"]), len(gnd["imlist"])
-    require(
-        images == expected,
-        f"features of {images} images, but --gnd tells of {expected}; use those of {name}",
-    )
+    for part, words in (("train", "imlist"), ("test", "qimlist")):
+        images, expected = len(parts[part]["labels"]), len(gnd[words])
+        require(
+            images == expected,
+            f"features of {images} images, but {words} of --gnd tells of {expected}; use "
+            f"those of {name}",
+        )
     rows = []
     for feature in FEATURES:
         database, queries = parts["train"][feature], parts["test"][feature]

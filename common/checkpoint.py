@@ -16,6 +16,7 @@ whose checksums were written anew, a change to another finite weight cannot be s
 
 import argparse
 import errno
+import json
 import math
 import re
 import zipfile
@@ -192,7 +193,20 @@ def refuse_changed_archive(path):
     require(changed is None, f"{changed} changed since it was written")
 
 
-# -- Weights and optimiser -------------------------------------------------------------
+# -- Settings, weights and optimiser ---------------------------------------------------
+
+
+def read_settings(stored, name):
+    """The settings of a file, as JSON has them: with lists for tuples.
+
+    name: of the file, for the ValueError if they are no dict of plain values.
+    """
+    try:
+        settings = json.loads(json.dumps(stored, allow_nan=False))
+        require(isinstance(settings, dict), "no names with values")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{name}: its settings are damaged ({error})") from error
+    return settings
 
 
 def load_state(model, state, name):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import Subset
 
-from common.checkpoint import load_checkpoint, save_checkpoint
+from common.checkpoint import load_checkpoint, read_settings, save_checkpoint
 from common.commandline import progress
 from common.data import ImageData, make_loader, refuse_unreadable
 from common.files import require, sha256
@@ -79,14 +79,51 @@ def make_features(model, sets, batch_size, settings, place):
     return parts
 
 
+# A label from here on is a fault: the k-NN keeps a vote for each class.
+MOST_CLASSES = 10**6
+
+
 def read_features(path):
     """What make_features gave and wrote to this file."""
     parts = load_checkpoint(path)
+    found = sorted(map(str, parts))[:5]
     require(
         {"train", "settings"} < set(parts),
-        f"--features {path}: holds {sorted(parts)[:5]}; name a file of --save_features",
+        f"--features {path}: holds {found}; name a file of --save_features",
     )
-    return parts
+    settings = read_settings(parts["settings"], f"--features {path}")
+    others = sorted(set(settings) - set(SOURCE))
+    require(
+        not others, f"--features {path}: has the settings {others}, which say nothing"
+    )
+    for name in parts:
+        if name != "settings":
+            check_set(parts[name], parts["train"], f"--features {path}: {name}")
+    return parts | {"settings": settings}
+
+
+def check_set(part, like, name):
+    """ValueError unless part is a set of make_features, and as wide as the set like."""
+    for own in (part, like):
+        right = isinstance(own, dict) and set(own) == {*FEATURES, "labels"}
+        right = right and all(isinstance(x, torch.Tensor) for x in own.values())
+        require(right, f"{name} or train is no set of features and labels")
+    labels = part["labels"]
+    require(
+        labels.dtype == torch.int64 and labels.dim() == 1 and len(labels) > 0,
+        f"{name}: its labels are {labels.dtype} {tuple(labels.shape)}",
+    )
+    low, high = labels.min().item(), labels.max().item()
+    require(
+        -1 <= low and high < MOST_CLASSES, f"{name}: its labels go from {low} to {high}"
+    )
+    for feature in FEATURES:
+        x = part[feature]
+        wanted = (len(labels), *like[feature].shape[-1:])
+        require(
+            x.is_floating_point() and x.shape == wanted,
+            f"{name}: its {feature} is {x.dtype} {tuple(x.shape)}, must be floats {wanted}",
+        )
 
 
 def knn_classify(
@@ -123,10 +160,12 @@ def knn_rankings(
     bank = F.normalize(train_features.float(), dim=1).T  # (D, n)
     queries = F.normalize(test_features.float(), dim=1)  # (B, D)
     neighbours = min(max(ks), bank.shape[1])
-    # Similarities at a time: what is left of a GPU's memory, or what fits a CPU's cache.
+    # Similarities or votes at a time: what is left of a GPU's memory, or what fits a
+    # CPU's cache.
     most = 2**26 if bank.is_cuda else 2**23
+    row = max(bank.shape[1], len(ks) * num_classes)
     rankings = []
-    for x in queries.split(max(1, most // bank.shape[1])):
+    for x in queries.split(max(1, most // row)):
         similarity, ids = (x @ bank).topk(neighbours, dim=1)  # (b, k)
         labels = train_labels[ids]
         # The same factor for all votes changes no ranking; minus 1 it cannot overflow.

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common.checkpoint import load_checkpoint
+from common.checkpoint import load_checkpoint, read_settings
 from common.commandline import say
 from common.files import locked, replacing, require
 
@@ -283,12 +283,8 @@ def read_run(path):
     )
     step = parts["step"]
     require(type(step) is int and 0 <= step < 2**53, f"{path}: its step is no number")
-    try:
-        # Through JSON, which makes lists of tuples, as torch.save may have.
-        parts["config"] = dict(json.loads(json.dumps(parts["config"])))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: its settings are damaged ({error})") from error
-    return parts | {"path": str(path)}
+    config = read_settings(parts["config"], path)
+    return parts | {"config": config, "path": str(path)}
 
 
 def keep_settled(cfg, parts):

@@ -23,6 +23,7 @@ from common.checkpoint import (
     load_checkpoint,
     load_optimizer,
     load_state,
+    read_settings,
     save_checkpoint,
 )
 from common.commandline import progress, say
@@ -119,7 +120,7 @@ def fit(
     device, rank, world = place
     epoch_steps = len(train_set) // recipe.batch_size
     total_steps = recipe.epochs * epoch_steps
-    start = continue_run(model, optimizer, settings)
+    start = continue_run(model, optimizer, settings, total_steps)
     if start > 0 and rank == 0:
         epoch = start // epoch_steps
         say(f"continuing {settings['save']} after epoch {epoch} of {recipe.epochs}")
@@ -246,7 +247,7 @@ def save_run(model, optimizer, step, settings):
     )
 
 
-def continue_run(model, optimizer, settings):
+def continue_run(model, optimizer, settings, total_steps):
     """Loads the file settings["save"]; returns its step, or 0 if there is no file.
 
     ValueError if it is of a run with other settings, which are named.
@@ -255,9 +256,10 @@ def continue_run(model, optimizer, settings):
     if not path or not Path(path).exists():
         return 0
     parts = load_checkpoint(path)
-    old = parts.get("settings", {})
+    old = read_settings(parts.get("settings", {}), f"--save {path}")
+    new = read_settings(fixed_settings(settings), f"--save {path}")
     differ = []
-    for name, value in fixed_settings(settings).items():
+    for name, value in new.items():
         # "none", for None is a value.
         if old.get(name, "none") != value:
             differ.append(f"{name} {value}")
@@ -266,7 +268,10 @@ def continue_run(model, optimizer, settings):
     lacks = sorted({"model", "optimizer", "step"} - set(parts))
     require(not lacks, f"--save {path}: not a file of --save, lacks {lacks}")
     step = parts["step"]
-    require(type(step) is int and step >= 0, f"--save {path}: its step is {step!r}")
+    require(
+        type(step) is int and 0 <= step <= total_steps,
+        f"--save {path}: its step is {step!r}, of a run of {total_steps}",
+    )
     load_state(model, parts["model"], path)
     load_optimizer(optimizer, parts["optimizer"], step, path)
     return step

@@ -8,6 +8,7 @@ those of the same room. `pytest --fuzz N` tries N of each kind.
     odd_tree(folder, rng)               # class folders with pipes, links, odd names
     damaged_maps(path, rng)             # a map file of save_maps or its manifest
     damaged_checkpoint(content, rng)    # of a checkpoint of a run
+    damaged_parts(parts, rng)           # of any file of torch.save
 """
 
 import contextlib
@@ -271,6 +272,27 @@ def damaged_checkpoint(content, rng):
     if kind in ("foreign", "old"):
         return kind, damage(file.getvalue(), rng)
     return kind, file.getvalue()
+
+
+def damaged_parts(parts, rng):
+    """Another value somewhere in a dict of dicts, as torch.load gives it; or one less."""
+    place = parts
+    key = rng.choice(list(place))
+    while isinstance(place[key], dict) and place[key] and rng.random() < 0.8:
+        place = place[key]
+        key = rng.choice(list(place))
+    x = place[key]
+    if not isinstance(x, torch.Tensor) or rng.random() < 0.3:
+        odd = torch.zeros(2), torch.zeros(()), {1: {}}, {"class_token": torch.ones(3)}
+        place[key] = rng.choice((*VALUES, *NUMBERS, *odd))
+    else:
+        rows = torch.atleast_1d(x)
+        changes = (rows[:0], rows[:-1], x[None], x.double(), x.int(), x.bool())
+        changes += (0 * x - 2, x * 10**9, x.to(torch.complex64), x.to_sparse())
+        place[key] = rng.choice(changes)
+    if rng.random() < 0.2:
+        del place[key]
+    return parts
 
 
 def swapped(content, rng):

@@ -20,17 +20,21 @@ import pytest
 import torch
 
 import attg_mae
+import eval_knn
 import eval_linear
 import object_discovery
 from common import files
 from common.checkpoint import load_optimizer, load_scaler, load_state
 from common.run import Log, find_checkpoint
-from tests.fuzz import damaged_checkpoint, within
+from common.supervised import continue_run, save_run
+from tests.fuzz import damaged_checkpoint, damaged_parts, within
 from tests.helpers import (
     TINY,
     assert_same_run,
+    blobs,
     records,
     same,
+    save_features,
     train,
 )
 from tests.processes import Process, ranks
@@ -95,6 +99,69 @@ def test_damaged_checkpoints(small, fuzz, tmp_path):
         assert outcomes[kind, "refused"] > 0
     # What is refused is not everything: a bit between two records changes nothing.
     assert outcomes["bytes", "loaded"] > 0 and ("swap", "loaded") not in outcomes
+
+
+def test_damaged_features(fuzz, tmp_path, capsys):
+    """Of --features: figures, or one error that names the file."""
+    path = tmp_path / "features.pt"
+    (x, labels), (queries, truth) = blobs(30, 3), blobs(20, 3, seed=7)
+    save_features(path, x, labels, queries, truth)
+    flags = ["--features", str(path), "--k", "3", "--device", "cpu"]
+    content, want = path.read_bytes(), eval_knn.main(flags)
+    refused = 0
+    for seed in range(fuzz):
+        parts = torch.load(io.BytesIO(content), weights_only=True)
+        del parts["checksums"]
+        torch.save(damaged_parts(parts, random.Random(seed)), path)
+        try:
+            with within(20):
+                rows = eval_knn.main(flags)
+        except ValueError as error:
+            assert f"--features {path}" in str(error) or f"{path}: " in str(error), seed
+            refused += 1
+        else:
+            assert all(0 <= row["top-1"] <= 100 for row in rows), seed
+    assert fuzz / 2 < refused < fuzz and len(want) == 2
+    capsys.readouterr()
+
+
+def test_damaged_files_of_save(fuzz, tmp_path):
+    """Of a probe or a fine-tuning: the same, or one error that names the file."""
+
+    def fresh():
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        return model, optimizer
+
+    path = tmp_path / "weights.pt"
+    settings = {
+        "save": str(path),
+        "epochs": 3,
+        "blr": 0.1,
+        "val": ["test"],
+        "data": "d",
+    }
+    model, optimizer = fresh()
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    save_run(model, optimizer, 1, settings)
+    content, refused = path.read_bytes(), 0
+    for seed in range(fuzz):
+        parts = torch.load(io.BytesIO(content), weights_only=True)
+        del parts["checksums"]
+        torch.save(damaged_parts(parts, random.Random(seed)), path)
+        new_model, new_optimizer = fresh()
+        try:
+            step = continue_run(new_model, new_optimizer, settings, 3)
+        except ValueError as error:
+            assert str(path) in str(error), seed
+            refused += 1
+            continue
+        assert 0 <= step <= 3, seed
+        # Other numbers of the right kind cannot be told from those that were written.
+        new_model(torch.ones(1, 3)).sum().backward()
+        new_optimizer.step()
+    assert fuzz / 2 < refused < fuzz
 
 
 @pytest.mark.parametrize("kind", ["size", "type", "number", "step", "missing", "group"])

@@ -321,7 +321,7 @@ def test_features_of_another_set_are_refused(encoder, labelled, tmp_path):
     eval_knn.main([encoder, *flags])
     argv = ["--retrieval", "roxford5k", "--data", str(tmp_path / "jpg")]
     with pytest.raises(
-        ValueError, match="features of 25 images, but --gnd tells of 40"
+        ValueError, match="features of 25 images, but imlist of --gnd tells of 40"
     ):
         eval_knn.main([*argv, "--features", kept, "--device", "cpu"])
 
