@@ -656,12 +656,23 @@ def checksum_of(content):
 
 
 def discover(
-    maps, whole, grid, path, settings, batch_size, workers, device, rank, world
+    maps,
+    whole,
+    grid,
+    path,
+    settings,
+    batch_size,
+    workers,
+    device,
+    rank,
+    world,
+    timeout=30,
 ):
     """Runs maps over all pictures, into NAME.npy and its manifest.
 
     The unit of work is a block of batch_size consecutive pictures. An interrupted job
-    goes on with the blocks that are left, with any number of processes.
+    goes on with the blocks that are left, with any number of processes. They wait for
+    each other as long as one of them adds a block in `timeout` minutes.
     """
     files = JobFiles(path)
     shape = (len(whole), *grid)
@@ -682,6 +693,8 @@ def discover(
     left = [number for number in range(len(blocks)) if number not in done]
     mine = {number: blocks[number] for number in left[rank::world]}
     write_blocks(maps, whole, mine, files, grid, workers, device, rank)
+    if world > 1:
+        wait_for_blocks(files, len(blocks), 60 * timeout)
     wait(world)
     if rank == 0:
         finish(files, shape, len(blocks), whole, settings)
@@ -743,6 +756,20 @@ def write_blocks(maps, whole, blocks, files, grid, workers, device, rank):
             if rank == 0 and now - last_line > LINE_EVERY:
                 say(f"{done} of {total} maps, {done / (now - began):.1f} a second")
                 last_line = now
+
+
+def wait_for_blocks(files, count, seconds):
+    """Until all processes have written theirs, or nobody has for so many seconds.
+
+    wait() alone would give up a process that is so much slower than this one.
+    """
+    done, last = -1, time.monotonic()
+    while done < count and time.monotonic() - last < seconds:
+        before, done = done, len(files.finished())
+        if done > before:
+            last = time.monotonic()
+        if done < count:
+            time.sleep(0.2)
 
 
 def finish(files, shape, count, whole, settings):
@@ -1001,6 +1028,7 @@ def make_maps(args, dataset, device, rank, world):
                 device,
                 rank,
                 world,
+                args.timeout,
             )
     except OSError as error:
         raise OSError(

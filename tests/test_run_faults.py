@@ -212,6 +212,30 @@ def test_maps_by_two_processes(killed, ask, maps_job, tmp_path):
     assert not list(tmp_path.glob("maps.done*")) and not list(tmp_path.glob("*part*"))
 
 
+def test_a_slow_process_of_a_maps_job_is_waited_for(ask, maps_job, tmp_path):
+    """It takes longer than --timeout, 1.2 s, but for no block of its own."""
+    settings, want = maps_job
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        f"""
+import os, sys, time
+sys.path.insert(0, {str(Path(SCRIPT).parent)!r})
+import object_discovery
+plain = object_discovery.normalize_map
+def slow(m):
+    time.sleep(0.06 * (os.environ["RANK"] == "1"))
+    return plain(m)
+object_discovery.normalize_map = slow
+object_discovery.main()
+"""
+    )
+    out, began = tmp_path / "maps.npy", time.perf_counter()
+    pair = ranks(ask, out, settings | {"timeout": 0.02}, (str(slow),))
+    ended = [run.wait() for run in pair]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert files_of(out) == want and time.perf_counter() - began > 2
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_disk_full(first, ask, long, finished, tmp_path):
     """A limit on the size of files makes torch.save fail as a full disk does; the log
