@@ -379,7 +379,7 @@ def train_toy(setup, fused, dtype, stop, seconds=float("inf")):
 
     The learning rate stays at its peak after 100 steps, as nobody knows the end.
     """
-    cfg = Config(batch_size=8 if setup.tiny else 256)
+    cfg = Config(batch_size=4 if setup.tiny else 256)
     torch.manual_seed(0)
     model = build_model(cfg).to(setup.device)
     optimizer = torch.optim.AdamW(
@@ -406,7 +406,7 @@ def train_toy(setup, fused, dtype, stop, seconds=float("inf")):
 def losses(setup):
     """20 steps in fp32 with each loss, and a minute in bf16."""
     rows = []
-    number = 3 if setup.tiny else 20
+    number = 2 if setup.tiny else 20
     fused, _ = train_toy(setup, True, None, number)
     plain, _ = train_toy(setup, False, None, number)
     worst = 0.0
@@ -414,7 +414,7 @@ def losses(setup):
         worst = max(worst, abs(a - b) / abs(b))
     rows.append(row_of(f"first {number} losses in fp32, fused and plain", worst, 1e-3))
 
-    seconds = 1 if setup.tiny else 60
+    seconds = 0.5 if setup.tiny else 60
     fused, took = train_toy(setup, True, torch.bfloat16, 10**6, seconds)
     plain, took_plain = train_toy(setup, False, torch.bfloat16, len(fused))
     last = max(1, len(fused) // 20)

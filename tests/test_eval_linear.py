@@ -100,7 +100,14 @@ def test_probe_reaches_scikit_learn(n, classes, spread):
     assert 0 < b[0] <= b[1] <= 100 and (b[0] / 2) % 1 == 0  # of 50 images
 
 
-def test_test_labels_choose_nothing():
+@pytest.fixture
+def quick(monkeypatch):
+    """Probes of at least 300 steps instead of 1,000."""
+    heads = partial(eval_linear.train_heads, least=300)
+    monkeypatch.setattr(eval_linear, "train_heads", heads)
+
+
+def test_test_labels_choose_nothing(quick):
     (x, y), (a, truth) = blobs(100, 5), blobs(500, 5, seed=9)
     shuffled = truth[torch.randperm(500)]
     one, two = (
@@ -113,9 +120,7 @@ def test_test_labels_choose_nothing():
     assert worse["held_out"] != one["held_out"] and worse["results"]["t"][0] < 45
 
 
-def test_probe_at_the_limits(monkeypatch):
-    quick = partial(eval_linear.train_heads, least=300)
-    monkeypatch.setattr(eval_linear, "train_heads", quick)
+def test_probe_at_the_limits(quick):
     probe = eval_linear.linear_probe
     (x, y), test = blobs(40, 4), blobs(200, 4, seed=2)
     with warnings.catch_warnings():

@@ -2,7 +2,8 @@
 The kernel: as an operator of torch, where it cannot run, compiled ahead of time, on GPUs.
 """
 
-import importlib
+import importlib.util
+import inspect
 import json
 import os
 import re
@@ -293,9 +294,8 @@ def test_kernel_where_it_cannot_run(monkeypatch, capsys):
         assert kernel._obstacle(old) == words
 
 
-# For predictions of 1: x_norm has mean 0 and, unbiased, variance 1.
-KNOWN = """
-def check(attg_loss, **options):
+def check_known(attg_loss, **options):
+    """For predictions of 1: x_norm has mean 0 and, unbiased, variance 1."""
     pred = torch.ones(1, 4, 12, requires_grad=True)
     loss = attg_loss(pred, torch.rand(1, 3, 4, 4), patch_size=2, **options)
     loss.backward()
@@ -303,7 +303,6 @@ def check(attg_loss, **options):
     # 2 / P * sum(1 - x_norm) of a patch, and 4 patches
     assert (pred.grad.sum(2) - 2 / 4).abs().max() < 1e-5
     assert pred.grad.std() > 0.01
-"""
 
 
 def test_kernel_file_works_alone(tmp_path):
@@ -312,13 +311,13 @@ import sys, warnings
 warnings.simplefilter("error")
 import attg_loss, torch
 assert not sys.modules.get("triton") and "kernels" not in sys.modules
-check(attg_loss.attg_loss)
+check_known(attg_loss.attg_loss)
 assert not sys.modules.get("triton") and not torch.cuda.is_initialized()
 """
     Path(tmp_path, "attg_loss.py").write_bytes(Path(kernel.__file__).read_bytes())
     for first in ("", "import sys; sys.modules['triton'] = None"):
         done = subprocess.run(
-            [sys.executable, "-c", first + KNOWN + code],
+            [sys.executable, "-c", f"{first}\n{inspect.getsource(check_known)}{code}"],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -327,25 +326,19 @@ assert not sys.modules.get("triton") and not torch.cuda.is_initialized()
         assert done.stderr.startswith("attg_loss: PyTorch (") and done.stdout == ""
 
 
+@pytest.mark.skipif(
+    DEVICE != "cpu", reason="without a GPU the kernel takes CPU tensors"
+)
 def test_two_copies_of_the_kernel_file_live_together(tmp_path):
-    code = """
-import importlib, torch, kernels
-import attg_loss as B
-A = importlib.import_module("kernels.attg_loss")
-for K in (A, B, A):
-    check(K.attg_loss, impl="triton")
-assert A._op is not B._op and A._op._qualname != B._op._qualname
-"""
-    Path(tmp_path, "attg_loss.py").write_bytes(Path(kernel.__file__).read_bytes())
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    if DEVICE == "cpu":
-        done = subprocess.run(
-            [sys.executable, "-c", KNOWN + code],
-            env=env,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+    path = tmp_path / "attg_loss.py"
+    path.write_bytes(Path(kernel.__file__).read_bytes())
+    spec = importlib.util.spec_from_file_location("attg_loss", path)
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    for module in (kernel, other, kernel):
+        check_known(module.attg_loss, impl="triton")
+    assert kernel._op is not other._op
+    assert kernel._op._qualname != other._op._qualname
 
 
 @pytest.mark.skipif(not kernel.HAS_TRITON, reason="needs Triton")

@@ -109,8 +109,8 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def forked(ask, folder):
-    """Popen for study.py by the server of processes, which has imported torch already."""
+def server_of(ask, folder):
+    """subprocess for study.py: the server of processes, which has imported torch."""
     server = threading.Lock()
 
     class Forked:
@@ -130,7 +130,7 @@ def forked(ask, folder):
                 self.out.write((self.logs / name).read_text())
             return code
 
-    return Forked
+    return SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)
 
 
 def test_a_stopped_study_goes_on(pictures, ask, monkeypatch, tmp_path, capsys):
@@ -148,8 +148,7 @@ def test_a_stopped_study_goes_on(pictures, ask, monkeypatch, tmp_path, capsys):
     trained = {p: p.stat().st_mtime_ns for p in out.glob("*/train.done")}
     assert 0 < len(trained) < 4
 
-    popen = SimpleNamespace(Popen=forked(ask, tmp_path), STDOUT=subprocess.STDOUT)
-    monkeypatch.setattr(study, "subprocess", popen)
+    monkeypatch.setattr(study, "subprocess", server_of(ask, tmp_path))
     rows = study.main(flags.split())
     # What was done is not done again.
     for path, stamp in trained.items():
@@ -214,7 +213,8 @@ def test_a_failed_run_leaves_the_others(pictures, monkeypatch, capsys):
     assert marks == ["none-seed0", "none-seed1"]
 
 
-def test_a_program_that_fails_is_named(tmp_path):
+def test_a_program_that_fails_is_named(ask, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "subprocess", server_of(ask, tmp_path))
     programs = study.Programs(1)
     with pytest.raises(RuntimeError, match="eval_knn.py --k 0: exit code 1, .*needed"):
         programs.run(tmp_path / "log.txt", "eval_knn.py", "--k", 0)
