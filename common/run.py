@@ -75,6 +75,9 @@ def processes(name, timeout=TIMEOUT):
         raise ConnectionError(words) from error
     # Not after an error: it would wait for the other processes, which torchrun ends.
     if world > 1:
+        # A thread of gloo's may still hold a tensor of the last exchange. Up to PyTorch
+        # 2.7 it and destroy would wait for each other for ever (pytorch PR 154976).
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
