@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import random
 import runpy
 import signal
 import socket
@@ -101,14 +102,21 @@ def members(session):
     return alive
 
 
+def free_port():
+    """Below those that the system gives to connections, one of which might take it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("localhost", port))
+            return port
+
+
 def ranks(ask, out, settings, script=(SCRIPT,), elsewhere=None):
     """The two processes of a launch, with the environment that torchrun gives them.
 
     elsewhere: --out of the second, as on a machine that does not share the folder.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        common = {"WORLD_SIZE": "2", "MASTER_PORT": str(free.getsockname()[1])}
+    common = {"WORLD_SIZE": "2", "MASTER_PORT": str(free_port())}
     names = ((out, "0"), (f"{out}.rank1", "1"))  # each its own stdout
     runs = []
     for name, r in names:

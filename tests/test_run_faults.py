@@ -138,6 +138,29 @@ def maps_job(tmp_path_factory):
     ]
 
 
+def slow_discovery(folder, seconds, ranks="01"):
+    """object_discovery.py as a script that waits so long at each block, in these ranks.
+
+    Else a job of little pictures may have ended before it is seen to have begun.
+    """
+    script = folder / "slow" / "object_discovery.py"
+    script.parent.mkdir()
+    script.write_text(
+        f"""
+import os, time
+import object_discovery
+from common.commandline import end
+plain = object_discovery.checksum_of
+def slow(content):
+    time.sleep({seconds} * (os.environ.get("RANK", "0") in {ranks!r}))
+    return plain(content)
+object_discovery.checksum_of = slow
+end(object_discovery.main)
+"""
+    )
+    return (str(script),)
+
+
 def files_of(out):
     return [out.with_suffix(suffix).read_bytes() for suffix in (".npy", ".json")]
 
@@ -145,6 +168,7 @@ def files_of(out):
 def test_maps_job_killed_at_any_moment(ask, maps_job, tmp_path):
     settings, want = maps_job
     out, chance, seen = tmp_path / "maps.npy", random.Random(1), []
+    slow = slow_discovery(tmp_path, 0.02)
 
     log = tmp_path / "maps.done.0"
 
@@ -152,7 +176,7 @@ def test_maps_job_killed_at_any_moment(ask, maps_job, tmp_path):
         return log.read_text().count(";") if log.exists() else 0
 
     for _ in range(3):
-        run, before = Process(ask, out, settings, script=DISCOVERY), blocks()
+        run, before = Process(ask, out, settings, script=slow), blocks()
         assert run.until(lambda: blocks() > before + 3)  # noqa: B023
         time.sleep(chance.uniform(0, 0.02))
         os.kill(run.pid, signal.SIGKILL)
@@ -168,7 +192,8 @@ def test_maps_job_killed_at_any_moment(ask, maps_job, tmp_path):
 
 def test_maps_job_on_a_full_disk(ask, maps_job, tmp_path):
     settings, want = maps_job
-    run = Process(ask, tmp_path / "maps.npy", settings, script=DISCOVERY)
+    slow = slow_discovery(tmp_path, 0.02)
+    run = Process(ask, tmp_path / "maps.npy", settings, script=slow)
     assert run.until(
         lambda: (
             (tmp_path / "maps.done.0").exists()
@@ -195,7 +220,8 @@ def test_maps_job_on_a_full_disk(ask, maps_job, tmp_path):
 def test_maps_by_two_processes(killed, ask, maps_job, tmp_path):
     settings, want = maps_job
     out = tmp_path / "maps.npy"
-    pair = ranks(ask, out, settings, DISCOVERY)
+    script = slow_discovery(tmp_path, 0.02) if killed else DISCOVERY
+    pair = ranks(ask, out, settings, script)
     if killed:  # both die, and one process finishes what two have begun
         logs = [tmp_path / f"maps.done.{r}" for r in (0, 1)]
         assert pair[0].until(
@@ -215,22 +241,9 @@ def test_maps_by_two_processes(killed, ask, maps_job, tmp_path):
 def test_a_slow_process_of_a_maps_job_is_waited_for(ask, maps_job, tmp_path):
     """It takes longer than --timeout, 1.2 s, but for no block of its own."""
     settings, want = maps_job
-    slow = tmp_path / "slow.py"
-    slow.write_text(
-        f"""
-import os, sys, time
-sys.path.insert(0, {str(Path(SCRIPT).parent)!r})
-import object_discovery
-plain = object_discovery.normalize_map
-def slow(m):
-    time.sleep(0.06 * (os.environ["RANK"] == "1"))
-    return plain(m)
-object_discovery.normalize_map = slow
-object_discovery.main()
-"""
-    )
     out, began = tmp_path / "maps.npy", time.perf_counter()
-    pair = ranks(ask, out, settings | {"timeout": 0.02}, (str(slow),))
+    slow = slow_discovery(tmp_path, 0.12, ranks="1")
+    pair = ranks(ask, out, settings | {"timeout": 0.02}, slow)
     ended = [run.wait() for run in pair]
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert files_of(out) == want and time.perf_counter() - began > 2
