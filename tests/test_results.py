@@ -104,7 +104,7 @@ def test_the_tables_of_the_page_on_the_study():
     page = (ROOT / "docs" / "study.md").read_text()
     for feature in study.FEATURES:
         row = rows["gaussian", "k-NN, k = 20", feature]
-        assert row["pairs"] == 3 and difference(row) in page
+        assert row["pairs"] == 5 and difference(row) in page
 
     rows = rows_of_study("toy")
     names = {"none": "vanilla", "masks": "exact masks", "self": "own encoder (`self`)"}
