@@ -65,7 +65,7 @@ from common.commandline import (
 from common.data import MAX_PIXELS, generator_for, seed_for, to_device
 from common.features import extract_features, knn_classify
 from common.pictures import save_reconstructions
-from common.run import processes, stop_signals
+from common.run import TIMEOUT, processes, stop_signals
 from common.weights import DECODER, as_config, load_weights, read_weights
 from kernels import attg_loss, is_flat, normalize_map
 
@@ -186,7 +186,7 @@ class Config:
     save_every: int = flag(1, "epochs between checkpoints")
     keep_every: int = flag(0, "epochs between those that are kept (0 = the last only)")
     log_every: int = flag(20, "steps between log lines")
-    timeout: float = flag(30, "minutes after which a silent process is given up")
+    timeout: float = flag(TIMEOUT, "minutes after which a silent process is given up")
 
     def __post_init__(self):
         check_types(self)

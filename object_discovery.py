@@ -68,7 +68,7 @@ from common.maps import (
     save_maps,
     true_masks,
 )
-from common.run import add_timeout, default_workers, only_run, processes, wait
+from common.run import TIMEOUT, add_timeout, default_workers, only_run, processes, wait
 from kernels import normalize_map
 
 # -- The methods: TokenCut -------------------------------------------------------------
@@ -666,7 +666,7 @@ def discover(
     device,
     rank,
     world,
-    timeout=30,
+    timeout=TIMEOUT,
 ):
     """Runs maps over all pictures, into NAME.npy and its manifest.
 

@@ -117,7 +117,7 @@ def load_checkpoint(path):
 
 
 def load_torch(path):
-    """What torch.save wrote."""
+    """What torch.save wrote; see load_checkpoint."""
     try:
         # facebookresearch/mae's training files hold a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -151,7 +151,11 @@ def load_safetensors(path):
 
 
 def refuse_changed(path, loaded):
-    """ValueError if what was loaded is not what was written. Takes the checksums out."""
+    """ValueError if what was loaded is not what was written. Takes the checksums out.
+
+    Of a file without checksums of its own: if its archive's do not fit, or a number is
+    not finite.
+    """
     written = loaded.pop("checksums", None)
     for name, value in leaves(loaded):
         if isinstance(value, torch.Tensor):

@@ -25,7 +25,7 @@ from common.files import locked, replacing, require
 
 # -- Processes and signals -------------------------------------------------------------
 
-# Minutes.
+# Minutes that the processes of a run wait for each other.
 TIMEOUT = 30
 
 
