@@ -12,11 +12,11 @@ without labels ahead of training (object_discovery.py). Masking stays random.
     l      = mean over the values of a patch of (pred - x_norm)^2
     loss   = sum(mask * w * l) / sum(mask)                   Eq. 2
 
-x_norm is the patch normalised by its own mean and deviation. The background (M_norm = 0)
+x_norm is the patch normalized by its own mean and deviation. The background (M_norm = 0)
 has weight 1, as in MAE. tau starts at 0.75 and rises: guidance is strongest at first.
-A map is computed on the whole picture and min-max normalised there, once, before
+A map is computed on the whole picture and min-max normalized there, once, before
 training. Each step crops and flips it with the picture and averages it over each patch.
-(--map_norm crop normalises the crop, as the paper's Algorithm 1 reads.)
+(--map_norm crop normalizes the crop, as the paper's Algorithm 1 reads.)
 
 The method is masked_loss, crop_maps, guide and tau_at; train_step joins them. The rest
 is MAE: its model, its schedules, a training loop.
@@ -36,9 +36,9 @@ values in a patch. mask is (B, L): 1 = removed = predicted.
 
 if __name__ == "__main__":
     # Ctrl-C during the imports, which take seconds, needs no traceback.
-    from common.commandline import quiet_imports
+    from attg.cli import ignore_sigint_during_import
 
-    quiet_imports()
+    ignore_sigint_during_import()
 
 import contextlib
 import dataclasses
@@ -53,20 +53,16 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import roi_align
 
-from common.bookkeeping import Run
-from common.checkpoint import load_checkpoint, load_state, save_checkpoint
-from common.commandline import (
-    check_numbers,
-    check_types,
-    count_or_auto,
-    end,
-    parse_settings,
-)
-from common.data import MAX_PIXELS, generator_for, seed_for, to_device
-from common.features import extract_features, knn_classify
-from common.pictures import save_reconstructions
-from common.run import TIMEOUT, processes, stop_signals
-from common.weights import DECODER, as_config, load_weights, read_weights
+from attg.checkpoint import load_checkpoint, load_state, save_checkpoint
+from attg.cli import check_numbers, check_types, count_or_auto, end, parse_settings
+from attg.distributed import TIMEOUT, processes, stop_signals
+from attg.features import extract_features, knn_classify
+from attg.figures import save_reconstructions
+from attg.images import MAX_PIXELS
+from attg.loader import to_device
+from attg.seeding import generator_for, seed_for
+from attg.trainer import Run
+from attg.weights import DECODER, config_from_checkpoint, load_weights, read_weights
 from kernels import attg_loss, is_flat, normalize_map
 
 # For `from attg_mae import ...`, those of other files included.
@@ -127,7 +123,7 @@ class Config:
         "cosine", "how tau goes to its end", choices=("cosine", "constant")
     )
     mask_ratio: float = flag(0.75, "share of patches removed")
-    norm_pix: bool = flag(True, "predict patches normalised by their mean and variance")
+    norm_pix: bool = flag(True, "predict patches normalized by their mean and variance")
     # The schedule
     epochs: int | None = flag(None, "passes over the data [800; vit_micro 8]")
     batch_size: int | None = flag(
@@ -180,11 +176,13 @@ class Config:
     resume: str = flag(
         "auto", "auto = from OUT/last.pt if there, none = anew, or a file"
     )
-    knn_every: int = flag(
-        0, "epochs between evaluations, k-NN and mse_test (0 = at the end only)"
+    eval_every: int = flag(
+        0, "epochs between evaluations, k-NN and val_mse (0 = at the end only)"
     )
     save_every: int = flag(1, "epochs between checkpoints")
-    keep_every: int = flag(0, "epochs between those that are kept (0 = the last only)")
+    keep_ckpt_every: int = flag(
+        0, "epochs between those that are kept (0 = the last only)"
+    )
     log_every: int = flag(20, "steps between log lines")
     timeout: float = flag(TIMEOUT, "minutes after which a silent process is given up")
 
@@ -226,7 +224,7 @@ class Config:
             if choices and value not in choices:
                 words = ", ".join(choices)
                 raise ValueError(f"--{field.name} {value}: choose from {words}")
-        check_numbers(dataclasses.asdict(self))  # common/commandline.py has the ranges
+        check_numbers(dataclasses.asdict(self))  # attg/cli.py has the ranges
         if len(self.size) != 2:
             raise ValueError(f"--img_size {self.size}: a side, or height and width")
         (h, w), p = self.size, self.patch_size
@@ -368,7 +366,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
     def normalize(self, imgs):
-        """uint8 (B, C, H, W) -> the normalised floats that the other methods take."""
+        """uint8 (B, C, H, W) -> the normalized floats that the other methods take."""
         return normalize(imgs, self.cfg)
 
     def patchify(self, imgs):
@@ -516,7 +514,7 @@ def masked_loss(pred, patches, mask, m_norm=None, tau=0.75, norm_pix=True, fused
     """The loss of the paper from pred and patches (B, L, P), mask and m_norm (B, L).
 
     m_norm None is the loss of MAE; -inf is weight 0. norm_pix: the target is each patch
-    normalised by its own mean and variance. fused, the default on a GPU: the same by the
+    normalized by its own mean and variance. fused, the default on a GPU: the same by the
     kernels of kernels/attg_loss.py. The lines below define it, and are what a CPU runs.
     """
     if fused is None:
@@ -569,9 +567,9 @@ def pool_maps(maps, box, flip, grid):
 def crop_maps(maps, box, flip, cfg):
     """M_norm (B, L) of a batch of crops, and flat (B,): constant maps, of no object.
 
-    maps (B, h, w) were min-max normalised over their whole pictures when the map file
+    maps (B, h, w) were min-max normalized over their whole pictures when the map file
     was written, so their means under the patches are M_norm, and a crop without the
-    object keeps weights near 1. --map_norm crop normalises anew over the patches of the
+    object keeps weights near 1. --map_norm crop normalizes anew over the patches of the
     crop, as Algorithm 1 reads.
     """
     m = pool_maps(maps, box, flip, cfg.grid)  # (B, L)
@@ -711,7 +709,14 @@ FIXED = {"patch_size", "img_size", "in_chans", "width", "depth", "heads"}
 FIXED |= {"decoder_width", "decoder_depth", "decoder_heads"}
 FIXED |= {"data", "classes", "batch_size", "seed"}
 FREE = {"out", "precision", "compile", "device", "workers", "resume"}
-FREE |= {"knn_every", "save_every", "keep_every", "log_every", "max_pixels", "timeout"}
+FREE |= {
+    "eval_every",
+    "save_every",
+    "keep_ckpt_every",
+    "log_every",
+    "max_pixels",
+    "timeout",
+}
 
 
 def train(cfg, data=None):
@@ -719,10 +724,10 @@ def train(cfg, data=None):
 
     data: pictures of your own, of which cfg.data is the name then: a map-style data set
     of (PIL picture, label), a label being an int or None, or {"train": one, "test":
-    another}; see open_data in common/data.py.
+    another}; see open_data in attg/datasets.py.
 
     One process, or one of several if torchrun's environment says so. Returns {"step":
-    the last one, "mse_test": error on the test split if there is one, "knn": {feature:
+    the last one, "val_mse": error on the test split if there is one, "knn": {feature:
     top-1 in percent} if there are labels, "out": the folder, "stopped": the signal that
     ended the run early, or None}.
     """
@@ -730,7 +735,7 @@ def train(cfg, data=None):
     with (
         stop_signals() as signals,
         processes(cfg.device, cfg.timeout) as (device, rank, world),
-        # Pictures, log, checkpoints, k-NN: nothing of the method (common/bookkeeping.py).
+        # Pictures, log, checkpoints, k-NN: nothing of the method (attg/trainer.py).
         Run(cfg, device, rank, world, signals, data) as run,
     ):
         checkpoint = run.find_checkpoint(FIXED, FREE)
@@ -740,7 +745,7 @@ def train(cfg, data=None):
             return run.result(step=0)
 
         groups = param_groups(model, cfg.weight_decay)
-        run.settle_accum(model)
+        run.resolve_accum(model)
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
         run.begin(model, optimizer, scaler, checkpoint)
@@ -840,7 +845,7 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
     made anew, learned ones resized. ValueError if there is no such encoder in the file.
     """
     state, stored, name = read_weights(path_or_state_dict)
-    cfg = as_config(Config, stored, state, name, heads)
+    cfg = config_from_checkpoint(Config, stored, state, name, heads)
     if img_size:
         cfg = dataclasses.replace(cfg, img_size=img_size)
     model = ViT(cfg)

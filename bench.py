@@ -4,7 +4,7 @@ Speed and memory, each beside its peers in the same run, taking turns.
     python bench.py kernel            # the loss: PyTorch, torch.compile, fused kernels
     python bench.py step              # training steps, beside HF's, lightly's and MAE's
     python bench.py data              # decode, crop and collate, beside torchvision
-    python bench.py maps              # TokenCut's normalised cut, beside scipy
+    python bench.py maps              # TokenCut's normalized cut, beside scipy
     python bench.py knn               # k-NN, beside a plain one and scikit-learn's
     python bench.py gpu --minutes 9   # all that a GPU has to show, in order of worth
 
@@ -15,9 +15,9 @@ what is left.
 """
 
 if __name__ == "__main__":
-    from common.commandline import quiet_imports
+    from attg.cli import ignore_sigint_during_import
 
-    quiet_imports()
+    ignore_sigint_during_import()
 
 import argparse
 import importlib
@@ -25,7 +25,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from common.commandline import Parser, check_numbers, end, make_folder
+from attg.cli import Parser, check_numbers, end, make_folder
 
 # (least, most) of the numbers that only this program has.
 RANGES = {

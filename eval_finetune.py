@@ -13,9 +13,9 @@ Shapes: B images, N tokens, D width, C classes.
 """
 
 if __name__ == "__main__":
-    from common.commandline import quiet_imports
+    from attg.cli import ignore_sigint_during_import
 
-    quiet_imports()
+    ignore_sigint_during_import()
 
 import dataclasses
 import functools
@@ -25,10 +25,9 @@ import torch.nn as nn
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
-from attg_mae import ViT, load_encoder, lr_at
-from common.commandline import Parser, end
-from common.data import open_labelled, rand_augment, seed_for, train_view
-from common.evaluation import (
+from attg.cli import Parser, end
+from attg.datasets import open_labelled
+from attg.evaluation import (
     add_data,
     add_running,
     add_training_data,
@@ -36,14 +35,11 @@ from common.evaluation import (
     evaluate,
     view_of,
 )
-from common.files import require, sha256
-from common.supervised import (
-    Recipe,
-    fill_in,
-    fit,
-    score,
-    take_fraction,
-)
+from attg.files import require, sha256
+from attg.finetuning import Recipe, fill_in, fit, score, take_fraction
+from attg.images import rand_augment, train_view
+from attg.seeding import seed_for
+from attg_mae import ViT, load_encoder, lr_at
 
 # -- The model -------------------------------------------------------------------------
 
@@ -51,7 +47,7 @@ from common.supervised import (
 class Classifier(ViT):
     """The encoder with stochastic depth, and a linear layer on the mean of its patches.
 
-    The names are timm's: fc_norm normalises the mean, in place of the encoder's last
+    The names are timm's: fc_norm normalizes the mean, in place of the encoder's last
     norm, and head is the linear layer. encoder: a ViT, of which the weights are copied.
     """
 
@@ -233,7 +229,7 @@ def add_recipe(flag):
 
 
 def main(argv=None, data=None):
-    """Returns the rows of figures; data: of one's own, see common.evaluation.evaluate."""
+    """Returns the rows of figures; data: of one's own, see attg.evaluation.evaluate."""
     return evaluate("eval_finetune", arguments(argv), finetune, data)
 
 

@@ -17,9 +17,9 @@ N images of a database.
 """
 
 if __name__ == "__main__":
-    from common.commandline import quiet_imports
+    from attg.cli import ignore_sigint_during_import
 
-    quiet_imports()
+    ignore_sigint_during_import()
 
 import copy
 import pickle
@@ -33,18 +33,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from attg_mae import load_encoder
-from common.commandline import Parser, end
-from common.data import (
-    MAX_PIXELS,
-    MODES,
-    Sample,
-    load_picture,
-    open_labelled,
-    shot_indices,
-    to_8_bits,
-)
-from common.evaluation import (
+from attg.cli import Parser, end
+from attg.datasets import Sample, open_labelled, shot_indices
+from attg.evaluation import (
     MAKING,
     add_data,
     add_running,
@@ -56,15 +47,17 @@ from common.evaluation import (
     refuse_idle,
     view_of,
 )
-from common.features import (
+from attg.features import (
     FEATURES,
     knn_classify,
     knn_rankings,
     make_features,
     read_features,
 )
-from common.files import require
-from common.weights import resize_positions
+from attg.files import require
+from attg.images import MAX_PIXELS, MODES, load_image, to_8_bits
+from attg.weights import resize_positions
+from attg_mae import load_encoder
 
 __all__ = ["accuracy", "knn_classify", "load_ground_truth", "main", "retrieval_map"]
 
@@ -318,7 +311,7 @@ class Landmarks(Dataset):
 
     def __getitem__(self, i):
         try:
-            picture = to_8_bits(load_picture(self.paths[i], self.max_pixels), self.mode)
+            picture = to_8_bits(load_image(self.paths[i], self.max_pixels), self.mode)
         except Exception as error:  # decoders raise nearly anything
             raise ValueError(
                 f"--data: {self.paths[i]} is unreadable ({error})"
@@ -468,7 +461,7 @@ def protocol(args, settings, place):
 
 
 def main(argv=None, data=None):
-    """Returns the rows of figures; data: of one's own, see common.evaluation.evaluate."""
+    """Returns the rows of figures; data: of one's own, see attg.evaluation.evaluate."""
     args = arguments(argv)
     require(
         data is None or not args.retrieval,

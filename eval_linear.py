@@ -16,9 +16,9 @@ Shapes: n training images, B images, D width, C classes, R learning rates, F fea
 """
 
 if __name__ == "__main__":
-    from common.commandline import quiet_imports
+    from attg.cli import ignore_sigint_during_import
 
-    quiet_imports()
+    ignore_sigint_during_import()
 
 import dataclasses
 import functools
@@ -30,10 +30,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attg_mae import load_encoder, lr_at
-from common.commandline import Parser, end, progress, say
-from common.data import open_labelled, seed_for, shot_indices, train_view
-from common.evaluation import (
+from attg.cli import Parser, end, progress, say
+from attg.datasets import open_labelled, shot_indices
+from attg.evaluation import (
     MAKING,
     add_data,
     add_running,
@@ -45,16 +44,12 @@ from common.evaluation import (
     refuse_idle,
     view_of,
 )
-from common.features import FEATURES, make_features, read_features
-from common.files import require, sha256
-from common.supervised import (
-    Recipe,
-    fill_in,
-    fit,
-    hits,
-    score,
-    take_fraction,
-)
+from attg.features import FEATURES, make_features, read_features
+from attg.files import require, sha256
+from attg.finetuning import Recipe, fill_in, fit, hits, score, take_fraction
+from attg.images import train_view
+from attg.seeding import seed_for
+from attg_mae import load_encoder, lr_at
 
 # 1e-4 to 3, for SGD with momentum 0.9 on standardised features.
 LRS = tuple(10 ** (e / 2) for e in range(-8, 2))
@@ -467,7 +462,7 @@ PROTOCOLS = {"features": probe_features, "mae": probe_mae}
 
 
 def main(argv=None, data=None):
-    """Returns the rows of figures; data: of one's own, see common.evaluation.evaluate."""
+    """Returns the rows of figures; data: of one's own, see attg.evaluation.evaluate."""
     args = arguments(argv)
     return evaluate("eval_linear", args, PROTOCOLS[args.protocol], data)
 

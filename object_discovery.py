@@ -25,9 +25,9 @@ Shapes: B images, H heads, L patches of a grid (h, w), d or D channels.
 """
 
 if __name__ == "__main__":
-    from common.commandline import quiet_imports
+    from attg.cli import ignore_sigint_during_import
 
-    quiet_imports()
+    ignore_sigint_during_import()
 
 import json
 import math
@@ -46,35 +46,30 @@ from PIL.Image import Resampling
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+from attg.checkpoint import load_checkpoint
+from attg.cli import Parser, check_numbers, end, progress, say
+from attg.datasets import LINES, open_data, resolve_dataset
+from attg.distributed import (
+    TIMEOUT,
+    add_timeout,
+    default_workers,
+    exclusive_run,
+    processes,
+    wait,
+)
+from attg.figures import save_sheet
+from attg.files import replacing, sha256
+from attg.images import MAX_PIXELS, MODES, to_8_bits
+from attg.loader import make_loader
+from attg.map_quality import part_of_maximum, quality, read_mask, true_masks
+from attg.maps import chunks, load_maps, save_maps
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD, load_encoder, normalize
-from common.checkpoint import load_checkpoint
-from common.commandline import Parser, check_numbers, end, progress, say
-from common.data import (
-    LINES,
-    MAX_PIXELS,
-    MODES,
-    make_loader,
-    open_data,
-    own_or_named,
-    to_8_bits,
-)
-from common.files import replacing, save_sheet, sha256
-from common.maps import (
-    chunks,
-    load_maps,
-    part_of_maximum,
-    quality,
-    read_mask,
-    save_maps,
-    true_masks,
-)
-from common.run import TIMEOUT, add_timeout, default_workers, only_run, processes, wait
 from kernels import normalize_map
 
 # -- The methods: TokenCut -------------------------------------------------------------
 
 
-def normalised_affinity(edges, eps):
+def normalized_affinity(edges, eps):
     """The symmetric form of the cut's eigenproblem, of a graph edges: bool (B, L, L).
 
     (D - A) y = lambda D y becomes S v = (1 - lambda) v with S = D^-1/2 A D^-1/2 and
@@ -123,7 +118,7 @@ def tokencut_dense(edges, eps):
     edges: bool (B, L, L), symmetric. Returns y (B, L), float64. It takes O(L^3) an
     image, and serves those on which `lanczos` does not converge.
     """
-    S, scale, trivial = normalised_affinity(edges, eps)
+    S, scale, trivial = normalized_affinity(edges, eps)
     # The trivial eigenvalue goes from 1 to -1, so the second largest comes out last.
     deflated = S - 2 * trivial[:, :, None] * trivial[:, None]
     v = torch.linalg.eigh(deflated).eigenvectors[:, :, -1]
@@ -226,7 +221,7 @@ def tokencut(features, tau=0.2, eps=1e-5):
             edges = part @ part.mT > tau
         # Rounding need not be symmetric.
         edges = edges | edges.mT
-        S, scale, trivial = normalised_affinity(edges, eps)
+        S, scale, trivial = normalized_affinity(edges, eps)
         v, converged = lanczos(S, trivial)
         y = positive_peak(scale * v)
         if not converged.all():
@@ -297,7 +292,7 @@ class Backbone(NamedTuple):
 
 
 class Channels(NamedTuple):
-    """How the input is normalised, in the form that `normalize` takes."""
+    """How the input is normalized, in the form that `normalize` takes."""
 
     mean: tuple
     std: tuple
@@ -1069,7 +1064,7 @@ def read_maps(path, flag, dataset):
 def report_quality(files, dataset, folder):
     """Prints how good the maps are beside the masks of a folder or of the data set.
 
-    files: {name: maps}. Returns {name: figures of common.maps.quality}, empty if there
+    files: {name: maps}. Returns {name: figures of attg.map_quality.quality}, empty if there
     are no masks.
     """
     figures = {}
@@ -1093,11 +1088,11 @@ def main(argv=None, data=None):
     data: a data set of one's own, of which --data is the name then; see open_data.
     """
     args = arguments(argv)
-    pictures = own_or_named(data, args.data)
+    pictures = resolve_dataset(data, args.data)
     view = {"classes": args.classes, "max_pixels": args.max_pixels}
     with processes(args.device, args.timeout) as (device, rank, world):
         dataset = open_data(pictures, "train", **view)
-        with only_run(f"{args.out}.lock", f"--out {args.out}", rank, world):
+        with exclusive_run(f"{args.out}.lock", f"--out {args.out}", rank, world):
             settings = make_maps(args, dataset, device, rank, world)
     result = {"maps": str(args.out), "manifest": None, "quality": {}}
     if rank:

@@ -5,7 +5,7 @@ vanilla MAE of the same seed (Sick et al., arXiv 2402.15172, Tables 9 to 11).
     python study.py --name toy --arms none masks masks+inverted gaussian self --seeds 0 1 2
     python study.py --name photos --data DIR --maps cut=cut.npy cam=cam.npy \\
         --arms none cut cam cut+tau0.7+constant --seeds 0 1 2 3 4 --jobs 2 \\
-        -- --img_size 64 --patch_size 8 --epochs 30 --knn_every 5
+        -- --img_size 64 --patch_size 8 --epochs 30 --eval_every 5
     python study.py --table results/study/photos       # the table of what is there
 
 What follows -- are flags of attg_mae.py, for all runs. An arm is where the maps are from,
@@ -26,9 +26,9 @@ study was interrupted.
 """
 
 if __name__ == "__main__":
-    from common.commandline import quiet_imports
+    from attg.cli import ignore_sigint_during_import
 
-    quiet_imports()
+    ignore_sigint_during_import()
 
 import argparse
 import concurrent.futures
@@ -48,12 +48,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.commandline import Parser, check_numbers, end, make_folder, say
-from common.data import open_data
-from common.features import FEATURES
-from common.files import replacing, require, without_nan
-from common.maps import save_maps
-from common.run import revision
+from attg.cli import Parser, check_numbers, end, make_folder, say
+from attg.datasets import open_data
+from attg.evaluation import without_nan
+from attg.features import FEATURES
+from attg.files import replacing, require
+from attg.log import revision
+from attg.maps import save_maps
 
 PROGRAMS = Path(__file__).resolve().parent
 

@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional as F
 
 import attg_mae
+from attg.features import knn_classify
+from attg.loader import Batch
 from attg_mae import MAE, Config, crop_maps, guide, lr_at, masked_loss, tau_at
-from common.data import Batch
-from common.features import knn_classify
 from object_discovery import tokencut
 from tests.helpers import (
     DEVICE,
@@ -256,7 +256,7 @@ def test_accumulation_and_workers_change_nothing(labelled, whole, tmp_path):
 
 def test_two_processes_are_one(ask, labelled, distributed, tmp_path):
     """The same losses at every step, whoever computed which part."""
-    one = Process(ask, tmp_path / "one", TINY | labelled | {"knn_every": 2})
+    one = Process(ask, tmp_path / "one", TINY | labelled | {"eval_every": 2})
     assert one.wait()[0] == 0
     got = [r["loss"] for r in records(distributed)]
     np.testing.assert_allclose(got, [r["loss"] for r in records(one.out)], rtol=1e-5)
@@ -275,7 +275,7 @@ def test_a_run_guided_by_flat_maps_is_a_vanilla_run(labelled, tmp_path):
 # -- Maps and features -----------------------------------------------------------------
 
 
-def test_tokencut_solves_the_normalised_cut():
+def test_tokencut_solves_the_normalized_cut():
     """The eigenvector that scipy.linalg.eigh(D - A, D) finds."""
     linalg = pytest.importorskip("scipy.linalg")
     features = randn(3, 30, 8)
@@ -324,9 +324,9 @@ def imports(path):
 
 
 def test_the_method_is_in_one_file():
-    """From the model to train_step attg_mae.py uses nothing of common/."""
+    """From the model to train_step attg_mae.py uses nothing of attg/."""
     path = ROOT / "attg_mae.py"
-    shared = {n for n, module in imports(path).items() if module.startswith("common")}
+    shared = {n for n, module in imports(path).items() if module.startswith("attg.")}
     assert shared
     statements = ast.parse(path.read_text()).body
     names = [getattr(statement, "name", "") for statement in statements]
@@ -338,12 +338,12 @@ def test_the_method_is_in_one_file():
 
 
 def test_nothing_below_imports_what_is_above():
-    """common/ no program, kernels/ neither and nothing of common/; nowhere a circle.
+    """attg/ no program, kernels/ neither and nothing of attg/; nowhere a circle.
 
     benchmarks/ and docs/ may import programs, and only a program may import them.
     """
     needs = {}
-    folders = ("common", "kernels", "benchmarks", "docs")
+    folders = ("attg", "kernels", "benchmarks", "docs")
     inside = [path for folder in folders for path in ROOT.glob(f"{folder}/*.py")]
     for path in (*ROOT.glob("*.py"), *inside):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -353,12 +353,12 @@ def test_nothing_below_imports_what_is_above():
         "eval_knn",
         "kernels",
         "kernels.attg_loss",
-        "common.run",
+        "attg.distributed",
         "benchmarks.measure",
         "docs.drawing",
     } <= set(needs)
     for name, wanted in needs.items():
-        # common.run.wait is a name in common.run; common.run needs its package, too.
+        # attg.log.Log is a name in attg.log; attg.log needs its package, too.
         needs[name] = {
             other
             for other in needs
@@ -372,7 +372,7 @@ def test_nothing_below_imports_what_is_above():
             wrong = modules & (programs | above)
             assert not wrong, f"{name}: {wrong}"
         if name.startswith("kernels"):
-            assert not [m for m in modules if m.startswith("common")], name
+            assert not [m for m in modules if m.startswith("attg.")], name
     while needs:  # those that need nothing more can be taken away, until none is left
         free = {name for name in needs if not needs[name] & set(needs)}
         assert free, f"a circle of {sorted(needs)}"

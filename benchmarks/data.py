@@ -3,7 +3,7 @@ The data path: decode, crop and collate JPEG files of ImageNet's size, beside
 torchvision's own pipelines.
 
 The workers of this project hand over 8-bit crops that are not flipped yet; the device
-flips and normalises them with the attention map. MAE's pipeline, of torchvision's
+flips and normalizes them with the attention map. MAE's pipeline, of torchvision's
 RandomResizedCrop, RandomHorizontalFlip, ToTensor and Normalize, does all of it in the
 worker. torchvision's v2 in 8 bits does as much as ours, and the flip.
 """
@@ -21,6 +21,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from attg.datasets import open_data
+from attg.distributed import default_workers
+from attg.images import load_image
+from attg.loader import ResumableBatchSampler, make_loader, to_device
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.measure import (
     machine,
@@ -31,8 +35,6 @@ from benchmarks.measure import (
     take_turns,
     time_alone,
 )
-from common.data import TrainBatches, load_picture, make_loader, open_data, to_device
-from common.run import default_workers
 
 # ImageNet's pictures have 500 x 375 pixels most often, and 110 KB on average.
 WIDTH, HEIGHT, QUALITY = 500, 375, 92
@@ -78,7 +80,7 @@ def write_pictures(folder, count, different=64, width=WIDTH, height=HEIGHT):
 def our_batches(folder, size, batch_size, workers, pin_memory=False):
     dataset = open_data(folder, "train", size, augment=True)
     # Far more steps than are taken.
-    batches = TrainBatches(len(dataset), batch_size, start=0, stop=10**6)
+    batches = ResumableBatchSampler(len(dataset), batch_size, start=0, stop=10**6)
     loader = make_loader(
         dataset, workers=workers, batch_sampler=batches, pin_memory=pin_memory
     )
@@ -132,7 +134,7 @@ def decoded_batches(folder, size, batch_size, workers):
     while True:
         batch = []
         for _ in range(batch_size):
-            picture = load_picture(paths[i % len(paths)])
+            picture = load_image(paths[i % len(paths)])
             batch.append(np.asarray(picture.convert("RGB")))
             i += 1
         yield batch

@@ -24,15 +24,17 @@ import numpy as np
 import torch
 
 import attg_mae
+from attg.datasets import open_data
+from attg.loader import Batch
+from attg.maps import save_maps
+from attg.seeding import generator_for
+from attg.toy import toy
 from attg_mae import Config, build_model, param_groups, train_step
 from benchmarks import data, kernel, knn, maps, step
 from benchmarks.gpu import add_record, read_records, results
 from benchmarks.gpu_checks import CHECKS, kernel_impl, loss_path, row_of
 from benchmarks.gpu_report import write_report
 from benchmarks.measure import copy_bandwidth, machine, print_row, time_alone
-from common.data import Batch, generator_for, open_data
-from common.maps import save_maps
-from common.toy import toy
 from kernels import attg_loss
 
 ROOT = Path(__file__).parent.parent

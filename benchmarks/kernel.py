@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from attg.files import require
 from benchmarks.measure import (
     copy_bandwidth,
     machine,
@@ -21,7 +22,6 @@ from benchmarks.measure import (
     take_turns,
     time_alone,
 )
-from common.files import require
 
 # The package exports a function of the same name, which hides the module from `import`.
 K = importlib.import_module("kernels.attg_loss")

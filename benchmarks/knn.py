@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from attg.features import knn_classify
 from benchmarks.measure import (
     machine,
     nothing,
@@ -17,7 +18,6 @@ from benchmarks.measure import (
     table,
     take_turns,
 )
-from common.features import knn_classify
 
 
 def knn_plain(bank, labels, queries, k, num_classes, chunks=100):

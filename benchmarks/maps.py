@@ -1,5 +1,5 @@
 """
-TokenCut's normalised cut, beside scipy's, and its share of the backbone's time.
+TokenCut's normalized cut, beside scipy's, and its share of the backbone's time.
 """
 
 import math
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from attg.toy import toy
 from attg_mae import Config, build_model, normalize
 from benchmarks.measure import (
     machine,
@@ -21,7 +22,6 @@ from benchmarks.measure import (
     take_turns,
     time_alone,
 )
-from common.toy import toy
 from object_discovery import tokencut
 
 

@@ -2,9 +2,9 @@
 Training steps of this project beside those of others, on the same images.
 
 Each code has a model of the preset's sizes with random weights, and AdamW. A step is
-forward, backward and update; the images are normalised floats on the device. `ours` and
+forward, backward and update; the images are normalized floats on the device. `ours` and
 the peers run without a map. `train_step` is what attg_mae.py does in a step beside
-that: it normalises and flips 8-bit images, crops the maps, and measures the unweighted
+that: it normalizes and flips 8-bit images, crops the maps, and measures the unweighted
 error and the norm of the gradient; `guided` has maps, `vanilla` none.
 """
 
@@ -27,6 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from attg.files import require
+from attg.loader import Batch
 from attg_mae import Config, build_model, model_inputs, param_groups, train_step
 from benchmarks.measure import (
     clock_words,
@@ -39,8 +41,6 @@ from benchmarks.measure import (
     table,
     take_turns,
 )
-from common.data import Batch
-from common.files import require
 
 
 class Code(NamedTuple):
@@ -237,7 +237,7 @@ class Inputs(NamedTuple):
     """What the steps of all codes are given."""
 
     cfg: Config
-    # Normalised floats (B, C, H, W).
+    # Normalized floats (B, C, H, W).
     imgs: torch.Tensor
     # (B, L): the lowest stay visible.
     noise: torch.Tensor

@@ -9,13 +9,13 @@ The figure of the README: what guidance changes in a masked autoencoder.
 A row for each picture: the picture, its map M, the weights w = exp(M / tau) of its
 patches, what the models see, and what each of them makes of it. Both models see the same
 patches. The pictures are evenly spaced in the data set, they are not chosen by looks.
-Predicted patches get the mean and deviation of the true ones (common/pictures.py).
+Predicted patches get the mean and deviation of the true ones (attg/figures.py).
 """
 
 if __name__ == "__main__":
-    from common.commandline import quiet_imports
+    from attg.cli import ignore_sigint_during_import
 
-    quiet_imports()
+    ignore_sigint_during_import()
 
 import dataclasses
 import math
@@ -23,12 +23,13 @@ import math
 import torch
 from torch.utils.data import default_collate
 
+from attg.cli import Parser, end
+from attg.datasets import open_data
+from attg.figures import denormalize, reconstruct
+from attg.files import require
+from attg.loader import to_device
+from attg.maps import open_maps
 from attg_mae import MAE, Config, load_checkpoint, mask_noise, model_inputs, pool_maps
-from common.commandline import Parser, end
-from common.data import open_data, to_device
-from common.files import require
-from common.maps import open_maps
-from common.pictures import denormalize, reconstruct
 from docs.drawing import Panel, enlarge, save_panels
 
 TAU = 0.75  # of the first training step, where guidance is strongest

@@ -11,9 +11,9 @@ train; only the lines of masked_loss are repeated here, to show what they add up
 """
 
 if __name__ == "__main__":
-    from common.commandline import quiet_imports
+    from attg.cli import ignore_sigint_during_import
 
-    quiet_imports()
+    ignore_sigint_during_import()
 
 from types import SimpleNamespace
 
@@ -21,11 +21,13 @@ import torch
 from torch.utils.data import default_collate
 from torchvision.transforms.functional import pil_to_tensor
 
+from attg.cli import Parser, end
+from attg.datasets import open_data
+from attg.figures import denormalize
+from attg.files import require
+from attg.loader import ResumableBatchSampler, to_device
+from attg.seeding import seed_for
 from attg_mae import MAE, Config, mask_noise, model_inputs, tau_at
-from common.commandline import Parser, end
-from common.data import TrainBatches, open_data, seed_for, to_device
-from common.files import require
-from common.pictures import denormalize
 from docs.drawing import (
     Panel,
     draw_frame,
@@ -57,7 +59,9 @@ def build(checkpoint):
 
 def first_batch(dataset, total_steps, cfg):
     """The Batch of a run's first step, of which the first picture alone is kept."""
-    batches = TrainBatches(len(dataset), cfg.batch_size, 0, total_steps, cfg.seed)
+    batches = ResumableBatchSampler(
+        len(dataset), cfg.batch_size, 0, total_steps, cfg.seed
+    )
     # A key is (epoch, index): the random crop is a function of both.
     key = next(iter(batches))[0]
     sample = default_collate([dataset[key]])
@@ -198,7 +202,7 @@ def masking(step, model):
 
 def predicting(step, model):
     """Third row: the target, the prediction, the error."""
-    # Normalised values are mostly within 2.5 of 0.
+    # Normalized values are mostly within 2.5 of 0.
     x_norm = 0.5 + model.unpatchify(step.x_norm) / 5
     pred = 0.5 + model.unpatchify(step.pred) / 5
     error = shade(step.error, model.cfg.grid, step.error.max(), ".2f")

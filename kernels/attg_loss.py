@@ -82,7 +82,7 @@ def is_flat(attn: Tensor) -> Tensor:
 
 
 def normalize_map(attn: Tensor) -> Tensor:
-    """Min-max normalises each map over its L patches.
+    """Min-max normalizes each map over its L patches.
 
     attn is (B, L) floats; returns (B, L) in [0, 1], fp32, or float64 for float64. A
     flat map becomes zeros, that is weight 1. Raises ValueError for other shapes and
@@ -120,7 +120,7 @@ def _patch_loss(
 
     if attn is not None:
         if normalize_attn:
-            # A float64 map of fp32 predictions is normalised in float64.
+            # A float64 map of fp32 predictions is normalized in float64.
             attn = normalize_map(attn.to(torch.promote_types(attn.dtype, dtype)))
         loss = torch.exp(attn.to(dtype) / tau) * loss  # Eq. 1
     if mask is None:
@@ -1020,16 +1020,16 @@ def attg_loss(
                 uint8, which is read as value / 255.
     mask        (B, L) bool or 0/1, 1 = removed = enters the loss; None = every patch.
                 What pred and target hold in the other patches, NaN included, changes
-                neither loss nor gradient; a map counts as a whole where it is normalised.
+                neither loss nor gradient; a map counts as a whole where it is normalized.
     attn        (B, L) attention map M; None = weight 1, the loss of MAE. -inf with
                 normalize_attn=False is weight 0.
     tau         temperature > 0: a float, or a 0-d tensor, whose value is not checked
                 (that would synchronise). A CUDA graph keeps the value of a float, and
                 cannot copy a tensor from the CPU: pass a 0-d tensor on the GPU there.
-    norm_pix    normalise each target patch to mean 0 and variance 1 (unbiased, plus
+    norm_pix    normalize each target patch to mean 0 and variance 1 (unbiased, plus
                 `eps`).
     normalize_attn
-                min-max normalise `attn` per image. Code that gathers the masked patches
+                min-max normalize `attn` per image. Code that gathers the masked patches
                 before the loss calls `normalize_map` before it gathers, and passes
                 False.
     reduction   "mean" (Eq. 2; 0 where nothing is masked), "sum", or "none" =

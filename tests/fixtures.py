@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import bookkeeping
+from attg import trainer
 from tests.helpers import (
     ROOT,
     TINY,
@@ -38,7 +38,7 @@ def seeded():
 def few_drawings():
     """Runs draw no curves, but in the test of them: that takes longer than they do."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(bookkeeping, "save_curves", lambda *_: None)
+    patch.setattr(trainer, "save_curves", lambda *_: None)
     yield
     patch.undo()
 
@@ -172,6 +172,6 @@ def copy(trained, labelled, tmp_path):
 def distributed(ask, labelled, tmp_path_factory):
     """On 2 processes, uninterrupted."""
     out = tmp_path_factory.mktemp("ranks") / "out"
-    runs = ranks(ask, out, TINY | labelled | {"knn_every": 2})
+    runs = ranks(ask, out, TINY | labelled | {"eval_every": 2})
     assert [run.wait()[0] for run in runs] == [0, 0]
     return runs[0].out

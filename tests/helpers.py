@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import attg_mae
-from common.data import open_data
-from common.features import FEATURES, SOURCE
-from common.maps import save_maps
+from attg.datasets import open_data
+from attg.features import FEATURES, SOURCE
+from attg.maps import save_maps
 
 ROOT = Path(attg_mae.__file__).parent
 # The package re-exports a function of the same name.

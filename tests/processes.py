@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import attg_mae
-from common import bookkeeping
+from attg import trainer
 
 SCRIPT = attg_mae.__file__
 
@@ -27,7 +27,7 @@ def serve():
     It answers the pid; for a line that is a pid it waits, and answers the exit code.
     """
     # As in few_drawings: one that draws imports matplotlib first.
-    bookkeeping.save_curves = lambda *_: None
+    trainer.save_curves = lambda *_: None
     print(0, flush=True)
     for line in sys.stdin:
         request = json.loads(line)

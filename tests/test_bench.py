@@ -18,8 +18,8 @@ from torch.nn import functional as F
 import attg_mae
 import bench
 import benchmarks.kernel
+from attg.datasets import open_data
 from benchmarks import data, gpu, gpu_checks, gpu_items, gpu_report, measure, step
-from common.data import open_data
 from tests.helpers import DEVICE, kernel, needs_gpu
 
 COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))

@@ -1,5 +1,5 @@
 """
-common/checkpoint.py and the lock of a run: damaged, odd and hostile files of weights,
+attg/checkpoint.py and the lock of a run: damaged, odd and hostile files of weights,
 two runs at once.
 """
 
@@ -23,10 +23,10 @@ import attg_mae
 import eval_knn
 import eval_linear
 import object_discovery
-from common import files
-from common.checkpoint import load_optimizer, load_scaler, load_state
-from common.run import Log, find_checkpoint
-from common.supervised import continue_run, save_run
+from attg import files
+from attg.checkpoint import find_checkpoint, load_optimizer, load_scaler, load_state
+from attg.finetuning import continue_run, save_run
+from attg.log import Log
 from tests.fuzz import damaged_checkpoint, damaged_parts, within
 from tests.helpers import (
     TINY,

@@ -1,5 +1,5 @@
 """
-Flags, their ranges, and how a program ends: common/commandline.py.
+Flags, their ranges, and how a program ends: attg/cli.py.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ import torch
 from torch._utils import ExceptionWrapper
 
 import attg_mae
-from common import commandline
-from common.commandline import Parser, check_numbers, end, make_folder, progress, say
-from common.data import make_loader
+from attg import cli
+from attg.cli import Parser, check_numbers, end, make_folder, progress, say
+from attg.loader import make_loader
 from tests.helpers import ROOT
 from tests.processes import SCRIPT
 
@@ -76,11 +76,11 @@ def test_a_mistake_is_answered_in_three_lines(flags, first, second, capsys):
 
 def test_ranges():
     """Of every flag with a number; both ends will do."""
-    tables = commandline.WHOLE_NUMBERS | commandline.NUMBERS
+    tables = cli.WHOLE_NUMBERS | cli.NUMBERS
     for name, (least, most) in tables.items():
         check_numbers({name: least})
         check_numbers({name: [most, least]})
-        step = 1 if name in commandline.WHOLE_NUMBERS else 1e-7 + abs(least) * 0.01
+        step = 1 if name in cli.WHOLE_NUMBERS else 1e-7 + abs(least) * 0.01
         for wrong in (least - step, math.nan, math.inf, -math.inf, "3", True):
             with pytest.raises(ValueError, match=f"^--{name} {wrong}: must"):
                 check_numbers({name: wrong})
@@ -93,7 +93,7 @@ def test_ranges():
 def test_every_number_of_the_configuration_has_a_range():
     """So that no new flag is forgotten."""
     kinds = (int, float, tuple, int | None, float | None, int | tuple | None)
-    ranged = {*commandline.WHOLE_NUMBERS, *commandline.NUMBERS}
+    ranged = {*cli.WHOLE_NUMBERS, *cli.NUMBERS}
     fields = dataclasses.fields(attg_mae.Config)
     assert {field.name for field in fields if field.type in kinds} <= ranged
 
@@ -179,7 +179,7 @@ def test_ctrl_c_during_the_imports(tmp_path):
 @pytest.mark.parametrize("words", ["say('x')", "print('x')", "print('x'), exit()"])
 def test_closed_pipe(words):
     """As of `python attg_mae.py | head -n 1`, also where the last words are too late."""
-    imports = "from common.commandline import end, say"
+    imports = "from attg.cli import end, say"
     with start("-c", f"{imports}; input(); end(lambda: [{words}])") as run:
         run.stdout.close()
         run.stdin.write("go\n")
@@ -265,7 +265,7 @@ def test_folders_name_their_flag(tmp_path):
 
 PROGRAMS = [path for path in ROOT.glob("*.py") if path.name[:4] not in ("conf", "test")]
 PROGRAMS += [
-    ROOT / "common/toy.py",
+    ROOT / "attg/toy.py",
     ROOT / "docs/idea.py",
     ROOT / "docs/walkthrough.py",
 ]
@@ -275,7 +275,7 @@ PROGRAMS += [
 def test_every_program_begins_and_ends_alike(path):
     text = path.read_text()
     first, last = text.split('\nif __name__ == "__main__":\n')[1:]
-    assert "    quiet_imports()\n" in first
+    assert "    ignore_sigint_during_import()\n" in first
     assert last.strip().startswith("end(main") and last.strip().endswith(")")
     assert not re.search(r"^import|^from", text[: text.index("__name__")], re.M)
 
@@ -289,4 +289,4 @@ def test_nothing_is_there_twice():
             r"import tqdm|ArgumentParser", text
         ):
             made.append(path.name)
-    assert made == ["commandline.py"]
+    assert made == ["cli.py"]

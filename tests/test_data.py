@@ -24,13 +24,16 @@ import torchvision
 from PIL import Image
 from torch.utils.data import default_collate
 
+import attg.datasets
+import attg.distributed
+import attg.features
+import attg.images
+import attg.maps
+import attg.toy
 import attg_mae
-import common.data
-import common.features
-import common.maps
-import common.run
-import common.toy
-from common.data import TrainBatches, make_loader, open_data, seed_for
+from attg.datasets import open_data
+from attg.loader import ResumableBatchSampler, make_loader
+from attg.seeding import seed_for
 from tests.fuzz import largest_memory, odd_picture, odd_tree, png, within
 from tests.helpers import ROOT, TINY, equal, losses, noise, ramp, records, train, write
 
@@ -102,12 +105,14 @@ def test_workers_change_nothing(folder, augment):
     dataset = open_data(str(folder), size=16, augment=augment, seed=1)
     runs = []
     for workers in (0, 2):
-        sampler = TrainBatches(len(dataset), 5, 1, 5, seed=3) if augment else None
+        sampler = (
+            ResumableBatchSampler(len(dataset), 5, 1, 5, seed=3) if augment else None
+        )
         runs.append(list(make_loader(dataset, 5, workers, sampler)))
     assert len(runs[0]) == len(runs[1]) == (4 if augment else 3)
     assert all(equal(a, b) for a, b in zip(*runs, strict=True))
     batch = runs[0][-1]
-    assert type(batch) is common.data.Sample
+    assert type(batch) is attg.datasets.Sample
     assert batch.flip.dtype == torch.bool
     assert batch.index.dtype == torch.int64
     # Evaluation keeps the short batch
@@ -128,10 +133,10 @@ def test_workers_ignore_signals_and_leave():
     # Workers start with the usual handlers; the second loader is left in mid-epoch.
     code = """
 import os, signal
-from common.data import TrainBatches, make_loader, open_data
+from attg.datasets import ResumableBatchSampler, make_loader, open_data
 
 def batches():
-    steps = TrainBatches(len(data), 50, 0, 60)
+    steps = ResumableBatchSampler(len(data), 50, 0, 60)
     return iter(make_loader(data, workers=2, batch_sampler=steps))
 
 data = open_data("toy", "test", augment=True)
@@ -165,7 +170,7 @@ def test_data_sets_pickle(folder, name):
 
 
 def test_epochs_are_permutations():
-    batches = TrainBatches(103, 20, 0, 10, seed=4)
+    batches = ResumableBatchSampler(103, 20, 0, 10, seed=4)
     epochs = [
         torch.cat([batches.indices(5 * e + s) for s in range(5)]) for e in range(2)
     ]
@@ -177,7 +182,9 @@ def test_epochs_are_permutations():
     assert not torch.equal(*epochs) and not torch.equal(epochs[0], epochs[0].sort()[0])
     assert not torch.equal(
         epochs[0],
-        torch.cat([TrainBatches(103, 20, 0, 5, seed=5).indices(s) for s in range(5)]),
+        torch.cat(
+            [ResumableBatchSampler(103, 20, 0, 5, seed=5).indices(s) for s in range(5)]
+        ),
     )
     keys = list(batches)
     assert [k for key in keys for k in key] == [
@@ -188,9 +195,13 @@ def test_epochs_are_permutations():
 
 @pytest.mark.parametrize("world, accum", [(1, 3), (2, 1), (2, 2), (3, 4)])
 def test_ranks_and_accumulation_tile_the_global_batch(world, accum):
-    single = list(TrainBatches(100, 24, 2, 9, seed=1))
+    single = list(ResumableBatchSampler(100, 24, 2, 9, seed=1))
     ranks = [
-        list(TrainBatches(100, 24, 2, 9, seed=1, accum=accum, rank=r, world=world))
+        list(
+            ResumableBatchSampler(
+                100, 24, 2, 9, seed=1, accum=accum, rank=r, world=world
+            )
+        )
         for r in range(world)
     ]
     assert all(len(rank) == 7 * accum for rank in ranks)
@@ -204,8 +215,8 @@ def test_ranks_and_accumulation_tile_the_global_batch(world, accum):
 
 def test_start_in_mid_epoch_continues_exactly():
     assert (
-        list(TrainBatches(50, 8, 9, 20, seed=2))
-        == list(TrainBatches(50, 8, 0, 20, seed=2))[9:]
+        list(ResumableBatchSampler(50, 8, 9, 20, seed=2))
+        == list(ResumableBatchSampler(50, 8, 0, 20, seed=2))[9:]
     )
 
 
@@ -213,12 +224,12 @@ def test_batch_errors():
     with pytest.raises(
         ValueError, match="--batch_size 9: there are 8 pictures; use 1 to 8"
     ):
-        TrainBatches(8, 9, 0, 1)
+        ResumableBatchSampler(8, 9, 0, 1)
     with pytest.raises(
         ValueError,
         match="--batch_size 10: .* --accum 2 times 2 processes; use a multiple of 4",
     ):
-        TrainBatches(80, 10, 0, 1, accum=2, world=2)
+        ResumableBatchSampler(80, 10, 0, 1, accum=2, world=2)
 
 
 def modes():
@@ -457,9 +468,9 @@ class FakeSet:
         return Image.new("RGB", (8, 8), (self.value % 256, i, 0)), i
 
 
-@pytest.mark.parametrize("name", common.data.TORCHVISION)
+@pytest.mark.parametrize("name", attg.datasets.TORCHVISION)
 def test_torchvision_names(name, tmp_path, monkeypatch):
-    kind, classes, _, parts, test_parts = common.data.TORCHVISION[name]
+    kind, classes, _, parts, test_parts = attg.datasets.TORCHVISION[name]
     assert issubclass(getattr(torchvision.datasets, kind), torch.utils.data.Dataset)
     monkeypatch.setattr(torchvision.datasets, kind, FakeSet)
     monkeypatch.setattr(FakeSet, "calls", [])
@@ -480,13 +491,13 @@ def test_torchvision_names(name, tmp_path, monkeypatch):
     assert pickle.loads(pickle.dumps(test))[2].label == 2
 
 
-@pytest.mark.parametrize("name", common.data.TORCHVISION)
+@pytest.mark.parametrize("name", attg.datasets.TORCHVISION)
 def test_no_network_names_the_remedy(name, tmp_path, monkeypatch):
     def offline(*_, **__):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
-    put = f"put the files of .*{tmp_path / common.data.TORCHVISION[name][2]}, or set ATTG_DATA"
+    put = f"put the files of .*{tmp_path / attg.datasets.TORCHVISION[name][2]}, or set ATTG_DATA"
     with pytest.raises(ValueError, match=f"--data {name}: not found in .*{put}"):
         open_data(name, root=tmp_path)
 
@@ -630,7 +641,7 @@ def test_tiny_pictures_are_only_resized(tmp_path, picture, whole):
 
 def test_collate_of_samples():
     batch = default_collate([open_data("toy", "test")[i] for i in range(3)])
-    assert type(batch) is common.data.Sample
+    assert type(batch) is attg.datasets.Sample
     assert batch.image.shape == (3, 3, 32, 32)
     assert batch.box.shape == (3, 4)
     assert batch.label.tolist() == [0, 1, 2] and batch.flip.tolist() == [False] * 3
@@ -653,10 +664,10 @@ def test_subsets_of_data(labelled, monkeypatch):
     batch = next(iter(make_loader(part, 3, workers=1)))
     assert batch.image.equal(torch.stack([part[i].image for i in range(3)]))
     toy_part = open_data("toy", "test").subset(torch.tensor([7, 1]))
-    assert np.array_equal(toy_part.masks, common.toy.toy("test")[1][[7, 1]])
+    assert np.array_equal(toy_part.masks, attg.toy.toy("test")[1][[7, 1]])
     assert toy_part.labels.tolist() == [7, 1]
     monkeypatch.setattr(
-        common.data,
+        attg.datasets,
         "open_torchvision",
         lambda *_: [(noise(32, 32, i), i % 4) for i in range(9)],
     )
@@ -690,20 +701,20 @@ def test_other_folders_as_test_sets(folder, tmp_path):
 
 def test_few_shots_are_the_same_for_every_model():
     labels = torch.randint(4, (200,))
-    one, five = (common.data.shot_indices(labels, shots, 3) for shots in (1, 5))
+    one, five = (attg.datasets.shot_indices(labels, shots, 3) for shots in (1, 5))
     assert labels[five].bincount().tolist() == [5] * 4 and len(set(five.tolist())) == 20
     assert set(one.tolist()) < set(five.tolist())
-    assert five.equal(common.data.shot_indices(labels, 5, 3))
-    assert not five.equal(common.data.shot_indices(labels, 5, 4))
+    assert five.equal(attg.datasets.shot_indices(labels, 5, 3))
+    assert not five.equal(attg.datasets.shot_indices(labels, 5, 4))
     # unlabelled
     assert (
         five.tolist()
-        == common.data.shot_indices(
+        == attg.datasets.shot_indices(
             torch.cat([labels, torch.tensor([-1, -1])]), 5, 3
         ).tolist()
     )
     tenth, everything = (
-        common.data.shot_indices(labels, share, 3) for share in (0.1, 1.0)
+        attg.datasets.shot_indices(labels, share, 3) for share in (0.1, 1.0)
     )
     assert labels[tenth].bincount().tolist() == [
         round(n / 10) for n in labels.bincount().tolist()
@@ -711,17 +722,19 @@ def test_few_shots_are_the_same_for_every_model():
     assert set(one.tolist()) < set(tenth.tolist())
     assert sorted(everything.tolist()) == list(range(200))
     # At least one of each
-    assert common.data.shot_indices(labels, 1e-9, 3).tolist() == one.tolist()
+    assert attg.datasets.shot_indices(labels, 1e-9, 3).tolist() == one.tolist()
     # A class that has fewer gives all it has
-    assert sorted(common.data.shot_indices(labels, 500, 0).tolist()) == list(range(200))
+    assert sorted(attg.datasets.shot_indices(labels, 500, 0).tolist()) == list(
+        range(200)
+    )
     for bad, shots in ((labels, 0), (labels[labels != 1], 5)):
         with pytest.raises(ValueError, match=f"--shots {shots} of 4 classes: must be"):
-            common.data.shot_indices(bad, shots, 0)
+            attg.datasets.shot_indices(bad, shots, 0)
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index(labelled):
-    after = common.data.rand_augment((0.5, 0.5, 0.5))
-    view = partial(common.data.train_view, scale=(0.08, 1.0), after=after)
+    after = attg.images.rand_augment((0.5, 0.5, 0.5))
+    view = partial(attg.images.train_view, scale=(0.08, 1.0), after=after)
     sets = [
         open_data(labelled["data"], "train", 32, augment=x, seed=3)
         for x in (view, view, True)
@@ -738,7 +751,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(labelled):
         labelled["data"],
         "train",
         32,
-        augment=partial(common.data.train_view, scale=(0.08, 1.0)),
+        augment=partial(attg.images.train_view, scale=(0.08, 1.0)),
         seed=3,
     )
     same_box = [plain_view[e, i] for e in range(4) for i in range(len(plain_view))]
@@ -764,13 +777,13 @@ def test_class_folders_without_train(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder / "train")
     assert list(open_data(".").names) == list(train.names)
     assert open_data(".")[3].image.equal(train[3].image)
-    parts = common.data.open_labelled(folder / "train", [str(folder / "val")], 32)
+    parts = attg.datasets.open_labelled(folder / "train", [str(folder / "val")], 32)
     assert len(parts[0]) == 12 and len(parts[1][str(folder / "val")]) == 3
     (tmp_path / "classes.txt").write_text("a\nc\n")
     few = open_data(folder / "train", classes=tmp_path / "classes.txt")
     assert len(few) == 8 and few.num_classes == 2
     with pytest.raises(ValueError, match="--data .*needs labelled images"):
-        common.data.open_labelled(folder / "train", ["test"], 32)
+        attg.datasets.open_labelled(folder / "train", ["test"], 32)
 
 
 def test_flat_train_and_test_folders(tmp_path):
@@ -893,13 +906,13 @@ def test_odd_folders(tmp_path, fuzz, links):
 
 def test_names_are_one_array(folder):
     words = ["a/0.png", "ä/ö.jpg", "", "x" * 300, "\udcff\udcfe.png", "new\nline"]
-    names = common.data.Names(words)
+    names = attg.datasets.Names(words)
     assert list(names) == words and len(names) == 6
     assert names[-2] == words[4] and names[3] == words[3]
     with pytest.raises(IndexError):
         names[6]
     assert list(pickle.loads(pickle.dumps(names))) == words
-    assert list(common.data.Names([])) == []
+    assert list(attg.datasets.Names([])) == []
     data = open_data(folder)
     # Nothing of a data set of files is a Python object for each picture.
     kept = [data.names.text, data.names.bounds, data.labels, data.read.args[2]]
@@ -1017,10 +1030,10 @@ def test_middle_of_strips(tmp_path, along):
 
 
 def test_large_jpegs_are_decoded_smaller(tmp_path, monkeypatch):
-    monkeypatch.setattr(common.data, "LEAST_SIDE", 64)
+    monkeypatch.setattr(attg.images, "MIN_DRAFT_SIDE", 64)
     write(tmp_path / "0.jpg", ramp(128, 129), quality=95)
     write(tmp_path / "1.jpg", ramp(128, 127), quality=95)
-    read = [common.data.load_picture(tmp_path / f"{i}.jpg") for i in range(2)]
+    read = [attg.images.load_image(tmp_path / f"{i}.jpg") for i in range(2)]
     assert read[0].size == (64, 65) and read[1].size == (128, 127)
     images = [x.image.int() for x in open_data(tmp_path, size=40)]
     assert (images[0] - images[1]).abs().max() <= 4
@@ -1035,7 +1048,7 @@ def test_grey_pictures(tmp_path, labelled):
     assert (grey[0].image[0].numpy() == (wide / 257 + 0.5).astype(int)).all()
     luma = np.asarray(noise(8, 8), float) @ (0.299, 0.587, 0.114)
     assert abs(grey[1].image[0].numpy() - luma).max() <= 1
-    view = partial(common.data.train_view, after=common.data.rand_augment((0.5,)))
+    view = partial(attg.images.train_view, after=attg.images.rand_augment((0.5,)))
     data = open_data(labelled["data"], size=32, augment=view, channels=1)
     assert all(data[e, 0].image.shape == (1, 32, 32) for e in range(20))
     assert open_data("toy", "test", channels=1)[0].image.shape == (1, 32, 32)
@@ -1054,9 +1067,9 @@ def test_ten_unreadable_pictures_are_named(tmp_path, capfd, workers):
     for file in bad:
         Path(file).write_bytes(b"no picture")
     data = open_data(tmp_path, size=8, augment=True)
-    common.data.refuse_unreadable(data)
+    attg.datasets.refuse_unreadable(data)
     for _ in range(2):
-        batches = TrainBatches(60, 6, 0, 20)
+        batches = ResumableBatchSampler(60, 6, 0, 20)
         list(make_loader(data, workers=workers, batch_sampler=batches))
     lines = capfd.readouterr().err.splitlines()
     named = [x.split(": ")[1].split(" (")[0] for x in lines if "replaces" in x]
@@ -1072,7 +1085,7 @@ def test_ten_unreadable_pictures_are_named(tmp_path, capfd, workers):
     with pytest.raises(
         ValueError, match=f"30 of 60 pictures are unreadable, over 1 %.*{bad[0]}"
     ):
-        common.data.refuse_unreadable(data)
+        attg.datasets.refuse_unreadable(data)
 
 
 # -- Data sets of one's own ------------------------------------------------------------
@@ -1112,7 +1125,7 @@ def test_own_data_sets(tmp_path):
     assert not test.labelled and test[0].label == -1
     assert known.fingerprint != open_data(Own([0, 0, 0])).fingerprint
     pair = {"train": Own([0, -1, 1]), "test": Own([1, 0])}
-    train, tests = common.data.open_labelled(pair, ["test"], 32)
+    train, tests = attg.datasets.open_labelled(pair, ["test"], 32)
     assert train.labels.tolist() == [0, 1] and tests["test"].num_classes == 2
 
 
@@ -1129,7 +1142,7 @@ def test_wrong_data_sets_of_ones_own(tmp_path):
         open_data([{"image": noise(9, 9), "label": 1}])
     pair = {"train": Own([0]), "test": Own([None])}
     with pytest.raises(ValueError, match="--data of your own: needs labelled"):
-        common.data.open_labelled(pair, ["test"], 32)
+        attg.datasets.open_labelled(pair, ["test"], 32)
     big = open_data([(noise(90, 90), 0), (noise(9, 9), 1)], max_pixels=8000)
     assert big[0].index == 1
 
@@ -1171,10 +1184,10 @@ def test_one_unreadable_picture_is_never_too_much(tmp_path, capsys):
         data = open_data(tmp_path, size=8)
         assert [sample.index for sample in data][i] == i + 1
         if i == 1:
-            common.data.refuse_unreadable(data)
+            attg.datasets.refuse_unreadable(data)
     first = tmp_path / "1.png"
     with pytest.raises(ValueError, match=f"2 of 5 .*unreadable, over 1 %.* {first}"):
-        common.data.refuse_unreadable(data)
+        attg.datasets.refuse_unreadable(data)
     assert capsys.readouterr().err.count(f"{first} (") == 2
 
 
@@ -1219,7 +1232,7 @@ def test_unreadable_pictures_of_all_processes_count(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    common.data.refuse_unreadable(data)
+    attg.datasets.refuse_unreadable(data)
     others[1] = [0]
     with pytest.raises(ValueError, match=f"4 of 300 .* {tmp_path}/000.png"):
-        common.data.refuse_unreadable(data)
+        attg.datasets.refuse_unreadable(data)

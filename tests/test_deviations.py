@@ -9,7 +9,7 @@ import torch
 import attg_mae
 import eval_knn
 import eval_linear
-from common.data import shot_indices
+from attg.datasets import shot_indices
 from tests.helpers import blobs, save_features
 
 # Of these the sample deviation is sqrt(7 / 3), that of a population sqrt(14 / 9).

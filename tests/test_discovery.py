@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 import attg_mae
 import object_discovery
+from attg.datasets import open_data
+from attg.maps import load_maps
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD
-from common.data import open_data
-from common.maps import load_maps
 from tests.helpers import (
     ROOT,
     SMALL,

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+import attg.features
 import attg_mae
-import common.features
 import eval_knn
-from common.data import open_data
-from common.export import to_hugging_face
+from attg.datasets import open_data
+from attg.export import to_hugging_face
 from tests.helpers import (
     SMALL,
     Evil,
@@ -166,7 +166,7 @@ def test_eval_knn_of_a_data_set(encoder, labelled, tmp_path, capsys):
     ]
     model = attg_mae.load_encoder(encoder)
     sets = [open_data(labelled["data"], s, 32) for s in ("train", "test")]
-    want = common.features.knn_accuracy(model, *sets, {}, None, 0, 1)
+    want = attg.features.knn_accuracy(model, *sets, {}, None, 0, 1)
     assert {r["feature"]: r["top-1"] for r in rows if r["k"] == 20} == pytest.approx(
         want
     )

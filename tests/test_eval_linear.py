@@ -16,12 +16,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import attg.datasets
+import attg.features
+import attg.toy
 import attg_mae
-import common.features
-import common.toy
 import eval_knn
 import eval_linear
-from common.data import make_loader, open_data, seed_for
+from attg.datasets import open_data
+from attg.loader import make_loader
+from attg.seeding import seed_for
 from tests.helpers import SMALL, blobs, close, randn
 
 COMMON = ["--device", "cpu", "--seed", "1"]
@@ -286,7 +289,7 @@ def test_eval_linear_of_a_data_set(encoder, labelled, tmp_path, capsys, monkeypa
         json.loads(Path(encoder).with_name("eval_linear.jsonl").read_text()) == report
     )
     assert [(r["feature"], r["test"]) for r in rows] == [
-        (f, t) for f in common.features.FEATURES for t in ("test", other)
+        (f, t) for f in attg.features.FEATURES for t in ("test", other)
     ]
     assert rows[0]["top-1"] == rows[1]["top-1"] and "held-out top-1" in printed[0]
     grid = report["settings"]["held_out"]["class_token, linear, seed 1"]
@@ -313,7 +316,7 @@ def test_eval_linear_of_a_data_set(encoder, labelled, tmp_path, capsys, monkeypa
     ]
     # Where they are from
     assert settings["features"]
-    assert all(settings[k] == report["settings"][k] for k in common.features.SOURCE)
+    assert all(settings[k] == report["settings"][k] for k in attg.features.SOURCE)
     few = eval_linear.main([*kept, "--shots", "2", "4", "--seeds", "2"])
     assert [(r["protocol"], len(r["lr"].split())) for r in few[:4]] == [
         ("2 shots", 2)
@@ -343,13 +346,13 @@ def test_eval_linear_of_a_data_set(encoder, labelled, tmp_path, capsys, monkeypa
 
 
 def test_toy_variants_are_test_sets(encoder, monkeypatch):
-    names = ["test", *common.toy.TOY_VARIANTS]
+    names = ["test", *attg.toy.TOY_VARIANTS]
     monkeypatch.setattr(
         eval_linear, "train_heads", partial(eval_linear.train_heads, least=100)
     )
-    full = common.toy.toy
+    full = attg.toy.toy
     monkeypatch.setattr(
-        common.data, "toy", lambda split: tuple(x[:300] for x in full(split))
+        attg.datasets, "toy", lambda split: tuple(x[:300] for x in full(split))
     )
     rows = eval_linear.main([encoder, "--val", *names, *COMMON])
     assert [r["test"] for r in rows] == names * 2

@@ -1,5 +1,5 @@
 """
-common/evaluation.py: what the three evaluation programs have in common. Their files are
+attg/evaluation.py: what the three evaluation programs have in common. Their files are
 tried first, and they end without a traceback.
 """
 
@@ -21,9 +21,9 @@ import eval_finetune
 import eval_knn
 import eval_linear
 import object_discovery
-from common.commandline import end
-from common.data import open_data
-from common.evaluation import check_shots
+from attg.cli import end
+from attg.datasets import open_data
+from attg.evaluation import check_shots
 from tests.fuzz import within
 from tests.helpers import ROOT, SMALL
 from tests.processes import Process

@@ -1,5 +1,5 @@
 """
-common/export.py against Hugging Face's own models: the same features, loss and
+attg/export.py against Hugging Face's own models: the same features, loss and
 predictions, in memory and read again from the folder that they write.
 """
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import attg_mae
-from common.export import to_hugging_face
+from attg.export import to_hugging_face
 from tests.helpers import (
     close,
     encoder_only,

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+import attg.features
 import attg_mae
-import common.features
-from common.data import make_loader, open_data
+from attg.datasets import open_data
+from attg.loader import make_loader
 from tests.helpers import SMALL, rand, randn
 
 KNN = [
@@ -62,7 +63,7 @@ def test_knn_equals_scikit_learn(classes, n, tests, k):
 
 def test_knn_of_several_k_in_one_pass():
     bank, labels, test = randn(200, 8), torch.randint(7, (200,)), randn(30, 8, seed=1)
-    all_ = common.features.knn_rankings(bank, labels, test, [1, 20, 500])
+    all_ = attg.features.knn_rankings(bank, labels, test, [1, 20, 500])
     assert all_.shape == (3, 30, 5)
     for one, k in zip(all_, (1, 20, 500), strict=True):
         assert one.equal(attg_mae.knn_classify(bank, labels, test, k=k))
@@ -72,7 +73,7 @@ def test_knn_of_several_k_in_one_pass():
 def test_features_of_several_processes_are_in_order(labelled, monkeypatch):
     model = attg_mae.build_model(attg_mae.Config(**SMALL)).eval()
     dataset = open_data(labelled["data"], "train", (32, 32))
-    want = common.features.features_of(model, dataset, {"batch_size": 4}, None, 0, 1)
+    want = attg.features.features_of(model, dataset, {"batch_size": 4}, None, 0, 1)
     shares = [
         attg_mae.extract_features(
             model,
@@ -87,7 +88,7 @@ def test_features_of_several_processes_are_in_order(labelled, monkeypatch):
         parts[:] = shares
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    got = common.features.features_of(model, dataset, {}, None, 1, 3)
+    got = attg.features.features_of(model, dataset, {}, None, 1, 3)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))
     assert (
         got[2].tolist()

@@ -16,7 +16,7 @@ import eval_knn
 import eval_linear
 import object_discovery
 import study
-from common.commandline import NUMBERS, WHOLE_NUMBERS, Parser, parse_settings
+from attg.cli import NUMBERS, WHOLE_NUMBERS, Parser, parse_settings
 
 NUMERIC = {*WHOLE_NUMBERS, *NUMBERS, "seeds", "lrs", *bench.RANGES}
 VALUES = ("0", "-1", "1", "2", "7", "0.5", "1e300", "-1e300", "nan", "inf", "-inf")

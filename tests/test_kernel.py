@@ -382,7 +382,7 @@ def check_compiled(launches, oversized, groups):
 
 def test_training_with_the_kernel_is_the_same(labelled, tmp_path, monkeypatch):
     settings = dict(
-        labelled, img_size=8, batch_size=2, epochs=1, device=DEVICE, knn_every=0
+        labelled, img_size=8, batch_size=2, epochs=1, device=DEVICE, eval_every=0
     )
     plain = attg_mae.masked_loss
     monkeypatch.setattr(attg_mae, "masked_loss", partial(plain, fused=False))

@@ -14,14 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-import common.data
-import common.features
-import common.maps
-import common.run
-import common.toy
+import attg.datasets
+import attg.distributed
+import attg.features
+import attg.map_quality
+import attg.maps
+import attg.toy
 import object_discovery
-from common.data import make_loader, open_data
-from common.maps import load_maps, save_maps
+from attg.datasets import open_data
+from attg.loader import make_loader
+from attg.maps import load_maps, save_maps
 from tests.fuzz import damaged_maps, png, within
 from tests.helpers import noise, write
 
@@ -45,7 +47,7 @@ def some_maps(n=5):
 def test_maps_round_trip(flat, tmp_path, dtype, layout, monkeypatch):
     source = layout(some_maps().astype(dtype))
     keep = source.copy()
-    monkeypatch.setattr(common.maps.chunks, "__defaults__", (130,))  # two maps a chunk
+    monkeypatch.setattr(attg.maps.chunks, "__defaults__", (130,))  # two maps a chunk
     save_maps(
         tmp_path / "new" / "maps.npy",
         source,
@@ -85,7 +87,7 @@ def test_maps_round_trip(flat, tmp_path, dtype, layout, monkeypatch):
 
 def test_flat_and_failed_maps_become_zeros(flat, tmp_path, monkeypatch):
     # One map a chunk: indices must not restart
-    monkeypatch.setattr(common.maps.chunks, "__defaults__", (63,))
+    monkeypatch.setattr(attg.maps.chunks, "__defaults__", (63,))
     source = some_maps()
     source[0] = 5
     # Noise below the rule
@@ -204,7 +206,7 @@ def break_maps(path, how):
     ],
 )
 def test_broken_map_files_are_refused(flat, tmp_path, how, monkeypatch):
-    monkeypatch.setattr(common.maps.chunks, "__defaults__", (130,))
+    monkeypatch.setattr(attg.maps.chunks, "__defaults__", (130,))
     save_maps(tmp_path / "m.npy", some_maps(), flat, "x")
     load_maps(tmp_path / "m.npy", flat)
     what = break_maps(tmp_path / "m.npy", how)
@@ -254,13 +256,13 @@ def test_quality_by_hand():
         same["IoU"], 100 * metrics.jaccard_score(flat, (noise > noise.mean()).ravel())
     )
     m = np.float32([[0, 0.9, 0, 0.8], [0.9, 1, 0, 0.8], [0, 0, 0, 0.8]])  # two parts
-    assert common.maps.part_of_maximum(m).tolist() == [
+    assert attg.map_quality.part_of_maximum(m).tolist() == [
         [0, 1, 0, 0],
         [1, 1, 0, 0],
         [0, 0, 0, 0],
     ]
-    assert not common.maps.part_of_maximum(np.ones((2, 3))).any()
-    assert common.maps.box(common.maps.part_of_maximum(m)).tolist() == [
+    assert not attg.map_quality.part_of_maximum(np.ones((2, 3))).any()
+    assert attg.map_quality.box(attg.map_quality.part_of_maximum(m)).tolist() == [
         [0, 0],
         [2, 2],
     ]
@@ -422,5 +424,5 @@ def test_masks_that_are_pipes_or_huge(flat, tmp_path):
     os.mkfifo(tmp_path / "masks" / "0.png")
     (tmp_path / "masks" / "1.png").write_bytes(png(10**5, 10**4, row=b"", rows=1))
     with within(10):
-        found = list(common.maps.true_masks(flat, tmp_path / "masks", range(3)))
+        found = list(attg.map_quality.true_masks(flat, tmp_path / "masks", range(3)))
     assert found == [None] * 3

@@ -17,14 +17,14 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+import attg.datasets
 import attg_mae
-import common.data
 import eval_finetune
 import eval_knn
 import eval_linear
 import object_discovery
-from common.data import open_data, open_labelled
-from common.maps import load_maps, save_maps
+from attg.datasets import open_data, open_labelled
+from attg.maps import load_maps, save_maps
 from docs import idea, walkthrough
 from tests.helpers import (
     ROOT,
@@ -247,9 +247,9 @@ def test_command(script, command, place, monkeypatch, tmp_path_factory):
     else:
         if command:
             # The whole toy set once is enough: in the command without a flag.
-            whole = common.data.toy
+            whole = attg.datasets.toy
             monkeypatch.setattr(
-                common.data, "toy", lambda split: [x[:1000] for x in whole(split)]
+                attg.datasets, "toy", lambda split: [x[:1000] for x in whole(split)]
             )
         run_training(argv)
 
@@ -319,7 +319,7 @@ def run_training(argv):
     small = [f"--{name}={value}" for name, value in SMALL.items()]
     own = "--data" in argv
     data = argv[argv.index("--data") + 1] if own else "toy"
-    size = 16 if own else len(common.data.toy("train")[0]) // 2
+    size = 16 if own else len(attg.datasets.toy("train")[0]) // 2
     if "--classes" in argv:
         size = 4  # two of four classes
     small += ["--epochs=1", "--workers=0", f"--batch_size={size}"]

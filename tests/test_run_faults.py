@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import attg_mae
-from common.data import TrainBatches
+from attg.loader import ResumableBatchSampler
 from tests.helpers import (
     TINY,
     after_step,
@@ -149,7 +149,7 @@ def slow_discovery(folder, seconds, ranks="01"):
         f"""
 import os, time
 import object_discovery
-from common.commandline import end
+from attg.cli import end
 plain = object_discovery.checksum_of
 def slow(content):
     time.sleep({seconds} * (os.environ.get("RANK", "0") in {ranks!r}))
@@ -305,7 +305,9 @@ def test_not_finite(change, step, part, log_every, copy, monkeypatch):
             log_every=log_every,
         )
     at = records(out, "not_finite")
-    ids = TrainBatches(25, 4, 0, 12, seed=0).indices(at[0]["step"] - 1).tolist()
+    ids = (
+        ResumableBatchSampler(25, 4, 0, 12, seed=0).indices(at[0]["step"] - 1).tolist()
+    )
     assert at == [{"step": step, "not_finite": part, "indices": ids}]
     assert str(error.value).startswith(f"step {step}: {part}")
     assert str(ids) in str(error.value)
@@ -497,12 +499,12 @@ def assert_close_run(out, reference, lr=1e-3):
 
 
 def test_two_processes_equal_one(ask, labelled, distributed, tmp_path):
-    one = Process(ask, tmp_path / "one", TINY | labelled | {"knn_every": 2})
+    one = Process(ask, tmp_path / "one", TINY | labelled | {"eval_every": 2})
     assert one.wait()[0] == 0
     assert_close_run(distributed, one.out)
     ours, reference = records(distributed, "knn"), records(one.out, "knn")
     for a, b in zip(ours, reference, strict=True):
-        assert a["mse_test"] == pytest.approx(b["mse_test"], rel=1e-5)
+        assert a["val_mse"] == pytest.approx(b["val_mse"], rel=1e-5)
     assert [r["step"] for r in ours] == [r["step"] for r in reference] == [12, 24]
     for a, b in zip(ours, reference, strict=True):
         for name, value in b["knn"].items():
@@ -612,7 +614,7 @@ def test_torchrun_stops_and_continues(ask, labelled, distributed, tmp_path):
     """A launch by torchrun, stopped by SIGTERM and continued, equals the processes
     above bit for bit.
     """
-    out, settings = tmp_path / "out", TINY | labelled | {"knn_every": 2}
+    out, settings = tmp_path / "out", TINY | labelled | {"eval_every": 2}
     # The script with slower steps, to be stopped in the middle
     slow = tmp_path / "slow.py"
     slow.write_text(

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 import study
-from common.data import open_data
-from common.maps import load_maps, save_maps
-from common.toy import TOY_CLASSES, toy
+from attg.datasets import open_data
+from attg.maps import load_maps, save_maps
+from attg.toy import TOY_CLASSES, toy
 from tests.helpers import ROOT, write
 from tests.processes import state_and_session
 
@@ -138,7 +138,7 @@ def test_a_stopped_study_goes_on(pictures, ask, monkeypatch, tmp_path, capsys):
     data, out, results = (pictures / name for name in ("data", "out", "results"))
     flags = f"--data {data} --maps exact={pictures}/exact.npy --arms none exact "
     flags += f"--seeds 0 1 --jobs 2 --evaluate knn --out {out} --results {results} "
-    flags += "-- --epochs 2 --batch_size 32 --knn_every 1 --width 32 --depth 1"
+    flags += "-- --epochs 2 --batch_size 32 --eval_every 1 --width 32 --depth 1"
     pid = ask([str(tmp_path), {}, [str(ROOT / "study.py"), *flags.split()]])
     while not list(out.glob("*/train.done")):
         assert state_and_session(f"/proc/{pid}/stat")[0] != "Z"
@@ -185,7 +185,7 @@ def test_maps_of_the_control_are_alike_and_centred(pictures):
     assert manifest["method"] == "gaussian" and (maps == maps[0]).all()
     assert (m == m[::-1]).all() and (m == m.T).all()
     assert m.max() == m[6, 6] == 1 and m.min() == m[0, 0] == 0
-    # Min-max normalised: at a quarter of the side from the centre exp(-1/2) of the top.
+    # Min-max normalized: at a quarter of the side from the centre exp(-1/2) of the top.
     distance = (np.arange(14) - 6.5) / 14
     raw = np.exp(-(distance**2) / (2 * 0.25**2))
     raw = np.outer(raw, raw)

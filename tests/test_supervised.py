@@ -1,5 +1,5 @@
 """
-common/supervised.py, by the two programs that train with it: eval_linear.py --protocol mae
+attg/finetuning.py, by the two programs that train with it: eval_linear.py --protocol mae
 and eval_finetune.py.
 """
 
@@ -13,8 +13,9 @@ from torch import nn
 import attg_mae
 import eval_finetune
 import eval_linear
-from common.data import make_loader, open_data
-from common.features import FEATURES
+from attg.datasets import open_data
+from attg.features import FEATURES
+from attg.loader import make_loader
 from tests.helpers import after_step, same
 
 COMMON = ["--device", "cpu", "--seed", "1"]

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import common.data
-import common.toy
+import attg.datasets
+import attg.toy
+from attg.datasets import open_data
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD
-from common.data import open_data
 from tests.helpers import ROOT
 
 
 def test_toy_is_the_same_in_another_process():
     code = (
-        "import hashlib, common.toy\n"
-        "i, m, _ = common.toy.toy('test'); v = common.toy.toy('mixed_rand')[0]\n"
+        "import hashlib, attg.toy\n"
+        "i, m, _ = attg.toy.toy('test'); v = attg.toy.toy('mixed_rand')[0]\n"
         "print(*(hashlib.sha256(a[:300].tobytes()).hexdigest() for a in (i, m, v)))"
     )
     done = subprocess.run(
@@ -32,12 +32,12 @@ def test_toy_is_the_same_in_another_process():
     )
     here = [
         hashlib.sha256(a[:300].tobytes()).hexdigest()
-        for a in (*common.toy.toy("test")[:2], common.toy.toy("mixed_rand")[0])
+        for a in (*attg.toy.toy("test")[:2], attg.toy.toy("mixed_rand")[0])
     ]
     assert done.stdout == " ".join(here) + "\n"
     assert (
-        common.data.open_data("toy", seed=1).fingerprint
-        == common.data.open_data("toy", seed=2).fingerprint
+        attg.datasets.open_data("toy", seed=1).fingerprint
+        == attg.datasets.open_data("toy", seed=2).fingerprint
     )
 
 
@@ -57,9 +57,9 @@ def test_toy_interface_and_balance():
         assert dataset.masks.dtype == np.uint8
         assert set(np.unique(dataset.masks)) == {0, 1}
         assert np.bincount([dataset[i].label for i in range(200)]).tolist() == [20] * 10
-        assert np.bincount(common.toy.toy(split)[2]).tolist() == [n // 10] * 10
+        assert np.bincount(attg.toy.toy(split)[2]).tolist() == [n // 10] * 10
         np.testing.assert_array_equal(
-            dataset[3].image.permute(1, 2, 0), common.toy.toy(split)[0][3]
+            dataset[3].image.permute(1, 2, 0), attg.toy.toy(split)[0][3]
         )
         assert dataset[3].box.tolist() == [0, 0, 1, 1] and len(set(dataset.names)) == n
     with pytest.raises(
@@ -70,23 +70,23 @@ def test_toy_interface_and_balance():
 
 
 def test_toy_masks_and_variants_agree():
-    images, masks, labels = common.toy.toy("test")
+    images, masks, labels = attg.toy.toy("test")
     inside = masks.astype(bool)
     share = inside.mean((1, 2))
     assert 0.05 < share.min() and share.max() < 0.4 and not inside[:, 0, 0].all()
-    for variant in common.toy.TOY_VARIANTS:
-        other, other_masks, other_labels = common.toy.toy(variant)
+    for variant in attg.toy.TOY_VARIANTS:
+        other, other_masks, other_labels = attg.toy.toy(variant)
         assert np.array_equal(masks, other_masks)
         assert np.array_equal(labels, other_labels)
         # Same object, same pose
         assert np.array_equal(images[inside], other[inside])
         changed = (images != other).any(-1)
         assert changed[~inside].mean() > 0.9 and not changed[inside].any()
-    assert not common.toy.toy("only_fg")[0][~inside].any()
+    assert not attg.toy.toy("only_fg")[0][~inside].any()
     # No black inside: the mask is the object
-    assert common.toy.toy("only_fg")[0][inside].any(-1).all()
+    assert attg.toy.toy("only_fg")[0][inside].any(-1).all()
     # a mask is one piece inside the picture, and splits share no object
-    train = {m.tobytes() for m in common.toy.toy("train")[1]}
+    train = {m.tobytes() for m in attg.toy.toy("train")[1]}
     assert sum(m.tobytes() in train for m in masks) < 20
 
 
@@ -97,9 +97,9 @@ def test_toy_backgrounds_follow_their_families(monkeypatch):
         seen.setdefault(split, []).append(family)
         return p, p
 
-    monkeypatch.setattr(common.toy, "toy_render", record)
-    for split in ("train", "test", *common.toy.TOY_VARIANTS):
-        common.toy.toy.__wrapped__(split)
+    monkeypatch.setattr(attg.toy, "toy_render", record)
+    for split in ("train", "test", *attg.toy.TOY_VARIANTS):
+        attg.toy.toy.__wrapped__(split)
     labels = np.arange(2_000) % 10
     family = {split: np.concatenate(parts) for split, parts in seen.items()}
     # 0.7, and a tenth of the others
@@ -111,8 +111,8 @@ def test_toy_backgrounds_follow_their_families(monkeypatch):
 
 
 def toy_features(split):
-    f = (common.toy.toy(split)[0] / 255 - IMAGENET_MEAN) / IMAGENET_STD
-    return f.reshape(len(f), -1).astype(np.float32), common.toy.toy(split)[2]
+    f = (attg.toy.toy(split)[0] / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    return f.reshape(len(f), -1).astype(np.float32), attg.toy.toy(split)[2]
 
 
 def test_toy_raw_pixels_are_hard():
@@ -128,7 +128,7 @@ def test_toy_raw_pixels_are_hard():
 
 def test_sheet_is_written(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    common.toy.main([])
+    attg.toy.main([])
     out = capsys.readouterr().out
     assert f"sheet written to {tmp_path / 'toy.png'}" in out
     assert "train      10000 images: ball 1000 box 1000" in out
@@ -137,11 +137,11 @@ def test_sheet_is_written(tmp_path, capsys, monkeypatch):
 
 
 def test_pairs_have_two_objects_and_a_mask_of_each(tmp_path, capsys):
-    images, masks = common.toy.toy_pairs(40)
+    images, masks = attg.toy.toy_pairs(40)
     assert images.shape == (40, 64, 64, 3) and masks.shape == (40, 2, 64, 64)
     assert images.dtype == masks.dtype == np.uint8 and masks.max() == 1
     # As large as the objects of the set, one on the left and one on the right.
-    single = common.toy.toy("train")[1].sum((1, 2))
+    single = attg.toy.toy("train")[1].sum((1, 2))
     areas = masks.sum((2, 3))
     assert areas.min() >= single.min() and areas.max() <= single.max()
     assert not masks[:, 0, :, 32:].any() and not masks[:, 1, :, :32].any()
@@ -157,9 +157,9 @@ def test_pairs_have_two_objects_and_a_mask_of_each(tmp_path, capsys):
     background = np.where(bare[..., None], images, np.roll(images, 32, 1))
     assert (images != background).any(3)[~bare].mean() > 0.9
 
-    common.toy.main(["--pairs", str(tmp_path)])
+    attg.toy.main(["--pairs", str(tmp_path)])
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert len(names) == 200 and "200 pictures" in capsys.readouterr().out
     assert names == sorted(path.name for path in (tmp_path / "masks").iterdir())
     mask = np.asarray(Image.open(tmp_path / "masks" / names[7]))
-    assert (mask == 255 * common.toy.toy_pairs(200)[1][7].max(0)).all()
+    assert (mask == 255 * attg.toy.toy_pairs(200)[1][7].max(0)).all()

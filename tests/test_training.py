@@ -18,12 +18,14 @@ import torch
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import attg.distributed
 import attg_mae
-import common.run
-from common import bookkeeping, pictures
-from common.data import TrainBatches, generator_for, make_loader, open_data
-from common.maps import save_maps
-from common.run import choose_precision, cpu_has_bf16
+from attg import figures, trainer
+from attg.datasets import open_data
+from attg.distributed import choose_precision, cpu_has_bf16
+from attg.loader import ResumableBatchSampler, make_loader
+from attg.maps import save_maps
+from attg.seeding import generator_for
 from tests.helpers import (
     LUMA,
     TINY,
@@ -208,11 +210,11 @@ def test_precision_auto(tmp_path, monkeypatch, labelled, capsys):
         (True, 380, "fp32"),
         (False, 768, "fp32"),
     ):
-        monkeypatch.setattr(common.run, "cpu_has_bf16", lambda has=has: has)
+        monkeypatch.setattr(attg.distributed, "cpu_has_bf16", lambda has=has: has)
         assert choose_precision("auto", cpu, width)[0] == name
     assert choose_precision("fp32", cpu, 384) == ("fp32", None)
 
-    monkeypatch.setattr(common.run, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(attg.distributed, "cpu_has_bf16", lambda: True)
     wide = labelled | {"width": 384, "heads": 6, "patch_size": 8, "epochs": 1}
     with after_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         train(tmp_path / "out", **wide)
@@ -220,7 +222,7 @@ def test_precision_auto(tmp_path, monkeypatch, labelled, capsys):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["precision"] == "bf16"
     assert "--precision" not in capsys.readouterr().out  # it is no unusual setting
-    monkeypatch.setattr(common.run, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(attg.distributed, "cpu_has_bf16", lambda: False)
     train(tmp_path / "out", **wide)
     assert last(tmp_path / "out")["config"]["precision"] == "bf16"
 
@@ -347,7 +349,7 @@ def test_log_of_a_killed_run(labelled, whole, tmp_path):
 def test_keep_every(labelled, whole, tmp_path):
     """Checkpoints along the way, from which a run goes on to the same end."""
     out = tmp_path / "out"
-    train(out, **labelled, keep_every=2, save_every=3)
+    train(out, **labelled, keep_ckpt_every=2, save_every=3)
     kept = sorted(p.name for p in out.glob("epoch*"))
     assert kept == ["epoch0002.pt", "epoch0004.pt"]
     assert same(last(out)["model"], last(whole())["model"])
@@ -361,18 +363,18 @@ def test_keep_every(labelled, whole, tmp_path):
 
 def test_same_command_after_the_end(labelled, tmp_path):
     """Nothing is trained, and nothing is twice in the log."""
-    result = train(tmp_path, **labelled, epochs=2, knn_every=1)
+    result = train(tmp_path, **labelled, epochs=2, eval_every=1)
     log, parts = (tmp_path / "log.jsonl").read_text(), last(tmp_path)
-    assert train(tmp_path, **labelled, epochs=2, knn_every=1) == result
+    assert train(tmp_path, **labelled, epochs=2, eval_every=1) == result
     assert (tmp_path / "log.jsonl").read_text() == log and same(last(tmp_path), parts)
 
 
 def test_knn_in_the_run(labelled, tmp_path):
-    """Every knn_every epochs and at the end; the last one is that of the weights in the
+    """Every eval_every epochs and at the end; the last one is that of the weights in the
     checkpoint.
     """
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
-    result = train(tmp_path, **labelled, epochs=5, knn_every=2, mean=mean, std=std)
+    result = train(tmp_path, **labelled, epochs=5, eval_every=2, mean=mean, std=std)
     rows = records(tmp_path, "knn")
     assert [r["step"] for r in rows] == [12, 24, 30]
     assert rows[-1]["knn"] == result["knn"]
@@ -411,13 +413,13 @@ def test_knn_in_the_run(labelled, tmp_path):
 def test_knn_of_a_stopped_run(when, labelled, whole, tmp_path):
     """Its k-NN lines are those of the uninterrupted run."""
     with after_step(when, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-        train(tmp_path, **labelled, knn_every=1)
-    train(tmp_path, **labelled, knn_every=1)
-    assert records(tmp_path, "knn") == records(whole(knn_every=1), "knn")
+        train(tmp_path, **labelled, eval_every=1)
+    train(tmp_path, **labelled, eval_every=1)
+    assert records(tmp_path, "knn") == records(whole(eval_every=1), "knn")
 
 
 def test_error_on_held_out_pictures(labelled, tmp_path, monkeypatch):
-    """mse_test: the error of Eq. 2 without weights, with the same masks each time; also
+    """val_mse: the error of Eq. 2 without weights, with the same masks each time; also
     without labels.
     """
 
@@ -426,18 +428,18 @@ def test_error_on_held_out_pictures(labelled, tmp_path, monkeypatch):
         dataset.labelled = False
         return dataset
 
-    settings = labelled | {"epochs": 3, "knn_every": 1, "lr": 0.0}
+    settings = labelled | {"epochs": 3, "eval_every": 1, "lr": 0.0}
     result = train(tmp_path / "still", **settings)
-    still = [r["mse_test"] for r in records(tmp_path / "still", "mse_test")]
+    still = [r["val_mse"] for r in records(tmp_path / "still", "val_mse")]
     # Without learning there is nothing to tell the evaluations apart but the masks.
-    assert len(still) == 3 and len(set(still)) == 1 and result["mse_test"] == still[0]
+    assert len(still) == 3 and len(set(still)) == 1 and result["val_mse"] == still[0]
 
-    monkeypatch.setattr(bookkeeping, "open_data", unlabelled)
+    monkeypatch.setattr(trainer, "open_data", unlabelled)
     result = train(tmp_path / "out", **settings | {"lr": 1e-3, "workers": 2})
-    rows = records(tmp_path / "out", "mse_test")
+    rows = records(tmp_path / "out", "val_mse")
     assert [r["step"] for r in rows] == [6, 12, 18] and result["knn"] == {}
     assert not records(tmp_path / "out", "knn")
-    assert rows[-1]["mse_test"] == result["mse_test"] < still[0]
+    assert rows[-1]["val_mse"] == result["val_mse"] < still[0]
     parts = last(tmp_path / "out")
     model = attg_mae.build_model(attg_mae.Config(**parts["config"]))
     model.load_state_dict(parts["model"])
@@ -455,8 +457,8 @@ def test_error_on_held_out_pictures(labelled, tmp_path, monkeypatch):
         error = (pred[0] - target).square().mean(1)
         errors.append(error[hidden].mean().item())
         others.append(error.mean().item())
-    assert result["mse_test"] == pytest.approx(np.mean(errors), rel=1e-5)
-    assert result["mse_test"] != pytest.approx(np.mean(others), rel=1e-3)
+    assert result["val_mse"] == pytest.approx(np.mean(errors), rel=1e-5)
+    assert result["val_mse"] != pytest.approx(np.mean(others), rel=1e-3)
 
 
 def test_the_encoder_is_written_before_the_evaluation(labelled, tmp_path, monkeypatch):
@@ -465,7 +467,7 @@ def test_the_encoder_is_written_before_the_evaluation(labelled, tmp_path, monkey
     def fails(*_):
         raise ValueError("no k-NN today")
 
-    monkeypatch.setattr(bookkeeping, "knn_accuracy", fails)
+    monkeypatch.setattr(trainer, "knn_accuracy", fails)
     with pytest.raises(ValueError, match="no k-NN"):
         train(tmp_path, **labelled, epochs=1)
     assert attg_mae.load_encoder(tmp_path / "encoder.pt").cfg.width == TINY["width"]
@@ -474,7 +476,7 @@ def test_the_encoder_is_written_before_the_evaluation(labelled, tmp_path, monkey
 def test_curves(labelled, tmp_path, monkeypatch, capsys):
     """Of the log, drawn where matplotlib is there; a continued run draws all of it."""
     figure = pytest.importorskip("matplotlib.figure")
-    monkeypatch.setattr(bookkeeping, "save_curves", pictures.save_curves)
+    monkeypatch.setattr(trainer, "save_curves", figures.save_curves)
     drawn = []
 
     class Spy(figure.Figure):
@@ -483,7 +485,7 @@ def test_curves(labelled, tmp_path, monkeypatch, capsys):
             super().savefig(*args, **options)
 
     monkeypatch.setattr(figure, "Figure", Spy)
-    settings = labelled | {"epochs": 2, "knn_every": 1}
+    settings = labelled | {"epochs": 2, "eval_every": 1}
     with after_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         train(tmp_path / "out", **settings)
     train(tmp_path / "out", **settings)
@@ -496,13 +498,13 @@ def test_curves(labelled, tmp_path, monkeypatch, capsys):
             lines[line.get_label()] = np.array(line.get_xydata())
     rows, tests = records(tmp_path / "out"), records(tmp_path / "out", "knn")
     assert set(lines) == {
-        *("loss", "mse", "mse_test", "lr", "tau", "class token", "patch mean")
+        *("loss", "mse", "val_mse", "lr", "tau", "class token", "patch mean")
     }
     for name in ("loss", "mse", "lr", "tau"):
         want = [(r["step"], r[name]) for r in rows]
         assert len(want) == 12 and (lines[name] == np.array(want)).all()
-    want = [(r["step"], r["mse_test"]) for r in tests]
-    assert len(want) == 2 and (lines["mse_test"] == np.array(want)).all()
+    want = [(r["step"], r["val_mse"]) for r in tests]
+    assert len(want) == 2 and (lines["val_mse"] == np.array(want)).all()
     want = [(r["step"], r["knn"]["patch_mean"]) for r in tests]
     assert (lines["patch mean"] == np.array(want)).all()
     assert "matplotlib" not in capsys.readouterr().out
@@ -796,8 +798,8 @@ def test_init_errors(whole, labelled, tmp_path):
 FLAGS = """
 model data maps out epochs batch_size accum blr lr warmup_epochs weight_decay clip_grad
 mask_ratio norm_pix tau tau_end tau_schedule guidance map_norm img_size patch_size
-precision compile device workers seed init resume classes mean std knn_every save_every
-keep_every log_every
+precision compile device workers seed init resume classes mean std eval_every save_every
+keep_ckpt_every log_every
 """.split()
 
 
@@ -899,8 +901,8 @@ def test_wrong_settings(settings, words, labelled, tmp_path, monkeypatch):
 
 
 def test_evaluations_need_a_test_split(plain, tmp_path):
-    with pytest.raises(ValueError, match="--knn_every 1: --data .* no test split"):
-        train(tmp_path / "out", data=plain, guidance="none", knn_every=1)
+    with pytest.raises(ValueError, match="--eval_every 1: --data .* no test split"):
+        train(tmp_path / "out", data=plain, guidance="none", eval_every=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -928,7 +930,7 @@ def test_grey_pictures_and_oblong_ones(labelled, passes, tmp_path):
     assert imgs.shape == (4, 1, 16, 24) and tiles_exist(out)
     # Grey stays what it is: the crop that the data set yields, flipped or not.
     dataset = open_data(str(folder), "train", (16, 24), True, 3)
-    for i, index in enumerate(TrainBatches(6, 4, 0, 1, 3).indices(0).tolist()):
+    for i, index in enumerate(ResumableBatchSampler(6, 4, 0, 1, 3).indices(0).tolist()):
         sample = dataset[0, index]
         want = sample.image[0].flip(-1) if sample.flip else sample.image[0]
         torch.testing.assert_close(
@@ -947,7 +949,7 @@ def tiles_exist(out):
 
 
 def test_mean_and_std(labelled, passes, tmp_path):
-    """They change the normalisation, and go with the checkpoint and the export."""
+    """They change the normalization, and go with the checkpoint and the export."""
     sizes = [f"--{k}={v}" for k, v in (TINY | labelled | {"epochs": 1}).items()]
     attg_mae.main([*sizes, "--out", str(tmp_path / "a")])
     default, passes[:] = passes[0].imgs, []

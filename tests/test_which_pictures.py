@@ -9,8 +9,9 @@ from PIL import Image
 
 import attg_mae
 import eval_knn
-from common.data import make_loader, open_data, open_labelled
-from common.features import FEATURES, extract_features, knn_accuracy
+from attg.datasets import open_data, open_labelled
+from attg.features import FEATURES, extract_features, knn_accuracy
+from attg.loader import make_loader
 from tests.helpers import SMALL, blobs, save_features, write
 
 

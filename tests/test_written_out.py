@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import attg.finetuning
 import attg_mae
-import common.supervised
 import eval_finetune
 import eval_linear
-from common.data import open_data, seed_for
-from common.features import FEATURES
+from attg.datasets import open_data
+from attg.features import FEATURES
+from attg.seeding import seed_for
 from tests.helpers import TINY, after_step, last, recorded_passes, records, train
 
 STEPS = 24  # of TINY: 4 epochs of 6
@@ -199,12 +200,12 @@ def test_gradients_are_clipped_before_the_step(accum, labelled, tmp_path):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """What common.supervised.fit trains on: .batches, (images, labels) of each call.
+    """What attg.finetuning.fit trains on: .batches, (images, labels) of each call.
 
     .start: the weights before the first of them.
     """
     seen = SimpleNamespace(batches=[], start=None)
-    backward = common.supervised.backward
+    backward = attg.finetuning.backward
 
     def spy(model, imgs, targets, *rest):
         if seen.start is None:
@@ -212,7 +213,7 @@ def recorded(monkeypatch):
         seen.batches.append((imgs.clone(), targets.clone()))
         return backward(model, imgs, targets, *rest)
 
-    monkeypatch.setattr(common.supervised, "backward", spy)
+    monkeypatch.setattr(attg.finetuning, "backward", spy)
     return seen
 
 
@@ -357,7 +358,7 @@ def test_learning_rates_of_fine_tuning(encoder, labelled, monkeypatch):
         assert rates == pytest.approx(want, rel=1e-6)
     # After the last step the rate would be min_lr itself, and no less.
     nothing = torch.optim.SGD([torch.zeros(1)])
-    end = common.supervised.set_lr(nothing, 12, 3, recipe, attg_mae.lr_at)
+    end = attg.finetuning.set_lr(nothing, 12, 3, recipe, attg_mae.lr_at)
     assert end == pytest.approx(1e-4)
 
 

@@ -1,8 +1,8 @@
 """
 The embedded `toy` set: objects on textured backgrounds, generated in seconds.
 
-    python -m common.toy --out toy.png      # draws a sheet of it
-    python -m common.toy --pairs DIR        # pictures of two objects, and their masks
+    python -m attg.toy --out toy.png      # draws a sheet of it
+    python -m attg.toy --pairs DIR        # pictures of two objects, and their masks
 
     images, masks, labels = toy("train")    # 10,000 pictures of 32 x 32 pixels
     images, masks, labels = toy("test")     # 2,000, and as many of each variant
@@ -26,11 +26,6 @@ picture looks them up at turned and scaled coordinates, with a table of cosines 
 that is fast, and gives the same bits on every machine.
 """
 
-if __name__ == "__main__":
-    from common.commandline import quiet_imports
-
-    quiet_imports()
-
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -39,8 +34,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.commandline import Parser, end
-from common.files import save_sheet
+from attg.cli import Parser, end
+from attg.figures import save_sheet
+
+if __name__ == "__main__":
+    from attg.cli import ignore_sigint_during_import
+
+    ignore_sigint_during_import()
 
 TOY_SEED = 2402
 # Pixels a side of a picture, and cells a side of a table.
@@ -449,7 +449,7 @@ def toy_sheet(path, pairs=5):
 
 def main(argv=None):
     parser = Parser(
-        prog="python -m common.toy",
+        prog="python -m attg.toy",
         description="Draws a sheet of the toy set: images, masks, test variants.",
     )
     parser.add_argument(

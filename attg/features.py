@@ -9,10 +9,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import Subset
 
-from common.checkpoint import load_checkpoint, read_settings, save_checkpoint
-from common.commandline import progress
-from common.data import ImageData, make_loader, refuse_unreadable
-from common.files import require, sha256
+from attg.checkpoint import load_checkpoint, read_settings, save_checkpoint
+from attg.cli import progress
+from attg.datasets import ImageData, refuse_unreadable
+from attg.files import require, sha256
+from attg.loader import make_loader
 
 FEATURES = ("class_token", "patch_mean")
 
@@ -80,7 +81,7 @@ def make_features(model, sets, batch_size, settings, place):
 
 
 # A label from here on is a fault: the k-NN keeps a vote for each class.
-MOST_CLASSES = 10**6
+MAX_CLASSES = 10**6
 
 
 def read_features(path):
@@ -115,7 +116,7 @@ def check_set(part, like, name):
     )
     low, high = labels.min().item(), labels.max().item()
     require(
-        -1 <= low and high < MOST_CLASSES, f"{name}: its labels go from {low} to {high}"
+        -1 <= low and high < MAX_CLASSES, f"{name}: its labels go from {low} to {high}"
     )
     for feature in FEATURES:
         x = part[feature]

@@ -3,13 +3,17 @@ What the evaluation programs share: flags, and the way from them to the results.
 """
 
 import contextlib
+import json
 import time
 from pathlib import Path
 
-from common.commandline import check_numbers, say
-from common.data import MAX_PIXELS, own_or_named, shot_indices
-from common.files import report, require
-from common.run import add_timeout, default_workers, only_run, processes
+import torch
+
+from attg.cli import check_numbers, print_table, say
+from attg.datasets import resolve_dataset, shot_indices
+from attg.distributed import add_timeout, default_workers, exclusive_run, processes
+from attg.files import require
+from attg.images import MAX_PIXELS
 
 # -- Flags -----------------------------------------------------------------------------
 
@@ -155,11 +159,11 @@ def evaluate(program, args, protocol, data=None):
         alone = contextlib.nullcontext()
         save = getattr(args, "save", None)
         if save:
-            alone = only_run(f"{save}.lock", f"--save {save}", rank, world)
+            alone = exclusive_run(f"{save}.lock", f"--save {save}", rank, world)
         if args.workers is None:
             args.workers = default_workers(device)
         settings = vars(args) | {"sha256": None}
-        args.data = own_or_named(data, args.data)
+        args.data = resolve_dataset(data, args.data)
         with alone:
             rows, settings = protocol(args, settings, place)
         if rank == 0:
@@ -177,7 +181,7 @@ def try_outputs(out, args):
     for flag in ("save", "save_features"):
         path = getattr(args, flag, None)
         if path:
-            # Written beside its place first (common.files.replacing).
+            # Written beside its place first (attg.files.replacing).
             outputs += [(flag, Path(path)), (flag, Path(f"{path}.tmp"))]
     for flag, path in outputs:
         is_there = path.exists()
@@ -197,3 +201,24 @@ def try_outputs(out, args):
                 f"--{flag} {path}: cannot be written ({error.strerror}); name a file in "
                 "a folder that takes one"
             ) from error
+
+
+def without_nan(row):
+    """A dict for JSON, which has no NaN, the one value that differs from itself."""
+    return {key: value if value == value else None for key, value in row.items()}
+
+
+def report(rows, settings, path):
+    """
+    Prints rows, dicts of figures, as a table, then all of it as a line of JSON, which
+    is also added to the file.
+    """
+    results = [without_nan(row) for row in rows]
+    record = {"settings": settings, "torch": torch.__version__, "results": results}
+    line = json.dumps(record, allow_nan=False)
+    # First the file: a closed pipe ends the program when it prints.
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(line + "\n")
+    print_table(rows)
+    print(line)

@@ -10,8 +10,8 @@ import re
 import torch
 import torch.nn.functional as F
 
-from common.checkpoint import load_checkpoint
-from common.files import require
+from attg.checkpoint import load_checkpoint
+from attg.files import require
 
 DECODER = re.compile("decoder|mask_token")
 CLASSIFIER = re.compile("head|fc_norm|pooler|classifier")
@@ -93,7 +93,7 @@ def join_qkv(weights, name):
     return joined
 
 
-def config_of_weights(state, heads=None):
+def infer_config(state, heads=None):
     """Settings of a Config, as the shapes of an encoder's weights tell them."""
     width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     heads = heads or HEADS.get(width)
@@ -115,15 +115,15 @@ def config_of_weights(state, heads=None):
     }
 
 
-def as_config(kind, settings, state, name, heads=None):
+def config_from_checkpoint(kind, settings, state, name, heads=None):
     """The Config, `kind`, of an encoder's weights and the settings stored beside them.
 
-    settings: a dict, None if there are none; heads: see config_of_weights. name: of the
+    settings: a dict, None if there are none; heads: see infer_config. name: of the
     file, for the ValueError if settings and weights differ. Nothing has been made of
     their sizes by then.
     """
     if settings is None:
-        return kind(**config_of_weights(state, heads))
+        return kind(**infer_config(state, heads))
     known = {field.name for field in dataclasses.fields(kind)}
     try:
         cfg = kind(**{key: value for key, value in settings.items() if key in known})
@@ -172,7 +172,7 @@ def resize_positions(positions, old, grid):
 def sizes_of_weights(state):
     """{flag: value} of the sizes that the weights tell, those of a decoder too."""
     # Positions fit any size of the pictures, and no shape tells the heads.
-    sizes = config_of_weights(state, heads=1)
+    sizes = infer_config(state, heads=1)
     for name in ("model", "img_size", "heads"):
         del sizes[name]
     if "decoder_embed.weight" in state:

@@ -15,6 +15,7 @@ whose checksums were written anew, a change to another finite weight cannot be s
 """
 
 import argparse
+import dataclasses
 import errno
 import json
 import math
@@ -26,11 +27,11 @@ from pathlib import Path
 
 import torch
 
-from common.files import replacing, require
+from attg.files import replacing, require
 
 # What a checkpoint may hold: values in it, and the characters of the longest name.
-MOST_VALUES = 10**6
-LONGEST_NAME = 1000
+MAX_VALUES = 10**6
+MAX_NAME_LENGTH = 1000
 
 
 # -- Writing ---------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def leaves(parts):
         left += [(f"{name}[{key!r}]", item) for key, item in items]
         # A small file can hold a list that holds itself, or one a billion times.
         require(
-            len(name) <= LONGEST_NAME and seen + len(left) <= MOST_VALUES,
+            len(name) <= MAX_NAME_LENGTH and seen + len(left) <= MAX_VALUES,
             "too many values in it",
         )
     return found
@@ -110,7 +111,7 @@ def load_checkpoint(path):
     kind = type(loaded).__name__
     require(isinstance(loaded, dict), f"{path}: no checkpoint, it holds a {kind}")
     try:
-        refuse_changed(path, loaded)
+        verify_checksums(path, loaded)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
     return loaded
@@ -150,7 +151,7 @@ def load_safetensors(path):
         ) from error
 
 
-def refuse_changed(path, loaded):
+def verify_checksums(path, loaded):
     """ValueError if what was loaded is not what was written. Takes the checksums out.
 
     Of a file without checksums of its own: if its archive's do not fit, or a number is
@@ -159,7 +160,7 @@ def refuse_changed(path, loaded):
     written = loaded.pop("checksums", None)
     for name, value in leaves(loaded):
         if isinstance(value, torch.Tensor):
-            refuse_hollow(name, value)
+            check_storage(name, value)
     if written is not None:
         found = checksums(loaded)
         if written != found:
@@ -168,13 +169,13 @@ def refuse_changed(path, loaded):
             raise ValueError(f"{changed[:3]} changed since they were written")
         return
     if zipfile.is_zipfile(path):
-        refuse_changed_archive(path)
+        verify_archive(path)
     for name, value in leaves(loaded):
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             require(value.isfinite().all(), f"{name} is not finite")
 
 
-def refuse_hollow(name, x):
+def check_storage(name, x):
     """ValueError for a tensor that is larger than what the file holds of it."""
     require(
         x.layout == torch.strided and x.device.type == "cpu",
@@ -187,7 +188,7 @@ def refuse_hollow(name, x):
     )
 
 
-def refuse_changed_archive(path):
+def verify_archive(path):
     """ValueError for a zip archive of which a file does not match its crc32."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -223,11 +224,11 @@ def load_state(model, state, name):
     odd = sorted(map(str, set(own) ^ set(state)))
     require(not odd, f"{name}: weights of another model: {odd[:3]} are in one only")
     for key, weight in own.items():
-        refuse_other(state[key], weight, f"{name}: {key}")
+        check_like(state[key], weight, f"{name}: {key}")
     model.load_state_dict(state)
 
 
-def refuse_other(x, like, name):
+def check_like(x, like, name):
     """ValueError unless x is a tensor of the shape and dtype of another one."""
     require(isinstance(x, torch.Tensor), f"{name} is no tensor")
     words = [f"{t.dtype} {tuple(t.shape)}" for t in (x, like)]
@@ -264,7 +265,7 @@ def load_optimizer(optimizer, stored, steps, name):
         )
         for key, x in state.items():
             if key != "step":
-                refuse_other(x, parameters[number], f"{place} {key}")
+                check_like(x, parameters[number], f"{place} {key}")
                 state[key] = x.contiguous()
                 continue
             done = float(x) if torch.is_tensor(x) and x.numel() == 1 else x
@@ -291,3 +292,138 @@ def load_scaler(scaler, stored, name):
             f"{name}: of the scaler {key} is no number from 0 on",
         )
     scaler.load_state_dict({key: stored[key] for key in own})
+
+
+# -- Checkpoints -----------------------------------------------------------------------
+
+
+def checkpoint_to_continue(cfg):
+    """Path of the checkpoint that --resume and --out name, or None."""
+    if cfg.resume == "none":
+        return None
+    if cfg.resume != "auto":
+        return Path(cfg.resume)
+    own = Path(cfg.out, "last.pt")
+    return own if own.exists() else None
+
+
+def checkpoint_to_show(cfg):
+    """Path of the checkpoint of which --epochs 0 draws pictures, or None.
+
+    The pictures of a run are not replaced by those of other weights: ValueError.
+    """
+    own = Path(cfg.out, "last.pt")
+    asked = checkpoint_to_continue(cfg)
+    if not own.exists():
+        return asked
+    others = None
+    if cfg.init:
+        others = f"--init {cfg.init}"
+    elif asked is None or asked.resolve() != own.resolve():
+        others = f"--resume {cfg.resume}"
+    require(
+        others is None,
+        f"--epochs 0: {own} is of a run, whose reconstructions.png is kept; for pictures "
+        f"of {others} name another folder: --out",
+    )
+    return own
+
+
+def read_run(path):
+    """The parts of a checkpoint of this project's training, or ValueError."""
+    parts = load_checkpoint(path)
+    lacks = {"model", "optimizer", "scaler", "step", "config"} - set(parts)
+    for name in ("model", "optimizer"):
+        if not parts.get(name):
+            lacks.add(name)
+    require(
+        not lacks,
+        f"{path}: not a training checkpoint of this project, lacks {sorted(lacks)}; "
+        "try --init",
+    )
+    step = parts["step"]
+    require(type(step) is int and 0 <= step < 2**53, f"{path}: its step is no number")
+    config = read_settings(parts["config"], path)
+    return parts | {"config": config, "path": str(path)}
+
+
+def restore_resolved(cfg, parts):
+    """What a continued run has settled itself stays so, unless it is given now.
+
+    That is what stood for "auto", and a warm-up that was the default of its time. parts:
+    of the checkpoint.
+    """
+    old = parts["config"]
+    usual = dataclasses.replace(cfg, warmup_epochs=None).warmup_epochs
+    for name in ("precision", "accum"):
+        if getattr(cfg, name) == "auto":
+            setattr(cfg, name, old.get(name, "auto"))
+    if cfg.warmup_epochs == usual and old.get("epochs") == cfg.epochs:
+        cfg.warmup_epochs = old.get("warmup_epochs", usual)
+    try:
+        cfg.check()
+    except ValueError as error:
+        words = f"{parts['path']}: its settings are damaged ({error})"
+        raise ValueError(words) from error
+
+
+def compare_settings(path, parts, cfg, total_steps, fixed, free):
+    """[--NAME OLD -> NEW] of the settings that differ from those in the checkpoint.
+
+    fixed: settings that may not change in a run. free: those that may even change once
+    it has ended (any other would pass an old result off as new). ValueError names them.
+    """
+    new = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    old = parts["config"]
+    require(
+        cfg.resume != "auto" or old.get("epochs") == cfg.epochs or not cfg.epochs,
+        f"{path} was made for --epochs {old.get('epochs')}, not {cfg.epochs}, and its lr "
+        "and tau follow that number; train in another folder: --out, or go on from it "
+        f"by these epochs: --resume {path}",
+    )
+    ended = parts["step"] >= total_steps
+    differences, refused = [], []
+    for name, value in new.items():
+        if old.get(name) == value:
+            continue
+        words = f"--{name} {old.get(name)} -> {value}"
+        differences.append(words)
+        if name in fixed or (ended and name not in free):
+            refused.append(words)
+    require(
+        not refused,
+        f"{path} is of another run: {', '.join(refused)}; "
+        "change --out, or start anew: --resume none",
+    )
+    return differences
+
+
+def find_checkpoint(cfg, total_steps, log, fixed, free):
+    """The parts of the checkpoint that this run continues, or None.
+
+    fixed, free: see compare_settings. cfg takes over what that run has settled.
+    """
+    path = checkpoint_to_continue(cfg)
+    if path is None:
+        return None
+    parts = read_run(path)
+    restore_resolved(cfg, parts)
+    differences = compare_settings(path, parts, cfg, total_steps, fixed, free)
+    note = f"; the new value holds: {differences}" if differences else ""
+    log.say(f"continuing {path} after step {parts['step']}{note}")
+    return parts
+
+
+def find_model(cfg, log, fixed):
+    """The parts of the checkpoint that --epochs 0 shows, or None.
+
+    fixed: settings by which its model must be that of cfg.
+    """
+    path = checkpoint_to_show(cfg)
+    if path is None:
+        return None
+    parts = read_run(path)
+    everything = set(dataclasses.asdict(cfg))
+    compare_settings(path, parts, cfg, 0, fixed, everything)
+    log.say(f"pictures of {path} after step {parts['step']}")
+    return parts

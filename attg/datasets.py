@@ -6,13 +6,13 @@ Data sets: what a training step or an evaluation sees of a picture, and in what 
     sample = train[index]           # the whole picture or its centre, for evaluation
     image, label, index, box, flip = sample
 
-    steps = TrainBatches(len(train), batch_size=256, start=0, stop=1000)
+    steps = ResumableBatchSampler(len(train), batch_size=256, start=0, stop=1000)
     for batch in make_loader(train, workers=2, batch_sampler=steps):
         ...                         # a Sample of tensors for each step of the whole run
 
 What --data accepts (the `name` of open_data):
     toy
-        generated in seconds, no download; see common/toy.py
+        generated in seconds, no download; see attg/toy.py
     cifar10 cifar100 flowers102 dtd pets stl10 imagenette stanford_cars
         torchvision's, downloaded to $ATTG_DATA (default ~/.cache/attg_mae), except
         stanford_cars, which has to be there. flowers102 trains on train and val, stl10
@@ -34,22 +34,18 @@ may have folders within folders; links are followed, but no folder is entered tw
 file that cannot be decoded, or has more than max_pixels pixels, is replaced by the next.
 
 The workers decode and crop, in 8 bits. A Sample carries the box of its crop and the
-coin of its flip: the device normalises and flips the image, and crops the attention map
-of the picture (common/maps.py) with the same box.
+coin of its flip: the device normalizes and flips the image, and crops the attention map
+of the picture (attg/maps.py) with the same box.
 
 No random state is kept. Every draw is seeded with what it depends on (seed_for), so a
 run that is continued, or that has other workers, sees the same. EXIF rotation is
 ignored, here as in the making of maps.
 """
 
-import atexit
 import functools
 import hashlib
-import multiprocessing
 import os
-import signal
 import sys
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -60,47 +56,25 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
-from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.transforms.functional import pil_to_tensor
 
-from common.toy import TOY_CLASSES, TOY_VARIANTS, toy
+from attg.images import (
+    MAX_PIXELS,
+    MODES,
+    check_image,
+    check_pixels,
+    eval_view,
+    load_image,
+    to_8_bits,
+    train_view,
+)
+from attg.seeding import generator_for, seed_for
+from attg.toy import TOY_CLASSES, TOY_VARIANTS, toy
 
-# Share of the area and aspect ratio of a crop, as in MAE's pre-training.
-CROP_SCALE = (0.2, 1.0)
-CROP_RATIO = (3 / 4, 4 / 3)
-
-# A picture with more pixels is not decoded. So many take about 1 GB at worst.
-MAX_PIXELS = 100_000_000
-# JPEGs are decoded at a half, quarter or eighth of their size where both sides keep this
-# many pixels: in a part of the time, and enough for views of up to 1792 pixels.
-LEAST_SIDE = 2048
-# PIL's modes by the number of channels, grey and colour.
-MODES = {1: "L", 3: "RGB"}
 # Pictures that get a line of their own when they cannot be read.
 LINES = 10
-
-
-# -- Random numbers --------------------------------------------------------------------
-
-
-def seed_for(*words):
-    """A 64-bit seed mixed from ints and strings, the same on every machine.
-
-    The first word keeps the streams apart: "crop", "order", "masks" ...
-    """
-    plain = []
-    for word in words:
-        # Numbers of NumPy and torch are written differently from Python's.
-        plain.append(word if isinstance(word, str) else int(word))
-    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def generator_for(*words):
-    """A torch.Generator on the CPU, seeded with seed_for(*words)."""
-    return torch.Generator().manual_seed(seed_for(*words))
 
 
 # -- One picture -----------------------------------------------------------------------
@@ -128,7 +102,7 @@ class Sample(NamedTuple):
 
 
 def read_file(root, names, labels, max_pixels, i):
-    return load_picture(os.path.join(root, names[i]), max_pixels), labels[i]
+    return load_image(os.path.join(root, names[i]), max_pixels), labels[i]
 
 
 def read_array(images, labels, i):
@@ -137,7 +111,7 @@ def read_array(images, labels, i):
 
 def read_pair(source, max_pixels, i):
     picture, label = source[i]
-    check_picture(picture)
+    check_image(picture)
     check_pixels(picture, max_pixels)
     return picture, as_label(label)
 
@@ -146,171 +120,8 @@ def read_row(read, rows, i):
     return read(int(rows[i]))
 
 
-def load_picture(path, max_pixels=MAX_PIXELS):
-    """The decoded PIL picture of a file, of any mode.
-
-    ValueError if it has more than max_pixels, before anything is decoded; otherwise
-    what the decoders raise: OSError, SyntaxError, ValueError and others.
-    """
-    # Pillow warns above a limit of its own, and refuses twice as many.
-    if Image.MAX_IMAGE_PIXELS and Image.MAX_IMAGE_PIXELS < max_pixels:
-        Image.MAX_IMAGE_PIXELS = max_pixels
-    with Image.open(path) as picture:
-        check_pixels(picture, max_pixels)
-        if min(picture.size) >= 2 * LEAST_SIDE:
-            picture.draft(None, (LEAST_SIDE, LEAST_SIDE))
-        # Raises an error if the file is truncated.
-        picture.load()
-        return picture
-
-
 def as_label(label):
     return -1 if label is None else int(label)
-
-
-def check_picture(picture):
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"data: a {type(picture).__name__} instead of a PIL picture")
-
-
-def check_pixels(picture, max_pixels):
-    width, height = picture.size
-    if width * height > max_pixels:
-        raise ValueError(f"{width} x {height} pixels, above --max_pixels {max_pixels}")
-
-
-def to_rgb(picture):
-    """A PIL picture of any mode -> 8-bit RGB. Alpha is dropped, as by torchvision."""
-    return to_8_bits(picture, "RGB")
-
-
-def to_8_bits(picture, mode):
-    """A PIL picture of any mode -> mode, "RGB" or "L" (grey)."""
-    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-        picture = wide_grey_to_8_bits(picture)
-    if picture.mode == "P" and "transparency" in picture.info:
-        # PIL warns on the direct way.
-        picture = picture.convert("RGBA")
-    if picture.mode == mode:
-        return picture
-    return picture.convert(mode)
-
-
-def wide_grey_to_8_bits(picture):
-    """Scales 16-bit and float grey, which PIL's own conversion would clip at 255."""
-    largest = max(strip.max() for _, strip in strips(picture))
-    # Older Pillows open 16-bit PNGs in the mode I, of 32 bits.
-    whites = (65535,)
-    if picture.mode == "F":
-        # Nothing in the file says what white is: the least of these that will do.
-        whites = (1, 255, 65535)
-    white = largest
-    for candidate in whites:
-        if largest <= candidate:
-            white = candidate
-            break
-    grey = np.empty((picture.height, picture.width), dtype=np.uint8)
-    for top, strip in strips(picture):
-        rows = np.uint8(np.clip(strip / white, 0, 1) * 255 + 0.5)
-        grey[top : top + len(rows)] = rows
-    return Image.fromarray(grey)
-
-
-def strips(picture, values=2**20):
-    """(first row, finite float64 (rows, width)): about `values` grey values at a time."""
-    width, height = picture.size
-    rows = max(1, values // width)
-    for top in range(0, height, rows):
-        strip = picture.crop((0, top, width, min(top + rows, height)))
-        strip = np.asarray(strip, dtype=np.float64)
-        yield top, np.nan_to_num(strip, posinf=0, neginf=0)
-
-
-def train_view(picture, size, seed, scale=CROP_SCALE, after=None):
-    """A random crop of a PIL picture: (PIL image of `size`, box, flip); see Sample.
-
-    size: (h, w). scale: limits of the crop's share of the area; aspect ratios are
-    relative to that of `size`. after(image) may augment it further, with torch's random
-    numbers.
-    """
-    # fork_rng costs three times as much.
-    state = torch.get_rng_state()
-    # torch.manual_seed would reseed the GPUs as well.
-    torch.default_generator.manual_seed(seed)
-
-    height, width = size
-    ratio = [r * width / height for r in CROP_RATIO]
-    y, x, h, w = RandomResizedCrop.get_params(picture, scale, ratio)
-    flip = torch.rand(()).item() < 0.5
-    image = picture.crop((x, y, x + w, y + h))
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if after:
-        image = after(image)
-    torch.set_rng_state(state)
-
-    box = (
-        x / picture.width,
-        y / picture.height,
-        (x + w) / picture.width,
-        (y + h) / picture.height,
-    )
-    return image, box, flip
-
-
-def eval_view(picture, size):
-    """The centre of a PIL picture: (PIL image of `size` (h, w), box, False).
-
-    It is cut from the smallest picture that covers size * 256/224. A picture whose
-    shorter side has at most 32 pixels is seen whole.
-    """
-    width, height = picture.size
-    h, w = size
-    if min(width, height) <= 32:
-        image = picture.resize((w, h), Image.Resampling.BICUBIC)
-        return image, (0.0, 0.0, 1.0, 1.0), False
-
-    # One side binds, the other is rounded down, as by torchvision's Resize; the centre
-    # is rounded as by its CenterCrop.
-    resized_h, resized_w = round(h * 256 / 224), round(w * 256 / 224)
-    if resized_w * height > resized_h * width:
-        resized_h = resized_w * height // width
-    else:
-        resized_w = resized_h * width // height
-    x = round((resized_w - w) / 2)
-    y = round((resized_h - h) / 2)
-
-    box = (
-        x / resized_w,
-        y / resized_h,
-        (x + w) / resized_w,
-        (y + h) / resized_h,
-    )
-    # All of a strip of 2,000,000 x 40 pixels, resized, would take gigabytes. Its middle
-    # alone gives the same but for rounding.
-    if resized_w * resized_h > 16 * w * h:
-        region = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
-        image = picture.resize((w, h), Image.Resampling.BICUBIC, box=region)
-    else:
-        image = picture.resize((resized_w, resized_h), Image.Resampling.BICUBIC)
-        image = image.crop((x, y, x + w, y + h))
-    return image, box, False
-
-
-def rand_augment(mean):
-    """RandAugment for train_view's `after`; mean: fractions (C,), the colour of gaps.
-
-    timm's rand-m9-mstd0.5-inc1, which MAE fine-tunes with, as near as torchvision comes
-    to it: two operations at magnitude 9 of 10, each with probability 0.5. Invert,
-    SolarizeAdd and the noise of the magnitudes are missing.
-    """
-    one = v2.RandAugment(
-        num_ops=1,
-        magnitude=9,
-        num_magnitude_bins=11,
-        interpolation=v2.InterpolationMode.BICUBIC,
-        fill=[round(255 * x) for x in mean],
-    )
-    return v2.Compose([v2.RandomApply([one], 0.5), v2.RandomApply([one], 0.5)])
 
 
 # -- Data sets -------------------------------------------------------------------------
@@ -703,7 +514,7 @@ def find_layout(name, path, classes):
     if (path / "train").is_dir():
         folder = path / "train"
     found = class_folders(folder)
-    pictures = pictures_in(folder)
+    pictures = images_in(folder)
     # Without train/, val/ and test/ are no classes.
     if not pictures and set(found) <= {"val", "test"}:
         raise ValueError(
@@ -712,7 +523,7 @@ def find_layout(name, path, classes):
     if not pictures or classes:
         return folder, found
 
-    below = pictures_below(folder, found, folders_above(folder))
+    below = images_below(folder, found, folders_above(folder))
     filled = [c for c in found if below[c]]
     if filled:
         raise ValueError(
@@ -745,7 +556,7 @@ def list_flat(path, folder, split):
         if test is None:
             return None
         folder = test
-    names = pictures_in(folder)
+    names = images_in(folder)
     if not names:
         raise ValueError(
             f"--data {path}: {path / 'train'} holds pictures, but {folder} none that lie "
@@ -781,7 +592,7 @@ def list_classes(path, train, split, found, classes):
         )
 
     names, labels, empty = [], [], []
-    below = pictures_below(folder, found, taken)
+    below = images_below(folder, found, taken)
     for label, c in enumerate(found):
         if not below[c]:
             empty.append(c)
@@ -843,7 +654,7 @@ def is_folder(entry):
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def is_picture(entry):
+def is_image(entry):
     """A regular file: to open a pipe or a device may take for ever."""
     if not is_image_file(entry.name):
         return False
@@ -864,13 +675,13 @@ def class_folders(folder):
     return sorted(names)
 
 
-def pictures_in(folder):
+def images_in(folder):
     """The names of the pictures that lie directly in a folder, sorted."""
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if is_picture(entry))
+        return sorted(entry.name for entry in entries if is_image(entry))
 
 
-def pictures_below(folder, classes, taken):
+def images_below(folder, classes, taken):
     """{class: paths of the pictures in its folder and below, in ImageFolder's order}.
 
     Links are followed, but no folder is entered twice, nor one of the identities
@@ -886,7 +697,7 @@ def pictures_below(folder, classes, taken):
         if identity(here) in entered:
             continue
         entered.add(identity(here))
-        found[c].append((here, pictures_in(here)))
+        found[c].append((here, images_in(here)))
         with os.scandir(here) as entries:
             folders = [entry for entry in entries if is_folder(entry)]
         for entry in sorted(folders, key=lambda entry: entry.name):
@@ -922,7 +733,7 @@ def first_label(source):
             f"data: [0] is a {type(pair).__name__}, must be (PIL picture, label), the "
             "label an int or None"
         )
-    check_picture(pair[0])
+    check_image(pair[0])
     return as_label(pair[1])
 
 
@@ -996,7 +807,7 @@ def open_part(dataset, root, options):
         return dataset(str(root), download=True, **options)
 
 
-def own_or_named(data, name):
+def resolve_dataset(data, name):
     """What open_data is to open: data of one's own, if there are any, or `name`.
 
     ValueError if data of one's own go by the name of toy, the default: results, run
@@ -1038,7 +849,7 @@ def open_labelled(name, tests, size, augment=False, seed=0, classes=None, **opti
     return train_set, test_sets
 
 
-def most_unreadable(number):
+def max_unreadable(number):
     """So many of a number of pictures may be unreadable: 1 %, and a single one always."""
     return max(1, number / 100)
 
@@ -1053,7 +864,7 @@ def refuse_unreadable(dataset):
         parts = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, rows)
         rows = sorted(set().union(*parts))
-    if len(rows) > most_unreadable(len(dataset)):
+    if len(rows) > max_unreadable(len(dataset)):
         raise ValueError(
             f"--data: {len(rows)} of {len(dataset)} pictures are unreadable, over 1 %; "
             f"mend or remove them, the first is {dataset.path(rows[0])}"
@@ -1090,162 +901,3 @@ def shot_indices(labels, shots, seed):
         order = torch.randperm(available, generator=generator)
         chosen.append(members[order[:count]])
     return torch.cat(chosen)
-
-
-# -- Batches ---------------------------------------------------------------------------
-
-
-class TrainBatches(Sampler):
-    """Batches of keys (epoch, index), those of one process, for a whole run.
-
-    It runs over the steps start .. stop - 1 of training on n pictures. An epoch has
-    n // batch_size steps; the global batch of a step is a slice of the epoch's
-    permutation. Each of `world` processes takes `accum` micro-batches of
-    b = batch_size / (accum * world) pictures from it: micro-batch a of process `rank`
-    is rows (a * world + rank) * b to (a * world + rank + 1) * b - 1. So the pictures of
-    a step do not depend on accum and world.
-
-    Keys carry the epoch because workers that outlive an epoch have copies of the data
-    set: they would not see an attribute set later.
-    """
-
-    def __init__(self, n, batch_size, start, stop, seed=0, accum=1, rank=0, world=1):
-        if not 0 < batch_size <= n:
-            raise ValueError(
-                f"--batch_size {batch_size}: there are {n} pictures; use 1 to {n}"
-            )
-        if batch_size % (accum * world):
-            raise ValueError(
-                f"--batch_size {batch_size}: the global batch must be divisible by "
-                f"--accum {accum} times {world} processes; use a multiple of "
-                f"{accum * world}"
-            )
-        self.n = n
-        self.batch_size = batch_size
-        self.start = start
-        self.stop = stop
-        self.seed = seed
-        self.accum = accum
-        self.rank = rank
-        self.world = world
-        self.steps_per_epoch = n // batch_size
-        # The permutation of one epoch is kept, and the epoch that it belongs to.
-        self.order = None
-        self.order_epoch = None
-
-    def indices(self, step):
-        """Global batch of a step: int64 (batch_size,)."""
-        epoch, i = divmod(step, self.steps_per_epoch)
-        if self.order_epoch != epoch:
-            generator = generator_for("order", self.seed, epoch)
-            self.order = torch.randperm(self.n, generator=generator)
-            self.order_epoch = epoch
-        return self.order[i * self.batch_size : (i + 1) * self.batch_size]
-
-    def __len__(self):
-        return (self.stop - self.start) * self.accum
-
-    def __iter__(self):
-        for step in range(self.start, self.stop):
-            epoch = step // self.steps_per_epoch
-            batches = self.indices(step).view(self.accum, self.world, -1)
-            for batch in batches[:, self.rank].tolist():
-                yield [(epoch, index) for index in batch]
-
-
-def ignore_signals(leaving, _):
-    """At the start of a worker: only the main process decides when a run ends.
-
-    Ctrl-C and stop signals often reach the workers as well. leaving: an event, set when
-    the main process ends.
-    """
-
-    def terminate(number, frame):
-        if leaving.is_set():
-            os._exit(0)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, terminate)
-
-
-def make_loader(
-    dataset, batch_size=256, workers=0, batch_sampler=None, pin_memory=False
-):
-    """DataLoader of batched Samples.
-
-    Without batch_sampler the pictures come in order, the last short batch included.
-    """
-    if batch_sampler is not None:
-        options = {"batch_sampler": batch_sampler}
-    else:
-        options = {"batch_size": batch_size}
-    if workers:
-        # Python sends the workers SIGTERM at exit and waits for them: from then on they
-        # have to obey it.
-        leaving = multiprocessing.Event()
-        atexit.register(leaving.set)
-        options["persistent_workers"] = True
-        options["worker_init_fn"] = functools.partial(ignore_signals, leaving)
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        # Its own: the loader draws a seed, which would change torch's random numbers.
-        generator=torch.Generator(),
-        **options,
-    )
-
-
-class Feed:
-    """Iterator over the Samples of `batches` (TrainBatches).
-
-    waited: seconds spent waiting for them. unreadable: indices of the pictures that
-    were replaced. Whoever reads the two resets them.
-    """
-
-    def __init__(self, dataset, batches, **options):
-        self.samples = iter(make_loader(dataset, batch_sampler=batches, **options))
-        self.asked = iter(batches)
-        self.unreadable = set()
-        self.waited = 0.0
-
-    def __next__(self):
-        began = time.perf_counter()
-        sample = next(self.samples)
-        self.waited += time.perf_counter() - began
-        keys = next(self.asked)
-        for (_, asked), got in zip(keys, sample.index.tolist(), strict=True):
-            if asked != got:
-                self.unreadable.add(asked)
-        return sample
-
-
-class Batch(NamedTuple):
-    """A micro-batch of training on the device; see attg_mae.model_inputs."""
-
-    # uint8 (B, C, h, w): random crops, not flipped yet.
-    image: torch.Tensor
-    # float32 (B, h, w): attention maps of the whole pictures.
-    maps: torch.Tensor | None
-    # float32 (B, 4) and bool (B,): see Sample.
-    box: torch.Tensor
-    flip: torch.Tensor
-    # float32 (B, L): decides the mask.
-    noise: torch.Tensor
-
-
-def to_device(sample, noise, all_maps, device):
-    """The Batch of a batched Sample; all_maps (n, h, w) on the host, or None."""
-
-    def move(x):
-        # From pinned memory, or the copy waits for the GPU.
-        if device.type == "cuda":
-            x = x.pin_memory()
-        return x.to(device, non_blocking=True)
-
-    maps = None
-    if all_maps is not None:
-        rows = torch.from_numpy(all_maps[sample.index.numpy()])
-        maps = move(rows).float()
-    image, box, flip = move(sample.image), move(sample.box), move(sample.flip)
-    return Batch(image, maps, box, flip, move(noise))

@@ -11,36 +11,31 @@ from pathlib import Path
 import torch
 from torch.utils.data import Subset, default_collate
 
-from common.checkpoint import load_optimizer, load_scaler, save_checkpoint
-from common.commandline import out_of_memory, progress
-from common.data import (
-    Feed,
-    TrainBatches,
-    generator_for,
-    make_loader,
-    most_unreadable,
-    open_data,
-    own_or_named,
-)
-from common.features import knn_accuracy
-from common.files import require
-from common.maps import open_maps
-from common.pictures import can_draw_curves, save_curves
-from common.run import (
-    Log,
-    Meter,
-    choose_precision,
-    default_workers,
-    describe_machine,
+from attg.checkpoint import (
     find_checkpoint,
     find_model,
-    from_first,
-    keep_settled,
-    only_run,
-    refuse_not_finite,
-    total_over_processes,
+    load_optimizer,
+    load_scaler,
+    restore_resolved,
+    save_checkpoint,
 )
-from common.weights import DECODER
+from attg.cli import out_of_memory, progress
+from attg.datasets import max_unreadable, open_data, resolve_dataset
+from attg.distributed import (
+    all_reduce_sum,
+    broadcast_from_rank0,
+    choose_precision,
+    default_workers,
+    exclusive_run,
+)
+from attg.features import knn_accuracy
+from attg.figures import can_draw_curves, save_curves
+from attg.files import require
+from attg.loader import BatchIterator, ResumableBatchSampler, make_loader
+from attg.log import Log, Meter, describe_machine, refuse_not_finite
+from attg.maps import open_maps
+from attg.seeding import generator_for
+from attg.weights import DECODER
 
 
 class Run:
@@ -61,14 +56,14 @@ class Run:
             if getattr(cfg, name) == "auto":
                 self.settled.add(name)
         self.start = 0
-        self.open_pictures(own_or_named(data, cfg.data))
+        self.open_pictures(resolve_dataset(data, cfg.data))
         self.refuse_idle_flags()
         self.steps_per_epoch = max(1, len(self.train_set) // cfg.batch_size)
         self.total_steps = cfg.epochs * self.steps_per_epoch
 
     def __enter__(self):
         what = f"--out {self.out}"
-        self.alone = only_run(self.out / ".lock", what, self.rank, self.world)
+        self.alone = exclusive_run(self.out / ".lock", what, self.rank, self.world)
         self.alone.__enter__()
         return self
 
@@ -110,8 +105,8 @@ class Run:
             f"--maps {cfg.maps}: --guidance none uses no maps; leave out one of the two",
         )
         require(
-            not cfg.knn_every or self.test_set,
-            f"--knn_every {cfg.knn_every}: --data {cfg.data} has no test split to "
+            not cfg.eval_every or self.test_set,
+            f"--eval_every {cfg.eval_every}: --data {cfg.data} has no test split to "
             "evaluate on; leave it out",
         )
 
@@ -135,16 +130,16 @@ class Run:
             same_model = fixed - {"data", "classes", "batch_size", "seed"}
             return find_model(cfg, self.log, same_model)
 
-        parts = from_first(find, self.rank, self.world)
+        parts = broadcast_from_rank0(find, self.rank, self.world)
         if parts:
-            keep_settled(cfg, parts)
+            restore_resolved(cfg, parts)
         self.precision, self.dtype = choose_precision(
             cfg.precision, self.device, cfg.width
         )
         cfg.precision = self.precision
         return parts
 
-    def settle_accum(self, model):
+    def resolve_accum(self, model):
         """What --accum auto stands for: as few micro-batches as memory allows."""
         cfg = self.cfg
         if cfg.accum != "auto":
@@ -166,7 +161,7 @@ class Run:
         """Whether all processes have the memory to train on so many images at a time."""
         fitting = 1
         try:
-            rehearse(model, images, self.device, self.dtype)
+            dry_run(model, images, self.device, self.dtype)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -174,7 +169,7 @@ class Run:
         model.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        (number,) = total_over_processes([fitting], self.device, self.world)
+        (number,) = all_reduce_sum([fitting], self.device, self.world)
         return number == self.world
 
     def begin(self, model, optimizer, scaler, parts):
@@ -190,7 +185,7 @@ class Run:
             load_scaler(scaler, parts["scaler"], path)
             # or it would stay in memory for the whole run
             parts.clear()
-        self.batches = TrainBatches(
+        self.batches = ResumableBatchSampler(
             len(self.train_set),
             cfg.batch_size,
             self.start,
@@ -200,7 +195,7 @@ class Run:
             self.rank,
             self.world,
         )
-        self.feed = Feed(self.train_set, self.batches, **self.loader_args)
+        self.feed = BatchIterator(self.train_set, self.batches, **self.loader_args)
         self.warmup_steps = cfg.warmup_epochs * self.steps_per_epoch
         self.log.begin(cfg, self.start)
         self.introduce()
@@ -252,7 +247,7 @@ class Run:
     def share(self, rows):
         """Rows of a global batch -> (accum, B, ...), this process's of each micro-batch.
 
-        The same rows as those of the pictures; see data.TrainBatches.
+        The same rows as those of the pictures; see data.ResumableBatchSampler.
         """
         return rows.unflatten(0, (self.cfg.accum, self.world, -1))[:, self.rank]
 
@@ -267,21 +262,21 @@ class Run:
         )
 
     def evaluation_is_due(self, step):
-        every = self.cfg.knn_every * self.steps_per_epoch
+        every = self.cfg.eval_every * self.steps_per_epoch
         return step > 0 and every > 0 and step % every == 0
 
     def evaluate(self, step):
         """Logs and returns what the test split says of the model.
 
-        {"mse_test": masked_error, "knn": {feature: k-NN accuracy}}; without labels there
+        {"val_mse": reconstruction_mse, "knn": {feature: k-NN accuracy}}; without labels there
         is no k-NN, without a test split nothing.
         """
         train_set, test_set = self.train_set, self.test_set
         if not test_set:
             return {}
         setup = (self.loader_args, self.dtype, self.rank, self.world)
-        results = {"mse_test": masked_error(self.model, test_set, *setup)}
-        self.log.say(f"step {step}: mse on the test split: {results['mse_test']:.4f}")
+        results = {"val_mse": reconstruction_mse(self.model, test_set, *setup)}
+        self.log.say(f"step {step}: mse on the test split: {results['val_mse']:.4f}")
         if train_set.labelled and test_set.labelled:
             knn = knn_accuracy(self.model, train_set, test_set, *setup)
             results["knn"] = knn
@@ -313,7 +308,7 @@ class Run:
         at_epoch = rest == 0 and epoch % self.cfg.save_every == 0
         if stopping or ended or at_epoch:
             self.save("last.pt", done)
-        every = self.cfg.keep_every
+        every = self.cfg.keep_ckpt_every
         if every and rest == 0 and epoch % every == 0:
             self.save(f"epoch{epoch:04d}.pt", done)
         return stopping and not ended
@@ -337,9 +332,9 @@ class Run:
         """
         rows = self.meter.read()
         counts = [len(self.signals), len(self.feed.unreadable)]
-        signals, unreadable = total_over_processes(counts, self.device, self.world)
+        signals, unreadable = all_reduce_sum(counts, self.device, self.world)
         require(
-            unreadable <= most_unreadable(len(self.train_set)),
+            unreadable <= max_unreadable(len(self.train_set)),
             f"--data {self.cfg.data}: over 1 % unreadable, {unreadable:.0f} so far",
         )
         refuse_not_finite(rows, done, self.batches, self.precision, self.log)
@@ -373,10 +368,10 @@ class Run:
     def result(self, step, stopped=None):
         """What train returns of a run without an evaluation."""
         result = {"step": step, "out": str(self.out), "stopped": stopped}
-        return result | {"mse_test": None, "knn": {}}
+        return result | {"val_mse": None, "knn": {}}
 
 
-def rehearse(model, images, device, dtype):
+def dry_run(model, images, device, dtype):
     """Forward and backward pass of a micro-batch, which leave nothing but gradients."""
     cfg = model.cfg
     # What comes with the first step: AdamW's two moments, and the copies of the
@@ -394,7 +389,7 @@ def rehearse(model, images, device, dtype):
 
 
 @torch.no_grad()
-def masked_error(model, dataset, loader_args, dtype, rank, world):
+def reconstruction_mse(model, dataset, loader_args, dtype, rank, world):
     """Mean of the masked patches' error l over a data set: the log's mse, held out.
 
     Each picture has its own mask, the same in every evaluation and every run.
@@ -416,7 +411,7 @@ def masked_error(model, dataset, loader_args, dtype, rank, world):
             )
         total += loss * len(ids)
         done += len(ids)
-    summed, counted = total_over_processes([total.item(), done], device, world)
+    summed, counted = all_reduce_sum([total.item(), done], device, world)
     return summed / counted
 
 

@@ -6,15 +6,15 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-
-from common.files import save_sheet
+from PIL import Image, ImageDraw
+from torchvision.transforms.functional import to_pil_image
 
 
 @torch.no_grad()
 def reconstruct(model, imgs, noise):
-    """Normalised imgs (B, C, H, W) -> two of them in [0, 1]: masked, and completed.
+    """Normalized imgs (B, C, H, W) -> two of them in [0, 1]: masked, and completed.
 
-    noise (B, L) decides the mask; the visible patches are pasted in. Normalised
+    noise (B, L) decides the mask; the visible patches are pasted in. Normalized
     predictions get the mean and deviation of the true patch, which the model does not
     know: the pictures look better than it is.
     """
@@ -32,7 +32,7 @@ def reconstruct(model, imgs, noise):
 
 
 def denormalize(imgs, cfg):
-    """Normalised imgs (B, C, H, W) -> [0, 1]."""
+    """Normalized imgs (B, C, H, W) -> [0, 1]."""
     mean = torch.tensor(cfg.mean, device=imgs.device).view(-1, 1, 1)
     std = torch.tensor(cfg.std, device=imgs.device).view(-1, 1, 1)
     return (imgs * std + mean).clamp(0, 1)
@@ -64,7 +64,7 @@ def save_curves(path, records):
     from matplotlib.figure import Figure
 
     panels = {
-        "reconstruction": ("loss", "mse", "mse_test"),
+        "reconstruction": ("loss", "mse", "val_mse"),
         "k-NN on the test split, %": ("knn",),
         "learning rate": ("lr",),
         "temperature": ("tau",),
@@ -97,3 +97,46 @@ def curves(records, name):
                 label = label.replace("_", " ") if name == "knn" else label
                 points.setdefault(label, []).append((record["step"], value))
     return points
+
+
+# A sheet of pictures, in px.
+SHEET_GAP = 4  # between pictures, and around the sheet
+SHEET_TITLES = 20  # height of the line of titles
+SHEET_NAMES = 66  # width of the column of row names
+
+
+def save_sheet(path, columns, rows=(), cell=96):
+    """
+    Writes a sheet of pictures, small ones enlarged to about `cell` px of height.
+
+    columns: [(title, floats (n, 3, h, w) in [0, 1]), ...], rows: a name for each row.
+    """
+    number, _, height, width = columns[0][1].shape
+    # Whole multiples, so that each pixel of a small picture stays a square.
+    zoom = max(1, cell // height)
+    height *= zoom
+    width *= zoom
+    left = SHEET_NAMES if rows else SHEET_GAP
+    step_x = width + SHEET_GAP
+    step_y = height + SHEET_GAP
+
+    # A title may be wider than its pictures; only a canvas can measure it.
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    right = 0
+    for column, (title, _) in enumerate(columns):
+        needed = max(step_x, draw.textlength(title))
+        right = max(right, column * step_x + needed)
+
+    size = (int(left + right), SHEET_TITLES + number * step_y)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(rows):
+        draw.text((6, 14 + row * step_y + height // 2), name, fill="black")
+    for column, (title, images) in enumerate(columns):
+        x = left + column * step_x
+        draw.text((x, 4), title, fill="black")
+        for row, image in enumerate(images):
+            tile = to_pil_image(image.cpu())
+            tile = tile.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (x, SHEET_TITLES + row * step_y))
+    sheet.save(path)

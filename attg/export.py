@@ -8,8 +8,8 @@ Models of this project as Hugging Face's.
 
 import re
 
-from common.files import require
-from common.weights import read_weights, rename
+from attg.files import require
+from attg.weights import read_weights, rename
 
 # From the settings of a Config to Hugging Face's.
 ENCODER = {"img_size": "image_size", "patch_size": "patch_size"}

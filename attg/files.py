@@ -5,26 +5,16 @@ pictures, tables of results.
 
 import contextlib
 import hashlib
-import json
 import os
 import socket
 import sys
 import time
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageDraw
-from torchvision.transforms.functional import to_pil_image
-
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-# A sheet of pictures, in px.
-SHEET_GAP = 4  # between pictures, and around the sheet
-SHEET_TITLES = 20  # height of the line of titles
-SHEET_NAMES = 66  # width of the column of row names
 
 
 def require(condition, message):
@@ -122,87 +112,3 @@ def take_lock(path, what, until):
                 file.flush()
                 return file
         file.close()
-
-
-def save_sheet(path, columns, rows=(), cell=96):
-    """
-    Writes a sheet of pictures, small ones enlarged to about `cell` px of height.
-
-    columns: [(title, floats (n, 3, h, w) in [0, 1]), ...], rows: a name for each row.
-    """
-    number, _, height, width = columns[0][1].shape
-    # Whole multiples, so that each pixel of a small picture stays a square.
-    zoom = max(1, cell // height)
-    height *= zoom
-    width *= zoom
-    left = SHEET_NAMES if rows else SHEET_GAP
-    step_x = width + SHEET_GAP
-    step_y = height + SHEET_GAP
-
-    # A title may be wider than its pictures; only a canvas can measure it.
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    right = 0
-    for column, (title, _) in enumerate(columns):
-        needed = max(step_x, draw.textlength(title))
-        right = max(right, column * step_x + needed)
-
-    size = (int(left + right), SHEET_TITLES + number * step_y)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, name in enumerate(rows):
-        draw.text((6, 14 + row * step_y + height // 2), name, fill="black")
-    for column, (title, images) in enumerate(columns):
-        x = left + column * step_x
-        draw.text((x, 4), title, fill="black")
-        for row, image in enumerate(images):
-            tile = to_pil_image(image.cpu())
-            tile = tile.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(tile, (x, SHEET_TITLES + row * step_y))
-    sheet.save(path)
-
-
-def print_table(rows):
-    """Prints rows, dicts, with a column for every key that any of them has."""
-    keys = []
-    for row in rows:
-        for key in row:
-            if key not in keys:
-                keys.append(key)
-
-    lines = [keys]
-    for row in rows:
-        line = []
-        for key in keys:
-            value = row.get(key, "")
-            line.append(f"{value:.2f}" if isinstance(value, float) else str(value))
-        lines.append(line)
-
-    widths = []
-    for column in zip(*lines, strict=True):
-        widths.append(max(len(text) for text in column))
-    for line in lines:
-        padded = []
-        for text, width in zip(line, widths, strict=True):
-            padded.append(text.ljust(width))
-        print("  ".join(padded).rstrip())
-
-
-def without_nan(row):
-    """A dict for JSON, which has no NaN, the one value that differs from itself."""
-    return {key: value if value == value else None for key, value in row.items()}
-
-
-def report(rows, settings, path):
-    """
-    Prints rows, dicts of figures, as a table, then all of it as a line of JSON, which
-    is also added to the file.
-    """
-    results = [without_nan(row) for row in rows]
-    record = {"settings": settings, "torch": torch.__version__, "results": results}
-    line = json.dumps(record, allow_nan=False)
-    # First the file: a closed pipe ends the program when it prints.
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(line + "\n")
-    print_table(rows)
-    print(line)

@@ -2,7 +2,7 @@
 Training and scoring of classifiers on pictures: shared by MAE's linear probe and by
 fine-tuning.
 
-A model here takes normalised images and gives logits (F, B, C), one row for each of the F
+A model here takes normalized images and gives logits (F, B, C), one row for each of the F
 features that it classifies by; model.normalize makes its input from uint8 images.
 
 Shapes: n training images, B images, C classes, F features.
@@ -19,23 +19,18 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
-from common.checkpoint import (
+from attg.checkpoint import (
     load_checkpoint,
     load_optimizer,
     load_state,
     read_settings,
     save_checkpoint,
 )
-from common.commandline import progress, say
-from common.data import (
-    Feed,
-    TrainBatches,
-    make_loader,
-    refuse_unreadable,
-    seed_for,
-    shot_indices,
-)
-from common.files import require
+from attg.cli import progress, say
+from attg.datasets import refuse_unreadable, shot_indices
+from attg.files import require
+from attg.loader import BatchIterator, ResumableBatchSampler, make_loader
+from attg.seeding import seed_for
 
 # -- Settings --------------------------------------------------------------------------
 
@@ -173,7 +168,7 @@ def set_lr(optimizer, step, epoch_steps, recipe, lr_at):
 def open_feed(train_set, recipe, settings, start, total_steps, place):
     """The micro-batches of this process from step `start` on."""
     device, rank, world = place
-    batches = TrainBatches(
+    batches = ResumableBatchSampler(
         len(train_set),
         recipe.batch_size,
         start,
@@ -184,11 +179,13 @@ def open_feed(train_set, recipe, settings, start, total_steps, place):
         world,
     )
     pinned = device.type == "cuda"
-    return Feed(train_set, batches, workers=settings["workers"], pin_memory=pinned)
+    return BatchIterator(
+        train_set, batches, workers=settings["workers"], pin_memory=pinned
+    )
 
 
 def training_batch(sample, model, device):
-    """Normalised images (B, 3, H, W), flipped where the sample says so; labels (B,)."""
+    """Normalized images (B, 3, H, W), flipped where the sample says so; labels (B,)."""
     image = sample.image.to(device, non_blocking=True)
     flip = sample.flip.to(device, non_blocking=True)
     labels = sample.label.to(device, non_blocking=True)

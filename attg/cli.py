@@ -3,9 +3,9 @@ What every program does on a command line: flags and the ranges of their numbers
 and progress bars, how it ends.
 
     if __name__ == "__main__":
-        from common.commandline import quiet_imports
+        from attg.cli import ignore_sigint_during_import
 
-        quiet_imports()
+        ignore_sigint_during_import()
 
     import torch
     ...
@@ -47,9 +47,9 @@ WHOLE_NUMBERS = {
     "decoder_heads": (1, 1024),
     "workers": (0, 1024),
     "seed": (-(2**63), 2**63 - 1),
-    "knn_every": (0, 10**6),
+    "eval_every": (0, 10**6),
     "save_every": (1, 10**6),
-    "keep_every": (0, 10**6),
+    "keep_ckpt_every": (0, 10**6),
     "log_every": (1, 10**9),
     "k": (1, 10**7),
     "shots": (1, 10**7),
@@ -257,7 +257,7 @@ def progress(steps, **options):
 # -- The end ---------------------------------------------------------------------------
 
 
-def quiet_imports():
+def ignore_sigint_during_import():
     """From here to `end`, Ctrl-C ends the process at once and without a traceback.
 
     For the imports, which take seconds; nothing is written in them.
@@ -342,3 +342,29 @@ def out_of_memory(error):
     # What PyTorch's allocators of the CPU and of MPS say.
     words = str(error)
     return "can't allocate memory" in words or "out of memory" in words
+
+
+def print_table(rows):
+    """Prints rows, dicts, with a column for every key that any of them has."""
+    keys = []
+    for row in rows:
+        for key in row:
+            if key not in keys:
+                keys.append(key)
+
+    lines = [keys]
+    for row in rows:
+        line = []
+        for key in keys:
+            value = row.get(key, "")
+            line.append(f"{value:.2f}" if isinstance(value, float) else str(value))
+        lines.append(line)
+
+    widths = []
+    for column in zip(*lines, strict=True):
+        widths.append(max(len(text) for text in column))
+    for line in lines:
+        padded = []
+        for text, width in zip(line, widths, strict=True):
+            padded.append(text.ljust(width))
+        print("  ".join(padded).rstrip())
