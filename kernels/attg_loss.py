@@ -100,9 +100,12 @@ def normalize_map(attn: Tensor) -> Tensor:
 
 
 def _patch_loss(
-    pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn
+    pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn, return_mse
 ):
-    """mask * w * l of shape (B, L). The arguments are those of `attg_loss`."""
+    """mask * w * l and, detached, mask * l, (B, L) each; None for what is not needed.
+
+    The arguments are those of `attg_loss`.
+    """
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
     x = _patches(target, patch_size, dtype)
     y = pred.to(dtype)
@@ -117,15 +120,17 @@ def _patch_loss(
         variance = x.square().sum(dim=-1, keepdim=True) / (x.shape[-1] - 1)
         x = x / (variance + eps).sqrt()
     loss = (y - x).square().mean(dim=-1)  # (B, L)
+    mse = loss.detach().clone() if return_mse else None
 
     if attn is not None:
         if normalize_attn:
             # A float64 map of fp32 predictions is normalized in float64.
             attn = normalize_map(attn.to(torch.promote_types(attn.dtype, dtype)))
         loss = torch.exp(attn.to(dtype) / tau) * loss  # Eq. 1
-    if mask is None:
-        return loss
-    return torch.where(mask, loss, 0.0)
+    if mask is not None:
+        loss = torch.where(mask, loss, 0.0)
+        mse = torch.where(mask, mse, 0.0) if return_mse else None
+    return loss, mse
 
 
 def _patches(target, patch_size, dtype):
@@ -508,6 +513,7 @@ def _forward_kernel(
     stats,  # out: (B, L, 3) fp32, contiguous: mean, 1 / deviation, weight w
     out,  # out: fp32, contiguous: mask * w * l (B, L), or with TOTAL (2, programs):
     # for each program its sum, and the number of patches in it
+    mse,  # out: likewise mask * l (B, L), or with TOTAL (programs,); None: not needed
     L,
     columns,  # patches side by side in an image
     eps,
@@ -550,6 +556,7 @@ def _forward_kernel(
             low, high = _map_range(attn + b * attn_b, L, flat, attn_l, MAP, MAPS)
 
     total = tl.zeros([ROWS], tl.float32)
+    total_mse = 0.0
     count = tl.zeros([ROWS], tl.float32)
     for step in range(STEPS):
         row = first + step * ROWS + tl.arange(0, ROWS)
@@ -559,7 +566,7 @@ def _forward_kernel(
         mean = tl.zeros([ROWS], tl.float32)
         rstd = mean + 1
         w = rstd
-        loss = mean
+        unweighted = mean
         # A patch alone in its tile is passed over; in a tile of several each waits for
         # the others anyway.
         needed = True
@@ -602,8 +609,9 @@ def _forward_kernel(
                     m = tl.div_rn(m - low, high - low)
                 w = _exp(tl.div_rn(m, t))
             error = y - x
-            loss = w * (_sum(error * error) / P)
-        loss = tl.where(keep, loss, 0.0)
+            unweighted = _sum(error * error) / P
+        loss = tl.where(keep, w * unweighted, 0.0)
+        unweighted = tl.where(keep, unweighted, 0.0)
 
         at = b * L + row
         tl.store(stats + at * 3, mean, inside)
@@ -612,17 +620,25 @@ def _forward_kernel(
         if TOTAL:
             total += loss
             count += keep.to(tl.float32)
+            if mse is not None:
+                total_mse += tl.sum(unweighted, 0)
         else:
             tl.store(out + at, loss, inside)
+            if mse is not None:
+                tl.store(mse + at, unweighted, inside)
     if TOTAL:
         tl.store(out + program, tl.sum(total, 0))
         tl.store(out + tl.num_programs(0) + program, tl.sum(count, 0))
+        if mse is not None:
+            tl.store(mse + program, total_mse)
 
 
 @_jit
 def _total_kernel(
     sums,  # (2, n) fp32, what the forward kernel's programs found
+    mse_sums,  # (n,) fp32, likewise, or None
     loss,  # out: one value, their sum, or with MEAN their mean
+    mse,  # out: likewise; used if there are mse_sums
     divisor,  # out: one value, what the sum was divided by
     n,
     MEAN: tl.constexpr,
@@ -631,14 +647,19 @@ def _total_kernel(
     """The second stage of the sum, by one program: always in the same order."""
     i = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
+    total_mse = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n, BLOCK):
         total += tl.load(sums + first + i, first + i < n, 0.0)
         count += tl.load(sums + n + first + i, first + i < n, 0.0)
+        if mse_sums is not None:
+            total_mse += tl.load(mse_sums + first + i, first + i < n, 0.0)
     divide_by = 1.0
     if MEAN:
         divide_by = tl.maximum(tl.sum(count, 0), 1.0)
     tl.store(loss, tl.sum(total, 0) / divide_by)
+    if mse_sums is not None:
+        tl.store(mse, tl.sum(total_mse, 0) / divide_by)
     tl.store(divisor, divide_by)
 
 
@@ -809,6 +830,7 @@ def _launch_forward(
     tau,
     stats,
     loss,
+    mse,
     divisor,
     norm_pix,
     eps,
@@ -816,14 +838,21 @@ def _launch_forward(
     normalize_attn,
     reduction,
 ):
-    """Fills stats (B, L, 3), and loss: (B, L), or one value, then divisor too."""
+    """Fills stats (B, L, 3), loss and mse: (B, L), or one value, then divisor too.
+
+    An empty mse is left alone.
+    """
     triton = _triton()
     programs, shared = _shared_arguments(pred, target, mask, patch_size)
     attn_b, attn_l = _strides(attn)
     L = pred.shape[1]
     piece = min(512, triton.next_power_of_2(L))
     total = reduction != "none"
-    out = pred.new_empty((2, programs), dtype=torch.float32) if total else loss
+    out, out_mse = loss, mse if mse.numel() else None
+    if total:
+        out = pred.new_empty((2, programs), dtype=torch.float32)
+        if out_mse is not None:
+            out_mse = pred.new_empty(programs, dtype=torch.float32)
     _forward_kernel[(programs,)](
         pred,
         target,
@@ -832,6 +861,7 @@ def _launch_forward(
         tau,
         stats,
         out,
+        out_mse,
         eps=eps,
         flat=FLAT,
         attn_b=attn_b,
@@ -847,7 +877,15 @@ def _launch_forward(
     if total:
         mean = reduction == "mean"
         _total_kernel[(1,)](
-            out, loss, divisor, programs, MEAN=mean, BLOCK=8192, num_warps=16
+            out,
+            out_mse,
+            loss,
+            mse,
+            divisor,
+            programs,
+            MEAN=mean,
+            BLOCK=8192,
+            num_warps=16,
         )
 
 
@@ -881,15 +919,17 @@ def _op(
     patch_size: int,
     normalize_attn: bool,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss by the kernels, and what its backward pass needs, all fp32.
+    return_mse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss by the kernels, the mse, and what the backward pass needs, all fp32.
 
-    The loss (B, L), or one value; per patch mean, 1 / deviation and weight (B, L, 3);
-    what the sum was divided by, one value, or none.
+    The loss (B, L), or one value; the mse alike, or empty where it is not asked for;
+    per patch mean, 1 / deviation and weight (B, L, 3); what the sum was divided by, one
+    value, or none.
     """
-    loss, stats, divisor = _op_fake(pred, reduction)
+    loss, mse, stats, divisor = _op_fake(pred, reduction, return_mse)
     if stats.numel() == 0:
-        return loss.zero_(), stats, divisor.fill_(1)
+        return loss.zero_(), mse.zero_(), stats, divisor.fill_(1)
     with torch.cuda.device_of(pred):
         _launch_forward(
             pred,
@@ -899,6 +939,7 @@ def _op(
             tau,
             stats,
             loss,
+            mse,
             divisor,
             norm_pix,
             eps,
@@ -906,17 +947,20 @@ def _op(
             normalize_attn,
             reduction,
         )
-    return loss, stats, divisor
+    return loss, mse, stats, divisor
 
 
 @_op.register_fake
 def _op_fake(pred, *rest):
     B, L, _ = pred.shape
-    each = rest[-1] == "none"
-    loss = pred.new_empty((B, L) if each else (), dtype=torch.float32)
+    *_, reduction, return_mse = rest
+    each = reduction == "none"
+    shape = (B, L) if each else ()
+    loss = pred.new_empty(shape, dtype=torch.float32)
+    mse = pred.new_empty(shape if return_mse else (0,), dtype=torch.float32)
     stats = pred.new_empty((B, L, 3), dtype=torch.float32)
     divisor = pred.new_empty((0,) if each else (), dtype=torch.float32)
-    return loss, stats, divisor
+    return loss, mse, stats, divisor
 
 
 @torch.library.custom_op(f"{NAMESPACE}::patch_loss_backward", mutates_args=())
@@ -949,20 +993,20 @@ def _op_backward_fake(grad, pred, *_):
 
 
 def _save(ctx, inputs, output):
-    pred, target, mask, _, _, _, _, patch_size, _, _ = inputs
-    _, stats, divisor = output
+    pred, target, mask, _, _, _, _, patch_size, *_ = inputs
+    _, mse, stats, divisor = output
     ctx.patch_size = patch_size
     # Or zeros would be made for what has no gradient.
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(stats, divisor)
+    ctx.mark_non_differentiable(mse, stats, divisor)
     ctx.save_for_backward(pred, target, mask, stats, divisor)
 
 
 def _differentiate(ctx, grad, *_):
     pred, target, mask, stats, divisor = ctx.saved_tensors
     gradient = _op_backward(grad, pred, target, mask, stats, divisor, ctx.patch_size)
-    # The other nine inputs of `_op` have no gradient.
-    return gradient, None, None, None, None, None, None, None, None, None
+    # The other ten inputs of `_op` have no gradient.
+    return gradient, *[None] * 10
 
 
 def _save_backward(ctx, inputs, output):
@@ -1010,7 +1054,8 @@ def attg_loss(
     normalize_attn: bool = True,
     reduction: str = "mean",
     impl: str = "auto",
-) -> Tensor:
+    return_mse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Masked reconstruction error, each patch weighted by exp(M_norm / tau).
 
     arXiv 2402.15172, Eq. 1 and 2.
@@ -1038,6 +1083,8 @@ def attg_loss(
                 TRITON_INTERPRET=1, for tests); "auto", the kernels on AMD GPUs and on
                 NVIDIA GPUs from Ampere on, else, and for float64, PyTorch. "auto" says
                 once which.
+    return_mse  return (loss, mse): the same reduction of mask * l, the loss with weight
+                1, from the same forward pass and detached.
 
     Returns fp32 (float64 for float64 `pred`), the precision of all arithmetic. The
     gradient flows to `pred` only. Raises ValueError for wrong shapes, dtypes or values,
@@ -1055,6 +1102,7 @@ def attg_loss(
         normalize_attn,
         reduction,
         impl,
+        return_mse,
     )
     if _is_fused(pred, target, mask, attn, tau, impl):
         if isinstance(tau, Tensor):
@@ -1062,22 +1110,25 @@ def attg_loss(
         else:
             tau = torch.full((), tau, device=pred.device)
         side = patch_size if target.dim() == 4 else 0
-        options = norm_pix, float(eps), side, normalize_attn, reduction
-        loss, _, _ = _op(pred, target, mask, attn, tau, *options)
-        return loss
+        options = norm_pix, float(eps), side, normalize_attn, reduction, return_mse
+        loss, mse, _, _ = _op(pred, target, mask, attn, tau, *options)
+        return (loss, mse) if return_mse else loss
 
-    loss = _patch_loss(
-        pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn
-    )
+    options = norm_pix, eps, patch_size, normalize_attn, return_mse
+    loss, mse = _patch_loss(pred, target, mask, attn, tau, *options)
+    loss = _reduce(loss, mask, reduction)
+    return (loss, _reduce(mse, mask, reduction)) if return_mse else loss
 
-    # loss is mask * w * l, (B, L).
+
+def _reduce(rows, mask, reduction):
+    """Of rows that are 0 where the mask is, (B, L)."""
     if reduction == "none":
-        return loss
+        return rows
     if reduction == "sum":
-        return loss.sum()
+        return rows.sum()
     if mask is None:
-        return loss.sum() / max(loss.numel(), 1)
-    return loss.sum() / (mask != 0).sum().clamp(min=1)
+        return rows.sum() / max(rows.numel(), 1)
+    return rows.sum() / (mask != 0).sum().clamp(min=1)
 
 
 # -- Which of the two computes it ------------------------------------------------------
@@ -1181,11 +1232,12 @@ def _check(
     normalize_attn,
     reduction,
     impl,
+    return_mse,
 ):
     _check_types(pred, target, mask, attn)
     _check_shapes(pred, target, mask, attn, patch_size)
     _check_tensors(pred, target, mask, attn, tau)
-    _check_flags(norm_pix, normalize_attn, reduction, impl)
+    _check_flags(norm_pix, normalize_attn, reduction, impl, return_mse)
     _check_numbers(pred, tau, norm_pix, eps)
 
 
@@ -1274,9 +1326,13 @@ def _check_tensors(pred, target, mask, attn, tau):
             )
 
 
-def _check_flags(norm_pix, normalize_attn, reduction, impl):
+def _check_flags(norm_pix, normalize_attn, reduction, impl, return_mse):
     """Values out of a few."""
-    for name, x in (("norm_pix", norm_pix), ("normalize_attn", normalize_attn)):
+    for name, x in (
+        ("norm_pix", norm_pix),
+        ("normalize_attn", normalize_attn),
+        ("return_mse", return_mse),
+    ):
         if not isinstance(x, bool):
             raise ValueError(f"{name}: got {x!r}; pass True or False")
     if reduction not in ("mean", "sum", "none"):

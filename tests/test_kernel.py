@@ -76,13 +76,16 @@ def test_kernel_shapes_and_masks(dims, dtype):
 def test_kernel_operators_are_well_registered():
     loss, leaf, (imgs, mask, attn) = some_loss("triton")
     patches, tau = kernel._patchify(imgs, 4).half(), torch.tensor(0.75, device=DEVICE)
-    for target, m, a, norm_pix, side, reduction in (
-        (imgs, mask, attn, True, 4, "mean"),
-        (patches, None, None, False, 0, "none"),
+    for target, m, a, norm_pix, side, reduction, return_mse in (
+        (imgs, mask, attn, True, 4, "mean", True),
+        (imgs, mask, attn, True, 4, "sum", False),
+        (patches, None, None, False, 0, "none", True),
     ):
-        args = leaf, target, m, a, tau, norm_pix, 1e-6, side, True, reduction
+        args = leaf, target, m, a, tau, norm_pix, 1e-6, side, True
+        args += reduction, return_mse
         torch.library.opcheck(kernel._op, args)
-        rows, stats, divisor = kernel._op(*args)
+        rows, mse, stats, divisor = kernel._op(*args)
+        assert mse.shape == (rows.shape if return_mse else (0,))
         args = torch.rand_like(rows), leaf, target, m, stats, divisor, side
         torch.library.opcheck(kernel._op_backward, args)
     importlib.reload(kernel)  # operators of the same name replace the first

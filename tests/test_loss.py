@@ -263,6 +263,40 @@ def test_loss_ignores_what_stands_in_visible_patches(impl, bad, dtype):
     assert not run(dirty, imgs, mask, attn, impl=impl, patch_size=4)[0].isfinite()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_mse_of_the_same_pass(impl):
+    """It is the loss with weight 1, detached, and costs the loss no bit."""
+    pred, imgs = randn(2, 9, 48), rand(2, 3, 12, 12)
+    mask = rand(2, 9, seed=2) < 0.6
+    log_weight = rand(2, 9, seed=3).masked_fill(rand(2, 9, seed=4) < 0.3, -math.inf)
+    options = {"tau": 1.0, "patch_size": 4, "normalize_attn": False, "impl": impl}
+
+    def both(pred, imgs, mask, attn, reduction, compile=False):
+        fn = kernel.attg_loss
+        if compile:
+            fn = torch.compile(fn, fullgraph=True, backend="aot_eager")
+        kw = options | {"reduction": reduction, "return_mse": True}
+        return fn(pred, imgs, mask, attn, **kw)
+
+    for m in (mask, None, torch.zeros(2, 9)):
+        for reduction in REDUCTIONS:
+            rows = oracle(pred, imgs, m, patch_size=4)[0]
+            count = 2 * 9 if m is None else max(m.sum().item(), 1)
+            want = {"mean": rows.sum() / count, "sum": rows.sum(), "none": rows}
+            want = want[reduction]
+            up = torch.ones(want.shape)
+            kw = options | {"reduction": reduction}
+            one = run(pred, imgs, m, log_weight, up, **kw)
+            for compile in (False, reduction == "mean"):
+                args = (on_device(x) for x in (imgs, m, log_weight))
+                leaf = on_device(pred).requires_grad_()
+                loss, mse = both(leaf, *args, reduction, compile)
+                loss.sum().backward()
+                assert close(mse.cpu(), want, 1e-6) and not mse.requires_grad
+                assert loss.detach().cpu().equal(one[0])
+                assert leaf.grad.cpu().equal(one[1])
+
+
 def test_loss_gradcheck():
     def zero(x):
         return x.detach() + 0 * x
