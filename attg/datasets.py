@@ -1,69 +1,63 @@
 """
-Data sets: what a training step or an evaluation sees of a picture, and in what order.
+Data sets: everything that --data accepts, as indexed samples of 8-bit images.
 
     train = open_data("toy", "train", size=32, augment=True, seed=0)
-    sample = train[epoch, index]    # a random crop, a function of seed, epoch and index
-    sample = train[index]           # the whole picture or its centre, for evaluation
+    sample = train[epoch, index]    # a random crop, a function of (seed, epoch, index)
+    sample = train[index]           # the evaluation view: whole image or center crop
     image, label, index, box, flip = sample
 
-    steps = ResumableBatchSampler(len(train), batch_size=256, start=0, stop=1000)
-    for batch in make_loader(train, workers=2, batch_sampler=steps):
-        ...                         # a Sample of tensors for each step of the whole run
-
-What --data accepts (the `name` of open_data):
+Values of --data:
     toy
         generated in seconds, no download; see attg/toy.py
     cifar10 cifar100 flowers102 dtd pets stl10 imagenette stanford_cars
-        torchvision's, downloaded to $ATTG_DATA (default ~/.cache/attg_mae), except
-        stanford_cars, which has to be there. flowers102 trains on train and val, stl10
-        on train and unlabeled
-    PATH with train/CLASS/*.jpg
-        a folder for each class; the test split lies in val/CLASS/ or test/CLASS/, val/
-        goes first
-    PATH with CLASS/*.jpg
-        what torchvision calls an ImageFolder; there is no test split
-    PATH with pictures in it, or in PATH/train/
+        torchvision's data sets, downloaded to $ATTG_DATA (default ~/.cache/attg_mae);
+        stanford_cars must be there already. flowers102 trains on train + val, stl10 on
+        train + unlabeled
+    DIR with train/CLASS/*.jpg
+        class folders; the test split is val/CLASS/ or, without val/, test/CLASS/
+    DIR with CLASS/*.jpg
+        torchvision's ImageFolder layout, without a test split
+    DIR with images, or with images in train/
         a flat folder without labels, for pre-training only
-    PATH of a picture
-        a data set of one
+    FILE
+        a single image
+From Python, also any map-style data set of (PIL image, label), see open_data.
 
-In Python it may also be a data set of your own, see open_data and docs/data.md.
+Class folders may be nested and may contain symbolic links; no folder is entered twice.
+Only regular files with an image suffix count. An image that cannot be decoded, or that
+has more than max_pixels pixels, is replaced by the next readable one.
 
-In all folders only regular files count whose names end as those of pictures do. A class
-may have folders within folders; links are followed, but no folder is entered twice. A
-file that cannot be decoded, or has more than max_pixels pixels, is replaced by the next.
-
-The workers decode and crop, in 8 bits. A Sample carries the box of its crop and the
-coin of its flip: the device normalizes and flips the image, and crops the attention map
-of the picture (attg/maps.py) with the same box.
-
-No random state is kept. Every draw is seeded with what it depends on (seed_for), so a
-run that is continued, or that has other workers, sees the same. EXIF rotation is
-ignored, here as in the making of maps.
+Loader workers decode and crop in 8 bits. A Sample carries the box and the flip of its
+crop, and the device normalizes and flips the image and crops its attention map alike.
+Every random draw is seeded with what it depends on (attg/seeding.py), so resuming or
+changing the number of workers changes nothing. EXIF rotation is ignored, as it is when
+maps are made.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from attg.images import (
     MAX_PIXELS,
     MODES,
-    check_image,
     check_pixels,
     eval_view,
     load_image,
@@ -73,320 +67,243 @@ from attg.images import (
 from attg.seeding import generator_for, seed_for
 from attg.toy import TOY_CLASSES, TOY_VARIANTS, toy
 
-# Pictures that get a line of their own when they cannot be read.
+# Unreadable images that are reported one by one; further ones are counted.
 LINES = 10
 
 
-# -- One picture -----------------------------------------------------------------------
-
-
 class Sample(NamedTuple):
-    """What a data set yields; default_collate makes one Sample of batched tensors."""
+    """One item of a data set. default_collate makes a Sample of batched tensors."""
 
-    # uint8 (C, h, w), RGB or grey, not flipped yet.
+    # uint8 (C, h, w), RGB or gray, not flipped yet.
     image: torch.Tensor
     # -1 = none.
     label: int
-    # Row of the map file. It differs from the index asked for where that file could not
-    # be decoded.
+    # Row of the map file. Differs from the requested index if that image is unreadable.
     index: int
-    # float32 (4,): x0, y0, x1, y1 of the region seen, as fractions of the picture's
-    # width and height.
+    # float32 (4,): x0, y0, x1, y1 of the crop, as fractions of the image's width and
+    # height.
     box: torch.Tensor
-    # Whether image and map are to be mirrored.
+    # Whether to mirror image and map.
     flip: bool
 
 
-# ImageData.read is one of these with all arguments but the last bound by
-# functools.partial, which can be sent to workers, unlike a lambda.
-
-
-def read_file(root, names, labels, max_pixels, i):
-    return load_image(os.path.join(root, names[i]), max_pixels), labels[i]
-
-
-def read_array(images, labels, i):
-    return Image.fromarray(images[i]), labels[i]
-
-
-def read_pair(source, max_pixels, i):
-    picture, label = source[i]
-    check_image(picture)
-    check_pixels(picture, max_pixels)
-    return picture, as_label(label)
-
-
-def read_row(read, rows, i):
-    return read(int(rows[i]))
-
-
-def as_label(label):
-    return -1 if label is None else int(label)
-
-
-# -- Data sets -------------------------------------------------------------------------
-
-
 class Names(Sequence):
-    """Strings in one array of bytes.
+    """A list of strings, stored in one array of bytes.
 
-    Workers are copies of the main process that share its memory until it is written to,
-    and Python writes to a string, to count its uses, whenever it is looked at: a list
-    of a million names soon has a copy in each worker.
+    Forked workers share the parent's memory until someone writes to it, and Python
+    writes a reference count whenever a string is read: a list of a million names would
+    soon be copied into every worker.
     """
 
     def __init__(self, names):
-        # Names of files need not be valid UTF-8.
+        # File names need not be valid UTF-8.
         encoded = [name.encode(errors="surrogateescape") for name in names]
         self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        # Where each begins, and where the last one ends.
-        lengths = [0, *map(len, encoded)]
-        self.bounds = np.cumsum(lengths)
+        self.offsets = np.cumsum([0, *map(len, encoded)])
 
     def __len__(self):
-        return len(self.bounds) - 1
+        return len(self.offsets) - 1
 
     def __getitem__(self, i):
-        # Accepts negative numbers; the IndexError of one too large ends a loop.
+        # range accepts negative indices and raises the IndexError that ends a loop.
         i = range(len(self))[i]
-        name = self.text[self.bounds[i] : self.bounds[i + 1]].tobytes()
+        name = self.text[self.offsets[i] : self.offsets[i + 1]].tobytes()
         return name.decode(errors="surrogateescape")
 
 
+@dataclass(eq=False)
 class ImageData(Dataset):
     """One split of a data set.
 
-    data[epoch, index] is the augmented Sample if `augment`: train_view's if it is True,
-    or that of another function of (picture, size, seed). Otherwise, and for
-    data[index], it is eval_view's.
-
-    A picture that cannot be decoded is replaced by the next one that can. The first few
-    are named in a line each, further ones are counted. ValueError if none can.
+    data[epoch, index] is a Sample made by `augment`, if there is one; otherwise, and for
+    data[index], by eval_view. An unreadable image is replaced by the next readable one:
+    the first few are reported, further ones only counted. ValueError if there is none.
     """
 
-    def __init__(
-        self,
-        read,
-        names,
-        num_classes,
-        size,
-        augment=False,
-        seed=0,
-        masks=None,
-        labels=None,
-        root=None,
-        channels=3,
-    ):
-        # read(i) -> (PIL picture, label)
-        self.read = read
-        # One per picture: order and identity of the map file's rows.
-        self.names = names if isinstance(names, Names) else Names(names)
-        # The folder in which the names are those of files, or None.
-        self.root = root
-        # 0 = no labels. In stl10 most pictures have none (-1) all the same. None: one
-        # more than the largest label.
-        if num_classes is not None:
-            self.num_classes = num_classes
-        self.labelled = num_classes != 0
-        # Only the toy set has them: uint8 (n, 32, 32), 1 = object.
-        self.masks = masks
-        # (n,), or None where only read() tells them.
-        self.known = labels
-        # (h, w) of the images.
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
-        self.augment = train_view if augment is True else augment
-        self.seed = seed
-        self.mode = MODES[channels]
-        # Which pictures could not be read. Workers write to the same memory.
-        self.unreadable = torch.zeros(len(names), dtype=torch.bool).share_memory_()
+    # Map-style data set of (PIL image, label).
+    source: Sequence
+    # One name per image: order and identity of the rows of a map file.
+    names: Sequence[str]
+    # (n,), -1 = none; None if only the source knows the labels.
+    known_labels: Sequence[int] | None
+    # 0 = no labels; None = the largest label + 1.
+    known_classes: int | None
+    # The folder that names are relative to, if they are names of files.
+    root: Path | None = None
+    # uint8 (n, h, w), 1 = object; only the toy set has masks.
+    masks: np.ndarray | None = None
+    # The view, see open_data.
+    size: tuple[int, int] = (32, 32)
+    augment: Callable | None = None
+    seed: int = 0
+    channels: int = 3
+    max_pixels: int = MAX_PIXELS
 
-    @functools.cached_property
-    def num_classes(self):
-        return int(self.labels.max()) + 1
-
-    @functools.cached_property
-    def fingerprint(self):
-        """sha256 over the number of pictures, their names and, of files, their sizes."""
-        if self.root is None:
-            return self.names_fingerprint
-        words = [self.names_fingerprint]
-        for i in range(len(self)):
-            words.append(str(os.stat(self.path(i)).st_size))
-        return hashlib.sha256("\0".join(words).encode()).hexdigest()
-
-    @functools.cached_property
-    def names_fingerprint(self):
-        """Without the sizes, as it was in older map files."""
-        words = "\0".join([str(len(self)), *self.names])
-        return hashlib.sha256(words.encode(errors="surrogateescape")).hexdigest()
-
-    @functools.cached_property
-    def labels(self):
-        """int64 (n,), -1 = none. Some sets have to be read for them, once."""
-        labels = self.known
-        if labels is None:
-            labels = [self.read_label(i) for i in range(len(self))]
-        return torch.as_tensor(labels, dtype=torch.int64)
-
-    def read_label(self, i):
-        """The label of picture i; none if the picture cannot be read."""
-        try:
-            return self.read(i)[1]
-        except Exception as error:
-            self.tell(i, error)
-            return -1
-
-    def subset(self, rows):
-        """These rows, a tensor (m,), as a data set of its own."""
-        labels = self.labels[rows].numpy()
-        rows = rows.numpy()
-        masks = None
-        if self.masks is not None:
-            masks = self.masks[rows]
-        return ImageData(
-            functools.partial(read_row, self.read, rows),
-            [self.names[i] for i in rows],
-            self.num_classes,
-            self.size,
-            self.augment,
-            self.seed,
-            masks,
-            labels,
-            self.root,
-            len(self.mode),
-        )
+    def __post_init__(self):
+        if not isinstance(self.names, Names):
+            self.names = Names(self.names)
+        # Shared memory: what a worker marks, its parent and the other workers see.
+        self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, key):
-        epoch, asked = key if isinstance(key, tuple) else (None, key)
+        epoch, requested = key if isinstance(key, tuple) else (None, key)
         # The IndexError of an index too large ends `for sample in data`.
-        asked = range(len(self))[asked]
-        index, picture, label = self.decode(asked)
+        requested = range(len(self))[requested]
+        index, image, label = self.decode(requested)
         if self.augment and epoch is not None:
-            seed = seed_for("crop", self.seed, epoch, asked)
-            image, box, flip = self.augment(picture, self.size, seed)
+            seed = seed_for("crop", self.seed, epoch, requested)
+            image, box, flip = self.augment(image, self.size, seed)
         else:
-            image, box, flip = eval_view(picture, self.size)
-        return Sample(pil_to_tensor(image), int(label), index, torch.tensor(box), flip)
+            image, box, flip = eval_view(image, self.size)
+        return Sample(pil_to_tensor(image), label, index, torch.tensor(box), flip)
 
     def decode(self, start):
-        """(index, 8-bit picture, label) of `start` or the next that can be decoded."""
+        """(index, 8-bit PIL image, label) of the first readable image from start on."""
         first = None
         for step in range(len(self)):
             index = (start + step) % len(self)
             try:
-                picture, label = self.read(index)
-                return index, to_8_bits(picture, self.mode), label
+                image, label = self.read(index)
+                return index, to_8_bits(image, MODES[self.channels]), label
             # Decoders raise OSError, SyntaxError, ValueError and others.
             except Exception as error:
                 first = first or f"{self.path(index)} ({error})"
-                self.tell(index, error)
+                self.report_unreadable(index, error)
         raise ValueError(
-            f"--data: none of the {len(self)} pictures can be decoded, not {first}"
+            f"--data: none of the {len(self)} images can be decoded, the first is "
+            f"{first}; repair them or choose another folder"
         )
 
+    def read(self, i):
+        """(PIL image of any mode, label) of image i. Raises what its decoder raises."""
+        image, label = check_pair(self.source[i])
+        check_pixels(image, self.max_pixels)
+        return image, label
+
     def path(self, i):
-        """What to call picture i: its file, or its name where there is none."""
+        """The path of image i, or its name if it is not a file."""
         return os.path.join(self.root or "", self.names[i])
 
-    def tell(self, i, error):
-        """Says once, in whichever process, that picture i cannot be read."""
+    def report_unreadable(self, i, error):
+        """Mark image i, and report it once in all workers of this rank."""
         if self.unreadable[i]:
             return
         self.unreadable[i] = True
         count = int(self.unreadable.sum())
-        line = f"unreadable, the next picture replaces it: {self.path(i)} ({error})"
-        if count == LINES:
-            line += "; further ones are only counted"
-        if count > LINES:
-            # At 20, 40, 80 ...
-            doublings, rest = divmod(count, LINES)
-            if rest or doublings.bit_count() > 1:
-                return
-            line = f"unreadable so far: {count} of {len(self)} pictures"
-        print(line, file=sys.stderr, flush=True)
+        if count <= LINES:
+            more = "; further ones are only counted" if count == LINES else ""
+            message = (
+                f"unreadable, the next image replaces it: {self.path(i)} ({error})"
+            )
+            print(message + more, file=sys.stderr, flush=True)
+
+    @property
+    def labelled(self):
+        """Whether there are labels. Single images may still have none, as in stl10."""
+        return self.known_classes != 0
+
+    @functools.cached_property
+    def num_classes(self):
+        if self.known_classes is not None:
+            return self.known_classes
+        return int(self.labels.max()) + 1
+
+    @functools.cached_property
+    def labels(self):
+        """int64 (n,), -1 = none. Some data sets have to be read once to find them."""
+        labels = self.known_labels
+        if labels is None:
+            labels = [self.read_label(i) for i in range(len(self))]
+        return torch.as_tensor(labels, dtype=torch.int64)
+
+    def read_label(self, i):
+        try:
+            return self.read(i)[1]
+        except Exception as error:
+            self.report_unreadable(i, error)
+            return -1
+
+    def subset(self, rows):
+        """The images of these rows, an int tensor (m,), as another ImageData."""
+        return replace(
+            self,
+            source=Subset(self.source, rows.tolist()),
+            names=[self.names[i] for i in rows],
+            known_labels=self.labels[rows].numpy(),
+            known_classes=self.num_classes,
+            masks=None if self.masks is None else self.masks[rows.numpy()],
+        )
+
+    def file_sizes(self):
+        """Sizes in bytes, as strings; none if the images are not files."""
+        if self.root is None:
+            return []
+        return [str(os.stat(self.path(i)).st_size) for i in range(len(self))]
+
+    @functools.cached_property
+    def fingerprint(self):
+        """Identity of the data set in map files: "v2:" and a sha256.
+
+        The hash is over the version, the number of images, their names and, if they are
+        files, their sizes. Another version takes another prefix.
+        """
+        number = str(len(self))
+        return "v2:" + sha256_of(["v2", number, *self.names, *self.file_sizes()])
+
+    def matches(self, fingerprint):
+        """How the fingerprint stored in a map file fits this data set.
+
+        "exact"; "names" for the oldest map files, which did not record file sizes; or
+        None for other data.
+        """
+        if fingerprint == self.fingerprint:
+            return "exact"
+        # Before v2 there was no prefix, and at first there were no sizes.
+        names_only = sha256_of([str(len(self)), *self.names])
+        sizes = self.file_sizes()
+        if sizes and fingerprint == names_only:
+            return "names"
+        with_sizes = sha256_of([names_only, *sizes]) if sizes else names_only
+        return "exact" if fingerprint == with_sizes else None
 
 
-class TorchvisionSet(NamedTuple):
-    """How torchvision spells a data set."""
-
-    # Class in torchvision.datasets.
-    kind: str
-    # Number of labels.
-    classes: int
-    # Its folder under the root.
-    folder: str
-    # Arguments of `kind`, for each part that the split is made of.
-    train: list
-    test: list
+def sha256_of(strings):
+    text = "\0".join(strings)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
-TORCHVISION = {
-    "cifar10": TorchvisionSet(
-        kind="CIFAR10",
-        classes=10,
-        folder="cifar-10-batches-py",
-        train=[{"train": True}],
-        test=[{"train": False}],
-    ),
-    "cifar100": TorchvisionSet(
-        kind="CIFAR100",
-        classes=100,
-        folder="cifar-100-python",
-        train=[{"train": True}],
-        test=[{"train": False}],
-    ),
-    "flowers102": TorchvisionSet(
-        kind="Flowers102",
-        classes=102,
-        folder="flowers-102",
-        train=[{"split": "train"}, {"split": "val"}],
-        test=[{"split": "test"}],
-    ),
-    "dtd": TorchvisionSet(
-        kind="DTD",
-        classes=47,
-        folder="dtd",
-        train=[{"split": "train"}],
-        test=[{"split": "test"}],
-    ),
-    "pets": TorchvisionSet(
-        kind="OxfordIIITPet",
-        classes=37,
-        folder="oxford-iiit-pet",
-        train=[{"split": "trainval"}],
-        test=[{"split": "test"}],
-    ),
-    "stl10": TorchvisionSet(
-        kind="STL10",
-        classes=10,
-        folder="stl10_binary",
-        train=[{"split": "train+unlabeled"}],
-        test=[{"split": "test"}],
-    ),
-    "imagenette": TorchvisionSet(
-        kind="Imagenette",
-        classes=10,
-        folder="imagenette2",
-        train=[{"split": "train"}],
-        test=[{"split": "val"}],
-    ),
-    "stanford_cars": TorchvisionSet(
-        kind="StanfordCars",
-        classes=196,
-        folder="stanford_cars",
-        train=[{"split": "train"}],
-        test=[{"split": "test"}],
-    ),
-}
+def check_pair(pair):
+    """(PIL image, label, -1 = none) of an item of a data set, or ValueError."""
+    if isinstance(pair, tuple | list) and len(pair) == 2:
+        image, label = pair
+        if isinstance(image, Image.Image):
+            return image, -1 if label is None else int(label)
+        pair = image
+    raise ValueError(
+        f"data: found a {type(pair).__name__}; every [i] must be (PIL image, label), the "
+        "label an int or None"
+    )
 
-LAYOUTS = (
-    "A folder must hold train/CLASS/*.jpg and, for a test split, val/CLASS/*.jpg or "
-    "test/CLASS/*.jpg; or CLASS/*.jpg; or pictures directly, here or in train/ (a flat "
-    "folder, for pre-training only)."
-)
+
+class Pairs(Dataset):
+    """Map-style data set of (load(items[i]), labels[i])."""
+
+    def __init__(self, load, items, labels):
+        self.load = load
+        self.items = items
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.load(self.items[i]), self.labels[i]
+
+
+# -- Opening a data set ----------------------------------------------------------------
 
 
 def open_data(
@@ -400,487 +317,426 @@ def open_data(
     channels=3,
     max_pixels=MAX_PIXELS,
 ):
-    """One split of what --data names; None if there is no such split.
+    """Open one split of a data set: ImageData, or None if there is no such split.
 
-        name        see the top of this file; or a map-style data set of (PIL picture,
-                    label) for training, or a dict {"train": one, "test": another}
-        split       "train" or "test"; for toy also one of TOY_VARIANTS; for a folder
-                    with classes also another folder of the same classes: DIR/CLASS/,
+        name        a value of --data, see the top of this file; or a map-style data set
+                    of (PIL image, label), or a dict {"train": ..., "test": ...} of them
+        split       "train" or "test"; for toy also one of TOY_VARIANTS; for class
+                    folders also another folder of the same classes: DIR/CLASS/,
                     DIR/val/CLASS/ or DIR/test/CLASS/
-        size        pixels, int or (h, w)
-        augment     random crop and flip for keys (epoch, index), or a function instead;
-                    see ImageData
-        classes     --classes: a text file, one class folder a line; only these are kept
-        root        where torchvision's sets lie, or are downloaded to
-        channels    3 for RGB, 1 for grey
-        max_pixels  a picture with more is unreadable
+        size        of the samples in pixels, int or (h, w)
+        augment     True = random crop and flip for keys (epoch, index); or another
+                    function (PIL image, size, seed) -> (PIL image, box, flip)
+        classes     --classes: a text file with the class folders to keep, one per line
+        root        folder of torchvision's data sets
+        channels    3 = RGB, 1 = gray
+        max_pixels  images with more pixels are treated as unreadable
 
-    Labels of a data set of one's own are ints, -1 or None = none. They are read from its
-    attribute `targets` where it has one, else, if they are needed ahead, by a pass over
-    the pictures; the number of classes is that of its `classes`, or their largest + 1.
+    A label from Python is an int, or -1 or None for no label. Attributes `targets` (all
+    labels) and `classes`, as in torchvision, spare a pass over the images.
 
-    ValueError names --data or --classes, what is wrong and the remedy.
+    ValueError names --data or --classes, the value and the remedy.
     """
     if channels not in MODES:
-        raise ValueError(
-            f"--in_chans {channels}: pictures are read as RGB, 3 channels, or as grey, 1"
-        )
-    view = {"size": size, "augment": augment, "seed": seed, "channels": channels}
+        raise ValueError(f"--in_chans {channels}: must be 3 (RGB) or 1 (gray)")
+    view = {
+        "size": (size, size) if isinstance(size, int) else tuple(size),
+        "augment": train_view if augment is True else augment,
+        "seed": seed,
+        "channels": channels,
+        "max_pixels": max_pixels,
+    }
     if not isinstance(name, str | os.PathLike):
-        check_classes("a data set of your own", classes)
-        return open_own(name, split, max_pixels, view)
+        check_choice("passed from Python", split, classes, splits=None)
+        return open_python(name, split, view)
     name = str(name)
-    if name == "toy" or name in TORCHVISION:
-        check_split(name, split)
-        check_classes(name, classes)
-        if name == "toy":
-            return open_toy(split, view)
-        return open_known(name, split, root, view)
-
-    return open_files(name, split, classes, max_pixels, view)
-
-
-def open_files(name, split, classes, max_pixels, view):
-    """open_data of a folder or a picture."""
+    if name == "toy":
+        check_choice(name, split, classes, ("train", "test", *TOY_VARIANTS))
+        images, masks, labels = toy(split)
+        names = [f"toy/{split}/{i:05d}" for i in range(len(images))]
+        source = Pairs(Image.fromarray, images, labels)
+        return ImageData(source, names, labels, len(TOY_CLASSES), masks=masks, **view)
+    if name in TORCHVISION:
+        check_choice(name, split, classes)
+        root = Path(root or os.environ.get("ATTG_DATA") or "~/.cache/attg_mae")
+        source = open_torchvision(name, split, root.expanduser())
+        names = [f"{name}/{split}/{i:06d}" for i in range(len(source))]
+        return ImageData(source, names, None, TORCHVISION[name][1], **view)
     # Path.expanduser raises an error for unknown users.
     path = Path(os.path.expanduser(name))
-    found, listed = [], None
     if path.is_file():
-        listed = list_one(name, path, split)
-    else:
-        folder, found = find_layout(name, path, classes)
-    check_split(name, split, found)
-    check_classes(name, classes, found)
-    if found:
-        listed = list_classes(path, folder, split, found, classes)
-    elif path.is_dir():
-        listed = list_flat(path, folder, split)
-    if listed is None:
-        return None
-
-    labels = np.array(listed.labels)
-    names = Names(listed.names)
-    read = functools.partial(read_file, listed.folder, names, labels, max_pixels)
-    view |= {"labels": labels, "root": listed.folder}
-    return ImageData(read, names, listed.num_classes, **view)
+        return open_file(name, path, split, classes, view)
+    return open_folder(name, path, split, classes, view)
 
 
-class Listed(NamedTuple):
-    """The pictures of a split on the disk."""
+def check_choice(name, split, classes, splits=("train", "test"), folders=()):
+    """ValueError unless --data `name` takes this split and --classes.
 
-    folder: Path
-    # Relative to it, with the same slashes on every system: maps are matched by them.
-    names: list
-    labels: list
-    num_classes: int
-
-
-def check_split(name, split, found=()):
-    """found: the class folders of --data, if it has any."""
-    splits = ("train", "test")
-    if name == "toy":
-        splits += TOY_VARIANTS
-    if split in splits or (found and Path(split).is_dir()):
+    splits: names of its splits, None = any; folders: its class folders, if any.
+    """
+    if classes and not (folders and Path(classes).is_file()):
+        raise ValueError(
+            f"--classes {classes}: must be a text file with one class folder per line, "
+            f"and --data a folder with train/CLASS/ or CLASS/, not {name}"
+        )
+    if splits is None or split in splits or (folders and Path(split).is_dir()):
         return
     message = f"split {split!r} of --data {name}: must be one of {', '.join(splits)}"
-    if found:
+    if folders:
         message += ", or a folder with the same class folders as train/"
     raise ValueError(message)
 
 
-def check_classes(name, classes, found=()):
-    if classes and not (found and Path(classes).is_file()):
-        raise ValueError(
-            f"--classes {classes}: must be a text file that lists class folders, one a "
-            f"line, and --data a folder with train/CLASS/ or CLASS/, not {name}"
-        )
-
-
-def open_toy(split, view):
-    images, masks, labels = toy(split)
-    read = functools.partial(read_array, images, labels)
-    names = [f"toy/{split}/{i:05d}" for i in range(len(images))]
-    return ImageData(read, names, len(TOY_CLASSES), masks=masks, labels=labels, **view)
-
-
-def find_layout(name, path, classes):
-    """The folder of the training pictures, and the names of its class folders if any."""
-    if not path.is_dir():
-        raise ValueError(
-            f"--data {name}: neither a folder, a picture nor one of toy, "
-            f"{', '.join(TORCHVISION)}. {LAYOUTS}"
-        )
-    folder = path
-    if (path / "train").is_dir():
-        folder = path / "train"
-    found = class_folders(folder)
-    pictures = images_in(folder)
-    # Without train/, val/ and test/ are no classes.
-    if not pictures and set(found) <= {"val", "test"}:
-        raise ValueError(
-            f"--data {name}: no class folders and no pictures in {folder}. {LAYOUTS}"
-        )
-    if not pictures or classes:
-        return folder, found
-
-    below = images_below(folder, found, folders_above(folder))
-    filled = [c for c in found if below[c]]
-    if filled:
-        raise ValueError(
-            f"--data {name}: {folder} holds {len(pictures)} pictures, as {pictures[0]}, "
-            f"beside {len(filled)} folders with pictures, as {filled[0]}/; move the ones "
-            "or the others elsewhere, or list the folders that are classes in a file for "
-            "--classes"
-        )
-    return folder, []
-
-
-def list_one(name, path, split):
-    """A picture as a data set of one, without a test split."""
-    if not is_image_file(path.name):
-        raise ValueError(
-            f"--data {name}: a file, but no picture by its name; must end in "
-            f"{', '.join(IMG_EXTENSIONS)}"
-        )
-    if split == "test":
-        return None
-    return Listed(path.parent, [path.name], [-1], 0)
-
-
-def list_flat(path, folder, split):
-    """The pictures that lie directly in a folder, by name, without labels."""
-    if split == "test":
-        test = None
-        if folder != path:
-            test = find_split(path, split)
-        if test is None:
-            return None
-        folder = test
-    names = images_in(folder)
-    if not names:
-        raise ValueError(
-            f"--data {path}: {path / 'train'} holds pictures, but {folder} none that lie "
-            f"in it directly. {LAYOUTS}"
-        )
-    return Listed(folder, names, [-1] * len(names), 0)
-
-
-def list_classes(path, train, split, found, classes):
-    """Order and labels as in torchvision's ImageFolder of the selected classes.
-
-    train: the folder of the class folders `found`. None if there is no such split.
-    """
-    folder = train
-    if split == "test" and train == path:
-        return None
-    if split != "train":
-        folder = find_split(path, split)
-    if folder is None:
-        return None
-    here = class_folders(folder)
-    taken = folders_above(folder)
-    if classes:
-        listed = read_classes(classes, train, found)
-        found = [name for name in found if name in listed]
-        taken |= {identity(folder / name) for name in here if name not in listed}
-        here = [name for name in here if name in listed]
-    if found != here:
-        odd = sorted(set(found) ^ set(here))[:5]
-        raise ValueError(
-            f"--data {path}: {train} and {folder} hold different classes, {odd} are in "
-            "one only; make them equal or list the common ones with --classes"
-        )
-
-    names, labels, empty = [], [], []
-    below = images_below(folder, found, taken)
-    for label, c in enumerate(found):
-        if not below[c]:
-            empty.append(c)
-        start = len(str(folder / c))
-        for file in below[c]:
-            names.append(c + file[start:].replace(os.sep, "/"))
-            labels.append(label)
-    if empty:
-        raise ValueError(
-            f"--data {path}: no pictures of the classes {', '.join(empty[:5])} in "
-            f"{folder}; remove these folders or list the others with --classes. {LAYOUTS}"
-        )
-    return Listed(folder, names, labels, len(found))
-
-
-def find_split(path, split):
-    """The folder that holds the pictures or class folders of a test split, or None."""
-    if split == "test":
-        candidates = [path / "val", path / "test"]
-    else:
-        candidates = [Path(split, "val"), Path(split, "test"), Path(split)]
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    return None
-
-
-def read_classes(file, folder, found):
-    """The names listed in a file, as a set; ValueError if not all of them are found."""
-    # Of a file that is no text the names are unknown.
-    lines = Path(file).read_text(errors="replace").splitlines()
-    listed = {line.strip() for line in lines} - {""}
-    unknown = sorted(listed - set(found))[:5]
-    if not listed or unknown:
-        raise ValueError(
-            f"--classes {file}: {unknown or 'nothing'} listed, but the folders in "
-            f"{folder} are {found[:5]} ...; list their names, one a line"
-        )
-    return listed
-
-
-# -- Folders ---------------------------------------------------------------------------
-
-
-def identity(path):
-    """Device and number of a folder, the same by all links to it."""
-    about = os.stat(path)
-    return about.st_dev, about.st_ino
-
-
-def folders_above(folder):
-    """The identities of a folder and all above it: links to them would lead in circles."""
-    real = folder.resolve()
-    return {identity(path) for path in (real, *real.parents)}
-
-
-def is_folder(entry):
-    # entry.is_dir() raises an error for a link to itself.
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-
-
-def is_image(entry):
-    """A regular file: to open a pipe or a device may take for ever."""
-    if not is_image_file(entry.name):
-        return False
-    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
-
-
-def class_folders(folder):
-    """The names of the folders in a folder, sorted, without hidden ones."""
-    above = folders_above(folder)
-    names = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            # Such as .thumbnails and .ipynb_checkpoints.
-            if entry.name.startswith(".") or not is_folder(entry):
-                continue
-            if identity(entry.path) not in above:
-                names.append(entry.name)
-    return sorted(names)
-
-
-def images_in(folder):
-    """The names of the pictures that lie directly in a folder, sorted."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if is_image(entry))
-
-
-def images_below(folder, classes, taken):
-    """{class: paths of the pictures in its folder and below, in ImageFolder's order}.
-
-    Links are followed, but no folder is entered twice, nor one of the identities
-    `taken`: so a link cannot lead from one class into another.
-    """
-    entered = set(taken)
-    found = {c: [] for c in classes}
-    left = deque((c, str(folder / c)) for c in classes)
-    # They come last: what can be reached without them has its own path.
-    links = deque()
-    while left or links:
-        c, here = left.popleft() if left else links.popleft()
-        if identity(here) in entered:
-            continue
-        entered.add(identity(here))
-        found[c].append((here, images_in(here)))
-        with os.scandir(here) as entries:
-            folders = [entry for entry in entries if is_folder(entry)]
-        for entry in sorted(folders, key=lambda entry: entry.name):
-            queue = links if entry.is_symlink() else left
-            queue.append((c, entry.path))
-
-    below = {}
-    for c, folders in found.items():
-        below[c] = []
-        for place, names in sorted(folders):
-            below[c] += [os.path.join(place, name) for name in names]
-    return below
-
-
-# -- torchvision's sets, sets of one's own ---------------------------------------------
-
-
-def open_known(name, split, root, view):
-    root = root or os.environ.get("ATTG_DATA") or "~/.cache/attg_mae"
-    source = open_torchvision(name, split, Path(root).expanduser())
-    names = [f"{name}/{split}/{i:06d}" for i in range(len(source))]
-    return ImageData(source.__getitem__, names, TORCHVISION[name].classes, **view)
-
-
-def first_label(source):
-    """The label of the first picture, 0 if it cannot be read; ValueError if it has none."""
-    try:
-        pair = source[0]
-    except Exception:
-        return 0
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise ValueError(
-            f"data: [0] is a {type(pair).__name__}, must be (PIL picture, label), the "
-            "label an int or None"
-        )
-    check_image(pair[0])
-    return as_label(pair[1])
-
-
-def open_own(data, split, max_pixels, view):
-    """A map-style data set of (PIL picture, label), or a dict of them by split."""
-    source = data if split == "train" else None
-    if isinstance(data, Mapping):
-        source = data.get(split)
+def open_python(data, split, view):
+    """open_data of a map-style data set, or of a dict of them by split."""
+    if not isinstance(data, Mapping):
+        data = {"train": data}
+    source = data.get(split)
     if source is None and split == "train":
         raise ValueError(f"data: has {list(data)}; one must be named 'train'")
     if source is None:
         return None
     if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
         raise ValueError(
-            f"data: a {type(source).__name__} has no [i] and len(); give a map-style "
-            "data set of (PIL picture, label)"
+            f"data: a {type(source).__name__} has no [i] and len(); pass a map-style "
+            "data set of (PIL image, label)"
         )
     if not len(source):
-        raise ValueError(f"data: the {split} set is empty")
-    first = first_label(source)
-    # Names that torchvision uses, too.
-    classes = getattr(source, "classes", None)
+        raise ValueError(f"data: the {split} split is empty; it needs an image")
+    try:
+        first = source[0]
+    # Unreadable: it will be replaced.
+    except Exception:
+        label = 0
+    else:
+        _, label = check_pair(first)
     labels = getattr(source, "targets", None)
     if labels is not None:
-        labels = [as_label(x) for x in labels]
+        labels = [-1 if label is None else int(label) for label in labels]
     num_classes = None
-    if classes is not None:
-        num_classes = len(classes)
-    elif labels is None and first < 0:
+    if getattr(source, "classes", None) is not None:
+        num_classes = len(source.classes)
+    elif labels is None and label < 0:
         num_classes = 0
-    read = functools.partial(read_pair, source, max_pixels)
     names = [f"data/{split}/{i:06d}" for i in range(len(source))]
-    return ImageData(read, names, num_classes, labels=labels, **view)
+    return ImageData(source, names, labels, num_classes, **view)
+
+
+# -- Files and folders -----------------------------------------------------------------
+
+LAYOUTS = (
+    "A folder must hold train/CLASS/*.jpg and, for a test split, val/CLASS/*.jpg or "
+    "test/CLASS/*.jpg; or CLASS/*.jpg; or images directly, here or in train/ (a flat "
+    "folder, for pre-training only)."
+)
+
+
+def files_as_data(folder, names, labels, num_classes, view):
+    """ImageData of the files `names`, relative to folder."""
+    # The same arrays in both: pickled once, shared by the workers.
+    names, labels = Names(names), np.array(labels)
+    load = functools.partial(load_from, folder, view["max_pixels"])
+    source = Pairs(load, names, labels)
+    return ImageData(source, names, labels, num_classes, root=folder, **view)
+
+
+def load_from(folder, max_pixels, name):
+    return load_image(os.path.join(folder, name), max_pixels)
+
+
+def open_file(name, path, split, classes, view):
+    """A single image as a data set of one."""
+    check_choice(name, split, classes)
+    if not is_image_file(path.name):
+        raise ValueError(
+            f"--data {name}: not an image file by its name; must end in "
+            f"{', '.join(IMG_EXTENSIONS)}"
+        )
+    if split == "test":
+        return None
+    return files_as_data(path.parent, [path.name], [-1], 0, view)
+
+
+def open_folder(name, path, split, classes, view):
+    """Class folders or a flat folder of images; None if there is no such split."""
+    if not path.is_dir():
+        raise ValueError(
+            f"--data {name}: neither a folder, an image nor one of toy, "
+            f"{', '.join(TORCHVISION)}. {LAYOUTS}"
+        )
+    train = path / "train" if (path / "train").is_dir() else path
+    class_names = find_class_folders(name, train, classes)
+    check_choice(name, split, classes, folders=class_names)
+    folder = train
+    if split == "test":
+        candidates = (path / "val", path / "test") if train != path else ()
+        folder = next(filter(Path.is_dir, candidates), None)
+    elif split != "train":
+        candidates = (Path(split, "val"), Path(split, "test"), Path(split))
+        folder = next(filter(Path.is_dir, candidates))
+    if folder is None:
+        return None
+    if class_names:
+        return open_classes(name, train, class_names, folder, classes, view)
+    _, names = list_folder(folder)
+    if not names:
+        raise ValueError(
+            f"--data {name}: {train} is a flat folder of images, but {folder} contains "
+            f"none directly. {LAYOUTS}"
+        )
+    return files_as_data(folder, names, [-1] * len(names), 0, view)
+
+
+def find_class_folders(name, train, classes):
+    """The names of the class folders in the training folder, [] if it is flat."""
+    class_names, images = list_folder(train)
+    # Without a train folder, val and test are not classes.
+    if not images and set(class_names) <= {"val", "test"}:
+        raise ValueError(
+            f"--data {name}: no class folders and no images in {train}. {LAYOUTS}"
+        )
+    if not images or classes:
+        return class_names
+    filled = [c for c, below in walk_images(train, class_names).items() if below]
+    if filled:
+        raise ValueError(
+            f"--data {name}: {train} contains {len(images)} images, such as {images[0]}, "
+            f"beside {len(filled)} folders with images, such as {filled[0]}/; move one "
+            "or the other elsewhere, or list the class folders in a file for --classes"
+        )
+    return []
+
+
+def open_classes(name, train, class_names, folder, classes, view):
+    """The class folders in `folder`, in the order and with the labels of ImageFolder.
+
+    class_names: the class folders in train; classes: the file that selects some of them.
+    """
+    here = all_here = list_folder(folder)[0]
+    if classes:
+        selected = read_classes(classes, train, class_names)
+        class_names = [c for c in class_names if c in selected]
+        here = [c for c in here if c in selected]
+    if class_names != here:
+        odd = sorted(set(class_names) ^ set(here))[:5]
+        raise ValueError(
+            f"--data {name}: {train} and {folder} hold different classes, {odd} are in "
+            "one only; make them equal or list the common ones with --classes"
+        )
+    below = walk_images(folder, here, skip=set(all_here) - set(here))
+    empty = [c for c in here if not below[c]]
+    if empty:
+        raise ValueError(
+            f"--data {name}: no images of the classes {', '.join(empty[:5])} in "
+            f"{folder}; remove these folders or list the others with --classes. {LAYOUTS}"
+        )
+    names = [image for c in here for image in below[c]]
+    labels = np.repeat(np.arange(len(here)), [len(below[c]) for c in here])
+    return files_as_data(folder, names, labels, len(here), view)
+
+
+def read_classes(file, train, class_names):
+    """The set of class folders listed in a --classes file."""
+    # Bytes that are not text give unknown names.
+    lines = Path(file).read_text(errors="replace").splitlines()
+    selected = {line.strip() for line in lines} - {""}
+    unknown = sorted(selected - set(class_names))[:5]
+    if not selected or unknown:
+        raise ValueError(
+            f"--classes {file}: {unknown or 'nothing'} listed, but the folders in "
+            f"{train} are {class_names[:5]} ...; list their names, one per line"
+        )
+    return selected
+
+
+def inode(path):
+    """Identity of a folder, the same through all links to it."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def inodes_above(folder):
+    """Inodes of a folder and all its parents: links to them would lead in circles."""
+    real = folder.resolve()
+    return {inode(path) for path in (real, *real.parents)}
+
+
+def list_folder(folder):
+    """(class folders, images) directly in a folder: two sorted lists of names.
+
+    Hidden folders and links to the folders above are no classes.
+    """
+    above = inodes_above(folder)
+    folders, images = scan(folder)
+    classes = [c for c in folders if c[0] != "." and inode(folder / c) not in above]
+    return classes, images
+
+
+def scan(folder):
+    """(folders, images) directly in a folder: two sorted lists of names.
+
+    Only regular files are images: opening a pipe or a device could block for ever.
+    """
+    folders, images = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # a link to itself
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.is_file() and is_image_file(entry.name):
+                    images.append(entry.name)
+    return sorted(folders), sorted(images)
+
+
+def walk_images(root, classes, skip=()):
+    """{class: paths of the images below root/class}, relative, in ImageFolder's order.
+
+    Links are followed, but no folder is entered twice, and none of the classes `skip`:
+    a link cannot lead from one class into another.
+    """
+    entered = inodes_above(root) | {inode(root / c) for c in skip}
+    found = {c: [] for c in classes}
+    # Links come last: a folder that is reachable without them keeps its own path.
+    queue, links = deque((c, c) for c in classes), deque()
+    while queue or links:
+        c, folder = (queue or links).popleft()
+        if inode(root / folder) in entered:
+            continue
+        entered.add(inode(root / folder))
+        folders, images = scan(root / folder)
+        found[c].append((folder, images))
+        for name in folders:
+            path = f"{folder}/{name}"
+            (links if os.path.islink(root / path) else queue).append((c, path))
+    paths = {}
+    for c in classes:
+        paths[c] = [
+            f"{folder}/{i}" for folder, images in sorted(found[c]) for i in images
+        ]
+    return paths
+
+
+# -- torchvision's data sets -----------------------------------------------------------
+
+# Class in torchvision.datasets, number of classes, folder below the root; then the
+# second argument of the class: for each part of the training split, and for the test
+# split.
+TORCHVISION = {
+    "cifar10": ("CIFAR10", 10, "cifar-10-batches-py", [True], False),
+    "cifar100": ("CIFAR100", 100, "cifar-100-python", [True], False),
+    "flowers102": ("Flowers102", 102, "flowers-102", ["train", "val"], "test"),
+    "dtd": ("DTD", 47, "dtd", ["train"], "test"),
+    "pets": ("OxfordIIITPet", 37, "oxford-iiit-pet", ["trainval"], "test"),
+    "stl10": ("STL10", 10, "stl10_binary", ["train+unlabeled"], "test"),
+    "imagenette": ("Imagenette", 10, "imagenette2", ["train"], "val"),
+    "stanford_cars": ("StanfordCars", 196, "stanford_cars", ["train"], "test"),
+}
 
 
 def open_torchvision(name, split, root):
-    """torchvision's data set of (PIL picture, label), downloaded if it is not there."""
-    known = TORCHVISION[name]
-    if known.kind in ("Flowers102", "StanfordCars") and find_spec("scipy") is None:
+    """torchvision's data set of (PIL image, label), downloaded if it is missing."""
+    kind, _, folder, train_parts, test_part = TORCHVISION[name]
+    if kind in ("Flowers102", "StanfordCars") and find_spec("scipy") is None:
         raise ValueError(
-            f"--data {name}: the labels are MATLAB files and scipy is missing; pip "
+            f"--data {name}: its labels are MATLAB files, and scipy is missing; pip "
             "install scipy"
         )
-    dataset = getattr(torchvision.datasets, known.kind)
-    parts = known.train if split == "train" else known.test
-    distributed = torch.distributed.is_initialized()
-    first = not distributed or torch.distributed.get_rank() == 0
+    dataset = getattr(torchvision.datasets, kind)
+    # Rank 0 may have to download, the others wait for it.
+    distributed = dist.is_initialized()
+    rank0 = not distributed or dist.get_rank() == 0
+    opened = []
     try:
-        # The first process may have to download: the others come after it.
-        if not first:
-            torch.distributed.barrier()
-        opened = [open_part(dataset, root, options) for options in parts]
-        if distributed and first:
-            torch.distributed.barrier()
+        if not rank0:
+            dist.barrier()
+        for part in train_parts if split == "train" else [test_part]:
+            try:
+                opened.append(dataset(str(root), part))
+            # How torchvision says that files are missing.
+            except RuntimeError:
+                opened.append(dataset(str(root), part, download=True))
+        if distributed and rank0:
+            dist.barrier()
     # No network, a full disk, a broken archive, a download that was withdrawn.
     except Exception as error:
         raise ValueError(
             f"--data {name}: not found in {root} and not downloaded "
             f"({type(error).__name__}: {error}); put the files of "
-            f"torchvision.datasets.{known.kind} into {root / known.folder}, or set "
-            f"ATTG_DATA to the folder that holds {known.folder}"
+            f"torchvision.datasets.{kind} into {root / folder}, or set ATTG_DATA to the "
+            f"folder that contains {folder}"
         ) from error
     return ConcatDataset(opened)
 
 
-def open_part(dataset, root, options):
-    try:
-        return dataset(str(root), **options)
-    # torchvision's word for "not there".
-    except RuntimeError:
-        return dataset(str(root), download=True, **options)
+# -- Helpers of training and evaluation ------------------------------------------------
 
 
 def resolve_dataset(data, name):
-    """What open_data is to open: data of one's own, if there are any, or `name`.
+    """The argument of open_data: a data set passed from Python, if any, or `name`.
 
-    ValueError if data of one's own go by the name of toy, the default: results, run
-    folders and checkpoints are told apart by the name.
+    ValueError if such a data set is named toy, the default: run folders, results and
+    checkpoints are identified by the name.
     """
     if data is None:
         return name
     if name == "toy":
         raise ValueError(
-            "data: needs a name of its own, by which results and run folders are known: "
-            "--data NAME, or Config(data=NAME)"
+            "data: a data set passed from Python needs a name other than toy, for run "
+            "folders and results: --data NAME, or Config(data=NAME)"
         )
     return data
 
 
-def open_labelled(name, tests, size, augment=False, seed=0, classes=None, **options):
-    """The training set and {test: test set} of what --data names; see open_data.
+def open_labelled(name, tests, size, augment=False, seed=0, **options):
+    """Open the training split and the splits `tests`: (train_set, {test: test_set}).
 
-    tests: names of splits. options: further ones of open_data. All sets are labelled, or
-    ValueError.
+    options: of open_data. All must have labels, or ValueError.
     """
-    options |= {"classes": classes}
     train_set = open_data(name, "train", size, augment, seed, **options)
-    test_sets = {}
-    for test in tests:
-        test_sets[test] = open_data(name, test, size, **options)
-    own = not isinstance(name, str | os.PathLike)
-    for part in (train_set, *test_sets.values()):
-        if not part or not part.labelled:
+    test_sets = {test: open_data(name, test, size, **options) for test in tests}
+    from_python = not isinstance(name, str | os.PathLike)
+    for dataset in (train_set, *test_sets.values()):
+        if not dataset or not dataset.labelled:
             raise ValueError(
-                f"--data {'of your own' if own else name}: needs labelled images, "
-                "train/CLASS and val/CLASS or test/CLASS, or another folder of the same "
-                "classes for --val"
+                f"--data {'passed from Python' if from_python else name}: needs labelled "
+                "images, train/CLASS and val/CLASS or test/CLASS, or another folder of "
+                "the same classes for --val"
             )
-    # Most training pictures of stl10 have no labels, and some of your own may not.
-    if own or name == "stl10":
-        rows = (train_set.labels >= 0).nonzero().flatten()
-        train_set = train_set.subset(rows)
+    # Most training images of stl10 have no labels; some of a user's data may not.
+    if from_python or name == "stl10":
+        train_set = train_set.subset((train_set.labels >= 0).nonzero().flatten())
     return train_set, test_sets
 
 
 def max_unreadable(number):
-    """So many of a number of pictures may be unreadable: 1 %, and a single one always."""
+    """Maximum number of unreadable images tolerated: 1 %, and at least one."""
     return max(1, number / 100)
 
 
 def refuse_unreadable(dataset):
-    """ValueError if too much of a data set turned out to be unreadable.
+    """ValueError if more images are unreadable than max_unreadable allows.
 
-    All processes come here at once.
+    Collective: all ranks call it at once.
     """
     rows = dataset.unreadable.nonzero().flatten().tolist()
-    if torch.distributed.is_initialized():
-        parts = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, rows)
+    if dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, rows)
         rows = sorted(set().union(*parts))
     if len(rows) > max_unreadable(len(dataset)):
         raise ValueError(
-            f"--data: {len(rows)} of {len(dataset)} pictures are unreadable, over 1 %; "
-            f"mend or remove them, the first is {dataset.path(rows[0])}"
+            f"--data: {len(rows)} of {len(dataset)} images are unreadable, over 1 %; "
+            f"repair or remove them, the first is {dataset.path(rows[0])}"
         )
 
 
-# -- Few shots -------------------------------------------------------------------------
-
-
 def shot_indices(labels, shots, seed):
-    """Indices (m,) of the images chosen of labels (n,), a few of each class.
+    """Draw a few images of each class: int64 indices (m,) into labels (n,).
 
-    shots: their number if an int, their share (at least one image) if a float. A class
-    that has fewer gives all it has. The choice depends on labels, shots and seed alone;
-    fewer shots are a part of more. ValueError for less than one shot, and for a class
-    without images.
+    shots: images per class if an int, a fraction (at least one image) if a float. A
+    class that has fewer gives all it has. The draw depends on labels, shots and seed
+    alone; fewer shots are a subset of more. ValueError for less than one shot, and for
+    a class without images.
     """
     counts = labels[labels >= 0].bincount().tolist()
     if not shots > 0 or not counts or (isinstance(shots, int) and 0 in counts):
@@ -889,7 +745,6 @@ def shot_indices(labels, shots, seed):
             f"--shots {shots} of {len(counts)} classes: must be above 0, and every class "
             f"needs an image; without one are {empty[:5]}"
         )
-
     chosen = []
     for c, available in enumerate(counts):
         count = shots

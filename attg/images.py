@@ -5,140 +5,127 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop, v2
 
-# Share of the area and aspect ratio of a crop, as in MAE's pre-training.
+# Area fraction and aspect ratio of a random crop, as in MAE's pre-training.
 CROP_SCALE = (0.2, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
-# A picture with more pixels is not decoded. So many take about 1 GB at worst.
+# Images with more pixels are not decoded. So many take about 1 GB at worst.
 MAX_PIXELS = 100_000_000
-# JPEGs are decoded at a half, quarter or eighth of their size where both sides keep this
-# many pixels: in a part of the time, and enough for views of up to 1792 pixels.
+# JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as both sides keep this many
+# pixels: that takes a fraction of the time and suffices for crops of up to 1792 pixels.
 MIN_DRAFT_SIDE = 2048
-# PIL's modes by the number of channels, grey and colour.
+# PIL's mode by number of channels.
 MODES = {1: "L", 3: "RGB"}
 
 
 def load_image(path, max_pixels=MAX_PIXELS):
-    """The decoded PIL picture of a file, of any mode.
+    """Decode an image file. Returns a PIL image of any mode.
 
     ValueError if it has more than max_pixels, before anything is decoded; otherwise
-    what the decoders raise: OSError, SyntaxError, ValueError and others.
+    whatever the decoders raise: OSError, SyntaxError, ValueError and others.
     """
-    # Pillow warns above a limit of its own, and refuses twice as many.
+    # Pillow has a limit of its own: it warns above it, and fails at twice as many.
     if Image.MAX_IMAGE_PIXELS and Image.MAX_IMAGE_PIXELS < max_pixels:
         Image.MAX_IMAGE_PIXELS = max_pixels
-    with Image.open(path) as picture:
-        check_pixels(picture, max_pixels)
-        if min(picture.size) >= 2 * MIN_DRAFT_SIDE:
-            picture.draft(None, (MIN_DRAFT_SIDE, MIN_DRAFT_SIDE))
+    with Image.open(path) as image:
+        check_pixels(image, max_pixels)
+        if min(image.size) >= 2 * MIN_DRAFT_SIDE:
+            image.draft(None, (MIN_DRAFT_SIDE, MIN_DRAFT_SIDE))
         # Raises an error if the file is truncated.
-        picture.load()
-        return picture
+        image.load()
+        return image
 
 
-def check_image(picture):
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"data: a {type(picture).__name__} instead of a PIL picture")
-
-
-def check_pixels(picture, max_pixels):
-    width, height = picture.size
+def check_pixels(image, max_pixels):
+    width, height = image.size
     if width * height > max_pixels:
         raise ValueError(f"{width} x {height} pixels, above --max_pixels {max_pixels}")
 
 
-def to_rgb(picture):
-    """A PIL picture of any mode -> 8-bit RGB. Alpha is dropped, as by torchvision."""
-    return to_8_bits(picture, "RGB")
+def to_rgb(image):
+    """Convert a PIL image of any mode to 8-bit RGB, see to_8_bits."""
+    return to_8_bits(image, "RGB")
 
 
-def to_8_bits(picture, mode):
-    """A PIL picture of any mode -> mode, "RGB" or "L" (grey)."""
-    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-        picture = wide_grey_to_8_bits(picture)
-    if picture.mode == "P" and "transparency" in picture.info:
-        # PIL warns on the direct way.
-        picture = picture.convert("RGBA")
-    if picture.mode == mode:
-        return picture
-    return picture.convert(mode)
+def to_8_bits(image, mode):
+    """Convert a PIL image of any mode to "RGB" or "L" (gray).
 
-
-def wide_grey_to_8_bits(picture):
-    """Scales 16-bit and float grey, which PIL's own conversion would clip at 255."""
-    largest = max(strip.max() for _, strip in strips(picture))
-    # Older Pillows open 16-bit PNGs in the mode I, of 32 bits.
-    whites = (65535,)
-    if picture.mode == "F":
-        # Nothing in the file says what white is: the least of these that will do.
-        whites = (1, 255, 65535)
-    white = largest
-    for candidate in whites:
-        if largest <= candidate:
-            white = candidate
-            break
-    grey = np.empty((picture.height, picture.width), dtype=np.uint8)
-    for top, strip in strips(picture):
-        rows = np.uint8(np.clip(strip / white, 0, 1) * 255 + 0.5)
-        grey[top : top + len(rows)] = rows
-    return Image.fromarray(grey)
-
-
-def strips(picture, values=2**20):
-    """(first row, finite float64 (rows, width)): about `values` grey values at a time."""
-    width, height = picture.size
-    rows = max(1, values // width)
-    for top in range(0, height, rows):
-        strip = picture.crop((0, top, width, min(top + rows, height)))
-        strip = np.asarray(strip, dtype=np.float64)
-        yield top, np.nan_to_num(strip, posinf=0, neginf=0)
-
-
-def train_view(picture, size, seed, scale=CROP_SCALE, after=None):
-    """A random crop of a PIL picture: (PIL image of `size`, box, flip); see Sample.
-
-    size: (h, w). scale: limits of the crop's share of the area; aspect ratios are
-    relative to that of `size`. after(image) may augment it further, with torch's random
-    numbers.
+    Alpha is dropped, as torchvision does.
     """
-    # fork_rng costs three times as much.
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = wide_gray_to_8_bits(image)
+    if image.mode == "P" and "transparency" in image.info:
+        # Without this detour PIL warns.
+        image = image.convert("RGBA")
+    if image.mode == mode:
+        return image
+    return image.convert(mode)
+
+
+def wide_gray_to_8_bits(image):
+    """Scale 16-bit and float gray to 8 bits; PIL's own conversion clips at 255."""
+    largest = max(rows.max() for _, rows in gray_rows(image))
+    # Older versions of Pillow open 16-bit PNGs in mode I (32 bits).
+    whites = (65535,)
+    if image.mode == "F":
+        # Float files do not record their white level: take the smallest that fits.
+        whites = (1, 255, 65535)
+    white = next((candidate for candidate in whites if largest <= candidate), largest)
+    gray = np.empty((image.height, image.width), dtype=np.uint8)
+    for top, rows in gray_rows(image):
+        rows = np.uint8(np.clip(rows / white, 0, 1) * 255 + 0.5)
+        gray[top : top + len(rows)] = rows
+    return Image.fromarray(gray)
+
+
+def gray_rows(image, values=2**20):
+    """Yield (first row, finite float64 (rows, width)), about `values` numbers at a time."""
+    width, height = image.size
+    step = max(1, values // width)
+    for top in range(0, height, step):
+        rows = image.crop((0, top, width, min(top + step, height)))
+        rows = np.asarray(rows, dtype=np.float64)
+        yield top, np.nan_to_num(rows, posinf=0, neginf=0)
+
+
+def train_view(image, size, seed, scale=CROP_SCALE, after=None):
+    """Random crop, resized to size (h, w): (PIL image, box, flip), see Sample.
+
+    seed: of all random draws. scale: range of the crop's area fraction; aspect ratios
+    are relative to that of `size`. after(image): further augmentation, which may use
+    torch's global random numbers.
+    """
+    # torch.random.fork_rng costs three times as much.
     state = torch.get_rng_state()
     # torch.manual_seed would reseed the GPUs as well.
     torch.default_generator.manual_seed(seed)
 
     height, width = size
     ratio = [r * width / height for r in CROP_RATIO]
-    y, x, h, w = RandomResizedCrop.get_params(picture, scale, ratio)
+    y, x, h, w = RandomResizedCrop.get_params(image, scale, ratio)
     flip = torch.rand(()).item() < 0.5
-    image = picture.crop((x, y, x + w, y + h))
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    crop = image.crop((x, y, x + w, y + h))
+    crop = crop.resize((width, height), Image.Resampling.BICUBIC)
     if after:
-        image = after(image)
+        crop = after(crop)
     torch.set_rng_state(state)
 
-    box = (
-        x / picture.width,
-        y / picture.height,
-        (x + w) / picture.width,
-        (y + h) / picture.height,
-    )
-    return image, box, flip
+    return crop, box_of(x, y, w, h, image.width, image.height), flip
 
 
-def eval_view(picture, size):
-    """The centre of a PIL picture: (PIL image of `size` (h, w), box, False).
+def eval_view(image, size):
+    """Center crop of a resized image: (PIL image of size (h, w), box, False).
 
-    It is cut from the smallest picture that covers size * 256/224. A picture whose
-    shorter side has at most 32 pixels is seen whole.
+    The image is resized to the smallest one that covers size * 256/224, as in MAE's
+    evaluation. If its shorter side has at most 32 pixels, it is squashed to `size`.
     """
-    width, height = picture.size
+    width, height = image.size
     h, w = size
     if min(width, height) <= 32:
-        image = picture.resize((w, h), Image.Resampling.BICUBIC)
-        return image, (0.0, 0.0, 1.0, 1.0), False
+        resized = image.resize((w, h), Image.Resampling.BICUBIC)
+        return resized, (0.0, 0.0, 1.0, 1.0), False
 
-    # One side binds, the other is rounded down, as by torchvision's Resize; the centre
-    # is rounded as by its CenterCrop.
+    # Rounded as by torchvision's Resize (down) and CenterCrop (to nearest).
     resized_h, resized_w = round(h * 256 / 224), round(w * 256 / 224)
     if resized_w * height > resized_h * width:
         resized_h = resized_w * height // width
@@ -147,28 +134,28 @@ def eval_view(picture, size):
     x = round((resized_w - w) / 2)
     y = round((resized_h - h) / 2)
 
-    box = (
-        x / resized_w,
-        y / resized_h,
-        (x + w) / resized_w,
-        (y + h) / resized_h,
-    )
-    # All of a strip of 2,000,000 x 40 pixels, resized, would take gigabytes. Its middle
-    # alone gives the same but for rounding.
+    box = box_of(x, y, w, h, resized_w, resized_h)
+    # Resizing a strip of 2,000,000 x 40 pixels would take gigabytes. Resizing its middle
+    # gives the same up to rounding.
     if resized_w * resized_h > 16 * w * h:
         region = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
-        image = picture.resize((w, h), Image.Resampling.BICUBIC, box=region)
+        crop = image.resize((w, h), Image.Resampling.BICUBIC, box=region)
     else:
-        image = picture.resize((resized_w, resized_h), Image.Resampling.BICUBIC)
-        image = image.crop((x, y, x + w, y + h))
-    return image, box, False
+        resized = image.resize((resized_w, resized_h), Image.Resampling.BICUBIC)
+        crop = resized.crop((x, y, x + w, y + h))
+    return crop, box, False
+
+
+def box_of(x, y, w, h, width, height):
+    """A region in pixels -> (x0, y0, x1, y1) as fractions of width and height."""
+    return x / width, y / height, (x + w) / width, (y + h) / height
 
 
 def rand_augment(mean):
-    """RandAugment for train_view's `after`; mean: fractions (C,), the colour of gaps.
+    """RandAugment for train_view's `after`; mean: fractions (C,), the fill color.
 
-    timm's rand-m9-mstd0.5-inc1, which MAE fine-tunes with, as near as torchvision comes
-    to it: two operations at magnitude 9 of 10, each with probability 0.5. Invert,
+    timm's rand-m9-mstd0.5-inc1, which MAE fine-tunes with, as closely as torchvision
+    allows: two operations at magnitude 9 of 10, each with probability 0.5. Invert,
     SolarizeAdd and the noise of the magnitudes are missing.
     """
     one = v2.RandAugment(

@@ -157,9 +157,10 @@ def check_data(path, manifest, dataset):
     number = manifest["number"]
     fingerprint = manifest["fingerprint"]
     if number == len(dataset):
-        if fingerprint == dataset.fingerprint:
+        match = dataset.matches(fingerprint)
+        if match == "exact":
             return
-        if fingerprint == dataset.names_fingerprint:
+        if match == "names":
             warnings.warn(
                 f"--maps {path}: an older file, which knows number and names of its "
                 "pictures but not their sizes: whether they are the same pictures is "

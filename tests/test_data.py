@@ -133,7 +133,8 @@ def test_workers_ignore_signals_and_leave():
     # Workers start with the usual handlers; the second loader is left in mid-epoch.
     code = """
 import os, signal
-from attg.datasets import ResumableBatchSampler, make_loader, open_data
+from attg.datasets import open_data
+from attg.loader import ResumableBatchSampler, make_loader
 
 def batches():
     steps = ResumableBatchSampler(len(data), 50, 0, 60)

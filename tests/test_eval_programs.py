@@ -162,7 +162,7 @@ def test_unreadable_pictures(program, encoder, labelled, tmp_path, capsys):
         if count == 1:
             assert len(program.main(argv)) >= 1
         else:
-            with pytest.raises(ValueError, match="2 of 15 pictures are unreadable"):
+            with pytest.raises(ValueError, match="2 of 15 images are unreadable"):
                 program.main(argv)
         assert capsys.readouterr().err.count(f"replaces it: {path} (") == 1
 
@@ -190,7 +190,7 @@ def test_data_sets_of_ones_own(program, encoder, labelled, tmp_path):
     assert last["settings"]["data"] == "mine"
     with pytest.raises(ValueError, match="needs a name of its own, .* --data NAME"):
         program.main(argv, own)
-    with pytest.raises(ValueError, match="--data of your own: needs labelled"):
+    with pytest.raises(ValueError, match="needs labelled"):
         program.main([*argv, "--data", "mine"], own["train"])
 
 
