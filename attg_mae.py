@@ -59,11 +59,11 @@ from attg.distributed import TIMEOUT, processes, stop_signals
 from attg.features import extract_features, knn_classify
 from attg.figures import save_reconstructions
 from attg.images import MAX_PIXELS
+from attg.kernels import attg_loss, is_flat, normalize_map
 from attg.loader import to_device
 from attg.seeding import generator_for, seed_for
 from attg.trainer import Run
 from attg.weights import DECODER, config_from_checkpoint, load_weights, read_weights
-from kernels import attg_loss, is_flat, normalize_map
 
 # For `from attg_mae import ...`, those of other files included.
 __all__ = ["MAE", "Config", "ViT", "build_model", "extract_features", "knn_classify"]

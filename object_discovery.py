@@ -60,11 +60,11 @@ from attg.distributed import (
 from attg.figures import save_sheet
 from attg.files import replacing, sha256
 from attg.images import MAX_PIXELS, MODES, to_8_bits
+from attg.kernels import normalize_map
 from attg.loader import make_loader
 from attg.map_quality import part_of_maximum, quality, read_mask, true_masks
 from attg.maps import chunks, load_maps, save_maps
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD, load_encoder, normalize
-from kernels import normalize_map
 
 # -- The methods: TokenCut -------------------------------------------------------------
 

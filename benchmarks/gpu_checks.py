@@ -13,8 +13,8 @@ from itertools import product
 import torch
 
 import attg_mae
+from attg.kernels import attg_loss
 from attg_mae import Config, build_model
-from kernels import attg_loss
 
 # Relative errors of sums of a thousand squares. Gradients are rounded to their type.
 LOSS_ALLOWED = 1e-5

@@ -25,6 +25,7 @@ import torch
 
 import attg_mae
 from attg.datasets import open_data
+from attg.kernels import attg_loss
 from attg.loader import Batch
 from attg.maps import save_maps
 from attg.seeding import generator_for
@@ -35,7 +36,6 @@ from benchmarks.gpu import add_record, read_records, results
 from benchmarks.gpu_checks import CHECKS, kernel_impl, loss_path, row_of
 from benchmarks.gpu_report import write_report
 from benchmarks.measure import copy_bandwidth, machine, print_row, time_alone
-from kernels import attg_loss
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30

@@ -24,7 +24,7 @@ from benchmarks.measure import (
 )
 
 # The package exports a function of the same name, which hides the module from `import`.
-K = importlib.import_module("kernels.attg_loss")
+K = importlib.import_module("attg.kernels.attg_loss")
 
 # Patch sizes, of 224 px images unless --size says otherwise.
 SHAPES = {

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-kernel = importlib.import_module("kernels.attg_loss")
+kernel = importlib.import_module("attg.kernels.attg_loss")
 
 TYPES = {
     torch.float32: "*fp32",

@@ -28,7 +28,7 @@ from attg.maps import save_maps
 
 ROOT = Path(attg_mae.__file__).parent
 # The package re-exports a function of the same name.
-kernel = importlib.import_module("kernels.attg_loss")
+kernel = importlib.import_module("attg.kernels.attg_loss")
 DEVICE = "cpu" if kernel.INTERPRETED else "cuda"  # of the kernel
 IMPLS = ("torch", "triton")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
