@@ -3,49 +3,53 @@ Attention-guided masked autoencoders (Sick, Engel, Hermosilla, Ropinski; arXiv 2
 in one file, to be read from top to bottom.
 
 A masked autoencoder (MAE; He et al., arXiv 2111.06377) hides 75 % of the patches of an
-image and learns to predict them from the others; every hidden patch counts the same.
-Here each counts by an attention map M of the object in the image, which was found
-without labels ahead of training (object_discovery.py). Masking stays random.
+image and learns to predict them from the rest; in its loss every hidden patch counts the
+same. Here each patch is weighted by an attention map M of the object in the image, which
+is computed without labels before training (object_discovery.py). Masking stays random.
 
-    M_norm = (M - min M) / (max M - min M)
-    w      = exp(M_norm / tau)                               Eq. 1
-    l      = mean over the values of a patch of (pred - x_norm)^2
-    loss   = sum(mask * w * l) / sum(mask)                   Eq. 2
+    M_norm = (M - min M) / (max M - min M)                           normalize_map
+    w      = exp(M_norm / tau)                              Eq. 1    patch_weights
+    l      = mean((pred - x_norm)^2) over each patch
+    loss   = sum(mask * w * l) / sum(mask)                  Eq. 2    masked_loss
 
 x_norm is the patch normalized by its own mean and deviation. The background (M_norm = 0)
-has weight 1, as in MAE. tau starts at 0.75 and rises: guidance is strongest at first.
-A map is computed on the whole picture and min-max normalized there, once, before
-training. Each step crops and flips it with the picture and averages it over each patch.
-(--map_norm crop normalizes the crop, as the paper's Algorithm 1 reads.)
+has weight 1, as in MAE. tau starts at 0.75 and rises, so guidance is strongest at first.
+A map is computed on the whole image and normalized there, once. Each step crops and flips
+it with the image and averages it over each patch (`--map_norm crop` normalizes the crop,
+as Algorithm 1 in the paper reads).
 
-The method is masked_loss, crop_maps, guide and tau_at; train_step joins them. The rest
-is MAE: its model, its schedules, a training loop.
-
-    python attg_mae.py                        # the embedded toy set, a CPU, some minutes
-    python attg_mae.py --data path/to/images --maps maps.npy --model vit_small --accum 16
+    python attg_mae.py --demo                 # three steps on random images, in seconds
+    python attg_mae.py                        # the embedded toy set, on a CPU in minutes
+    python attg_mae.py --data path/to/images --maps maps.npy --model vit_small
     torchrun --nproc_per_node=8 attg_mae.py --model vit_large --data DIR --maps maps.npy
-    python attg_mae.py --init WEIGHTS --model vit_large --data DIR --epochs 0    # pictures
+    python attg_mae.py --init WEIGHTS --model vit_large --data DIR --epochs 0  # only draws
 
 The run folder (--out) receives config.json, log.jsonl, last.pt, encoder.pt, curves.png
-and reconstructions.png. The same command continues an interrupted run.
+and reconstructions.png. The same command resumes an interrupted run.
 
-Shapes, in the comments behind the lines: B images, L patches in an image, K of them kept
-(visible), N = 1 + L tokens, D width (of encoder or decoder), p patch size, P = p*p*C
-values in a patch. mask is (B, L): 1 = removed = predicted.
+Copied alone, this file needs torch and torchvision, and has all down to `train_step`,
+Config and the demo. `train`, `load_encoder` and the other flags need attg/ and kernels/.
+
+Shapes: B images, C channels, L patches in an image, K of them visible, N = 1 + L tokens
+(the class token first), D width of encoder or decoder, p patch size in pixels, P = p*p*C
+values in a patch. mask is (B, L): 1 = hidden = predicted = in the loss.
 """
-
-if __name__ == "__main__":
-    # Ctrl-C during the imports, which take seconds, needs no traceback.
-    from attg.cli import ignore_sigint_during_import
-
-    ignore_sigint_during_import()
 
 import contextlib
 import dataclasses
 import functools
 import math
+import sys
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
+
+if __name__ == "__main__":
+    # Ctrl-C during the imports, which take seconds, ends without a traceback.
+    with contextlib.suppress(ModuleNotFoundError):
+        from attg.cli import ignore_sigint_during_import
+
+        ignore_sigint_during_import()
 
 import torch
 import torch.nn as nn
@@ -53,235 +57,105 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import roi_align
 
-from attg.checkpoint import load_checkpoint, load_state, save_checkpoint
-from attg.cli import check_numbers, check_types, count_or_auto, end, parse_settings
-from attg.distributed import TIMEOUT, processes, stop_signals
-from attg.features import extract_features, knn_classify
-from attg.figures import save_reconstructions
-from attg.images import MAX_PIXELS
-from attg.kernels import attg_loss, is_flat, normalize_map
-from attg.loader import to_device
-from attg.seeding import generator_for, seed_for
-from attg.trainer import Run
-from attg.weights import DECODER, config_from_checkpoint, load_weights, read_weights
+# -- The method: M_norm, weights, loss -------------------------------------------------
 
-# For `from attg_mae import ...`, those of other files included.
-__all__ = ["MAE", "Config", "ViT", "build_model", "extract_features", "knn_classify"]
-__all__ += ["load_checkpoint", "load_encoder", "save_checkpoint", "train"]
-
-# -- Configuration ---------------------------------------------------------------------
-
-# ViT-L with MAE's decoder and schedule. The other presets say how they differ from it.
-MAE_DECODER = {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
-MAE_SCHEDULE = {"epochs": 800, "batch_size": 4096, "blr": 1.5e-4}
-VIT_LARGE = {"img_size": 224, "patch_size": 16, "width": 1024, "depth": 24, "heads": 16}
-VIT_LARGE |= MAE_DECODER | MAE_SCHEDULE
-
-SMALL_DECODER = {"decoder_width": 256, "decoder_depth": 4, "decoder_heads": 8}
-TINY_DECODER = {"decoder_width": 192, "decoder_depth": 4, "decoder_heads": 3}
-# For pictures of 32 pixels, and for minutes on a CPU.
-VIT_MICRO = {"img_size": 32, "patch_size": 4, "width": 128, "depth": 4, "heads": 4}
-VIT_MICRO |= {"decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4}
-VIT_MICRO |= {"epochs": 8, "batch_size": 64, "blr": 6e-3}
-
-PRESETS = {
-    "vit_micro": VIT_MICRO,
-    "vit_tiny": VIT_LARGE | {"width": 192, "depth": 12, "heads": 3} | TINY_DECODER,
-    "vit_small": VIT_LARGE | {"width": 384, "depth": 12, "heads": 6} | SMALL_DECODER,
-    "vit_base": VIT_LARGE | {"width": 768, "depth": 12, "heads": 12},
-    "vit_large": VIT_LARGE,
-    "vit_huge": VIT_LARGE | {"width": 1280, "depth": 32, "patch_size": 14},
-}
+# Uses of the map (--guidance): the paper, plain MAE, and the ablations of Table 10. To
+# add one, name it here and compute its weights in patch_weights.
 GUIDANCE = ("attg", "none", "inverted", "foreground", "background", "input_masking")
-PRECISION = ("auto", "fp32", "bf16", "fp16")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# These give weight 0 to a tenth of the patches; ties there are broken at random.
+DROPS_PATCHES = ("foreground", "background")
 
 
-def flag(default, text, **more):
-    """A setting and its help, which says in brackets what stands in for None."""
-    if default is not None:
-        text += " [%(default)s]"
-    return dataclasses.field(default=default, metadata={"help": text, **more})
+def is_flat(attn):
+    """Maps (B, L) -> (B,) bool: max - min <= 1e-5 max|M|, a map without an object."""
+    low, high = attn.aminmax(dim=1)
+    largest = torch.maximum(high.abs(), low.abs())
+    return (high - low <= 1e-5 * largest) & (high - low < math.inf)
 
 
-@dataclasses.dataclass
-class Config:
-    """Every setting of a run. The command line is generated from it."""
+def normalize_map(attn):
+    """M_norm: min-max normalizes each map (B, L) over all its patches, hidden or not.
 
-    model: str = flag("vit_micro", "preset of the model", choices=tuple(PRESETS))
-    data: str = flag("toy", "toy, a torchvision name, or a folder of images")
-    maps: str | None = flag(None, "attention maps, .npy beside its .json [toy's own]")
-    out: str | None = flag(None, "run folder [out/DATA-MODEL-GUIDANCE]")
-    # The method
-    guidance: str = flag(
-        "attg", "attg = the paper, none = MAE, or an ablation", choices=GUIDANCE
-    )
-    map_norm: str = flag("image", "min, max are those of", choices=("image", "crop"))
-    tau: float = flag(0.75, "temperature at the start (paper)")
-    tau_end: float = flag(1.0, "temperature at the end (ours; the paper names none)")
-    tau_schedule: str = flag(
-        "cosine", "how tau goes to its end", choices=("cosine", "constant")
-    )
-    mask_ratio: float = flag(0.75, "share of patches removed")
-    norm_pix: bool = flag(True, "predict patches normalized by their mean and variance")
-    # The schedule
-    epochs: int | None = flag(None, "passes over the data [800; vit_micro 8]")
-    batch_size: int | None = flag(
-        None, "images in a step, all processes [4096; micro 64]"
-    )
-    accum: int | str | None = flag(
-        None,
-        "micro-batches a step is split into, to save memory; auto tries how many it needs "
-        "[auto on a GPU, but for toy; else 1]",
-        type=count_or_auto,
-    )
-    blr: float | None = flag(None, "lr = blr * batch_size / 256 [1.5e-4; micro 6e-3]")
-    lr: float | None = flag(None, "learning rate at its peak, instead of blr")
-    warmup_epochs: float | None = flag(
-        None, "linear warm-up [40 from 400 epochs on (MAE), 5 %% of fewer]"
-    )
-    weight_decay: float = flag(0.05, "of AdamW, not on biases and norms")
-    clip_grad: float = flag(0.0, "largest gradient norm, 0 = no clipping (MAE)")
-    # The model, where it is not the preset's
-    img_size: int | tuple | None = flag(
-        None, "side of the input in pixels, or height and width", type=int, nargs="+"
-    )
-    patch_size: int | None = flag(None, "patch size in pixels")
-    in_chans: int = flag(3, "channels: 3, or 1 for grey with one --mean and --std")
-    width: int | None = flag(None, "encoder width")
-    depth: int | None = flag(None, "encoder blocks")
-    heads: int | None = flag(None, "encoder heads")
-    decoder_width: int | None = flag(None, "decoder width")
-    decoder_depth: int | None = flag(None, "decoder blocks")
-    decoder_heads: int | None = flag(None, "decoder heads")
-    # The pictures
-    mean: tuple = flag(
-        IMAGENET_MEAN, "channel means of the input", type=float, nargs="+"
-    )
-    std: tuple = flag(IMAGENET_STD, "channel deviations", type=float, nargs="+")
-    classes: str | None = flag(None, "file with the class folders to keep, one a line")
-    max_pixels: int = flag(MAX_PIXELS, "a picture with more is unreadable")
-    # The machine
-    precision: str = flag(
-        "auto", "auto = the fastest that serves, by device and width", choices=PRECISION
-    )
-    compile: bool = flag(False, "torch.compile the model")
-    device: str | None = flag(None, "cuda, mps or cpu [the first there is]")
-    workers: int | None = flag(None, "loader processes of each [CPU 0, GPU up to 16]")
-    seed: int = flag(0, "decides weights, order, augmentation and masks")
-    # Files
-    init: str | None = flag(
-        None, "weights to start from: ours, MAE's, timm's, HF's, DINO's"
-    )
-    resume: str = flag(
-        "auto", "auto = from OUT/last.pt if there, none = anew, or a file"
-    )
-    eval_every: int = flag(
-        0, "epochs between evaluations, k-NN and val_mse (0 = at the end only)"
-    )
-    save_every: int = flag(1, "epochs between checkpoints")
-    keep_ckpt_every: int = flag(
-        0, "epochs between those that are kept (0 = the last only)"
-    )
-    log_every: int = flag(20, "steps between log lines")
-    timeout: float = flag(TIMEOUT, "minutes after which a silent process is given up")
+    A flat map becomes zeros, which is weight 1. Without this rule, a map of noise around
+    1e-7 would be stretched to the full range.
+    """
+    attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
+    low, high = attn.aminmax(dim=1, keepdim=True)
+    return torch.where(is_flat(attn)[:, None], 0.0, (attn - low) / (high - low))
 
-    def __post_init__(self):
-        check_types(self)
-        self.fill_in()
-        self.check()
-        self.derive()
 
-    def fill_in(self):
-        """What was not given: the preset's, or what follows from other settings."""
-        if self.model not in PRESETS:
-            raise ValueError(f"--model {self.model}: choose from {', '.join(PRESETS)}")
-        defaults = dict(PRESETS[self.model])
-        if self.data == "toy" and self.model != "vit_micro":
-            # Enlarged to 224 pixels it only shows that everything runs.
-            defaults |= {"epochs": 1, "batch_size": 64}
-        data = Path(self.data).resolve().name
-        defaults["out"] = f"out/{data}-{self.model}-{self.guidance}"
-        if self.lr is not None:
-            del defaults["blr"]
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        if self.accum is None:
-            on_gpu = torch.cuda.is_available() and "cuda" in (self.device or "cuda")
-            self.accum = "auto" if on_gpu and self.data != "toy" else 1
-        if self.warmup_epochs is None:
-            # 40 epochs, however long the run, is MAE's; short ones would be all warm-up.
-            self.warmup_epochs = 40 if self.epochs >= 400 else 0.05 * self.epochs
-        self.mean, self.std = tuple(self.mean), tuple(self.std)
-        if not isinstance(self.img_size, int) and len(self.img_size) == 1:
-            (self.img_size,) = self.img_size
+def patch_weights(m_norm, tau, guidance="attg", flat=None, ties=None):
+    """Weights w (B, L) of the patches from M_norm (B, L); None stands for all ones.
 
-    def check(self):
-        """ValueError names the flag, the value and the remedy."""
-        for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata.get("choices")
-            if choices and value not in choices:
-                words = ", ".join(choices)
-                raise ValueError(f"--{field.name} {value}: choose from {words}")
-        check_numbers(dataclasses.asdict(self))  # attg/cli.py has the ranges
-        if len(self.size) != 2:
-            raise ValueError(f"--img_size {self.size}: a side, or height and width")
-        (h, w), p = self.size, self.patch_size
-        if h % p or w % p:
-            raise ValueError(
-                f"--img_size {h}x{w} is not divisible by --patch_size {p}; use a multiple"
-            )
-        for part in ("", "decoder_"):
-            width, heads = getattr(self, f"{part}width"), getattr(self, f"{part}heads")
-            if width % heads or width % 4:
-                raise ValueError(
-                    f"--{part}width {width}: must be divisible by 4 and by "
-                    f"--{part}heads {heads}"
-                )
-        L = math.prod(self.grid)
-        if not 0 < int(L * (1 - self.mask_ratio)) < L:
-            raise ValueError(
-                f"--mask_ratio {self.mask_ratio}: must keep and remove at least one of "
-                f"{L} patches"
-            )
+    tau: float or 0-d tensor. guidance: one of GUIDANCE. flat (B,): maps without an
+    object, which get weight 1 in every mode. ties (B, L): see patch_order.
+    """
+    if guidance in ("none", "input_masking"):
+        return None
+    if guidance in ("inverted", "background"):
+        m_norm = 1 - m_norm
+    # A patch on the object counts up to exp(1 / 0.75) = 3.8 times the background.
+    w = torch.exp(m_norm / tau)  # Eq. 1
+    if guidance in DROPS_PATCHES:
+        # As many as lie below the 10 % quantile if none tie.
+        dropped = math.ceil((m_norm.shape[1] - 1) / 10)
+        w = w.masked_fill(patch_order(m_norm, ties) < dropped, 0.0)
+    if flat is not None:
+        w = w.masked_fill(flat[:, None], 1.0)
+    return w
 
-    def derive(self):
-        """lr from blr, or blr from lr."""
-        scale = self.batch_size / 256
-        if self.lr is None:
-            self.lr = self.blr * scale
-        elif self.blr is not None and not math.isclose(self.lr, self.blr * scale):
-            raise ValueError(
-                f"--lr {self.lr} and --blr {self.blr}: do not agree; give one of them"
-            )
-        self.blr = self.lr / scale
 
-    @property
-    def size(self):
-        """(height, width) of the input in pixels."""
-        if isinstance(self.img_size, int):
-            return (self.img_size, self.img_size)
-        return tuple(self.img_size)
+def masked_loss(pred, patches, mask, weight=None, norm_pix=True, fused=None):
+    """Loss of Eq. 2 from pred and patches (B, L, P), mask and weight (B, L).
 
-    @property
-    def grid(self):
-        """(rows, columns) of patches."""
-        return tuple(side // self.patch_size for side in self.size)
+    Returns (loss, mse): mse is the loss without weights, detached. It compares runs, as
+    the loss itself changes with tau. weight None is the loss of MAE.
+    fused, the default on a GPU: the same by the kernels of kernels/attg_loss.py. The lines
+    below define it, and run on a CPU.
+    """
+    if fused is None:
+        fused = pred.is_cuda and attg_loss is not None
+    if fused:
+        # exp(log w / 1) = w, and log 0 = -inf is weight 0.
+        attn = None if weight is None else weight.log()
+        options = {"tau": 1.0, "norm_pix": norm_pix, "normalize_attn": False}
+        return attg_loss(pred, patches, mask, attn, return_mse=True, **options)
+
+    # In fp32 at least, whatever the precision of the model.
+    dtype = torch.promote_types(pred.dtype, torch.float32)
+    hidden = mask.bool()
+    # Predictions of visible patches do not count, not even if they are NaN.
+    pred = torch.where(hidden[..., None], pred.to(dtype), 0.0)
+    target = patches.to(dtype)
+    if norm_pix:
+        # Without its brightness and contrast a patch is structure, which makes for better
+        # features than its colors (MAE, Table 1d).
+        P = patches.shape[-1]
+        centered = target - target.mean(dim=-1, keepdim=True)
+        variance = centered.square().sum(dim=-1, keepdim=True) / (P - 1)
+        target = centered / (variance + 1e-6).sqrt()  # x_norm
+    error = (pred - target).square().mean(dim=-1)  # l, (B, L)
+    count = mask.sum().clamp(min=1)
+    if weight is None:
+        loss = torch.where(hidden, error, 0.0).sum() / count
+        return loss, loss.detach()
+    weighted = torch.where(hidden, weight.to(dtype) * error, 0.0)  # mask * w * l
+    mse = torch.where(hidden, error.detach(), 0.0).sum() / count
+    return weighted.sum() / count, mse  # Eq. 2
 
 
 # -- Model: MAE's ViT, with its parameter names ----------------------------------------
 
 
 def patchify(imgs, p):
-    """(B, C, H, W) -> (B, L, P), the values of a patch in the order (p, p, C)."""
+    """(B, C, H, W) -> (B, L, P); a patch lists its values as (p, p, C), as in mae and HF."""
     x = imgs.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, p)
     x = torch.einsum("bchpwq->bhwpqc", x)  # (B, h, w, p, p, C)
-    return x.flatten(1, 2).flatten(2)
+    return x.flatten(1, 2).flatten(2)  # (B, L, P)
 
 
-def take(x, ids):
-    """The rows ids (B, K) of x (B, L, D): (B, K, D)."""
+def gather_tokens(x, ids):
+    """Rows ids (B, K) of x (B, L, D) -> (B, K, D)."""
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
@@ -298,9 +172,10 @@ def channels(values, device):
 
 
 def sincos_table(dim, grid):
-    """Fixed positions (1 + L, dim), zeros for the class token.
+    """Fixed position embeddings (1 + L, dim), zeros for the class token.
 
-    The first half of the channels encodes the column, the second the row (MAE).
+    The first half of the channels encodes the column, the second the row (mae:
+    get_2d_sincos_pos_embed).
     """
     exponent = torch.arange(dim // 4, dtype=torch.float64) / (dim / 4)
     omega = 10000.0**-exponent  # (dim/4,)
@@ -356,9 +231,11 @@ class ViT(nn.Module):
         super().__init__()
         self.cfg = cfg
         p, D = cfg.patch_size, cfg.width
-        # A convolution by name, for the weights of others; embed applies it.
+        # Stored as timm's convolution, so that checkpoints fit; embed applies it.
         projection = nn.Conv2d(cfg.in_chans, D, kernel_size=p, stride=p)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
+        # The class token has no loss of its own. It is trained because the patches attend
+        # to it in both parts, and the evaluations read it as the image's feature.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         positions = sincos_table(D, cfg.grid)[None]  # (1, N, D)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
@@ -370,7 +247,7 @@ class ViT(nn.Module):
         return normalize(imgs, self.cfg)
 
     def patchify(self, imgs):
-        """(B, C, H, W) -> (B, L, P), the values of a patch in the order (p, p, C)."""
+        """(B, C, H, W) -> (B, L, P). ValueError for another image size."""
         expected = (self.cfg.in_chans, *self.cfg.size)
         if tuple(imgs.shape[1:]) != expected:
             raise ValueError(
@@ -386,16 +263,18 @@ class ViT(nn.Module):
         return x.reshape(-1, self.cfg.in_chans, h * p, w * p)
 
     def embed(self, patches, ids_keep=None):
-        """Patches (B, L, P) -> tokens (B, N, D) of all patches with their positions.
+        """Patches (B, L, P) -> tokens (B, N, D) with their positions.
 
-        With ids_keep (B, K): those of the visible patches alone, (B, 1 + K, D).
+        With ids_keep (B, K), only those of the visible patches: (B, 1 + K, D).
         """
         B = len(patches)
         positions = self.pos_embed[:, 1:].expand(B, -1, -1)  # (B, L, D)
         if ids_keep is not None:
-            patches = take(patches, ids_keep)  # (B, K, P)
-            positions = take(positions, ids_keep)  # (B, K, D)
-        # The convolution as a matrix product, so that only visible patches pay for it.
+            # No mask tokens in the encoder: it sees as many tokens as K says, a quarter of
+            # the work, and never an input that images lack after pre-training.
+            patches = gather_tokens(patches, ids_keep)  # (B, K, P)
+            positions = gather_tokens(positions, ids_keep)  # (B, K, D)
+        # timm: PatchEmbed is this matrix product. mae embeds all patches, then drops 75 %.
         proj = self.patch_embed.proj
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P)
         x = F.linear(patches, weight, proj.bias) + positions
@@ -403,11 +282,11 @@ class ViT(nn.Module):
         return torch.cat([cls_token, x], dim=1)
 
     def forward_encoder(self, patches, ids_keep=None):
-        """As embed, after all blocks and the last norm."""
+        """Patches (B, L, P) -> tokens as from embed, after all blocks and the norm."""
         return self.norm(self.blocks(self.embed(patches, ids_keep)))
 
     def forward_features(self, imgs):
-        """Images (B, C, H, W) -> tokens (B, N, D), nothing masked.
+        """Images (B, C, H, W) -> tokens (B, N, D), nothing masked (timm's name).
 
         [:, 0] is the class token.
         """
@@ -425,6 +304,8 @@ class MAE(ViT):
 
     def __init__(self, cfg):
         super().__init__(cfg)
+        # The decoder is thrown away after pre-training. A narrow one is cheap, and leaves
+        # recognition to the encoder (MAE, Table 1a and b).
         D = cfg.decoder_width
         self.decoder_embed = nn.Linear(cfg.width, D)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
@@ -437,7 +318,7 @@ class MAE(ViT):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Encoder and decoder as in MAE."""
+        """Initializes encoder and decoder as mae does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -448,7 +329,12 @@ class MAE(ViT):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def random_masking(self, noise, mask_ratio):
-        """noise (B, L): its lowest values stay visible -> ids_keep (B, K), mask (B, L)."""
+        """noise (B, L): its lowest values stay visible -> ids_keep (B, K), mask (B, L).
+
+        HF: bool_masked_pos is mask.bool().
+        """
+        # Why 75 %: neighbors tell a hidden patch so well that a smaller part would be
+        # filled in without knowing what the image shows (MAE, Figure 5).
         K = int(noise.shape[1] * (1 - mask_ratio))
         ids_keep = noise.argsort(dim=1)[:, :K]
         mask = torch.ones(noise.shape, device=noise.device).scatter(1, ids_keep, 0.0)
@@ -459,13 +345,14 @@ class MAE(ViT):
         x = self.decoder_embed(latent)  # (B, 1 + K, D), D now the decoder's
         B, _, D = x.shape
         L = self.decoder_pos_embed.shape[1] - 1
-        # Mask tokens everywhere, then the visible ones at their places.
+        # Mask tokens everywhere, then the visible ones scattered to their positions. mae
+        # appends mask tokens and sorts by ids_restore, which moves every token twice.
         tokens = self.mask_token.to(x.dtype).expand(B, L, D)
         places = ids_keep[..., None].expand(-1, -1, D)  # (B, K, D)
         tokens = tokens.scatter(1, places, x[:, 1:])
         x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed  # (B, N, D)
-        # Without the class token from here on: its gradient would be zeros in a copy of
-        # pred.
+        # The class token ends here: predicting with it, and slicing after, would copy the
+        # gradient of pred to pad it with zeros.
         x = self.decoder_blocks(x)[:, 1:]  # (B, L, D)
         return self.decoder_pred(self.decoder_norm(x))  # (B, L, P)
 
@@ -474,79 +361,54 @@ class MAE(ViT):
         imgs,
         attn=None,
         tau=0.75,
-        mask_ratio=0.75,
+        mask_ratio=None,
         noise=None,
-        normalize_attn=True,
+        weight=None,
+        return_mse=False,
     ):
-        """The loss (Eq. 2), pred (B, L, P) and mask (B, L) of images (B, C, H, W).
+        """Loss (Eq. 2), pred (B, L, P) and mask (B, L) of normalized imgs (B, C, H, W).
 
-        attn (B, L): the map M; with normalize_attn=False, as in training, M_norm, or -inf
-        for weight 0; None is MAE.
-        tau: float or 0-d tensor. noise (B, L): the lowest stay visible; None is random.
+        attn (B, L): the map M, of which Eq. 1 makes weights with tau, a float or 0-d
+        tensor; or weight (B, L), the weights themselves. Without both this is MAE.
+        mask_ratio None: the config's. noise (B, L): its lowest stay visible; None is random.
+        return_mse appends the unweighted loss, detached.
         """
         patches = self.patchify(imgs)  # (B, L, P)
         B, L, _ = patches.shape
         if noise is None:
             noise = torch.rand(B, L, device=imgs.device)
-        if attn is not None and tuple(attn.shape) != (B, L):
-            raise ValueError(
-                f"attn: got {attn.dtype} of shape {tuple(attn.shape)}; pass one value for "
-                f"each patch of pred, shape {(B, L)}"
-            )
+        if mask_ratio is None:
+            mask_ratio = self.cfg.mask_ratio
+        for name, value in {"attn": attn, "weight": weight}.items():
+            if value is not None and tuple(value.shape) != (B, L):
+                raise ValueError(
+                    f"{name}: got {value.dtype} of shape {tuple(value.shape)}; pass one "
+                    f"value for each patch of pred, shape {(B, L)}"
+                )
         if not torch.is_tensor(tau) and not 0 < tau < math.inf:
             raise ValueError(f"tau: got {tau!r}; pass a finite number above 0")
+        if attn is not None:
+            if weight is not None:
+                raise ValueError("attn and weight: pass one of them")
+            weight = patch_weights(normalize_map(attn), tau)
+
         ids_keep, mask = self.random_masking(noise, mask_ratio)
         latent = self.forward_encoder(patches, ids_keep)  # (B, 1 + K, D)
         pred = self.forward_decoder(latent, ids_keep)  # (B, L, P)
-        if attn is not None and normalize_attn:
-            attn = normalize_map(attn)
-        loss = masked_loss(pred, patches, mask, attn, tau, self.cfg.norm_pix)
+        loss, mse = masked_loss(pred, patches, mask, weight, self.cfg.norm_pix)
+        if return_mse:
+            return loss, pred, mask, mse
         return loss, pred, mask
 
 
 build_model = MAE  # the name that other programs call
 
 
-# -- Loss ------------------------------------------------------------------------------
-
-
-def masked_loss(pred, patches, mask, m_norm=None, tau=0.75, norm_pix=True, fused=None):
-    """The loss of the paper from pred and patches (B, L, P), mask and m_norm (B, L).
-
-    m_norm None is the loss of MAE; -inf is weight 0. norm_pix: the target is each patch
-    normalized by its own mean and variance. fused, the default on a GPU: the same by the
-    kernels of kernels/attg_loss.py. The lines below define it, and are what a CPU runs.
-    """
-    if fused is None:
-        fused = pred.is_cuda
-    if fused:
-        options = {"tau": tau, "norm_pix": norm_pix, "normalize_attn": False}
-        return attg_loss(pred, patches, mask, m_norm, **options)
-
-    # In fp32 at least, whatever the precision of the model.
-    dtype = torch.promote_types(pred.dtype, torch.float32)
-    hidden = mask.bool()
-    # What the model says of visible patches does not count, not even if it is NaN.
-    pred = torch.where(hidden[..., None], pred.to(dtype), 0.0)
-    target = patches.to(dtype)
-    if norm_pix:
-        P = patches.shape[-1]
-        centred = target - target.mean(dim=-1, keepdim=True)
-        variance = centred.square().sum(dim=-1, keepdim=True) / (P - 1)
-        target = centred / (variance + 1e-6).sqrt()
-    error = (pred - target).square().mean(dim=-1)  # (B, L)
-    weight = 1.0
-    if m_norm is not None:
-        weight = torch.exp(m_norm.to(dtype) / tau)  # Eq. 1
-    weighted = torch.where(hidden, weight * error, 0.0)  # mask * w * l
-    return weighted.sum() / mask.sum().clamp(min=1)  # Eq. 2
-
-
-# -- Guidance: from the map of a picture to the weights of the patches of a crop -------
+# -- Maps: from the map of an image to M_norm of the patches of a crop -----------------
 
 
 def pool_maps(maps, box, flip, grid):
-    """Mean of the maps (B, h, w) of whole pictures under each patch of their crops.
+    """Mean of the maps (B, h, w) of whole images under each patch of their crops.
 
     box (B, 4): the crop x0, y0, x1, y1 as fractions of width and height; flip (B,) bool:
     mirrored after it. Returns (B, L) fp32.
@@ -565,12 +427,11 @@ def pool_maps(maps, box, flip, grid):
 
 
 def crop_maps(maps, box, flip, cfg):
-    """M_norm (B, L) of a batch of crops, and flat (B,): constant maps, of no object.
+    """M_norm (B, L) of a batch of crops, and flat (B,): maps without an object.
 
-    maps (B, h, w) were min-max normalized over their whole pictures when the map file
-    was written, so their means under the patches are M_norm, and a crop without the
-    object keeps weights near 1. --map_norm crop normalizes anew over the patches of the
-    crop, as Algorithm 1 reads.
+    maps (B, h, w) were normalized over their whole images when the map file was written,
+    so their means under the patches are M_norm, and a crop that misses the object keeps
+    weights near 1. --map_norm crop normalizes again, over the patches of the crop.
     """
     m = pool_maps(maps, box, flip, cfg.grid)  # (B, L)
     if cfg.map_norm == "crop":
@@ -578,39 +439,20 @@ def crop_maps(maps, box, flip, cfg):
     return m, is_flat(maps.flatten(1))
 
 
-def guide(m, noise, flat, guidance, ties=None):
-    """What M_norm, m (B, L), does to a step: (attn, noise), w = exp(attn / tau).
+def patch_order(m, ties=None):
+    """Rank of each patch by m (B, L), 0 the lowest; equal ones by ties, None is random.
 
-    attn None is weight 1, -inf weight 0. noise (B, L) decides the mask. The patches of
-    flat maps (B,) have weight 1 in every mode. attg is the method, the others are the
-    paper's ablations (Table 10). foreground drops what is below the 10 % quantile of
-    M_norm, background of 1 - M_norm; of patches that tie there, those of lowest ties
-    (B, L), None is random. Not those of lowest noise: all of them would be visible.
+    ties must not be the mask noise where the rank decides weights: of patches that tie it
+    would pick the visible ones, which are in no loss.
     """
-    if guidance == "none":
-        return None, noise
-    if guidance == "input_masking":
-        # The highest patches are hidden.
-        return None, ranks(m.masked_fill(flat[:, None], 0.0), noise).to(noise.dtype)
-    if guidance in ("inverted", "background"):
-        m = 1 - m
-    if guidance in ("foreground", "background"):
-        if ties is None:
-            ties = torch.rand_like(m)
-        # So many are below the quantile where none tie.
-        below = math.ceil((m.shape[1] - 1) / 10)
-        m = m.masked_fill(ranks(m, ties) < below, -math.inf)
-    return m.masked_fill(flat[:, None], 0.0), noise
-
-
-def ranks(m, ties):
-    """Of each patch by its m (B, L), from 0 for the lowest; equal ones by their ties."""
+    if ties is None:
+        ties = torch.rand_like(m)
     order = ties.argsort(dim=1)
     by_map = m.gather(1, order).argsort(dim=1, stable=True)
     return order.gather(1, by_map).argsort(dim=1)
 
 
-# -- Schedules and optimiser -----------------------------------------------------------
+# -- Schedules and optimizer -----------------------------------------------------------
 
 
 def tau_at(step, total_steps, cfg):
@@ -622,7 +464,7 @@ def tau_at(step, total_steps, cfg):
 
 
 def lr_at(step, total_steps, warmup_steps, lr):
-    """Linear warm-up from 0, then a half-cycle cosine down to 0 (MAE)."""
+    """Learning rate: linear warm-up from 0, then a half-cycle cosine down to 0 (MAE)."""
     if step < warmup_steps:
         return lr * step / warmup_steps
     angle = math.pi * (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -630,7 +472,7 @@ def lr_at(step, total_steps, warmup_steps, lr):
 
 
 def param_groups(model, weight_decay):
-    """For AdamW: no weight decay on biases and norms (MAE); fixed positions are in none."""
+    """Groups for AdamW: no weight decay on biases and norms (MAE), no fixed positions."""
     trained = [p for p in model.parameters() if p.requires_grad]
     decay = [p for p in trained if p.dim() > 1]
     no_decay = [p for p in trained if p.dim() <= 1]
@@ -643,55 +485,53 @@ def param_groups(model, weight_decay):
 # -- One step of training --------------------------------------------------------------
 
 
-def model_inputs(batch, cfg, ties=None):
-    """What the model takes: imgs (B, C, H, W), attn (B, L) or None, noise (B, L).
-
-    batch: random crops on the device, as image (B, C, H, W) uint8, not flipped yet; maps
-    (B, h, w) of the whole pictures, or None for a vanilla MAE; box (B, 4) and flip (B,)
-    as in pool_maps; noise (B, L), which decides the mask unless guide replaces it.
-    ties: see guide.
-    """
+def flip_and_normalize(batch, cfg):
+    """Crops of a batch, uint8 and not flipped yet -> imgs (B, C, H, W)."""
     mirrored = batch.image.flip(-1)
     image = torch.where(batch.flip[:, None, None, None], mirrored, batch.image)
-    imgs = normalize(image, cfg)
+    return normalize(image, cfg)
+
+
+def model_inputs(batch, cfg, tau):
+    """imgs (B, C, H, W), weight (B, L) or None, and noise (B, L), which decides the mask.
+
+    batch: random crops on the device, with the fields image uint8 (B, C, H, W), not
+    flipped yet; maps (B, h, w) of the whole images, or None for a vanilla MAE; box (B, 4)
+    and flip (B,) as in pool_maps; noise (B, L); ties (B, L) or None, see patch_order.
+    """
+    imgs, noise = flip_and_normalize(batch, cfg), batch.noise
     if batch.maps is None:
-        return imgs, None, batch.noise
+        return imgs, None, noise
     m_norm, flat = crop_maps(batch.maps, batch.box, batch.flip, cfg)  # (B, L), (B,)
-    attn, noise = guide(m_norm, batch.noise, flat, cfg.guidance, ties)
-    return imgs, attn, noise
+    if cfg.guidance == "input_masking":
+        # The highest patches are hidden, and count the same; flat maps hide at random.
+        m_norm = m_norm.masked_fill(flat[:, None], 0.0)
+        noise = patch_order(m_norm, noise).to(noise.dtype)
+    weight = patch_weights(m_norm, tau, cfg.guidance, flat, batch.ties)
+    return imgs, weight, noise
 
 
-def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None, ties=None):
-    """One optimisation step: Algorithm 1 of the paper, over cfg.accum micro-batches.
+def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
+    """Takes one optimizer step over cfg.accum micro-batches: Algorithm 1 of the paper.
 
-    tau: 0-d tensor. dtype: of autocast, None is fp32. scaler: for fp16, else it does
-    nothing. ties (accum, B, L): see guide. Returns (3,) on the device: loss, unweighted
-    error, gradient norm.
+    batches: see model_inputs. tau: 0-d tensor. dtype: of autocast, None is fp32. scaler:
+    for fp16, else disabled. Returns (3,) on the device: loss, unweighted mse, gradient
+    norm.
     """
     losses = torch.zeros(2, device=tau.device)
     for number, batch in enumerate(batches, start=1):
-        own_ties = None if ties is None else ties[number - 1]
-        imgs, attn, noise = model_inputs(batch, cfg, own_ties)
+        # M_norm and w of the crops (Eq. 1), and the noise that decides their mask.
+        imgs, weight, noise = model_inputs(batch, cfg, tau)
         # Processes exchange gradients once a step, with the last micro-batch.
         wait = number < cfg.accum and isinstance(model, DistributedDataParallel)
         with model.no_sync() if wait else contextlib.nullcontext():
             with torch.autocast(tau.device.type, dtype, enabled=dtype is not None):
-                loss, pred, mask = model(
-                    imgs,
-                    attn,
-                    tau=tau,
-                    mask_ratio=cfg.mask_ratio,
-                    noise=noise,
-                    normalize_attn=False,  # crop_maps has done it
+                # Mask, encode the visible patches, decode all, compare (Eq. 2).
+                loss, _, _, mse = model(
+                    imgs, noise=noise, weight=weight, return_mse=True
                 )
             scaler.scale(loss / cfg.accum).backward()
-        loss = loss.detach()
-        mse = loss
-        if attn is not None:
-            # The unweighted loss, to compare runs by: the weighted one depends on tau.
-            patches = patchify(imgs, cfg.patch_size)
-            mse = masked_loss(pred.detach(), patches, mask, norm_pix=cfg.norm_pix)
-        losses += torch.stack([loss, mse]) / cfg.accum
+        losses += torch.stack([loss.detach(), mse]) / cfg.accum
 
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
@@ -701,22 +541,304 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None, ties=Non
     return torch.cat([losses, norm[None]])
 
 
-# -- The run ---------------------------------------------------------------------------
+# -- Configuration ---------------------------------------------------------------------
+# From here on the file is about runs, not about the method.
 
-# Settings of a run that is continued: FIXED must be the same, FREE may always differ,
-# the others (lr, tau ...) may differ as long as it has not ended.
-FIXED = {"patch_size", "img_size", "in_chans", "width", "depth", "heads"}
-FIXED |= {"decoder_width", "decoder_depth", "decoder_heads"}
-FIXED |= {"data", "classes", "batch_size", "seed"}
-FREE = {"out", "precision", "compile", "device", "workers", "resume"}
-FREE |= {
-    "eval_every",
-    "save_every",
-    "keep_ckpt_every",
-    "log_every",
-    "max_pixels",
-    "timeout",
+MISSING = None
+try:
+    from attg.checkpoint import load_checkpoint, load_state, save_checkpoint
+    from attg.cli import (
+        DataFlags,
+        RunFlags,
+        flag,
+        parse,
+        resume_class,
+        run_cli,
+        validate,
+    )
+    from attg.distributed import processes, stop_signals
+    from attg.features import extract_features, knn_classify
+    from attg.figures import save_reconstructions
+    from attg.kernels import attg_loss
+    from attg.loader import to_device
+    from attg.seeding import generator_for, seed_for
+    from attg.trainer import Run
+    from attg.weights import (
+        DECODER,
+        config_from_checkpoint,
+        load_weights,
+        read_weights,
+    )
+except ModuleNotFoundError as error:
+    # This file was copied alone: the model, the loss and train_step do without the others.
+    if error.name not in ("attg", "kernels"):
+        raise
+    MISSING = (
+        f"no module {error.name}: copied alone, this file has the model, the loss, "
+    )
+    MISSING += "train_step and --demo; all else needs attg/ and kernels/ beside it"
+    attg_loss = None
+    DataFlags, RunFlags = type("DataFlags", (), {}), type("RunFlags", (), {})
+
+    def flag(default, *_, **__):
+        return dataclasses.field(default=default)
+
+    def validate(cfg):
+        pass
+
+
+# For `from attg_mae import ...`, names of other files included.
+__all__ = ["MAE", "Config", "ViT", "build_model", "load_encoder", "train"]
+if MISSING is None:
+    __all__ += [
+        "extract_features",
+        "knn_classify",
+        "load_checkpoint",
+        "save_checkpoint",
+    ]
+
+
+def require_packages():
+    """ModuleNotFoundError if this file was copied without attg/ and kernels/."""
+    if MISSING:
+        raise ModuleNotFoundError(MISSING)
+
+
+# Shapes of the models, as in MAE from vit_base on. vit_micro is for small images on a CPU.
+SHAPE = ("img_size", "patch_size", "width", "depth", "heads")
+SHAPE += ("decoder_width", "decoder_depth", "decoder_heads")
+PRESETS = {
+    "vit_micro": (32, 4, 128, 4, 4, 64, 2, 4),
+    "vit_tiny": (224, 16, 192, 12, 3, 192, 4, 3),
+    "vit_small": (224, 16, 384, 12, 6, 256, 4, 8),
+    "vit_base": (224, 16, 768, 12, 12, 512, 8, 16),
+    "vit_large": (224, 16, 1024, 24, 16, 512, 8, 16),
+    "vit_huge": (224, 14, 1280, 32, 16, 512, 8, 16),
 }
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Range and resume class (see attg.cli.flag) that several flags share.
+COUNT = {"low": 1, "high": 1024, "resume": "fixed"}
+WIDTH = {"low": 4, "high": 32768, "resume": "fixed"}
+EPOCHS = {"low": 0, "high": 10**6, "resume": "free"}
+
+
+def int_or_auto(text):
+    """Type of --accum on the command line."""
+    return text if text == "auto" else int(text)
+
+
+@dataclasses.dataclass
+class Config(DataFlags, RunFlags):
+    """Settings of a run; the command line is generated from them.
+
+    None in the shape of the model becomes the preset's value; None in epochs, batch_size,
+    accum, blr, lr, warmup_epochs and out stays until `resolve`.
+    """
+
+    model: str = flag("vit_micro", "preset of the model", choices=tuple(PRESETS))
+    maps: str | None = flag(
+        None, "attention maps, .npy beside its .json [toy: its masks]"
+    )
+    out: str | None = flag(None, "run folder [out/DATA-MODEL-GUIDANCE]", resume="free")
+    # The method
+    guidance: str = flag(
+        "attg", "attg = the paper, none = MAE, or an ablation", choices=GUIDANCE
+    )
+    map_norm: str = flag(
+        "image",
+        "normalize the map over the whole image or over the crop",
+        choices=("image", "crop"),
+    )
+    tau: float = flag(0.75, "initial temperature (paper)", low=1e-6, high=1e6)
+    tau_end: float = flag(
+        1.0, "final temperature (ours; the paper names none)", low=1e-6, high=1e6
+    )
+    tau_schedule: str = flag(
+        "cosine", "schedule of tau", choices=("cosine", "constant")
+    )
+    mask_ratio: float = flag(0.75, "fraction of patches to hide", low=0, high=1)
+    norm_pix: bool = flag(True, "predict patches normalized by their mean and variance")
+    # The schedule
+    epochs: int | None = flag(
+        None, "passes over the data [800; vit_micro 8]", low=0, high=10**6
+    )
+    batch_size: int | None = flag(
+        None,
+        "images per step over all processes [4096; vit_micro 64]",
+        low=1,
+        high=10**7,
+        resume="fixed",
+    )
+    accum: int | str | None = flag(
+        None,
+        "micro-batches per step, to save memory; auto = as few as fit [auto on a GPU, but "
+        "for toy; else 1]",
+        low=1,
+        high=10**7,
+        type=int_or_auto,
+    )
+    blr: float | None = flag(
+        None, "lr = blr * batch_size / 256 [1.5e-4; vit_micro 6e-3]", low=0, high=1e38
+    )
+    lr: float | None = flag(
+        None, "peak learning rate, instead of blr", low=0, high=1e38
+    )
+    warmup_epochs: float | None = flag(
+        None, "linear warm-up [40 from 400 epochs on, 5 %% of fewer]", low=0, high=1e6
+    )
+    weight_decay: float = flag(0.05, "not on biases and norms", low=0, high=1e6)
+    clip_grad: float = flag(
+        0.0, "maximum gradient norm, 0 = off (MAE)", low=0, high=1e38
+    )
+    # The model, where it is not the preset's
+    img_size: int | tuple | None = flag(
+        None,
+        "input side in pixels, or height and width",
+        low=1,
+        high=8192,
+        resume="fixed",
+        type=int,
+        nargs="+",
+    )
+    patch_size: int | None = flag(None, "patch size in pixels", **COUNT)
+    in_chans: int = flag(3, "channels, 1 for grey with one --mean and --std", **COUNT)
+    width: int | None = flag(None, "encoder width", **WIDTH)
+    depth: int | None = flag(None, "encoder blocks", **COUNT)
+    heads: int | None = flag(None, "encoder heads", **COUNT)
+    decoder_width: int | None = flag(None, "decoder width", **WIDTH)
+    decoder_depth: int | None = flag(None, "decoder blocks", **COUNT)
+    decoder_heads: int | None = flag(None, "decoder heads", **COUNT)
+    mean: tuple = flag(
+        IMAGENET_MEAN, "channel means", low=-1e6, high=1e6, type=float, nargs="+"
+    )
+    std: tuple = flag(
+        IMAGENET_STD, "channel deviations", low=1e-38, high=1e6, type=float, nargs="+"
+    )
+    # The run
+    precision: str = flag(
+        "auto",
+        "auto = the fastest for this device and width",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        resume="free",
+    )
+    compile: bool = flag(False, "torch.compile the model", resume="free")
+    seed: int = flag(
+        0,
+        "of weights, order, augmentation and masks",
+        low=-(2**63),
+        high=2**63 - 1,
+        resume="fixed",
+    )
+    init: str | None = flag(None, "initial weights: ours, MAE's, timm's, HF's, DINO's")
+    resume: str = flag(
+        "auto", "auto = OUT/last.pt if it exists, none, or a file", resume="free"
+    )
+    eval_every: int = flag(
+        0, "epochs between evaluations (k-NN, val_mse), 0 = only at the end", **EPOCHS
+    )
+    save_every: int = flag(
+        1, "epochs between checkpoints", low=1, high=10**6, resume="free"
+    )
+    keep_ckpt_every: int = flag(
+        0, "epochs between checkpoints to keep, 0 = only the last", **EPOCHS
+    )
+    log_every: int = flag(
+        20, "steps between log lines", low=1, high=10**9, resume="free"
+    )
+
+    def __post_init__(self):
+        validate(self)
+        for name, value in zip(SHAPE, PRESETS[self.model], strict=True):
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.mean, self.std = tuple(self.mean), tuple(self.std)
+        if not isinstance(self.img_size, int) and len(self.img_size) == 1:
+            (self.img_size,) = self.img_size
+        self.check()
+
+    def check(self):
+        """ValueError if settings do not fit each other."""
+        if len(self.size) != 2:
+            raise ValueError(
+                f"--img_size {self.size}: pass a side, or height and width"
+            )
+        (h, w), p = self.size, self.patch_size
+        if h % p or w % p:
+            raise ValueError(
+                f"--img_size {h}x{w} is not divisible by --patch_size {p}; use a multiple"
+            )
+        for part in ("", "decoder_"):
+            width, heads = getattr(self, f"{part}width"), getattr(self, f"{part}heads")
+            if width % heads or width % 4:
+                raise ValueError(
+                    f"--{part}width {width}: must be divisible by 4 and by "
+                    f"--{part}heads {heads}"
+                )
+        L = math.prod(self.grid)
+        if not 0 < int(L * (1 - self.mask_ratio)) < L:
+            raise ValueError(
+                f"--mask_ratio {self.mask_ratio}: must keep and remove at least one of "
+                f"{L} patches"
+            )
+        if isinstance(self.accum, str) and self.accum != "auto":
+            raise ValueError(f"--accum {self.accum}: must be a whole number or auto")
+
+    @property
+    def size(self):
+        """(height, width) of the input in pixels."""
+        if isinstance(self.img_size, int):
+            return (self.img_size, self.img_size)
+        return tuple(self.img_size)
+
+    @property
+    def grid(self):
+        """(rows, columns) of patches."""
+        return tuple(side // self.patch_size for side in self.size)
+
+
+def resolve(cfg, num_images=None):
+    """A copy of a Config with the defaults of the run that follow other settings.
+
+    Fills in epochs, batch_size, accum, blr, lr, warmup_epochs and out where they are None.
+    accum may be "auto" after it. num_images: size of the training set (no default
+    depends on it yet). ValueError if lr and blr contradict each other.
+    """
+    epochs, batch_size, blr = 800, 4096, 1.5e-4  # MAE's
+    if cfg.model == "vit_micro":
+        epochs, batch_size, blr = 8, 64, 6e-3
+    elif cfg.data == "toy":
+        # Enlarged to 224 pixels it only shows that everything runs.
+        epochs, batch_size = 1, 64
+    on_gpu = torch.cuda.is_available() and "cuda" in (cfg.device or "cuda")
+    data = Path(cfg.data).resolve().name
+    defaults = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "accum": "auto" if on_gpu and cfg.data != "toy" else 1,
+        "out": f"out/{data}-{cfg.model}-{cfg.guidance}",
+    }
+    if cfg.lr is None:
+        defaults["blr"] = blr
+    cfg = dataclasses.replace(cfg)
+    for name, value in defaults.items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+    if cfg.warmup_epochs is None:
+        # 40 epochs, however long the run, is MAE's; short ones would be all warm-up.
+        cfg.warmup_epochs = 40 if cfg.epochs >= 400 else 0.05 * cfg.epochs
+
+    scale = cfg.batch_size / 256
+    if cfg.lr is None:
+        cfg.lr = cfg.blr * scale
+    elif cfg.blr is not None and not math.isclose(cfg.lr, cfg.blr * scale):
+        raise ValueError(
+            f"--lr {cfg.lr} and --blr {cfg.blr}: do not agree; give one of them"
+        )
+    cfg.blr = cfg.lr / scale
+    return cfg
+
+
+# -- The run ---------------------------------------------------------------------------
 
 
 def train(cfg, data=None):
@@ -731,17 +853,19 @@ def train(cfg, data=None):
     top-1 in percent} if there are labels, "out": the folder, "stopped": the signal that
     ended the run early, or None}.
     """
-    cfg = dataclasses.replace(cfg)  # the run settles what is "auto"
+    require_packages()
+    cfg = resolve(cfg)
     with (
         stop_signals() as signals,
         processes(cfg.device, cfg.timeout) as (device, rank, world),
         # Pictures, log, checkpoints, k-NN: nothing of the method (attg/trainer.py).
         Run(cfg, device, rank, world, signals, data) as run,
     ):
-        checkpoint = run.find_checkpoint(FIXED, FREE)
+        fixed, free = resume_class(Config, "fixed"), resume_class(Config, "free")
+        checkpoint = run.find_checkpoint(fixed, free)
         model = first_model(cfg, checkpoint, run.log).to(device)
         if cfg.epochs == 0:
-            draw(model, run)
+            save_examples(model, run)
             return run.result(step=0)
 
         groups = param_groups(model, cfg.weight_decay)
@@ -752,7 +876,6 @@ def train(cfg, data=None):
         if cfg.compile:
             model.compile()
         parallel = DistributedDataParallel(model) if world > 1 else model
-        # A tensor: under torch.compile a float would recompile at every step.
         tau = torch.zeros((), device=device)
 
         for step in run.steps():
@@ -762,15 +885,15 @@ def train(cfg, data=None):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             tau.fill_(tau_at(step, run.total_steps, cfg))
-            batches, ties = micro_batches(step, run), tie_breaks(step, run)
+            batches = micro_batches(step, run)
             values = train_step(
-                parallel, optimizer, scaler, batches, tau, cfg, run.dtype, ties
+                parallel, optimizer, scaler, batches, tau, cfg, run.dtype
             )
             if run.after(step + 1, values, lr, tau):
                 return run.stopped(step + 1)
 
         result = run.finish()
-        draw(model, run)
+        save_examples(model, run)
         return result
 
 
@@ -788,10 +911,10 @@ def first_model(cfg, checkpoint, log):
 
 
 def mask_noise(seed, step, batch_size, grid, use="masks"):
-    """(batch_size, L) uniform noise of the global batch of a step.
+    """Uniform noise (batch_size, L) for the global batch of a step.
 
     A function of seed and step: any number of processes draws the same, and there is no
-    state of a generator to save. Another use gets another draw.
+    generator state to save. use: another name is another draw.
     """
     generator = generator_for(use, seed, step)
     return torch.rand(batch_size, math.prod(grid), generator=generator)
@@ -800,25 +923,21 @@ def mask_noise(seed, step, batch_size, grid, use="masks"):
 def micro_batches(step, run):
     """The cfg.accum Batches of a step that are this process's, from the loader.
 
-    Each takes its rows of the global batch's noise as it takes its pictures, so that
+    Each takes its rows of the global batch's noise as it takes its images, so that
     processes and accumulation change nothing.
     """
     cfg = run.cfg
-    noise = mask_noise(cfg.seed, step, cfg.batch_size, cfg.grid)
-    for mine in run.share(noise):
-        yield to_device(next(run.feed), mine, run.maps, run.device)
+    size = (cfg.batch_size, cfg.grid)
+    noise = run.share(mask_noise(cfg.seed, step, *size))
+    ties = [None] * cfg.accum
+    if cfg.guidance in DROPS_PATCHES:
+        ties = run.share(mask_noise(cfg.seed, step, *size, use="ties")).to(run.device)
+    for mine, own_ties in zip(noise, ties, strict=True):
+        batch = to_device(next(run.feed), mine, run.maps, run.device)
+        yield batch._replace(ties=own_ties)
 
 
-def tie_breaks(step, run):
-    """(accum, B, L) for guide, the rows of micro_batches; None if it needs none."""
-    cfg = run.cfg
-    if cfg.guidance not in ("foreground", "background"):
-        return None
-    ties = mask_noise(cfg.seed, step, cfg.batch_size, cfg.grid, use="ties")
-    return run.share(ties).to(run.device)
-
-
-def draw(model, run):
+def save_examples(model, run):
     """reconstructions.png: examples of the training set, with their maps if any."""
     path = run.out / "reconstructions.png"
     if run.rank == 0:
@@ -826,10 +945,10 @@ def draw(model, run):
         examples = run.examples()
         noise = mask_noise(run.cfg.seed, 0, len(examples.index), run.cfg.grid)
         batch = to_device(examples, noise, run.maps, run.device)
-        # The map as it is, whatever an ablation makes of it.
-        cfg = dataclasses.replace(run.cfg, guidance="attg", map_norm="image")
-        imgs, m_norm, noise = model_inputs(batch, cfg)
-        save_reconstructions(path, model, imgs, m_norm, noise)
+        imgs, m_norm = flip_and_normalize(batch, run.cfg), None
+        if batch.maps is not None:
+            m_norm = pool_maps(batch.maps, batch.box, batch.flip, run.cfg.grid)
+        save_reconstructions(path, model, imgs, m_norm, batch.noise)
     run.log.say(f"pictures: {path}")
 
 
@@ -837,13 +956,14 @@ def draw(model, run):
 
 
 def load_encoder(path_or_state_dict, heads=None, img_size=None):
-    """A ViT in eval mode from a file of this project, MAE, DINO, timm or Hugging Face.
+    """Load a ViT in eval mode from a file of this project, MAE, DINO, timm or HF.
 
     Its .cfg.mean and .cfg.std are ImageNet's unless the file says otherwise (many of
-    timm's and HF's ViTs want 0.5 and 0.5). heads: for widths that are no standard ViT's.
+    timm's and HF's ViTs want 0.5 and 0.5). heads: for widths of no standard ViT.
     img_size: int or (height, width), if not that of the weights: sin-cos positions are
-    made anew, learned ones resized. ValueError if there is no such encoder in the file.
+    computed again, learned ones resized. ValueError if the file holds no such encoder.
     """
+    require_packages()
     state, stored, name = read_weights(path_or_state_dict)
     cfg = config_from_checkpoint(Config, stored, state, name, heads)
     if img_size:
@@ -857,10 +977,45 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
 # -- Command line ----------------------------------------------------------------------
 
 
+def demo():
+    """Train three steps on eight random images and maps, printing shapes and losses."""
+    torch.manual_seed(0)
+    cfg = Config(accum=1)
+    model, tau = MAE(cfg), torch.zeros(())
+    groups = param_groups(model, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    scaler = torch.amp.GradScaler(enabled=False)
+    batch = SimpleNamespace(
+        image=torch.randint(0, 256, (8, 3, *cfg.size), dtype=torch.uint8),
+        maps=torch.rand(8, *cfg.size),
+        box=torch.tensor([0.1, 0.2, 0.8, 0.9]).expand(8, 4),  # crops: x0, y0, x1, y1
+        flip=torch.rand(8) < 0.5,
+        noise=torch.rand(8, math.prod(cfg.grid)),
+        ties=None,
+    )
+    imgs, weight, noise = model_inputs(batch, cfg, tau + cfg.tau)
+    loss, pred, mask = model(imgs, weight=weight, noise=noise)
+    for name, x in {"imgs": imgs, "w": weight, "mask": mask, "pred": pred}.items():
+        print(f"{name:5} {str(tuple(x.shape)):16} {x.min():.2f} to {x.max():.2f}")
+    for step in range(3):
+        tau.fill_(tau_at(step, 3, cfg))
+        values = train_step(model, optimizer, scaler, [batch], tau, cfg).tolist()
+        print(
+            "step {}: loss {:.4f}, mse {:.4f}, grad norm {:.2f}".format(step, *values)
+        )
+
+
 def main(argv=None):
-    """Trains as the flags say; returns what `train` does."""
-    return train(parse_settings(Config, __doc__, argv))
+    """Train as the flags say; returns what `train` does."""
+    require_packages()
+    return train(parse(Config, __doc__, argv))
 
 
 if __name__ == "__main__":
-    end(main, memory="raise --accum, which changes nothing else, or lower --batch_size")
+    if sys.argv[1:] == ["--demo"]:
+        demo()
+    elif MISSING:
+        sys.exit(f"attg_mae.py: error: {MISSING}")
+    else:
+        memory = "raise --accum, which changes nothing else, or lower --batch_size"
+        run_cli(main, memory_hint=memory)

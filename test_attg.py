@@ -10,7 +10,11 @@ import ast
 import copy
 import math
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -21,7 +25,17 @@ from torch.nn import functional as F
 import attg_mae
 from attg.features import knn_classify
 from attg.loader import Batch
-from attg_mae import MAE, Config, crop_maps, guide, lr_at, masked_loss, tau_at
+from attg_mae import (
+    MAE,
+    Config,
+    crop_maps,
+    lr_at,
+    masked_loss,
+    normalize_map,
+    patch_weights,
+    resolve,
+    tau_at,
+)
 from object_discovery import tokencut
 from tests.helpers import (
     DEVICE,
@@ -68,23 +82,24 @@ def patches_of_a_batch():
     """pred, patches (B, L, P), mask and M_norm (B, L)."""
     pred, patches = randn(3, 8, 48), 2 * randn(3, 8, 48, seed=1) + 1
     mask = (rand(3, 8, seed=2) < 0.75).float()
-    m_norm = kernel.normalize_map(rand(3, 8, seed=3))
-    return pred.requires_grad_(), patches, mask, m_norm
+    return pred.requires_grad_(), patches, mask, normalize_map(rand(3, 8, seed=3))
 
 
 def test_the_loss_is_that_of_the_equations(patches_of_a_batch):
     """The lines of attg_mae.py, their value and their gradient."""
     pred, patches, mask, m_norm = patches_of_a_batch
-    loss = masked_loss(pred, patches, mask, m_norm, tau=0.75)
+    loss, mse = masked_loss(pred, patches, mask, patch_weights(m_norm, 0.75))
     want = equations(pred, patches, mask, m_norm, 0.75)
     assert close(loss, want, 1e-6)
+    assert close(mse, equations(pred, patches, mask, 0 * m_norm, 0.75), 1e-6)
     (grad,) = torch.autograd.grad(loss, pred)
     (want_grad,) = torch.autograd.grad(want, pred)
     check_grad(grad, want_grad, 1e-6)
     # The tolerance tells another temperature, another map, another mask.
-    assert not close(masked_loss(pred, patches, mask, m_norm, tau=0.76), want, 1e-4)
-    assert not close(masked_loss(pred, patches, mask, m_norm.roll(1, 1)), want, 1e-4)
-    assert not close(masked_loss(pred, patches, 1 - mask, m_norm), want, 1e-4)
+    weight = patch_weights(m_norm, 0.75)
+    others = [(mask, patch_weights(m_norm, 0.76)), (mask, weight.roll(1, 1))]
+    for wrong in (*others, (1 - mask, weight), (mask, None)):
+        assert not close(masked_loss(pred, patches, *wrong)[0], want, 1e-4)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -95,12 +110,14 @@ def test_the_kernel_computes_the_same(impl, norm_pix, patches_of_a_batch, monkey
         patches_of_a_batch = [x.detach().to(DEVICE) for x in patches_of_a_batch]
     pred, patches, mask, m_norm = patches_of_a_batch
     pred = pred.detach().requires_grad_()
-    plain = masked_loss(pred, patches, mask, m_norm, 0.8, norm_pix, fused=False)
+    inputs = pred, patches, mask, patch_weights(m_norm, 0.8), norm_pix
+    plain, plain_mse = masked_loss(*inputs, fused=False)
     (want,) = torch.autograd.grad(plain, pred)
     fused = partial(kernel.attg_loss, impl=impl)
     monkeypatch.setattr(attg_mae, "attg_loss", fused)
-    loss = masked_loss(pred, patches, mask, m_norm, 0.8, norm_pix, fused=True)
-    assert close(loss, plain, 1e-6)
+    loss, mse = masked_loss(*inputs, fused=True)
+    assert close(loss, plain, 1e-6) and close(mse, plain_mse, 1e-6)
+    assert not mse.requires_grad and not close(mse, loss, 1e-2)
     check_grad(torch.autograd.grad(loss, pred)[0], want, 1e-5)
 
 
@@ -163,21 +180,17 @@ def test_maps_follow_the_crop_and_the_flip():
 
 
 def test_what_the_ablations_make_of_a_map():
-    """Table 10; -inf is weight 0, a flat map has weight 1 in every mode."""
-    m, noise = torch.linspace(0, 1, 20).repeat(2, 1), rand(2, 20)
-    flat = torch.tensor([False, True])
+    """Table 10; a flat map has weight 1 in every mode."""
+    m, flat = torch.linspace(0, 1, 20).repeat(2, 1), torch.tensor([False, True])
     weights = {}
     for guidance in ("attg", "inverted", "foreground", "background"):
-        attn, same_noise = guide(m, noise, flat, guidance)
-        weights[guidance] = attn.exp()
-        assert same_noise is noise and (weights[guidance][1] == 1).all()
-    assert close(weights["attg"][0], m[0].exp(), 1e-6)
-    assert close(weights["inverted"][0], (1 - m[0]).exp(), 1e-6)
+        weights[guidance] = patch_weights(m, 0.75, guidance, flat)
+        assert (weights[guidance][1] == 1).all()
+    assert close(weights["attg"][0], (m[0] / 0.75).exp(), 1e-6)
+    assert close(weights["inverted"][0], ((1 - m[0]) / 0.75).exp(), 1e-6)
     assert (weights["foreground"][0] == 0).tolist() == [True] * 2 + [False] * 18
     assert (weights["background"][0] == 0).tolist() == [False] * 18 + [True] * 2
-    assert guide(m, noise, flat, "none") == (None, noise)
-    _, ranks_ = guide(m, noise, flat, "input_masking")
-    assert ranks_[0].argsort()[:5].tolist() == [0, 1, 2, 3, 4]  # the lowest stay
+    assert patch_weights(m, 0.75, "none") is None
 
 
 def test_tau_rises_and_the_learning_rate_falls_by_half_a_cosine():
@@ -197,7 +210,7 @@ def test_tau_rises_and_the_learning_rate_falls_by_half_a_cosine():
 
 def test_a_training_step_is_algorithm_1():
     """Against the same written out: M_norm, weights, loss, AdamW."""
-    cfg = Config(**TINY)
+    cfg = resolve(Config(**TINY))
     torch.manual_seed(2)
     ours = MAE(cfg)
     theirs = copy.deepcopy(ours)
@@ -323,18 +336,20 @@ def imports(path):
     return found
 
 
-def test_the_method_is_in_one_file():
-    """From the model to train_step attg_mae.py uses nothing of attg/."""
-    path = ROOT / "attg_mae.py"
-    shared = {n for n, module in imports(path).items() if module.startswith("attg.")}
-    assert shared
-    statements = ast.parse(path.read_text()).body
-    names = [getattr(statement, "name", "") for statement in statements]
-    first, end = names.index("patchify"), names.index("train")
-    assert first < names.index("MAE") < names.index("train_step") < end
-    for statement in statements[first:end]:
-        used = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
-        assert not used & shared, f"line {statement.lineno}: {used & shared}"
+def test_the_method_is_in_one_file(tmp_path):
+    """attg_mae.py copied alone: the model, the loss and train_step work."""
+    shutil.copy(ROOT / "attg_mae.py", tmp_path)
+    command = [sys.executable, "-P", "attg_mae.py"]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([*command, "--demo"], env=environment, **options)
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in re.findall(r"loss (\S+),", done.stdout)]
+    assert len(losses) == 3 and losses[0] > losses[1] > losses[2]
+    # All else asks for the packages, in one line.
+    done = subprocess.run(command, env=environment, **options)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "attg/" in done.stderr
 
 
 def test_nothing_below_imports_what_is_above():

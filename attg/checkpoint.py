@@ -20,6 +20,7 @@ import errno
 import json
 import math
 import re
+import sys
 import zipfile
 import zlib
 from importlib.util import find_spec
@@ -354,7 +355,8 @@ def restore_resolved(cfg, parts):
     of the checkpoint.
     """
     old = parts["config"]
-    usual = dataclasses.replace(cfg, warmup_epochs=None).warmup_epochs
+    resolve = vars(sys.modules[type(cfg).__module__])["resolve"]
+    usual = resolve(dataclasses.replace(cfg, warmup_epochs=None)).warmup_epochs
     for name in ("precision", "accum"):
         if getattr(cfg, name) == "auto":
             setattr(cfg, name, old.get(name, "auto"))

@@ -153,6 +153,8 @@ class Batch(NamedTuple):
     flip: torch.Tensor
     # float32 (B, L): decides the mask.
     noise: torch.Tensor
+    # float32 (B, L): breaks ties between patches, see attg_mae.patch_order.
+    ties: torch.Tensor | None = None
 
 
 def to_device(sample, noise, all_maps, device):

@@ -6,6 +6,7 @@ checkpoints and end. Nothing of the method is here.
 import dataclasses
 import math
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -379,11 +380,9 @@ def dry_run(model, images, device, dtype):
     weights = sum(p.numel() for p in model.parameters())
     reserved = torch.empty(3 * weights, device=device)
     imgs = torch.zeros(images, cfg.in_chans, *cfg.size, device=device)
-    flat = torch.zeros(images, math.prod(cfg.grid), device=device)
+    ones = torch.ones(images, math.prod(cfg.grid), device=device)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        loss, _, _ = model(
-            imgs, flat, mask_ratio=cfg.mask_ratio, noise=flat, normalize_attn=False
-        )
+        loss, _, _ = model(imgs, noise=ones, weight=ones)
     loss.backward()
     del reserved
 
@@ -417,10 +416,12 @@ def reconstruction_mse(model, dataset, loader_args, dtype, rank, world):
 
 def differences_from_defaults(cfg, without):
     """The flags by which cfg differs from what Config fills in; `without` these names."""
+    resolve = vars(sys.modules[type(cfg).__module__])["resolve"]
     usual = type(cfg)(model=cfg.model, data=cfg.data, guidance=cfg.guidance)
     sizes = {"epochs": cfg.epochs, "batch_size": cfg.batch_size}
     follows = {"warmup_epochs": None, "lr": None, "blr": None}
-    implied = dataclasses.replace(usual, **sizes, **follows)
+    implied = resolve(dataclasses.replace(usual, **sizes))
+    usual = resolve(usual)
     flags = []
     for field in dataclasses.fields(cfg):
         default = field.default

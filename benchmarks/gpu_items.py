@@ -30,7 +30,7 @@ from attg.loader import Batch
 from attg.maps import save_maps
 from attg.seeding import generator_for
 from attg.toy import toy
-from attg_mae import Config, build_model, param_groups, train_step
+from attg_mae import Config, build_model, param_groups, resolve, train_step
 from benchmarks import data, kernel, knn, maps, step
 from benchmarks.gpu import add_record, read_records, results
 from benchmarks.gpu_checks import CHECKS, kernel_impl, loss_path, row_of
@@ -381,7 +381,7 @@ def train_toy(setup, fused, dtype, stop, seconds=float("inf")):
 
     The learning rate stays at its peak after 100 steps, as nobody knows the end.
     """
-    cfg = Config(batch_size=4 if setup.tiny else 256)
+    cfg = resolve(Config(batch_size=4 if setup.tiny else 256))
     torch.manual_seed(0)
     model = build_model(cfg).to(setup.device)
     optimizer = torch.optim.AdamW(

@@ -29,7 +29,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attg.files import require
 from attg.loader import Batch
-from attg_mae import Config, build_model, model_inputs, param_groups, train_step
+from attg_mae import (
+    Config,
+    build_model,
+    flip_and_normalize,
+    param_groups,
+    resolve,
+    train_step,
+)
 from benchmarks.measure import (
     clock_words,
     machine,
@@ -267,7 +274,7 @@ def random_batch(cfg, batch_size, device):
 def make_inputs(cfg, batch_size, dtype, device):
     """Inputs of random pixels; dtype: torch.float32 is without autocast."""
     batch = random_batch(cfg, batch_size, device)
-    imgs, *_ = model_inputs(batch._replace(maps=None), cfg)
+    imgs = flip_and_normalize(batch, cfg)
     dtype = None if dtype == torch.float32 else dtype
     tau = torch.tensor(0.75, device=device)
     return Inputs(cfg, imgs, batch.noise, batch, dtype, tau)
@@ -484,7 +491,7 @@ def run(args, device, out):
     modes = [False, True] if args.compile else [False]
     rows = []
     for name, dtype in product(args.models, dtypes):
-        cfg = Config(name)
+        cfg = resolve(Config(name))
         codes = available_codes(cfg, device, args.mae_repo, args.codes)
         inputs = make_inputs(cfg, batch_size, getattr(torch, dtype), device)
         more = measure_steps(codes, inputs, modes, args.repeats)

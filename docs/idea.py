@@ -29,7 +29,14 @@ from attg.figures import denormalize, reconstruct
 from attg.files import require
 from attg.loader import to_device
 from attg.maps import open_maps
-from attg_mae import MAE, Config, load_checkpoint, mask_noise, model_inputs, pool_maps
+from attg_mae import (
+    MAE,
+    Config,
+    flip_and_normalize,
+    load_checkpoint,
+    mask_noise,
+    pool_maps,
+)
 from docs.drawing import Panel, enlarge, save_panels
 
 TAU = 0.75  # of the first training step, where guidance is strongest
@@ -53,9 +60,9 @@ def evenly_spaced(number, count):
 
 def draw_rows(batch, vanilla, guided):
     """A row of Panels for each picture of a Batch; the first row has the titles."""
-    # The map as it is, even if the guided run is one of the ablations.
-    cfg = dataclasses.replace(guided.cfg, guidance="attg", map_norm="image")
-    imgs, m_norm, noise = model_inputs(batch, cfg)
+    cfg = guided.cfg
+    imgs, noise = flip_and_normalize(batch, cfg), batch.noise
+    m_norm = pool_maps(batch.maps, batch.box, batch.flip, cfg.grid)
     weight = torch.exp(m_norm / TAU).view(-1, *cfg.grid)
     # The grey scale is that of all pictures: w is largest where M is 1.
     largest = math.exp(1 / TAU)

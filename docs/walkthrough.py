@@ -27,7 +27,15 @@ from attg.figures import denormalize
 from attg.files import require
 from attg.loader import ResumableBatchSampler, to_device
 from attg.seeding import seed_for
-from attg_mae import MAE, Config, mask_noise, model_inputs, tau_at
+from attg_mae import (
+    MAE,
+    Config,
+    crop_maps,
+    flip_and_normalize,
+    mask_noise,
+    resolve,
+    tau_at,
+)
 from docs.drawing import (
     Panel,
     draw_frame,
@@ -44,7 +52,7 @@ SIDE = 256  # px of a panel: 32 px a patch
 def build(checkpoint):
     """The model of a last.pt, or the one that `python attg_mae.py` starts from."""
     if checkpoint is None:
-        cfg = Config()
+        cfg = resolve(Config())
         torch.manual_seed(seed_for("weights", cfg.seed))
         return MAE(cfg)
     model = load_model(checkpoint)
@@ -77,7 +85,8 @@ def take_step(model, batch, tau):
     All are of a batch of one, in the shapes of attg_mae.py. There is no backward pass.
     """
     cfg, step = model.cfg, SimpleNamespace()
-    step.imgs, step.m_norm, step.noise = model_inputs(batch, cfg)
+    step.imgs, step.noise = flip_and_normalize(batch, cfg), batch.noise
+    step.m_norm, _ = crop_maps(batch.maps, batch.box, batch.flip, cfg)
     step.patches = model.patchify(step.imgs)
     step.ids_keep, step.mask = model.random_masking(step.noise, cfg.mask_ratio)
     latent = model.forward_encoder(step.patches, step.ids_keep)
@@ -96,9 +105,7 @@ def take_step(model, batch, tau):
 
     # The model's own forward: the loss of Eq. 2, and MAE's where there is no map.
     options = {"tau": tau, "mask_ratio": cfg.mask_ratio, "noise": step.noise}
-    step.forward_loss, _, _ = model(
-        step.imgs, step.m_norm, normalize_attn=False, **options
-    )
+    step.forward_loss, _, _ = model(step.imgs, weight=step.weight, **options)
     step.forward_vanilla, _, _ = model(step.imgs, None, **options)
     torch.testing.assert_close(step.loss, step.forward_loss)
     torch.testing.assert_close(step.vanilla_loss, step.forward_vanilla)

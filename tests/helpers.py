@@ -575,14 +575,15 @@ def recorded_passes():
     def spy(self, *args, **options):
         bound = inspect.signature(forward).bind(self, *args, **options)
         bound.apply_defaults()
-        loss, pred, mask = forward(self, *args, **options)
+        results = forward(self, *args, **options)
+        loss, pred, mask, *_ = results
         if self.training and torch.is_grad_enabled():
             values = bound.arguments | {"loss": loss, "pred": pred, "mask": mask}
             for name, value in values.items():
                 if isinstance(value, torch.Tensor):
                     values[name] = value.detach().clone()
             seen.append(SimpleNamespace(**values, model=self))
-        return loss, pred, mask
+        return results
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attg_mae.MAE, "forward", spy)

@@ -24,6 +24,7 @@ import eval_knn
 import eval_linear
 import object_discovery
 from attg import files
+from attg.cli import resume_class
 from attg.checkpoint import find_checkpoint, load_optimizer, load_scaler, load_state
 from attg.finetuning import continue_run, save_run
 from attg.log import Log
@@ -44,7 +45,13 @@ def resumed(path, cfg):
     """[weights, moments] that a run would go on with."""
     cfg = replace(cfg, resume=str(path))
     log = Log(path.parent, rank=1)
-    parts = find_checkpoint(cfg, 10**6, log, attg_mae.FIXED, attg_mae.FREE)
+    parts = find_checkpoint(
+        cfg,
+        10**6,
+        log,
+        resume_class(attg_mae.Config, "fixed"),
+        resume_class(attg_mae.Config, "free"),
+    )
     model = attg_mae.build_model(cfg)
     load_state(model, parts["model"], path)
     groups = attg_mae.param_groups(model, cfg.weight_decay)

@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.ops import roi_align
 
 import attg_mae
+from attg.loader import Batch
 from tests.helpers import close, oracle, rand, randn, run
 
 
@@ -96,25 +97,23 @@ def test_guide():
     x = randn(6, 11, 4, seed=1)
     mask = rand(6, 11) < 0.7
     for i, guidance in enumerate(("attg", "inverted", "foreground", "background")):
-        attn, same = attg_mae.guide(m, noise, flat, guidance, ties)
-        got = (attn.double() / 0.5).exp()
-        assert same.equal(noise) and m.equal(before)
-        assert [torch.allclose(got, w, rtol=1e-5, atol=0) for w in weights] == [
-            j == i for j in range(4)
-        ]
+        got = attg_mae.patch_weights(m, 0.5, guidance, flat, ties)
+        assert m.equal(before)
+        assert [
+            torch.allclose(got.double(), w, rtol=1e-5, atol=0) for w in weights
+        ] == [j == i for j in range(4)]
         rows = run(
             pred,
             x,
             mask,
-            attn,
+            got.log(),
             torch.ones(6, 11),
-            tau=0.5,
+            tau=1.0,
             normalize_attn=False,
             reduction="none",
         )[0]
         assert close(rows, oracle(pred, x, mask)[0] * weights[i], 5e-6)
-    attn, same = attg_mae.guide(m, noise, flat, "none")
-    assert attn is None and same.equal(noise)
+    assert attg_mae.patch_weights(m, 0.5, "none", flat) is None
 
 
 @pytest.mark.parametrize("guidance", ["foreground", "background"])
@@ -125,7 +124,6 @@ def test_ties_at_the_quantile_have_a_draw_of_their_own(guidance):
     """
     B, L, steps = 8, 64, 100
     m = (rand(B, L, seed=1) < 0.5).float()
-    never = torch.zeros(B).bool()
     grid = (8, 8)
     by_ties, by_noise = [], []
     for step in range(steps):
@@ -133,8 +131,7 @@ def test_ties_at_the_quantile_have_a_draw_of_their_own(guidance):
         ties = attg_mae.mask_noise(0, step, B, grid, use="ties")
         hidden = noise.argsort(dim=1).argsort(dim=1) >= 16
         for draw, shares in ((ties, by_ties), (noise, by_noise)):
-            attn, _ = attg_mae.guide(m, noise, never, guidance, draw)
-            dropped = attn.isneginf()
+            dropped = attg_mae.patch_weights(m, 1.0, guidance, ties=draw) == 0
             lowest = 0.0 if guidance == "foreground" else 1.0
             assert (dropped.sum(1) == 7).all() and (m[dropped] == lowest).all()
             shares.append(dropped[hidden].float().mean().item())
@@ -150,13 +147,12 @@ def test_ties_at_the_quantile_have_a_draw_of_their_own(guidance):
 
 def test_without_ties_the_quantile_decides():
     """torch.quantile's 10 %; where that is one of the values its rounding decides."""
-    never = torch.zeros(5).bool()
     for L in (2, 5, 16, 20, 49, 64, 196, 256, 300):
-        m, noise = rand(5, L, seed=L), rand(5, L, seed=L + 1)
+        m = rand(5, L, seed=L)
         for guidance, x in (("foreground", m), ("background", 1 - m)):
             low = x < x.quantile(0.1, dim=1, keepdim=True)
-            attn, _ = attg_mae.guide(m, noise, never, guidance)
-            assert attn.isneginf().equal(low) and low.any()
+            weight = attg_mae.patch_weights(m, 1.0, guidance)
+            assert (weight == 0).equal(low) and low.any()
 
 
 def test_input_masking():
@@ -166,10 +162,15 @@ def test_input_masking():
     def removed(noise):
         return torch.ones(n, L).scatter(1, noise.argsort(1)[:, :keep], 0.0)
 
+    cfg = attg_mae.Config(guidance="input_masking", img_size=16, patch_size=4)
+    image, box = torch.zeros(n, 3, 16, 16), torch.tensor([[0.0, 0, 1, 1]]).expand(n, 4)
+
     def masked(m, flat=never):
         before = noise.clone()
-        attn, new = attg_mae.guide(m, noise, flat, "input_masking")
-        assert attn is None and noise.equal(before)
+        maps = torch.where(flat[:, None], 0.5, m).view(n, 4, 4)
+        batch = Batch(image, maps, box, never, noise)
+        _, weight, new = attg_mae.model_inputs(batch, cfg, 0.75)
+        assert weight is None and noise.equal(before)
         return removed(new)
 
     top = torch.zeros(n, L).scatter(1, m.topk(L - keep).indices, 1.0)
@@ -280,12 +281,12 @@ def test_a_flat_crop_of_a_map_that_is_not_flat():
     assert flat.tolist() == [True, True, False] and not m[:2].any()
     assert close(m[2], (means - means.min()) / (means.max() - means.min()), 1e-5)
     for guidance in ("attg", "inverted", "foreground", "background"):
-        attn, _ = attg_mae.guide(m, rand(3, 16), flat, guidance)
-        assert not attn[:2].any() and attn[2].any()
+        weight = attg_mae.patch_weights(m, 1.0, guidance, flat)
+        assert (weight[:2] == 1).all() and (weight[2] != 1).any()
 
     image = attg_mae.Config(map_norm="image", **cfg)
     m, flat = attg_mae.crop_maps(maps, left, flip, image)
     assert flat.tolist() == [False, True, False]
     assert not m[0].any() and (m[1] == 0.5).all() and close(m[2], means, 1e-6)
-    attn, _ = attg_mae.guide(m, rand(3, 16), flat, "inverted")
-    assert (attn[0] == 1).all() and not attn[1].any()
+    weight = attg_mae.patch_weights(m, 1.0, "inverted", flat)
+    assert (weight[0] == math.e).all() and (weight[1] == 1).all()

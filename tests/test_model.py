@@ -186,7 +186,10 @@ def test_weighted_loss_masks_and_grids(grid, chans):
     attn = rand(3, L) * 5 - 2
     noise = rand(3, L, seed=1)
     for tau, normalize in ((0.75, True), (torch.tensor(0.2), True), (1.0, False)):
-        loss, pred, mask = model(imgs, attn, tau, ratio, noise, normalize)
+        given = {"attn": attn, "tau": tau}
+        if not normalize:
+            given = {"weight": attn.exp()}
+        loss, pred, mask = model(imgs, noise=noise, **given)
         rows, grad, count = oracle(
             pred, imgs, mask, attn, tau, patch_size=4, normalize_attn=normalize
         )
@@ -264,14 +267,17 @@ def test_plain_loss_ignores_what_stands_in_visible_patches(bad):
     """As the kernel file does: neither the loss nor the gradient knows of it."""
     pred, patches = randn(2, 6, 12), randn(2, 6, 12, seed=1)
     mask, m_norm = (rand(2, 6, seed=2) < 0.6).float(), rand(2, 6, seed=3)
-    want = attg_mae.masked_loss(pred.requires_grad_(), patches, mask, m_norm)
+    weight = attg_mae.patch_weights(m_norm, 0.75)
+    want, mse = attg_mae.masked_loss(pred.requires_grad_(), patches, mask, weight)
     want.backward()
     spoilt = torch.where(mask[..., None].bool(), pred.detach(), bad).requires_grad_()
-    loss = attg_mae.masked_loss(spoilt, patches, mask, m_norm)
+    loss, same_mse = attg_mae.masked_loss(spoilt, patches, mask, weight)
     loss.backward()
     assert loss.equal(want) and spoilt.grad.equal(pred.grad) and pred.grad.any()
+    assert same_mse.equal(mse)
     everywhere = torch.full_like(pred, bad)
-    assert not attg_mae.masked_loss(everywhere, patches, mask, m_norm).isfinite()
+    for x in attg_mae.masked_loss(everywhere, patches, mask, weight):
+        assert not x.isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -279,11 +285,12 @@ def test_plain_loss_is_fp32_for_any_model(dtype):
     """Equal to the kernel file's, which reads 16-bit numbers and computes in fp32."""
     pred, patches = randn(2, 6, 12, dtype=dtype), randn(2, 6, 12, seed=1, dtype=dtype)
     mask, m_norm = torch.ones(2, 6), rand(2, 6, seed=3).to(dtype)
-    loss = attg_mae.masked_loss(pred, patches, mask, m_norm)
+    weight = attg_mae.patch_weights(m_norm.float(), 0.75)
+    loss, _ = attg_mae.masked_loss(pred, patches, mask, weight)
     options = {"normalize_attn": False, "impl": "torch"}
     want = kernel.attg_loss(pred, patches, mask, m_norm, **options)
     assert loss.dtype == torch.float32 and close(loss, want, 1e-6)
-    assert attg_mae.masked_loss(pred, patches, 0 * mask, m_norm) == 0
+    assert attg_mae.masked_loss(pred, patches, 0 * mask, weight) == (0, 0)
 
 
 def test_forward_refuses_wrong_arguments():

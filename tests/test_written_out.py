@@ -42,7 +42,7 @@ def loss_of(model, seen, tau):
     deviation = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     x_norm = (patches - patches.mean(-1, keepdim=True)) / deviation
     error = (pred - x_norm).square().mean(-1)
-    return (mask * (seen.attn / tau).exp() * error).sum() / mask.sum()
+    return (mask * seen.weight * error).sum() / mask.sum()
 
 
 def adamw(parameter, moments, step, lr, decay):
