@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
     ignore_sigint_during_import()
 
-import dataclasses
 import math
 
 import torch

@@ -24,8 +24,8 @@ import eval_knn
 import eval_linear
 import object_discovery
 from attg import files
-from attg.cli import resume_class
 from attg.checkpoint import find_checkpoint, load_optimizer, load_scaler, load_state
+from attg.cli import resume_class
 from attg.finetuning import continue_run, save_run
 from attg.log import Log
 from tests.fuzz import damaged_checkpoint, damaged_parts, within

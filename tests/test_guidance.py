@@ -90,7 +90,7 @@ def test_guide():
     m, *weights = (
         torch.tensor(x, dtype=torch.float64) for x in zip(*maps, strict=True)
     )
-    m, flat, noise = m.float(), torch.tensor([0, 0, 0, 0, 1, 1]).bool(), rand(6, 11)
+    m, flat = m.float(), torch.tensor([0, 0, 0, 0, 1, 1]).bool()
     before = m.clone()
     ties = torch.linspace(0, 1, 11).expand(6, -1)
     pred = randn(6, 11, 4)
