@@ -1,0 +1,377 @@
+"""
+Flags generated from dataclasses, their ranges, and how a program exits: attg/cli.py.
+"""
+
+import dataclasses
+import importlib
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._utils import ExceptionWrapper
+
+from attg.cli import (
+    DataFlags,
+    Parser,
+    RunFlags,
+    check_unused,
+    flag,
+    kinds_of,
+    make_folder,
+    parse,
+    progress,
+    resume_class,
+    run_cli,
+    validate,
+    value_type,
+)
+from attg.loader import make_loader
+from tests.helpers import ROOT
+from tests.processes import SCRIPT
+
+
+def count_or_auto(text):
+    return text if text == "auto" else int(text)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings(DataFlags, RunFlags):
+    """Flags of each kind."""
+
+    batch_size: int = flag(1, "images", low=1, high=64)
+    accum: int | str | None = flag(None, "steps", low=1, high=8, type=count_or_auto)
+    ratios: tuple = flag((0.5,), "several", low=0, high=1, type=float, nargs="+")
+    guidance: str = flag("attg", "mode", choices=("attg", "none"), resume="free")
+    norm_pix: bool = flag(True, "normalize")
+
+
+@dataclasses.dataclass(kw_only=True)
+class FileSettings(Settings):
+    """A program's own flags."""
+
+    checkpoint: str | None = flag(None, "a file", positional=True)
+
+
+def test_flags_are_generated_from_fields(capsys):
+    assert parse(FileSettings, "", []) == FileSettings()
+    command = "x.pt --batch-size=3 --accum auto --ratios 1 0.25 --no-norm-pix"
+    assert parse(FileSettings, "", command.split()) == FileSettings(
+        checkpoint="x.pt",
+        batch_size=3,
+        accum="auto",
+        ratios=(1.0, 0.25),
+        norm_pix=False,
+    )
+    assert parse(Settings, "", ["--batch_size", "3"]).batch_size == 3
+    assert resume_class(Settings, "fixed") == {"data", "classes"}
+    with pytest.raises(SystemExit):
+        parse(FileSettings, "Two\n\n    lines", ["--help"])
+    text = capsys.readouterr().out
+    assert "Two\n\n    lines" in text and "[attg]" in text and "[0.5]" in text
+    order = ["\nflags of each kind:", "\n  --norm_pix", "\nimages:", "\n  --max_pixels"]
+    assert [text.index(x) for x in order] == sorted(text.index(x) for x in order)
+
+
+@pytest.mark.parametrize(
+    "flags, first, second",
+    [
+        ("--bacth_size 3", "unrecognized arguments: --bacth_size 3", "--batch_size"),
+        ("--bacth-size=3", "unrecognized arguments: --bacth-size=3", "--batch_size"),
+        ("-guidance none", "unrecognized arguments: -guidance none", "--guidance"),
+        ("--xyz 3", "unrecognized arguments: --xyz 3", None),
+        ("--guidance no", "argument --guidance: invalid choice: ", None),
+        ("--batch_size x", "argument --batch_size: invalid int value: ", None),
+    ],
+)
+def test_a_mistake_is_answered_in_three_lines(
+    flags, first, second, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    with pytest.raises(SystemExit) as exit:
+        parse(Settings, "", flags.split())
+    out, errors = capsys.readouterr()
+    lines = errors.splitlines()
+    assert exit.value.code == 2 and out == ""
+    assert lines[0].startswith(f"program.py: error: {first}")
+    assert lines[1:-1] == ([f"Did you mean {second}?"] if second else [])
+    assert lines[-1] == "python program.py --help lists every flag"
+
+
+def test_commands_of_modules_are_named_whole(capsys):
+    with pytest.raises(SystemExit):
+        Parser(prog="python -m docs.idea").parse_args(["--x"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "python -m docs.idea --help lists every flag"
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"guidance": "no"}, "--guidance no: must be one of attg, none"),
+        ({"guidance": 3}, "--guidance 3: must be a string"),
+        ({"norm_pix": 1}, "--norm_pix 1: must be true or false"),
+        ({"batch_size": True}, "--batch_size True: must be a whole number"),
+        ({"batch_size": None}, "--batch_size None: must be a whole number"),
+        ({"ratios": (0.5, "x")}, "--ratios x: must be a number from 0 to 1"),
+        ({"accum": 9}, "--accum 9: must be a whole number from 1 to 8"),
+    ],
+)
+def test_wrong_values_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        validate(Settings(**wrong))
+
+
+def test_flags_without_effect_are_refused():
+    settings = FileSettings(batch_size=2, checkpoint="x.pt")
+    check_unused(settings, ["accum", "ratios"], "not used")
+    for name, shown in (("batch_size", "--batch_size"), ("checkpoint", "checkpoint")):
+        with pytest.raises(ValueError, match=f"^{shown}: not used; leave it out"):
+            check_unused(settings, ["accum", name], "not used")
+
+
+# -- The numeric flags of all programs -------------------------------------------------
+
+PROGRAMS = {"attg_mae": "Config", "object_discovery": "Settings"}
+PROGRAMS |= dict.fromkeys(
+    ("eval_knn", "eval_retrieval", "eval_linear", "eval_finetune", "study", "bench"),
+    "Settings",
+)
+
+
+def settings_class(program):
+    return getattr(importlib.import_module(program), PROGRAMS[program])
+
+
+def numeric_fields(kind):
+    fields = dataclasses.fields(kind)
+    return [f for f in fields if value_type(f) in (int, float) or int in kinds_of(f)]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_number_has_a_range(program):
+    """Both ends of it are valid; what lies beyond, NaN and text are refused by name."""
+    fields = numeric_fields(settings_class(program))
+    assert fields
+    for field in fields:
+        low, high = field.metadata["low"], field.metadata["high"]
+        several = tuple in kinds_of(field)
+        kind = dataclasses.make_dataclass(
+            "One", [(field.name, field.type, field.default)]
+        )
+        kind.__dataclass_fields__[field.name].metadata = field.metadata
+        for right in (low, high):
+            validate(kind((right, right) if several else right))
+        for wrong in (low - max(1, abs(low)), 2 * high + 1, math.nan, -math.inf, True):
+            with pytest.raises(ValueError, match=f"^--{field.name} {wrong}: must be"):
+                validate(kind((low, wrong) if several else wrong))
+
+
+VALUES = "0 -1 1 2 7 0.5 1e300 -1e300 nan inf -inf 1e-300 x 1e9 0x10 1_000 ½ auto"
+VALUES = st.sampled_from([*VALUES.split(), "", "9" * 30, "1000000000"])
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_random_numbers(program, capsys):
+    """They give settings within the ranges or an error that names the flag."""
+    kind = settings_class(program)
+    fields = {field.name: field for field in numeric_fields(kind)}
+    flags = st.dictionaries(
+        st.sampled_from(sorted(fields)), st.lists(VALUES, min_size=1, max_size=3)
+    )
+
+    @given(flags, st.sampled_from("-_"))
+    def check(flags, hyphen):
+        argv = []
+        for name, (first, *others) in flags.items():
+            # With the equals sign -1 cannot be taken for a flag.
+            argv += [f"--{name.replace('_', hyphen)}={first}", *others]
+        try:
+            settings = parse(kind, "", argv)
+        except ValueError as error:
+            assert set(re.findall(r"--(\w+)", str(error))) & set(flags), argv
+        except SystemExit as error:
+            message = capsys.readouterr().err
+            assert error.code == 2 and len(message.splitlines()) <= 3
+            assert "error: " in message
+        else:
+            for name in flags:
+                values = getattr(settings, name)
+                for value in values if isinstance(values, tuple) else [values]:
+                    metadata = fields[name].metadata
+                    assert (
+                        value == "auto" or metadata["low"] <= value <= metadata["high"]
+                    )
+
+    check()
+
+
+# -- Exit ------------------------------------------------------------------------------
+
+
+def exit_of(main, **options):
+    """Exit code or message of run_cli."""
+    with pytest.raises(SystemExit) as exit:
+        run_cli(main, **options)
+    return exit.value.code
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.fixture
+def program(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/program.py"])
+
+
+def test_exit_codes(program, capsys):
+    assert exit_of(lambda: None) == 0
+    assert exit_of(lambda: [{"top-1": 3}]) == 0
+    assert exit_of(lambda: {"stopped": None}) == 0
+    assert exit_of(lambda: {"stopped": signal.SIGTERM}) == 143
+    assert exit_of(raising(ValueError("--k 0"))) == "program.py: error: --k 0"
+    assert exit_of(raising(OSError("full"))) == "program.py: error: full"
+    # A pipe other than stdout, such as a worker's.
+    broken = BrokenPipeError(32, "Broken pipe")
+    assert exit_of(raising(broken)) == "program.py: error: [Errno 32] Broken pipe"
+    assert capsys.readouterr() == ("\n", "")
+    assert exit_of(raising(KeyboardInterrupt()), interrupted="go on") == 130
+    assert capsys.readouterr().err == "program.py: go on\n"
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_cli(raising(RuntimeError("a bug")))
+
+
+@pytest.mark.parametrize(
+    "main, reason",
+    [
+        (
+            raising(torch.OutOfMemoryError("CUDA out of memory. Tried to")),
+            "CUDA out of memory",
+        ),
+        (raising(MemoryError()), "memory"),
+        (lambda: torch.empty(2**60), ".*"),
+    ],
+    ids=["GPU", "Python", "PyTorch on a CPU"],
+)
+def test_out_of_memory_names_a_remedy(main, reason, program):
+    message = exit_of(main, memory_hint="raise --accum")
+    expected = rf"program.py: error: out of memory \({reason}\); raise --accum"
+    assert re.fullmatch(expected, message)
+
+
+def start(*argv):
+    """A program whose Ctrl-C is not ignored, as it may be in a background job."""
+
+    def default():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, *argv]
+    return subprocess.Popen(command, cwd=ROOT, text=True, preexec_fn=default, **pipes)
+
+
+def test_ctrl_c_during_the_imports(tmp_path):
+    with start(SCRIPT, "--out", str(tmp_path / "out")) as run:
+        maps = Path(f"/proc/{run.pid}/maps")
+        while run.poll() is None and "torch" not in maps.read_text():
+            pass
+        run.send_signal(signal.SIGINT)
+        assert run.communicate() == ("", "")
+    # A shell reports 130.
+    assert run.returncode == -signal.SIGINT and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("code", ["log_line('x')", "print('x')", "print('x'), exit()"])
+def test_closed_pipe(code):
+    """As in `python attg_mae.py | head -n 1`, also if the output comes at exit."""
+    imports = "from attg.cli import log_line, run_cli"
+    with start("-c", f"{imports}; input(); run_cli(lambda: [{code}])") as run:
+        run.stdout.close()
+        run.stdin.write("go\n")
+        run.stdin.close()
+        assert run.stderr.read() == ""
+    assert run.returncode == 141
+
+
+def test_without_tqdm(monkeypatch):
+    assert list(progress(range(3), desc="x")) == [0, 1, 2]
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    steps = range(3)
+    assert progress(steps, desc="x") is steps
+
+
+def raising_in_worker(error):
+    """Raise as a DataLoader does; a loader itself takes 10 s to end."""
+
+    def main():
+        try:
+            raise error
+        except Exception:
+            caught = ExceptionWrapper(where="in DataLoader worker process 0")
+        caught.reraise()
+
+    return main
+
+
+def test_errors_of_workers_are_one_line(program):
+    for error, line in (
+        (ValueError("--data: of 4 images: none"), "--data: of 4 images: none"),
+        (FileNotFoundError(2, "No such file", "a"), "[Errno 2] No such file: 'a'"),
+        (ValueError("first line\nlast line"), "last line"),
+    ):
+        assert exit_of(raising_in_worker(error)) == f"program.py: error: {line}"
+    # A bug keeps its traceback.
+    with pytest.raises(KeyError, match="Original Traceback"):
+        run_cli(raising_in_worker(KeyError("x")))
+
+
+class Killed(torch.utils.data.Dataset):
+    """Its workers are killed."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_workers_name_a_remedy(program):
+    message = exit_of(lambda: list(make_loader(Killed(), workers=1)))
+    assert re.fullmatch(r"program.py: error: DataLoader worker \(pid.*", message)
+    assert message.endswith("fewer --workers, or --workers 0") and "\n" not in message
+
+
+def test_folders_name_their_flag(tmp_path):
+    for _ in range(2):
+        make_folder("out", tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(OSError, match=f"^--out {path}: "):
+            make_folder("out", path)
+
+
+SCRIPTS = [path for path in ROOT.glob("*.py") if path.name[:4] not in ("conf", "test")]
+SCRIPTS += [ROOT / "attg/toy.py", *ROOT.glob("docs/[!_]*.py")]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=[path.name for path in SCRIPTS])
+def test_every_program_begins_and_ends_alike(path):
+    text = path.read_text()
+    if "__main__" not in text:
+        return
+    first, last = text.split('\nif __name__ == "__main__":\n')[1:]
+    assert "    ignore_sigint_during_import()\n" in first
+    assert last.strip().startswith("run_cli(main") and last.strip().endswith(")")
+    assert not re.search(r"^import|^from", text[: text.index("__name__")], re.M)
