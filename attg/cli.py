@@ -257,7 +257,9 @@ def parse(kind, description, argv=None):
         group = parser.add_argument_group(title)
         groups |= dict.fromkeys(base.__dict__.get("__annotations__", ()), group)
     for field in dataclasses.fields(kind):
-        add_flag(groups.get(field.name, parser), field)
+        # A field without metadata is not a flag.
+        if field.metadata:
+            add_flag(groups.get(field.name, parser), field)
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
         if isinstance(value, list):

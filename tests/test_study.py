@@ -1,17 +1,13 @@
 """
-The study: arms, paired differences and their intervals, a whole one that is stopped.
+study.py: variants, paired differences and their intervals, a whole study that is resumed.
 """
 
+import importlib
 import json
 import math
 import os
 import signal
-import subprocess
-import tempfile
 import threading
-import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,17 +17,15 @@ import study
 from attg.datasets import open_data
 from attg.maps import load_maps, save_maps
 from attg.toy import TOY_CLASSES, toy
-from tests.helpers import ROOT, write
-from tests.processes import state_and_session
+from tests.helpers import write
 
 
-def test_arms_are_flags_of_the_training():
-    none, plain, both = map(study.parse_arm, ("none", "cut", "cut+tau0.7+constant"))
-    assert none.flags == ["--guidance", "none"]
-    assert plain == ("cut", "cut", [])
-    assert both.source == "cut"
-    assert both.flags == ["--tau", "0.7", "--tau_schedule", "constant"]
-    assert study.parse_arm("masks+inverted").flags == ["--guidance", "inverted"]
+def test_variants_are_flags_of_the_training():
+    assert study.variant_flags("none") == ("none", ["--guidance", "none"])
+    assert study.variant_flags("cut") == ("cut", [])
+    assert study.variant_flags("masks+inverted")[1] == ["--guidance", "inverted"]
+    changed = ["--tau", "0.7", "--tau_schedule", "constant"]
+    assert study.variant_flags("cut+tau0.7+constant") == ("cut", changed)
 
 
 def test_quantiles_and_intervals_equal_scipy():
@@ -52,12 +46,12 @@ def test_quantiles_and_intervals_equal_scipy():
     assert study.interval([4.0])[0] == 4 and math.isnan(study.interval([4.0])[1])
 
 
-def canned(folder, arm, seed, top1):
-    """A run's folder as the evaluations leave it; the last line of a file counts."""
+def saved(folder, variant, seed, top1):
+    """Write a run's folder as the evaluations leave it; the last line counts."""
     row = {"feature": "class_token", "protocol": "k-NN", "k": 20, "top-5": 90.0}
     lines = [{"results": [row | {"top-1": x}]} for x in (1.0, top1)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    file = folder / f"{arm}-seed{seed}" / "knn.jsonl"
+    file = folder / f"{variant}-seed{seed}" / "knn.jsonl"
     file.parent.mkdir(parents=True)
     file.write_text(text)
 
@@ -67,12 +61,12 @@ def test_differences_are_those_of_the_same_seed(tmp_path):
     vanilla = {0: 40.0, 1: 50.0, 2: 60.0, 7: 10.0}
     guided = {0: 41.0, 1: 52.0, 2: 63.0, 5: 99.0}
     for seed in vanilla:
-        canned(tmp_path, "none", seed, vanilla[seed])
+        saved(tmp_path, "none", seed, vanilla[seed])
     for seed in guided:
-        canned(tmp_path, "cut+tau0.7", seed, guided[seed])
-    (tmp_path / "cut+tau0.7-seed9").mkdir()  # has not come to its evaluations
+        saved(tmp_path, "cut+tau0.7", seed, guided[seed])
+    (tmp_path / "cut+tau0.7-seed9").mkdir()  # not evaluated yet
     first, second = study.table_rows(study.read_study(tmp_path))
-    assert (first["arm"], first["n"], first["mean"]) == ("none", 4, 40)
+    assert (first["variant"], first["n"], first["mean"]) == ("none", 4, 40)
     assert math.isclose(first["sd"], np.std([40, 50, 60, 10], ddof=1))
     assert "difference" not in first
     # Seed 5 has no partner: it counts for the mean, not for the difference.
@@ -94,8 +88,8 @@ def test_differences_are_those_of_the_same_seed(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A folder of 256 and 64 toy pictures, and their exact masks as exact.npy."""
+def images_with_maps(tmp_path_factory):
+    """A folder of 256 and 64 toy images, and their exact masks as exact.npy."""
     folder = tmp_path_factory.mktemp("study")
     for split, number in (("train", 256), ("test", 64)):
         images, _, labels = toy(split)
@@ -109,83 +103,15 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def server_of(ask, folder):
-    """subprocess for study.py: the server of processes, which has imported torch."""
-    server = threading.Lock()
-
-    class Forked:
-        def __init__(self, argv, env, stdout, stderr):
-            self.out = stdout
-            with server:
-                self.logs = Path(tempfile.mkdtemp(dir=folder))
-                self.pid = ask([str(self.logs), {}, [str(word) for word in argv[1:]]])
-
-        def wait(self):
-            # The server waits for one process at a time: for this one when it has ended.
-            while state_and_session(f"/proc/{self.pid}/stat")[0] != "Z":
-                time.sleep(0.01)
-            with server:
-                code = ask(self.pid)
-            for name in ("stdout", "stderr"):
-                self.out.write((self.logs / name).read_text())
-            return code
-
-    return SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT)
-
-
-def test_a_stopped_study_goes_on(pictures, ask, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    data, out, results = (pictures / name for name in ("data", "out", "results"))
-    flags = f"--data {data} --maps exact={pictures}/exact.npy --arms none exact "
-    flags += f"--seeds 0 1 --jobs 2 --evaluate knn --out {out} --results {results} "
-    flags += "-- --epochs 2 --batch_size 32 --eval_every 1 --width 32 --depth 1"
-    pid = ask([str(tmp_path), {}, [str(ROOT / "study.py"), *flags.split()]])
-    while not list(out.glob("*/train.done")):
-        assert state_and_session(f"/proc/{pid}/stat")[0] != "Z"
-        time.sleep(0.05)
-    os.kill(pid, signal.SIGTERM)
-    assert ask(pid) != 0
-    trained = {p: p.stat().st_mtime_ns for p in out.glob("*/train.done")}
-    assert 0 < len(trained) < 4
-
-    monkeypatch.setattr(study, "subprocess", server_of(ask, tmp_path))
-    rows = study.main(flags.split())
-    # What was done is not done again.
-    for path, stamp in trained.items():
-        assert path.stat().st_mtime_ns == stamp
-    runs = ["exact-seed0", "exact-seed1", "none-seed0", "none-seed1"]
-    assert sorted(p.name for p in results.iterdir() if p.is_dir()) == runs
-    files = ["config.json", "eval.txt", "knn.jsonl", "log.jsonl", "log.txt"]
-    for run in runs:
-        assert sorted(p.name for p in (results / run).iterdir()) == files
-        config = json.loads((results / run / "config.json").read_text())
-        assert f"seed{config['seed']}" in run
-        assert config["guidance"] == ("none" if "none" in run else "attg")
-        log = (results / run / "log.txt").read_text()
-        assert f"$ python attg_mae.py --data {data} --epochs 2" in log
-        # The last step's k-NN is that of the evaluation.
-        last = [json.loads(x) for x in (results / run / "log.jsonl").open()][-1]
-        evaluated = study.figures_of_run(results / run)
-        for feature in study.FEATURES:
-            assert evaluated["k-NN, k = 20", feature] == last["knn"][feature]
-    measures = {(row["measure"], row["feature"]) for row in rows}
-    assert len(measures) == 4 and len(rows) == 8
-    assert all(row["n"] == 2 for row in rows)
-    differences = [row["difference"] for row in rows if row["arm"] == "exact"]
-    assert any(abs(x) > 0.1 for x in differences)
-    assert "| exact | 2 |" in capsys.readouterr().out
-    assert Image.open(results / "curves.png").width > 500
-
-
-def test_maps_of_the_control_are_alike_and_centred(pictures):
-    path = pictures / "gaussian.npy"
-    study.gaussian_maps(path, str(pictures / "data"))
-    maps, manifest = load_maps(path, open_data(str(pictures / "data"), "train"))
+def test_gaussian_maps_are_centered(images_with_maps):
+    path = images_with_maps / "gaussian.npy"
+    study.gaussian_maps(path, str(images_with_maps / "data"))
+    maps, manifest = load_maps(path, open_data(str(images_with_maps / "data"), "train"))
     m = np.float64(maps[0])
     assert manifest["method"] == "gaussian" and (maps == maps[0]).all()
     assert (m == m[::-1]).all() and (m == m.T).all()
     assert m.max() == m[6, 6] == 1 and m.min() == m[0, 0] == 0
-    # Min-max normalized: at a quarter of the side from the centre exp(-1/2) of the top.
+    # Min-max normalized: at a quarter of the side from the center exp(-1/2) of the top.
     distance = (np.arange(14) - 6.5) / 14
     raw = np.exp(-(distance**2) / (2 * 0.25**2))
     raw = np.outer(raw, raw)
@@ -193,87 +119,131 @@ def test_maps_of_the_control_are_alike_and_centred(pictures):
     assert np.abs(m - want).max() < 1e-3
 
 
-def test_a_failed_run_leaves_the_others(pictures, monkeypatch, capsys):
-    monkeypatch.chdir(pictures)
+@pytest.fixture
+def in_process(monkeypatch):
+    """Run the programs in this process; a list of those that ran."""
+    ran = []
 
-    def run(self, log, program, *flags):
-        if "exact.npy" in map(str, flags):
-            raise RuntimeError("python attg_mae.py: exit code 1, out of luck")
+    def run(log, program, *flags):
+        ran.append(program)
+        log.open("a").write(f"$ {program}\n")
+        module = importlib.import_module(program.removesuffix(".py"))
+        module.main([str(flag) for flag in flags])
 
-    monkeypatch.setattr(study.Programs, "run", run)
-    flags = (
-        "--name bad --data data --maps exact=exact.npy --arms none exact --seeds 0 1"
-    )
-    with pytest.raises(ChildProcessError, match="2 runs failed.*out of luck.*again"):
+    monkeypatch.setattr(study, "run_program", run)
+    return ran
+
+
+def test_a_study_is_resumed(images_with_maps, in_process, monkeypatch, capsys):
+    folder = images_with_maps
+    out, results = folder / "out", folder / "results"
+    flags = f"--data {folder}/data --maps exact={folder}/exact.npy "
+    flags += f"--variants none exact --seeds 0 1 --out {out} --results {results} "
+    flags += "--evaluate knn -- --epochs 2 --batch_size 32 --eval_every 1 --width 32"
+    flags += " --depth 1"
+    run = study.run_program
+
+    def interrupted(log, program, *flags):
+        if len(in_process) == 3:
+            raise KeyboardInterrupt
+        run(log, program, *flags)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(study, "run_program", interrupted)
         study.main(flags.split())
+    assert in_process == ["attg_mae.py", "eval_knn.py", "attg_mae.py"]
+    rows = study.main(flags.split())
+    # What had been done was not done again: 4 runs, 4 evaluations.
+    assert len(in_process) == 8
+    runs = ["exact-seed0", "exact-seed1", "none-seed0", "none-seed1"]
+    assert sorted(p.name for p in results.iterdir() if p.is_dir()) == runs
+    for name in runs:
+        files = {"config.json", "eval.txt", "knn.jsonl", "log.jsonl", "log.txt"}
+        assert {p.name for p in (results / name).iterdir()} == files
+        config = json.loads((results / name / "config.json").read_text())
+        assert f"seed{config['seed']}" in name
+        assert config["guidance"] == ("none" if "none" in name else "attg")
+        # The last step's k-NN is that of the evaluation.
+        last = [json.loads(x) for x in (results / name / "log.jsonl").open()][-1]
+        evaluated = study.read_metrics(results / name)
+        for feature in study.FEATURES:
+            assert evaluated["k-NN, k = 20", feature] == last["knn"][feature]
+    assert len(rows) == 8 and all(row["n"] == 2 for row in rows)
+    differences = [row["difference"] for row in rows if row["variant"] == "exact"]
+    assert any(abs(x) > 0.1 for x in differences)
+    assert "| exact | 2 |" in capsys.readouterr().out
+    assert Image.open(results / "curves.png").width > 500
+
+
+def test_a_failed_run_leaves_the_others(images_with_maps, monkeypatch, capsys):
+    monkeypatch.chdir(images_with_maps)
+
+    def run(log, program, *flags):
+        if "exact.npy" in map(str, flags):
+            raise ChildProcessError("python attg_mae.py: exit code 1")
+
+    monkeypatch.setattr(study, "run_program", run)
+    flags = "--name bad --data data --maps exact=exact.npy --variants none exact"
+    with pytest.raises(ChildProcessError, match="2 runs failed.*exit code 1.*again"):
+        study.main([*flags.split(), "--seeds", "0", "1"])
     assert capsys.readouterr().out.count("none-seed") == 4
-    marks = sorted(
-        str(p.parent.name) for p in pictures.glob("out/study/bad/*/train.done")
-    )
-    assert marks == ["none-seed0", "none-seed1"]
 
 
-def test_a_program_that_fails_is_named(ask, monkeypatch, tmp_path):
-    monkeypatch.setattr(study, "subprocess", server_of(ask, tmp_path))
-    programs = study.Programs(1)
-    with pytest.raises(RuntimeError, match="eval_knn.py --k 0: exit code 1, .*needed"):
-        programs.run(tmp_path / "log.txt", "eval_knn.py", "--k", 0)
-    assert "$ python eval_knn.py --k 0    # " in (tmp_path / "log.txt").read_text()
-    programs.stop()
-    with pytest.raises(InterruptedError):
-        programs.run(tmp_path / "log.txt", "eval_knn.py")
-
-
-def test_last_words(tmp_path):
+def test_a_program_that_fails_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
     log = tmp_path / "log.txt"
     log.write_text("x.py: error: of an earlier try\n")
-    begin = log.stat().st_size
-    assert study.last_words(log, begin) == "without a word"
-    with open(log, "a") as file:
-        file.write("x.py: error: this\npython x.py --help lists every flag\n")
-    assert study.last_words(log, begin) == "x.py: error: this"
-    begin = log.stat().st_size
-    with open(log, "ab") as file:
-        file.write(b"\xff\nKilled\n\n")
-    assert study.last_words(log, begin) == "Killed"
+    for code, message in (
+        (
+            "print('x.py: error: this'); print('see --help'); exit(2)",
+            "x.py: error: this",
+        ),
+        ("print('last line'); exit(3)", "last line"),
+        ("exit(1)", "no output"),
+    ):
+        (tmp_path / "x.py").write_text(code)
+        with pytest.raises(ChildProcessError, match=f"x.py --k 0: .*, {message} "):
+            study.run_program(log, "x.py", "--k", 0)
+    assert "$ python x.py --k 0    # " in log.read_text()
 
 
-@pytest.mark.parametrize("flag", ["--out", "--results"])
-def test_folders_are_made_before_the_runs(flag, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study.Programs, "run", None)
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=f"{flag} file: this folder cannot be made"):
-        study.main([flag, "file"])
+def test_an_interrupted_program_may_save(monkeypatch, tmp_path):
+    """A signal to the study ends the program by SIGTERM, and waits for its end."""
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    (tmp_path / "x.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "def save(*_): time.sleep(0.2); (here / 'saved').touch(); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save); (here / 'ready').touch(); time.sleep(60)\n"
+    )
+
+    def interrupt():
+        while not (tmp_path / "ready").exists():
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        study.run_program(tmp_path / "log.txt", "x.py")
+    assert (tmp_path / "saved").exists()
 
 
-def test_a_table_of_nothing_is_not_written(tmp_path):
-    with pytest.raises(ValueError, match="no figures of runs in it"):
-        study.main(["--table", str(tmp_path)])
-    assert list(tmp_path.iterdir()) == []
-
-
-ERRORS = [  # flags, what the text names
-    ("--arms cut", "--arms cut --maps cut=FILE.npy"),
-    ("--arms none+inverted", "--arms none+inverted vanilla"),
-    ("--arms masks+upside", "--arms masks+upside +upside inverted"),
-    ("--arms self", "--arms self needs none"),
-    ("--arms none none", "--arms --seeds once"),
-    ("--maps a=none.npy --arms a", "--maps a=none.npy no such file"),
-    ("--jobs 0", "--jobs 0 1"),
-    ("--jobs 10000", "--jobs 10000 1024"),
-    ("--seeds 0 -1", "--seeds -1 negative"),
-    ("--shots 0", "--shots 0 least"),
-    ("--evaluate linear", "--evaluate knn"),
-    ("--table nowhere", "--table nowhere no such folder"),
-    ("-- --seed 3", "--seed set by the study"),
-]
-
-
-@pytest.mark.parametrize(("flags", "words"), ERRORS, ids=[x[0] for x in ERRORS])
-def test_study_errors(flags, words, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--variants cut", "--variants cut --maps cut=FILE.npy"),
+        ("--variants none+inverted", "--variants none+inverted vanilla"),
+        ("--variants masks+upside", "--variants masks+upside +upside inverted"),
+        ("--variants self", "--variants self none"),
+        ("--maps a=none.npy --variants a", "--maps a=none.npy no such file"),
+        ("--evaluate linear", "--evaluate knn"),
+        ("--table nowhere", "nowhere no results"),
+        ("-- --seed 3", "--seed study"),
+    ],
+)
+def test_study_errors(flags, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as error:
         study.main(flags.split())
-    assert [w for w in words.split() if w not in str(error.value)] == []
+    assert [x for x in named.split() if x not in str(error.value)] == []
     assert list(tmp_path.iterdir()) == []
