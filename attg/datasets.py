@@ -23,36 +23,26 @@ Values of --data:
         a single image
 From Python, also any map-style data set of (PIL image, label), see open_data.
 
-Class folders may be nested and may contain symbolic links; no folder is entered twice.
-Only regular files with an image suffix count. An image that cannot be decoded, or that
-has more than max_pixels pixels, is replaced by the next readable one.
-
 Loader workers decode and crop in 8 bits. A Sample carries the box and the flip of its
-crop, and the device normalizes and flips the image and crops its attention map alike.
-Every random draw is seeded with what it depends on (attg/seeding.py), so resuming or
-changing the number of workers changes nothing. EXIF rotation is ignored, as it is when
-maps are made.
+crop: the device normalizes and flips the image, and crops its attention map alike.
+Random draws are functions of (seed, epoch, index), so resuming, or another number of
+workers, changes nothing. EXIF rotation is ignored, as it is when maps are made.
 """
 
-import contextlib
 import functools
 import hashlib
 import os
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, Subset
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+from torch.utils.data import Dataset, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
 from attg.images import (
@@ -60,12 +50,21 @@ from attg.images import (
     MODES,
     check_pixels,
     eval_view,
-    load_image,
     to_8_bits,
     train_view,
 )
 from attg.seeding import generator_for, seed_for
-from attg.toy import TOY_CLASSES, TOY_VARIANTS, toy
+from attg.sources import (
+    LAYOUTS,
+    TORCHVISION,
+    Names,
+    Pairs,
+    check_split,
+    find_images,
+    load_from,
+    open_torchvision,
+)
+from attg.toy import TOY_VARIANTS, toy
 
 # Unreadable images that are reported one by one; further ones are counted.
 LINES = 10
@@ -74,41 +73,11 @@ LINES = 10
 class Sample(NamedTuple):
     """One item of a data set. default_collate makes a Sample of batched tensors."""
 
-    # uint8 (C, h, w), RGB or gray, not flipped yet.
-    image: torch.Tensor
-    # -1 = none.
-    label: int
-    # Row of the map file. Differs from the requested index if that image is unreadable.
-    index: int
-    # float32 (4,): x0, y0, x1, y1 of the crop, as fractions of the image's width and
-    # height.
-    box: torch.Tensor
-    # Whether to mirror image and map.
-    flip: bool
-
-
-class Names(Sequence):
-    """A list of strings, stored in one array of bytes.
-
-    Forked workers share the parent's memory until someone writes to it, and Python
-    writes a reference count whenever a string is read: a list of a million names would
-    soon be copied into every worker.
-    """
-
-    def __init__(self, names):
-        # File names need not be valid UTF-8.
-        encoded = [name.encode(errors="surrogateescape") for name in names]
-        self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self.offsets = np.cumsum([0, *map(len, encoded)])
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i):
-        # range accepts negative indices and raises the IndexError that ends a loop.
-        i = range(len(self))[i]
-        name = self.text[self.offsets[i] : self.offsets[i + 1]].tobytes()
-        return name.decode(errors="surrogateescape")
+    image: torch.Tensor  # uint8 (C, h, w), RGB or gray, not flipped yet
+    label: int  # -1 = none
+    index: int  # row of the map file; the next readable one if the image is unreadable
+    box: torch.Tensor  # float32 (4,): x0, y0, x1, y1 in fractions of width and height
+    flip: bool  # whether to mirror image and map
 
 
 @dataclass(eq=False)
@@ -120,19 +89,13 @@ class ImageData(Dataset):
     the first few are reported, further ones only counted. ValueError if there is none.
     """
 
-    # Map-style data set of (PIL image, label).
-    source: Sequence
-    # One name per image: order and identity of the rows of a map file.
-    names: Sequence[str]
-    # (n,), -1 = none; None if only the source knows the labels.
-    known_labels: Sequence[int] | None
-    # 0 = no labels; None = the largest label + 1.
-    known_classes: int | None
-    # The folder that names are relative to, if they are names of files.
-    root: Path | None = None
-    # uint8 (n, h, w), 1 = object; only the toy set has masks.
-    masks: np.ndarray | None = None
-    # The view, see open_data.
+    source: Sequence  # of (PIL image, label): any map-style data set
+    names: Sequence[str]  # one per image: order and identity of the rows of a map file
+    known_labels: Sequence[int] | None  # None: only the source knows them
+    known_classes: int | None  # 0 = no labels; None = the largest label + 1
+    root: Path | None = None  # the folder of the images, if names are names of files
+    masks: np.ndarray | None = None  # of toy alone: uint8 (n, h, w), 1 = object
+    # See open_data.
     size: tuple[int, int] = (32, 32)
     augment: Callable | None = None
     seed: int = 0
@@ -195,10 +158,11 @@ class ImageData(Dataset):
         count = int(self.unreadable.sum())
         if count <= LINES:
             more = "; further ones are only counted" if count == LINES else ""
-            message = (
-                f"unreadable, the next image replaces it: {self.path(i)} ({error})"
+            print(
+                f"unreadable, the next image replaces it: {self.path(i)} ({error}){more}",
+                file=sys.stderr,
+                flush=True,
             )
-            print(message + more, file=sys.stderr, flush=True)
 
     @property
     def labelled(self):
@@ -230,7 +194,7 @@ class ImageData(Dataset):
         """The images of these rows, an int tensor (m,), as another ImageData."""
         return replace(
             self,
-            source=Subset(self.source, rows.tolist()),
+            source=Subset(self.source, rows.numpy()),
             names=[self.names[i] for i in rows],
             known_labels=self.labels[rows].numpy(),
             known_classes=self.num_classes,
@@ -288,21 +252,6 @@ def check_pair(pair):
     )
 
 
-class Pairs(Dataset):
-    """Map-style data set of (load(items[i]), labels[i])."""
-
-    def __init__(self, load, items, labels):
-        self.load = load
-        self.items = items
-        self.labels = labels
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.load(self.items[i]), self.labels[i]
-
-
 # -- Opening a data set ----------------------------------------------------------------
 
 
@@ -347,48 +296,41 @@ def open_data(
         "max_pixels": max_pixels,
     }
     if not isinstance(name, str | os.PathLike):
-        check_choice("passed from Python", split, classes, splits=None)
-        return open_python(name, split, view)
+        return open_python(name, split, classes, view)
     name = str(name)
+    # Path.expanduser raises an error for unknown users.
+    path = Path(os.path.expanduser(name))
     if name == "toy":
-        check_choice(name, split, classes, ("train", "test", *TOY_VARIANTS))
+        check_split(name, split, classes, ("train", "test", *TOY_VARIANTS))
         images, masks, labels = toy(split)
         names = [f"toy/{split}/{i:05d}" for i in range(len(images))]
         source = Pairs(Image.fromarray, images, labels)
-        return ImageData(source, names, labels, len(TOY_CLASSES), masks=masks, **view)
+        num_classes = int(labels.max()) + 1
+        return ImageData(source, names, labels, num_classes, masks=masks, **view)
     if name in TORCHVISION:
-        check_choice(name, split, classes)
+        check_split(name, split, classes)
         root = Path(root or os.environ.get("ATTG_DATA") or "~/.cache/attg_mae")
         source = open_torchvision(name, split, root.expanduser())
         names = [f"{name}/{split}/{i:06d}" for i in range(len(source))]
         return ImageData(source, names, None, TORCHVISION[name][1], **view)
-    # Path.expanduser raises an error for unknown users.
-    path = Path(os.path.expanduser(name))
-    if path.is_file():
-        return open_file(name, path, split, classes, view)
-    return open_folder(name, path, split, classes, view)
-
-
-def check_choice(name, split, classes, splits=("train", "test"), folders=()):
-    """ValueError unless --data `name` takes this split and --classes.
-
-    splits: names of its splits, None = any; folders: its class folders, if any.
-    """
-    if classes and not (folders and Path(classes).is_file()):
+    if not path.exists():
         raise ValueError(
-            f"--classes {classes}: must be a text file with one class folder per line, "
-            f"and --data a folder with train/CLASS/ or CLASS/, not {name}"
+            f"--data {name}: neither a folder, an image nor one of toy, "
+            f"{', '.join(TORCHVISION)}. {LAYOUTS}"
         )
-    if splits is None or split in splits or (folders and Path(split).is_dir()):
-        return
-    message = f"split {split!r} of --data {name}: must be one of {', '.join(splits)}"
-    if folders:
-        message += ", or a folder with the same class folders as train/"
-    raise ValueError(message)
+    found = find_images(path, split, classes)
+    if found is None:
+        return None
+    folder, names, labels = found
+    names = Names(names)
+    source = Pairs(functools.partial(load_from, folder, max_pixels), names, labels)
+    return ImageData(source, names, labels, int(labels.max()) + 1, folder, **view)
 
 
-def open_python(data, split, view):
+def open_python(data, split, classes, view):
     """open_data of a map-style data set, or of a dict of them by split."""
+    if classes:
+        raise ValueError(f"--classes {classes}: only for --data of class folders")
     if not isinstance(data, Mapping):
         data = {"train": data}
     source = data.get(split)
@@ -396,20 +338,18 @@ def open_python(data, split, view):
         raise ValueError(f"data: has {list(data)}; one must be named 'train'")
     if source is None:
         return None
-    if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+    map_style = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    if not map_style or not len(source):
         raise ValueError(
-            f"data: a {type(source).__name__} has no [i] and len(); pass a map-style "
-            "data set of (PIL image, label)"
+            f"data: the {split} split is a {type(source).__name__} without images; must "
+            "be a map-style data set, with [i] and len(), of (PIL image, label)"
         )
-    if not len(source):
-        raise ValueError(f"data: the {split} split is empty; it needs an image")
     try:
         first = source[0]
     # Unreadable: it will be replaced.
     except Exception:
-        label = 0
-    else:
-        _, label = check_pair(first)
+        first = None
+    label = 0 if first is None else check_pair(first)[1]
     labels = getattr(source, "targets", None)
     if labels is not None:
         labels = [-1 if label is None else int(label) for label in labels]
@@ -422,269 +362,21 @@ def open_python(data, split, view):
     return ImageData(source, names, labels, num_classes, **view)
 
 
-# -- Files and folders -----------------------------------------------------------------
-
-LAYOUTS = (
-    "A folder must hold train/CLASS/*.jpg and, for a test split, val/CLASS/*.jpg or "
-    "test/CLASS/*.jpg; or CLASS/*.jpg; or images directly, here or in train/ (a flat "
-    "folder, for pre-training only)."
-)
-
-
-def files_as_data(folder, names, labels, num_classes, view):
-    """ImageData of the files `names`, relative to folder."""
-    # The same arrays in both: pickled once, shared by the workers.
-    names, labels = Names(names), np.array(labels)
-    load = functools.partial(load_from, folder, view["max_pixels"])
-    source = Pairs(load, names, labels)
-    return ImageData(source, names, labels, num_classes, root=folder, **view)
-
-
-def load_from(folder, max_pixels, name):
-    return load_image(os.path.join(folder, name), max_pixels)
-
-
-def open_file(name, path, split, classes, view):
-    """A single image as a data set of one."""
-    check_choice(name, split, classes)
-    if not is_image_file(path.name):
-        raise ValueError(
-            f"--data {name}: not an image file by its name; must end in "
-            f"{', '.join(IMG_EXTENSIONS)}"
-        )
-    if split == "test":
-        return None
-    return files_as_data(path.parent, [path.name], [-1], 0, view)
-
-
-def open_folder(name, path, split, classes, view):
-    """Class folders or a flat folder of images; None if there is no such split."""
-    if not path.is_dir():
-        raise ValueError(
-            f"--data {name}: neither a folder, an image nor one of toy, "
-            f"{', '.join(TORCHVISION)}. {LAYOUTS}"
-        )
-    train = path / "train" if (path / "train").is_dir() else path
-    class_names = find_class_folders(name, train, classes)
-    check_choice(name, split, classes, folders=class_names)
-    folder = train
-    if split == "test":
-        candidates = (path / "val", path / "test") if train != path else ()
-        folder = next(filter(Path.is_dir, candidates), None)
-    elif split != "train":
-        candidates = (Path(split, "val"), Path(split, "test"), Path(split))
-        folder = next(filter(Path.is_dir, candidates))
-    if folder is None:
-        return None
-    if class_names:
-        return open_classes(name, train, class_names, folder, classes, view)
-    _, names = list_folder(folder)
-    if not names:
-        raise ValueError(
-            f"--data {name}: {train} is a flat folder of images, but {folder} contains "
-            f"none directly. {LAYOUTS}"
-        )
-    return files_as_data(folder, names, [-1] * len(names), 0, view)
-
-
-def find_class_folders(name, train, classes):
-    """The names of the class folders in the training folder, [] if it is flat."""
-    class_names, images = list_folder(train)
-    # Without a train folder, val and test are not classes.
-    if not images and set(class_names) <= {"val", "test"}:
-        raise ValueError(
-            f"--data {name}: no class folders and no images in {train}. {LAYOUTS}"
-        )
-    if not images or classes:
-        return class_names
-    filled = [c for c, below in walk_images(train, class_names).items() if below]
-    if filled:
-        raise ValueError(
-            f"--data {name}: {train} contains {len(images)} images, such as {images[0]}, "
-            f"beside {len(filled)} folders with images, such as {filled[0]}/; move one "
-            "or the other elsewhere, or list the class folders in a file for --classes"
-        )
-    return []
-
-
-def open_classes(name, train, class_names, folder, classes, view):
-    """The class folders in `folder`, in the order and with the labels of ImageFolder.
-
-    class_names: the class folders in train; classes: the file that selects some of them.
-    """
-    here = all_here = list_folder(folder)[0]
-    if classes:
-        selected = read_classes(classes, train, class_names)
-        class_names = [c for c in class_names if c in selected]
-        here = [c for c in here if c in selected]
-    if class_names != here:
-        odd = sorted(set(class_names) ^ set(here))[:5]
-        raise ValueError(
-            f"--data {name}: {train} and {folder} hold different classes, {odd} are in "
-            "one only; make them equal or list the common ones with --classes"
-        )
-    below = walk_images(folder, here, skip=set(all_here) - set(here))
-    empty = [c for c in here if not below[c]]
-    if empty:
-        raise ValueError(
-            f"--data {name}: no images of the classes {', '.join(empty[:5])} in "
-            f"{folder}; remove these folders or list the others with --classes. {LAYOUTS}"
-        )
-    names = [image for c in here for image in below[c]]
-    labels = np.repeat(np.arange(len(here)), [len(below[c]) for c in here])
-    return files_as_data(folder, names, labels, len(here), view)
-
-
-def read_classes(file, train, class_names):
-    """The set of class folders listed in a --classes file."""
-    # Bytes that are not text give unknown names.
-    lines = Path(file).read_text(errors="replace").splitlines()
-    selected = {line.strip() for line in lines} - {""}
-    unknown = sorted(selected - set(class_names))[:5]
-    if not selected or unknown:
-        raise ValueError(
-            f"--classes {file}: {unknown or 'nothing'} listed, but the folders in "
-            f"{train} are {class_names[:5]} ...; list their names, one per line"
-        )
-    return selected
-
-
-def inode(path):
-    """Identity of a folder, the same through all links to it."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def inodes_above(folder):
-    """Inodes of a folder and all its parents: links to them would lead in circles."""
-    real = folder.resolve()
-    return {inode(path) for path in (real, *real.parents)}
-
-
-def list_folder(folder):
-    """(class folders, images) directly in a folder: two sorted lists of names.
-
-    Hidden folders and links to the folders above are no classes.
-    """
-    above = inodes_above(folder)
-    folders, images = scan(folder)
-    classes = [c for c in folders if c[0] != "." and inode(folder / c) not in above]
-    return classes, images
-
-
-def scan(folder):
-    """(folders, images) directly in a folder: two sorted lists of names.
-
-    Only regular files are images: opening a pipe or a device could block for ever.
-    """
-    folders, images = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):  # a link to itself
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif entry.is_file() and is_image_file(entry.name):
-                    images.append(entry.name)
-    return sorted(folders), sorted(images)
-
-
-def walk_images(root, classes, skip=()):
-    """{class: paths of the images below root/class}, relative, in ImageFolder's order.
-
-    Links are followed, but no folder is entered twice, and none of the classes `skip`:
-    a link cannot lead from one class into another.
-    """
-    entered = inodes_above(root) | {inode(root / c) for c in skip}
-    found = {c: [] for c in classes}
-    # Links come last: a folder that is reachable without them keeps its own path.
-    queue, links = deque((c, c) for c in classes), deque()
-    while queue or links:
-        c, folder = (queue or links).popleft()
-        if inode(root / folder) in entered:
-            continue
-        entered.add(inode(root / folder))
-        folders, images = scan(root / folder)
-        found[c].append((folder, images))
-        for name in folders:
-            path = f"{folder}/{name}"
-            (links if os.path.islink(root / path) else queue).append((c, path))
-    paths = {}
-    for c in classes:
-        paths[c] = [
-            f"{folder}/{i}" for folder, images in sorted(found[c]) for i in images
-        ]
-    return paths
-
-
-# -- torchvision's data sets -----------------------------------------------------------
-
-# Class in torchvision.datasets, number of classes, folder below the root; then the
-# second argument of the class: for each part of the training split, and for the test
-# split.
-TORCHVISION = {
-    "cifar10": ("CIFAR10", 10, "cifar-10-batches-py", [True], False),
-    "cifar100": ("CIFAR100", 100, "cifar-100-python", [True], False),
-    "flowers102": ("Flowers102", 102, "flowers-102", ["train", "val"], "test"),
-    "dtd": ("DTD", 47, "dtd", ["train"], "test"),
-    "pets": ("OxfordIIITPet", 37, "oxford-iiit-pet", ["trainval"], "test"),
-    "stl10": ("STL10", 10, "stl10_binary", ["train+unlabeled"], "test"),
-    "imagenette": ("Imagenette", 10, "imagenette2", ["train"], "val"),
-    "stanford_cars": ("StanfordCars", 196, "stanford_cars", ["train"], "test"),
-}
-
-
-def open_torchvision(name, split, root):
-    """torchvision's data set of (PIL image, label), downloaded if it is missing."""
-    kind, _, folder, train_parts, test_part = TORCHVISION[name]
-    if kind in ("Flowers102", "StanfordCars") and find_spec("scipy") is None:
-        raise ValueError(
-            f"--data {name}: its labels are MATLAB files, and scipy is missing; pip "
-            "install scipy"
-        )
-    dataset = getattr(torchvision.datasets, kind)
-    # Rank 0 may have to download, the others wait for it.
-    distributed = dist.is_initialized()
-    rank0 = not distributed or dist.get_rank() == 0
-    opened = []
-    try:
-        if not rank0:
-            dist.barrier()
-        for part in train_parts if split == "train" else [test_part]:
-            try:
-                opened.append(dataset(str(root), part))
-            # How torchvision says that files are missing.
-            except RuntimeError:
-                opened.append(dataset(str(root), part, download=True))
-        if distributed and rank0:
-            dist.barrier()
-    # No network, a full disk, a broken archive, a download that was withdrawn.
-    except Exception as error:
-        raise ValueError(
-            f"--data {name}: not found in {root} and not downloaded "
-            f"({type(error).__name__}: {error}); put the files of "
-            f"torchvision.datasets.{kind} into {root / folder}, or set ATTG_DATA to the "
-            f"folder that contains {folder}"
-        ) from error
-    return ConcatDataset(opened)
-
-
 # -- Helpers of training and evaluation ------------------------------------------------
 
 
 def resolve_dataset(data, name):
-    """The argument of open_data: a data set passed from Python, if any, or `name`.
+    """The first argument of open_data: a data set passed from Python, if any, or `name`.
 
-    ValueError if such a data set is named toy, the default: run folders, results and
-    checkpoints are identified by the name.
+    ValueError if such a data set is named toy, the default: run folders and results are
+    identified by the name.
     """
-    if data is None:
-        return name
-    if name == "toy":
+    if data is not None and name == "toy":
         raise ValueError(
-            "data: a data set passed from Python needs a name other than toy, for run "
-            "folders and results: --data NAME, or Config(data=NAME)"
+            "data: a data set passed from Python needs a name other than toy: --data "
+            "NAME, or Config(data=NAME)"
         )
-    return data
+    return name if data is None else data
 
 
 def open_labelled(name, tests, size, augment=False, seed=0, **options):

@@ -1,0 +1,282 @@
+"""
+Where images come from: files in folders, and torchvision's data sets.
+
+In a class folder, folders may be nested and links are followed, but no folder is entered
+twice. Only regular files with an image suffix count.
+"""
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+import torchvision
+from torch.utils.data import ConcatDataset, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+
+from attg.images import load_image
+
+
+class Names(Sequence):
+    """A list of strings, stored in one array of bytes.
+
+    Forked workers share the parent's memory until someone writes to it, and Python
+    writes a reference count whenever a string is read: a list of a million names would
+    soon be copied into every worker.
+    """
+
+    def __init__(self, names):
+        # File names need not be valid UTF-8.
+        encoded = [name.encode(errors="surrogateescape") for name in names]
+        self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.offsets = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i):
+        # range accepts negative indices and raises the IndexError that ends a loop.
+        i = range(len(self))[i]
+        name = self.text[self.offsets[i] : self.offsets[i + 1]].tobytes()
+        return name.decode(errors="surrogateescape")
+
+
+class Pairs(Dataset):
+    """Map-style data set of (load(items[i]), labels[i])."""
+
+    def __init__(self, load, items, labels):
+        self.load = load
+        self.items = items
+        self.labels = labels
+
+    def __getitem__(self, i):
+        return self.load(self.items[i]), self.labels[i]
+
+
+def load_from(folder, max_pixels, name):
+    return load_image(os.path.join(folder, name), max_pixels)
+
+
+# -- Folders ---------------------------------------------------------------------------
+
+LAYOUTS = (
+    "A folder must hold train/CLASS/*.jpg and, for a test split, val/CLASS/*.jpg or "
+    "test/CLASS/*.jpg; or CLASS/*.jpg; or images directly, here or in train/ (a flat "
+    "folder, for pre-training only)."
+)
+
+
+def check_split(name, split, classes, splits=("train", "test"), folders=()):
+    """ValueError unless --data `name` has this split and takes these --classes.
+
+    splits: names of its splits; folders: its class folders, if any.
+    """
+    if classes and not (folders and Path(classes).is_file()):
+        raise ValueError(
+            f"--classes {classes}: must be a text file with one class folder per line, "
+            f"and --data a folder with train/CLASS/ or CLASS/, not {name}"
+        )
+    if split in splits or (folders and Path(split).is_dir()):
+        return
+    message = f"split {split!r} of --data {name}: must be one of {', '.join(splits)}"
+    if folders:
+        message += ", or a folder with the same class folders as train/"
+    raise ValueError(message)
+
+
+def find_images(path, split, classes):
+    """The images of a split: (folder, names relative to it, int64 labels (n,)), or None.
+
+    path: an image, or a folder in one of LAYOUTS; split and classes as in open_data.
+    Labels are -1 without class folders. None if there is no such split.
+    """
+    if path.is_file():
+        if not is_image_file(path.name):
+            suffixes = ", ".join(IMG_EXTENSIONS)
+            raise ValueError(f"--data {path}: must be an image file, {suffixes}")
+        check_split(path, split, classes)
+        return (path.parent, [path.name], np.array([-1])) if split == "train" else None
+
+    train = path / "train" if (path / "train").is_dir() else path
+    class_names = find_class_folders(path, train, classes)
+    check_split(path, split, classes, folders=class_names)
+    if split == "train":
+        candidates = [train]
+    elif split == "test":
+        candidates = [path / "val", path / "test"] if train != path else []
+    else:
+        candidates = [Path(split, "val"), Path(split, "test"), Path(split)]
+    folder = next(filter(Path.is_dir, candidates), None)
+    if folder is None:
+        return None
+    if class_names:
+        return folder, *list_classes(path, train, class_names, folder, classes)
+    _, names = list_folder(folder)
+    if not names:
+        raise ValueError(
+            f"--data {path}: {train} is a flat folder of images, but {folder} contains "
+            f"none directly. {LAYOUTS}"
+        )
+    return folder, names, np.full(len(names), -1)
+
+
+def find_class_folders(path, train, classes):
+    """The names of the class folders in the training folder, [] if it is flat."""
+    class_names, images = list_folder(train)
+    # Without a train folder, val and test are not classes.
+    if not images and set(class_names) <= {"val", "test"}:
+        raise ValueError(
+            f"--data {path}: no class folders and no images in {train}. {LAYOUTS}"
+        )
+    if not images or classes:
+        return class_names
+    filled = [c for c, below in walk_images(train, class_names).items() if below]
+    if filled:
+        raise ValueError(
+            f"--data {path}: {train} contains {len(images)} images, such as {images[0]}, "
+            f"beside {len(filled)} folders with images, such as {filled[0]}/; move one "
+            "or the other elsewhere, or list the class folders in a file for --classes"
+        )
+    return []
+
+
+def list_classes(path, train, class_names, folder, classes):
+    """(names, labels) of the images in the class folders of `folder`, as by ImageFolder.
+
+    class_names: the class folders in train; classes: the file that selects some of them.
+    """
+    here, _ = list_folder(folder)
+    if classes:
+        # Bytes that are not text give unknown names.
+        lines = Path(classes).read_text(errors="replace").splitlines()
+        selected = {line.strip() for line in lines} - {""}
+        unknown = sorted(selected - set(class_names))[:5]
+        if not selected or unknown:
+            raise ValueError(
+                f"--classes {classes}: {unknown or 'nothing'} listed, but the folders in "
+                f"{train} are {class_names[:5]} ...; list their names, one per line"
+            )
+        class_names = [c for c in class_names if c in selected]
+        here = [c for c in here if c in selected]
+    if class_names != here:
+        odd = sorted(set(class_names) ^ set(here))[:5]
+        raise ValueError(
+            f"--data {path}: {train} and {folder} hold different classes, {odd} are in "
+            "one only; make them equal or list the common ones with --classes"
+        )
+    below = walk_images(folder, here)
+    empty = [c for c in here if not below[c]]
+    if empty:
+        raise ValueError(
+            f"--data {path}: no images of the classes {', '.join(empty[:5])} in "
+            f"{folder}; remove these folders or list the others with --classes. {LAYOUTS}"
+        )
+    names = [image for c in here for image in below[c]]
+    return names, np.repeat(np.arange(len(here)), [len(below[c]) for c in here])
+
+
+def list_folder(folder, hidden=False):
+    """(folders, images) directly in a folder: two sorted lists of names.
+
+    Only regular files are images: opening a pipe or a device could block for ever.
+    Hidden folders (.thumbnails, .ipynb_checkpoints) are left out unless hidden is True.
+    """
+    folders, images = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # A link to itself raises OSError.
+            with contextlib.suppress(OSError):
+                if entry.is_dir() and (hidden or not entry.name.startswith(".")):
+                    folders.append(entry.name)
+                elif entry.is_file() and is_image_file(entry.name):
+                    images.append(entry.name)
+    return sorted(folders), sorted(images)
+
+
+def walk_images(root, classes):
+    """{class: paths of all images below root/class, relative to root}, as ImageFolder.
+
+    Links are followed, but no folder is entered twice, nor one above root: a link
+    cannot lead in circles, or from one class into another.
+    """
+
+    def inode(path):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+
+    real = root.resolve()
+    entered = {inode(path) for path in (real, *real.parents)}
+    found = {c: [] for c in classes}
+    # Links come last: a folder that is reachable without them keeps its own path.
+    folders, links = deque((c, c) for c in classes), deque()
+    while folders or links:
+        c, folder = (folders or links).popleft()
+        if inode(root / folder) in entered:
+            continue
+        entered.add(inode(root / folder))
+        below, images = list_folder(root / folder, hidden=True)
+        found[c].append((folder, images))
+        for name in below:
+            path = f"{folder}/{name}"
+            (links if os.path.islink(root / path) else folders).append((c, path))
+    for c in classes:
+        found[c] = [
+            f"{folder}/{x}" for folder, names in sorted(found[c]) for x in names
+        ]
+    return found
+
+
+# -- torchvision's data sets -----------------------------------------------------------
+
+# Class in torchvision.datasets, number of classes, folder below the root; then the
+# second argument of the class: for each part of the training split, and for the test
+# split.
+TORCHVISION = {
+    "cifar10": ("CIFAR10", 10, "cifar-10-batches-py", [True], False),
+    "cifar100": ("CIFAR100", 100, "cifar-100-python", [True], False),
+    "flowers102": ("Flowers102", 102, "flowers-102", ["train", "val"], "test"),
+    "dtd": ("DTD", 47, "dtd", ["train"], "test"),
+    "pets": ("OxfordIIITPet", 37, "oxford-iiit-pet", ["trainval"], "test"),
+    "stl10": ("STL10", 10, "stl10_binary", ["train+unlabeled"], "test"),
+    "imagenette": ("Imagenette", 10, "imagenette2", ["train"], "val"),
+    "stanford_cars": ("StanfordCars", 196, "stanford_cars", ["train"], "test"),
+}
+
+
+def open_torchvision(name, split, root):
+    """torchvision's data set of (PIL image, label), downloaded if it is missing."""
+    kind, _, folder, train_parts, test_part = TORCHVISION[name]
+    if kind in ("Flowers102", "StanfordCars") and find_spec("scipy") is None:
+        raise ValueError(
+            f"--data {name}: its labels are MATLAB files, and scipy is missing; pip "
+            "install scipy"
+        )
+    dataset = getattr(torchvision.datasets, kind)
+    # Rank 0 may have to download, the others wait for it.
+    distributed = dist.is_initialized()
+    rank0 = not distributed or dist.get_rank() == 0
+    opened = []
+    try:
+        if not rank0:
+            dist.barrier()
+        for part in train_parts if split == "train" else [test_part]:
+            try:
+                opened.append(dataset(str(root), part))
+            # How torchvision says that files are missing.
+            except RuntimeError:
+                opened.append(dataset(str(root), part, download=True))
+        if distributed and rank0:
+            dist.barrier()
+    # No network, a full disk, a broken archive, a download that was withdrawn.
+    except Exception as error:
+        raise ValueError(
+            f"--data {name}: not found in {root} and not downloaded "
+            f"({type(error).__name__}: {error}); put the files of "
+            f"torchvision.datasets.{kind} into {root / folder}, or set ATTG_DATA to the "
+            f"folder that contains {folder}"
+        ) from error
+    return ConcatDataset(opened)
