@@ -245,12 +245,13 @@ def underscored(name):
     return "--" + name[2:].replace("-", "_")
 
 
-def parse(kind, description, argv=None):
+def parse(kind, description, argv=None, prog=None):
     """An instance of the dataclass `kind` from a command line, validated.
 
     There is a flag for each field. --help groups inherited fields by their class.
+    prog: how messages name the command [the file's name].
     """
-    parser = Parser(description=description)
+    parser = Parser(prog=prog, description=description)
     groups = {}
     for base in kind.__mro__[1:-1]:
         title = (base.__doc__ or base.__name__).partition(".")[0].lower()
