@@ -26,14 +26,15 @@ as Algorithm 1 in the paper reads).
 
 The run folder (--out) receives config.json, log.jsonl, last.pt, encoder.pt, curves.png
 and reconstructions.png. The same command resumes an interrupted run.
-
-Copied alone, this file needs torch and torchvision, and has all down to `train_step`,
-Config and the demo. `train`, `load_encoder` and the other flags need attg/ and kernels/.
-
-Shapes: B images, C channels, L patches in an image, K of them visible, N = 1 + L tokens
-(the class token first), D width of encoder or decoder, p patch size in pixels, P = p*p*C
-values in a patch. mask is (B, L): 1 = hidden = predicted = in the loss.
 """
+
+# Copied alone, this file needs torch and torchvision, and has all down to train_step,
+# Config and the demo. train, load_encoder and all other flags need attg/ and kernels/.
+#
+# Shapes: B images, C channels, L patches in an image, K of them visible, N = 1 + L tokens
+# (the class token first), D width of encoder or decoder, p patch size in pixels,
+# P = p*p*C values in a patch. mask is (B, L): 1 = hidden = predicted = in the loss.
+# mae: N is our B; D as here; "removed" is our hidden.
 
 import contextlib
 import dataclasses
@@ -41,7 +42,6 @@ import functools
 import math
 import sys
 from collections import OrderedDict
-from pathlib import Path
 from types import SimpleNamespace
 
 if __name__ == "__main__":
@@ -94,7 +94,6 @@ def patch_weights(m_norm, tau, guidance="attg", flat=None, ties=None):
         return None
     if guidance in ("inverted", "background"):
         m_norm = 1 - m_norm
-    # A patch on the object counts up to exp(1 / 0.75) = 3.8 times the background.
     w = torch.exp(m_norm / tau)  # Eq. 1
     if guidance in DROPS_PATCHES:
         # As many as lie below the 10 % quantile if none tie.
@@ -110,9 +109,9 @@ def masked_loss(pred, patches, mask, weight=None, norm_pix=True, fused=None):
 
     Returns (loss, mse): mse is the loss without weights, detached. It compares runs, as
     the loss itself changes with tau. weight None is the loss of MAE.
-    fused, the default on a GPU: the same by the kernels of kernels/attg_loss.py. The lines
-    below define it, and run on a CPU.
     """
+    # On a GPU the kernels of kernels/attg_loss.py compute the same. The lines below are
+    # the definition, and run on a CPU.
     if fused is None:
         fused = pred.is_cuda and attg_loss is not None
     if fused:
@@ -136,12 +135,12 @@ def masked_loss(pred, patches, mask, weight=None, norm_pix=True, fused=None):
         target = centered / (variance + 1e-6).sqrt()  # x_norm
     error = (pred - target).square().mean(dim=-1)  # l, (B, L)
     count = mask.sum().clamp(min=1)
+    mse = torch.where(hidden, error, 0.0).sum() / count  # MAE's loss
     if weight is None:
-        loss = torch.where(hidden, error, 0.0).sum() / count
-        return loss, loss.detach()
+        return mse, mse.detach()
     weighted = torch.where(hidden, weight.to(dtype) * error, 0.0)  # mask * w * l
-    mse = torch.where(hidden, error.detach(), 0.0).sum() / count
-    return weighted.sum() / count, mse  # Eq. 2
+    # The denominator is MAE's, so the background counts exactly as without guidance.
+    return weighted.sum() / count, mse.detach()  # Eq. 2
 
 
 # -- Model: MAE's ViT, with its parameter names ----------------------------------------
@@ -189,6 +188,8 @@ def sincos_table(dim, grid):
 
 
 class Attention(nn.Module):
+    # timm: Attention. q, k and v are one matrix; HF keeps three and attg/weights.py joins
+    # them.
     def __init__(self, dim, heads):
         super().__init__()
         self.num_heads = heads
@@ -208,16 +209,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    # timm: Block, pre-norm, with MAE's eps; mlp.fc1 and mlp.fc2 are its names, too.
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        layers = OrderedDict()
-        layers["fc1"] = nn.Linear(dim, 4 * dim)
-        layers["act"] = nn.GELU()
-        layers["fc2"] = nn.Linear(4 * dim, dim)
-        self.mlp = nn.Sequential(layers)
+        fc1, fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -231,12 +230,14 @@ class ViT(nn.Module):
         super().__init__()
         self.cfg = cfg
         p, D = cfg.patch_size, cfg.width
-        # Stored as timm's convolution, so that checkpoints fit; embed applies it.
+        # timm: PatchEmbed. Stored as its convolution, so that checkpoints fit; embed
+        # applies it as a matrix product.
         projection = nn.Conv2d(cfg.in_chans, D, kernel_size=p, stride=p)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
         # The class token has no loss of its own. It is trained because the patches attend
         # to it in both parts, and the evaluations read it as the image's feature.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        # A parameter only to be in checkpoints under mae's and timm's name.
         positions = sincos_table(D, cfg.grid)[None]  # (1, N, D)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.Sequential(*[Block(D, cfg.heads) for _ in range(cfg.depth)])
@@ -249,10 +250,8 @@ class ViT(nn.Module):
     def patchify(self, imgs):
         """(B, C, H, W) -> (B, L, P). ValueError for another image size."""
         expected = (self.cfg.in_chans, *self.cfg.size)
-        if tuple(imgs.shape[1:]) != expected:
-            raise ValueError(
-                f"imgs: got {tuple(imgs.shape)}; this model takes (B, *{expected})"
-            )
+        if imgs.shape[1:] != expected:
+            raise ValueError(f"imgs: got {tuple(imgs.shape)}; pass (B, *{expected})")
         return patchify(imgs, self.cfg.patch_size)
 
     def unpatchify(self, patches):
@@ -274,7 +273,8 @@ class ViT(nn.Module):
             # the work, and never an input that images lack after pre-training.
             patches = gather_tokens(patches, ids_keep)  # (B, K, P)
             positions = gather_tokens(positions, ids_keep)  # (B, K, D)
-        # timm: PatchEmbed is this matrix product. mae embeds all patches, then drops 75 %.
+        # timm: PatchEmbed is this matrix product. mae embeds all patches, then drops most;
+        # here only visible patches are embedded.
         proj = self.patch_embed.proj
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P)
         x = F.linear(patches, weight, proj.bias) + positions
@@ -329,14 +329,12 @@ class MAE(ViT):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def random_masking(self, noise, mask_ratio):
-        """noise (B, L): its lowest values stay visible -> ids_keep (B, K), mask (B, L).
-
-        HF: bool_masked_pos is mask.bool().
-        """
+        """noise (B, L): its lowest values stay visible -> ids_keep (B, K), mask (B, L)."""
         # Why 75 %: neighbors tell a hidden patch so well that a smaller part would be
         # filled in without knowing what the image shows (MAE, Figure 5).
         K = int(noise.shape[1] * (1 - mask_ratio))
         ids_keep = noise.argsort(dim=1)[:, :K]
+        # HF: bool_masked_pos of ViTForMaskedImageModeling is this mask as bool.
         mask = torch.ones(noise.shape, device=noise.device).scatter(1, ids_keep, 0.0)
         return ids_keep, mask
 
@@ -379,19 +377,17 @@ class MAE(ViT):
             noise = torch.rand(B, L, device=imgs.device)
         if mask_ratio is None:
             mask_ratio = self.cfg.mask_ratio
-        for name, value in {"attn": attn, "weight": weight}.items():
-            if value is not None and tuple(value.shape) != (B, L):
-                raise ValueError(
-                    f"{name}: got {value.dtype} of shape {tuple(value.shape)}; pass one "
-                    f"value for each patch of pred, shape {(B, L)}"
-                )
         if not torch.is_tensor(tau) and not 0 < tau < math.inf:
             raise ValueError(f"tau: got {tau!r}; pass a finite number above 0")
         if attn is not None:
-            if weight is not None:
-                raise ValueError("attn and weight: pass one of them")
             weight = patch_weights(normalize_map(attn), tau)
+        if weight is not None and weight.shape != (B, L):
+            got = tuple(weight.shape)
+            raise ValueError(
+                f"attn, weight: got {got}; pass one value a patch, {(B, L)}"
+            )
 
+        # mae: the same three steps, forward_encoder, forward_decoder and forward_loss.
         ids_keep, mask = self.random_masking(noise, mask_ratio)
         latent = self.forward_encoder(patches, ids_keep)  # (B, 1 + K, D)
         pred = self.forward_decoder(latent, ids_keep)  # (B, L, P)
@@ -417,34 +413,28 @@ def pool_maps(maps, box, flip, grid):
     index = torch.arange(B, device=maps.device)  # which map a box belongs to
     x0, y0, x1, y1 = box.unbind(1)
     rois = torch.stack([index, x0 * w, y0 * h, x1 * w, y1 * h], dim=1).float()
-    # aligned: without it all is off by half a cell. sampling_ratio -1: as many samples
-    # as a patch covers cells of the map.
-    pooled = roi_align(
-        maps.float()[:, None], rois, grid, sampling_ratio=-1, aligned=True
-    )  # (B, 1, rows, columns)
+    # aligned: without it all is off by half a cell. roi_align takes as many samples as a
+    # patch covers cells of the map, so this is the mean under it, not one interpolation.
+    pooled = roi_align(maps.float()[:, None], rois, grid, aligned=True)  # (B, 1, h, w)
     mirrored = pooled.flip(-1)
     return torch.where(flip[:, None, None, None], mirrored, pooled).flatten(1)
 
 
 def crop_maps(maps, box, flip, cfg):
-    """M_norm (B, L) of a batch of crops, and flat (B,): maps without an object.
-
-    maps (B, h, w) were normalized over their whole images when the map file was written,
-    so their means under the patches are M_norm, and a crop that misses the object keeps
-    weights near 1. --map_norm crop normalizes again, over the patches of the crop.
-    """
+    """M_norm (B, L) of a batch of crops, and flat (B,): maps without an object."""
     m = pool_maps(maps, box, flip, cfg.grid)  # (B, L)
     if cfg.map_norm == "crop":
         return normalize_map(m), is_flat(m)
+    # maps (B, h, w) were normalized over their whole images when the map file was written,
+    # so a crop that misses the object keeps weights near 1. Normalized over the crop, its
+    # background would be stretched to full range.
     return m, is_flat(maps.flatten(1))
 
 
 def patch_order(m, ties=None):
-    """Rank of each patch by m (B, L), 0 the lowest; equal ones by ties, None is random.
-
-    ties must not be the mask noise where the rank decides weights: of patches that tie it
-    would pick the visible ones, which are in no loss.
-    """
+    """Rank of each patch by m (B, L), 0 the lowest; equal ones by ties, None is random."""
+    # ties must not be the mask noise if the ranks decide weights: of patches that tie, it
+    # would drop the visible ones, which are in no loss anyway.
     if ties is None:
         ties = torch.rand_like(m)
     order = ties.argsort(dim=1)
@@ -457,6 +447,8 @@ def patch_order(m, ties=None):
 
 def tau_at(step, total_steps, cfg):
     """Temperature of Eq. 1: a half-cycle cosine from cfg.tau up to cfg.tau_end."""
+    # The object counts up to exp(1 / 0.75) = 3.8 times the background at first, and
+    # exp(1 / 1.0) = 2.7 times at the end. The paper names the start only.
     if cfg.tau_schedule == "constant":
         return cfg.tau
     rise = cfg.tau_end - cfg.tau
@@ -465,6 +457,7 @@ def tau_at(step, total_steps, cfg):
 
 def lr_at(step, total_steps, warmup_steps, lr):
     """Learning rate: linear warm-up from 0, then a half-cycle cosine down to 0 (MAE)."""
+    # mae: adjust_learning_rate, by step instead of by fraction of an epoch.
     if step < warmup_steps:
         return lr * step / warmup_steps
     angle = math.pi * (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -472,7 +465,8 @@ def lr_at(step, total_steps, warmup_steps, lr):
 
 
 def param_groups(model, weight_decay):
-    """Groups for AdamW: no weight decay on biases and norms (MAE), no fixed positions."""
+    """Groups for AdamW: weight decay on matrices and tokens only, as in mae."""
+    # timm: param_groups_weight_decay. Fixed positions are in no group.
     trained = [p for p in model.parameters() if p.requires_grad]
     decay = [p for p in trained if p.dim() > 1]
     no_decay = [p for p in trained if p.dim() <= 1]
@@ -520,24 +514,25 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
     """
     losses = torch.zeros(2, device=tau.device)
     for number, batch in enumerate(batches, start=1):
-        # M_norm and w of the crops (Eq. 1), and the noise that decides their mask.
+        # Crop and flip images and maps alike; M_norm and w = exp(M_norm / tau) (Eq. 1).
         imgs, weight, noise = model_inputs(batch, cfg, tau)
-        # Processes exchange gradients once a step, with the last micro-batch.
+        # DDP: exchange gradients once a step, with the last micro-batch.
         wait = number < cfg.accum and isinstance(model, DistributedDataParallel)
         with model.no_sync() if wait else contextlib.nullcontext():
             with torch.autocast(tau.device.type, dtype, enabled=dtype is not None):
-                # Mask, encode the visible patches, decode all, compare (Eq. 2).
-                loss, _, _, mse = model(
-                    imgs, noise=noise, weight=weight, return_mse=True
-                )
+                # Hide patches at random, encode the rest, decode all; weighted loss (Eq. 2).
+                passed = {"noise": noise, "weight": weight, "return_mse": True}
+                loss, _, _, mse = model(imgs, **passed)
             scaler.scale(loss / cfg.accum).backward()
         losses += torch.stack([loss.detach(), mse]) / cfg.accum
 
+    # Norm and clipping are those of the gradient without fp16's scale.
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
+    # Still on the device: reading them here would wait for it at every step.
     return torch.cat([losses, norm[None]])
 
 
@@ -547,66 +542,40 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
 MISSING = None
 try:
     from attg.checkpoint import load_checkpoint, load_state, save_checkpoint
-    from attg.cli import (
-        DataFlags,
-        RunFlags,
-        flag,
-        parse,
-        resume_class,
-        run_cli,
-        validate,
-    )
+    from attg.cli import flag, parse, resume_class, run_cli, validate
     from attg.distributed import processes, stop_signals
     from attg.features import extract_features, knn_classify
     from attg.figures import save_reconstructions
     from attg.kernels import attg_loss
     from attg.loader import to_device
+    from attg.pretraining import TrainFlags, check_config, resolve
     from attg.seeding import generator_for, seed_for
     from attg.trainer import Run
-    from attg.weights import (
-        DECODER,
-        config_from_checkpoint,
-        load_weights,
-        read_weights,
-    )
+    from attg.weights import DECODER, config_from_checkpoint, load_weights, read_weights
 except ModuleNotFoundError as error:
-    # This file was copied alone: the model, the loss and train_step do without the others.
     if error.name.partition(".")[0] != "attg":
         raise
     MISSING = (
         f"no module {error.name}: copied alone, this file has the model, the loss, "
     )
     MISSING += "train_step and --demo; all else needs attg/ and kernels/ beside it"
-    attg_loss = None
-    DataFlags, RunFlags = type("DataFlags", (), {}), type("RunFlags", (), {})
+    attg_loss, TrainFlags = None, object
 
     def flag(default, *_, **__):
         return dataclasses.field(default=default)
 
-    def validate(cfg):
-        pass
+
+def int_or_auto(text):
+    return text if text == "auto" else int(text)
 
 
-# For `from attg_mae import ...`, names of other files included.
 __all__ = ["MAE", "Config", "ViT", "build_model", "load_encoder", "train"]
-if MISSING is None:
-    __all__ += [
-        "extract_features",
-        "knn_classify",
-        "load_checkpoint",
-        "save_checkpoint",
-    ]
+# Names of other files, for `from attg_mae import ...`.
+__all__ += ["extract_features", "knn_classify", "load_checkpoint", "save_checkpoint"]
+__all__ += ["resolve"]
 
-
-def require_packages():
-    """ModuleNotFoundError if this file was copied without attg/ and kernels/."""
-    if MISSING:
-        raise ModuleNotFoundError(MISSING)
-
-
-# Shapes of the models, as in MAE from vit_base on. vit_micro is for small images on a CPU.
-SHAPE = ("img_size", "patch_size", "width", "depth", "heads")
-SHAPE += ("decoder_width", "decoder_depth", "decoder_heads")
+# img_size, patch_size; width, depth, heads of the encoder; the same of the decoder.
+# From vit_base on these are MAE's models; vit_micro is for small images and a CPU.
 PRESETS = {
     "vit_micro": (32, 4, 128, 4, 4, 64, 2, 4),
     "vit_tiny": (224, 16, 192, 12, 3, 192, 4, 3),
@@ -615,90 +584,39 @@ PRESETS = {
     "vit_large": (224, 16, 1024, 24, 16, 512, 8, 16),
     "vit_huge": (224, 14, 1280, 32, 16, 512, 8, 16),
 }
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Range and resume class (see attg.cli.flag) that several flags share.
+SHAPE = ("img_size", "patch_size", "width", "depth", "heads")
+SHAPE += ("decoder_width", "decoder_depth", "decoder_heads")
+# Range and resume class that several flags share; see attg.cli.flag.
 COUNT = {"low": 1, "high": 1024, "resume": "fixed"}
 WIDTH = {"low": 4, "high": 32768, "resume": "fixed"}
-EPOCHS = {"low": 0, "high": 10**6, "resume": "free"}
-
-
-def int_or_auto(text):
-    """Type of --accum on the command line."""
-    return text if text == "auto" else int(text)
+FLOATS = {"type": float, "nargs": "+"}
+SIDE = {"low": 1, "high": 8192, "resume": "fixed", "type": int, "nargs": "+"}
+TAU = {"low": 1e-6, "high": 1e6}
+ACCUM = {"low": 1, "high": 10**7, "type": int_or_auto}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass
-class Config(DataFlags, RunFlags):
-    """Settings of a run; the command line is generated from them.
+class Config(TrainFlags):
+    """Settings of method and model; each is a flag. Those of a run are in TrainFlags.
 
-    None in the shape of the model becomes the preset's value; None in epochs, batch_size,
-    accum, blr, lr, warmup_epochs and out stays until `resolve`.
+    None in the model's shape becomes the preset's value; None in TrainFlags' schedule stays
+    until resolve(cfg).
     """
 
     model: str = flag("vit_micro", "preset of the model", choices=tuple(PRESETS))
-    maps: str | None = flag(
-        None, "attention maps, .npy beside its .json [toy: its masks]"
-    )
-    out: str | None = flag(None, "run folder [out/DATA-MODEL-GUIDANCE]", resume="free")
-    # The method
-    guidance: str = flag(
-        "attg", "attg = the paper, none = MAE, or an ablation", choices=GUIDANCE
-    )
+    maps: str | None = flag(None, "attention maps, a .npy file [toy: its object masks]")
+    guidance: str = flag("attg", "use of the maps, none = MAE", choices=GUIDANCE)
     map_norm: str = flag(
-        "image",
-        "normalize the map over the whole image or over the crop",
-        choices=("image", "crop"),
+        "image", "normalize a map over its image or its crop", choices=("image", "crop")
     )
-    tau: float = flag(0.75, "initial temperature (paper)", low=1e-6, high=1e6)
-    tau_end: float = flag(
-        1.0, "final temperature (ours; the paper names none)", low=1e-6, high=1e6
-    )
-    tau_schedule: str = flag(
-        "cosine", "schedule of tau", choices=("cosine", "constant")
-    )
+    tau: float = flag(0.75, "initial temperature (paper)", **TAU)
+    tau_end: float = flag(1.0, "final temperature (ours; the paper names none)", **TAU)
+    tau_schedule: str = flag("cosine", "of tau", choices=("cosine", "constant"))
     mask_ratio: float = flag(0.75, "fraction of patches to hide", low=0, high=1)
     norm_pix: bool = flag(True, "predict patches normalized by their mean and variance")
-    # The schedule
-    epochs: int | None = flag(
-        None, "passes over the data [800; vit_micro 8]", low=0, high=10**6
-    )
-    batch_size: int | None = flag(
-        None,
-        "images per step over all processes [4096; vit_micro 64]",
-        low=1,
-        high=10**7,
-        resume="fixed",
-    )
-    accum: int | str | None = flag(
-        None,
-        "micro-batches per step, to save memory; auto = as few as fit [auto on a GPU, but "
-        "for toy; else 1]",
-        low=1,
-        high=10**7,
-        type=int_or_auto,
-    )
-    blr: float | None = flag(
-        None, "lr = blr * batch_size / 256 [1.5e-4; vit_micro 6e-3]", low=0, high=1e38
-    )
-    lr: float | None = flag(
-        None, "peak learning rate, instead of blr", low=0, high=1e38
-    )
-    warmup_epochs: float | None = flag(
-        None, "linear warm-up [40 from 400 epochs on, 5 %% of fewer]", low=0, high=1e6
-    )
-    weight_decay: float = flag(0.05, "not on biases and norms", low=0, high=1e6)
-    clip_grad: float = flag(
-        0.0, "maximum gradient norm, 0 = off (MAE)", low=0, high=1e38
-    )
-    # The model, where it is not the preset's
     img_size: int | tuple | None = flag(
-        None,
-        "input side in pixels, or height and width",
-        low=1,
-        high=8192,
-        resume="fixed",
-        type=int,
-        nargs="+",
+        None, "input side in pixels, or height and width", **SIDE
     )
     patch_size: int | None = flag(None, "patch size in pixels", **COUNT)
     in_chans: int = flag(3, "channels, 1 for grey with one --mean and --std", **COUNT)
@@ -708,80 +626,25 @@ class Config(DataFlags, RunFlags):
     decoder_width: int | None = flag(None, "decoder width", **WIDTH)
     decoder_depth: int | None = flag(None, "decoder blocks", **COUNT)
     decoder_heads: int | None = flag(None, "decoder heads", **COUNT)
-    mean: tuple = flag(
-        IMAGENET_MEAN, "channel means", low=-1e6, high=1e6, type=float, nargs="+"
+    mean: tuple = flag(IMAGENET_MEAN, "channel means", low=-1e6, high=1e6, **FLOATS)
+    std: tuple = flag(IMAGENET_STD, "channel stds", low=1e-38, high=1e6, **FLOATS)
+    accum: int | str | None = flag(
+        None, "micro-batches per step, auto = as few as fit [1; on a GPU auto]", **ACCUM
     )
-    std: tuple = flag(
-        IMAGENET_STD, "channel deviations", low=1e-38, high=1e6, type=float, nargs="+"
-    )
-    # The run
-    precision: str = flag(
-        "auto",
-        "auto = the fastest for this device and width",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        resume="free",
-    )
-    compile: bool = flag(False, "torch.compile the model", resume="free")
-    seed: int = flag(
-        0,
-        "of weights, order, augmentation and masks",
-        low=-(2**63),
-        high=2**63 - 1,
-        resume="fixed",
-    )
-    init: str | None = flag(None, "initial weights: ours, MAE's, timm's, HF's, DINO's")
-    resume: str = flag(
-        "auto", "auto = OUT/last.pt if it exists, none, or a file", resume="free"
-    )
-    eval_every: int = flag(
-        0, "epochs between evaluations (k-NN, val_mse), 0 = only at the end", **EPOCHS
-    )
-    save_every: int = flag(
-        1, "epochs between checkpoints", low=1, high=10**6, resume="free"
-    )
-    keep_ckpt_every: int = flag(
-        0, "epochs between checkpoints to keep, 0 = only the last", **EPOCHS
-    )
-    log_every: int = flag(
-        20, "steps between log lines", low=1, high=10**9, resume="free"
-    )
+    weight_decay: float = flag(0.05, "except for biases and norms", low=0, high=1e6)
+    clip_grad: float = flag(0.0, "maximum gradient norm, 0 = off", low=0, high=1e38)
 
     def __post_init__(self):
-        validate(self)
+        if not MISSING:
+            validate(self)
         for name, value in zip(SHAPE, PRESETS[self.model], strict=True):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.mean, self.std = tuple(self.mean), tuple(self.std)
         if not isinstance(self.img_size, int) and len(self.img_size) == 1:
             (self.img_size,) = self.img_size
-        self.check()
-
-    def check(self):
-        """ValueError if settings do not fit each other."""
-        if len(self.size) != 2:
-            raise ValueError(
-                f"--img_size {self.size}: pass a side, or height and width"
-            )
-        (h, w), p = self.size, self.patch_size
-        if h % p or w % p:
-            raise ValueError(
-                f"--img_size {h}x{w} is not divisible by --patch_size {p}; use a multiple"
-            )
-        for part in ("", "decoder_"):
-            width, heads = getattr(self, f"{part}width"), getattr(self, f"{part}heads")
-            if width % heads or width % 4:
-                raise ValueError(
-                    f"--{part}width {width}: must be divisible by 4 and by "
-                    f"--{part}heads {heads}"
-                )
-        L = math.prod(self.grid)
-        if not 0 < int(L * (1 - self.mask_ratio)) < L:
-            raise ValueError(
-                f"--mask_ratio {self.mask_ratio}: must keep and remove at least one of "
-                f"{L} patches"
-            )
-        if isinstance(self.accum, str) and self.accum != "auto":
-            raise ValueError(f"--accum {self.accum}: must be a whole number or auto")
+        if not MISSING:
+            check_config(self)
 
     @property
     def size(self):
@@ -794,48 +657,6 @@ class Config(DataFlags, RunFlags):
     def grid(self):
         """(rows, columns) of patches."""
         return tuple(side // self.patch_size for side in self.size)
-
-
-def resolve(cfg, num_images=None):
-    """A copy of a Config with the defaults of the run that follow other settings.
-
-    Fills in epochs, batch_size, accum, blr, lr, warmup_epochs and out where they are None.
-    accum may be "auto" after it. num_images: size of the training set (no default
-    depends on it yet). ValueError if lr and blr contradict each other.
-    """
-    epochs, batch_size, blr = 800, 4096, 1.5e-4  # MAE's
-    if cfg.model == "vit_micro":
-        epochs, batch_size, blr = 8, 64, 6e-3
-    elif cfg.data == "toy":
-        # Enlarged to 224 pixels it only shows that everything runs.
-        epochs, batch_size = 1, 64
-    on_gpu = torch.cuda.is_available() and "cuda" in (cfg.device or "cuda")
-    data = Path(cfg.data).resolve().name
-    defaults = {
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "accum": "auto" if on_gpu and cfg.data != "toy" else 1,
-        "out": f"out/{data}-{cfg.model}-{cfg.guidance}",
-    }
-    if cfg.lr is None:
-        defaults["blr"] = blr
-    cfg = dataclasses.replace(cfg)
-    for name, value in defaults.items():
-        if getattr(cfg, name) is None:
-            setattr(cfg, name, value)
-    if cfg.warmup_epochs is None:
-        # 40 epochs, however long the run, is MAE's; short ones would be all warm-up.
-        cfg.warmup_epochs = 40 if cfg.epochs >= 400 else 0.05 * cfg.epochs
-
-    scale = cfg.batch_size / 256
-    if cfg.lr is None:
-        cfg.lr = cfg.blr * scale
-    elif cfg.blr is not None and not math.isclose(cfg.lr, cfg.blr * scale):
-        raise ValueError(
-            f"--lr {cfg.lr} and --blr {cfg.blr}: do not agree; give one of them"
-        )
-    cfg.blr = cfg.lr / scale
-    return cfg
 
 
 # -- The run ---------------------------------------------------------------------------
@@ -853,7 +674,8 @@ def train(cfg, data=None):
     top-1 in percent} if there are labels, "out": the folder, "stopped": the signal that
     ended the run early, or None}.
     """
-    require_packages()
+    if MISSING:
+        raise ModuleNotFoundError(MISSING)
     cfg = resolve(cfg)
     with (
         stop_signals() as signals,
@@ -963,7 +785,8 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
     img_size: int or (height, width), if not that of the weights: sin-cos positions are
     computed again, learned ones resized. ValueError if the file holds no such encoder.
     """
-    require_packages()
+    if MISSING:
+        raise ModuleNotFoundError(MISSING)
     state, stored, name = read_weights(path_or_state_dict)
     cfg = config_from_checkpoint(Config, stored, state, name, heads)
     if img_size:
@@ -978,36 +801,34 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
 
 
 def demo():
-    """Train three steps on eight random images and maps, printing shapes and losses."""
+    """Three steps on eight random images and maps, printing shapes and losses."""
     torch.manual_seed(0)
     cfg = Config(accum=1)
-    model, tau = MAE(cfg), torch.zeros(())
-    groups = param_groups(model, cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
-    scaler = torch.amp.GradScaler(enabled=False)
     batch = SimpleNamespace(
         image=torch.randint(0, 256, (8, 3, *cfg.size), dtype=torch.uint8),
         maps=torch.rand(8, *cfg.size),
-        box=torch.tensor([0.1, 0.2, 0.8, 0.9]).expand(8, 4),  # crops: x0, y0, x1, y1
+        box=torch.tensor([0.1, 0.2, 0.8, 0.9]).expand(8, 4),
         flip=torch.rand(8) < 0.5,
         noise=torch.rand(8, math.prod(cfg.grid)),
         ties=None,
     )
-    imgs, weight, noise = model_inputs(batch, cfg, tau + cfg.tau)
-    loss, pred, mask = model(imgs, weight=weight, noise=noise)
+    model, tau = MAE(cfg), torch.tensor(cfg.tau)
+    optimizer = torch.optim.AdamW(param_groups(model, 0.05), 1e-3, betas=(0.9, 0.95))
+    scaler = torch.amp.GradScaler(enabled=False)
+    imgs, weight, noise = model_inputs(batch, cfg, tau)
+    _, pred, mask = model(imgs, noise=noise, weight=weight)
     for name, x in {"imgs": imgs, "w": weight, "mask": mask, "pred": pred}.items():
-        print(f"{name:5} {str(tuple(x.shape)):16} {x.min():.2f} to {x.max():.2f}")
+        print(f"{name:5} {str(tuple(x.shape)):15} {x.min():5.2f} to {x.max():.2f}")
     for step in range(3):
         tau.fill_(tau_at(step, 3, cfg))
-        values = train_step(model, optimizer, scaler, [batch], tau, cfg).tolist()
+        values = train_step(model, optimizer, scaler, [batch], tau, cfg)
         print(
-            "step {}: loss {:.4f}, mse {:.4f}, grad norm {:.2f}".format(step, *values)
+            "step {}: loss {:.3f}, mse {:.3f}, grad norm {:.2f}".format(step, *values)
         )
 
 
 def main(argv=None):
     """Train as the flags say; returns what `train` does."""
-    require_packages()
     return train(parse(Config, __doc__, argv))
 
 
@@ -1015,7 +836,7 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--demo"]:
         demo()
     elif MISSING:
-        sys.exit(f"attg_mae.py: error: {MISSING}")
+        sys.exit(f"{__file__}: error: {MISSING}")
     else:
         memory = "raise --accum, which changes nothing else, or lower --batch_size"
         run_cli(main, memory_hint=memory)

@@ -20,7 +20,6 @@ import errno
 import json
 import math
 import re
-import sys
 import zipfile
 import zlib
 from importlib.util import find_spec
@@ -29,6 +28,7 @@ from pathlib import Path
 import torch
 
 from attg.files import replacing, require
+from attg.pretraining import check_config, resolve
 
 # What a checkpoint may hold: values in it, and the characters of the longest name.
 MAX_VALUES = 10**6
@@ -355,7 +355,6 @@ def restore_resolved(cfg, parts):
     of the checkpoint.
     """
     old = parts["config"]
-    resolve = vars(sys.modules[type(cfg).__module__])["resolve"]
     usual = resolve(dataclasses.replace(cfg, warmup_epochs=None)).warmup_epochs
     for name in ("precision", "accum"):
         if getattr(cfg, name) == "auto":
@@ -363,7 +362,7 @@ def restore_resolved(cfg, parts):
     if cfg.warmup_epochs == usual and old.get("epochs") == cfg.epochs:
         cfg.warmup_epochs = old.get("warmup_epochs", usual)
     try:
-        cfg.check()
+        check_config(cfg)
     except ValueError as error:
         words = f"{parts['path']}: its settings are damaged ({error})"
         raise ValueError(words) from error

@@ -6,7 +6,6 @@ checkpoints and end. Nothing of the method is here.
 import dataclasses
 import math
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -35,6 +34,7 @@ from attg.files import require
 from attg.loader import BatchIterator, ResumableBatchSampler, make_loader
 from attg.log import Log, Meter, describe_machine, refuse_not_finite
 from attg.maps import open_maps
+from attg.pretraining import resolve
 from attg.seeding import generator_for
 from attg.weights import DECODER
 
@@ -416,7 +416,6 @@ def reconstruction_mse(model, dataset, loader_args, dtype, rank, world):
 
 def differences_from_defaults(cfg, without):
     """The flags by which cfg differs from what Config fills in; `without` these names."""
-    resolve = vars(sys.modules[type(cfg).__module__])["resolve"]
     usual = type(cfg)(model=cfg.model, data=cfg.data, guidance=cfg.guidance)
     sizes = {"epochs": cfg.epochs, "batch_size": cfg.batch_size}
     follows = {"warmup_epochs": None, "lr": None, "blr": None}

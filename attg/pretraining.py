@@ -1,0 +1,160 @@
+"""
+Settings of a pre-training run that the method does not depend on: schedule, files,
+evaluation. Defaults that follow other settings are resolved here, once, before a run.
+"""
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+
+from attg.cli import DataFlags, RunFlags, flag
+
+EPOCHS = {"high": 10**6, "resume": "free"}
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainFlags(DataFlags, RunFlags):
+    """Training. None in the schedule and out stays None until `resolve`."""
+
+    epochs: int | None = flag(
+        None, "passes over the data [800; vit_micro 8]", low=0, high=10**6
+    )
+    batch_size: int | None = flag(
+        None,
+        "images per step over all processes [4096; vit_micro 64]",
+        low=1,
+        high=10**7,
+        resume="fixed",
+    )
+    blr: float | None = flag(
+        None, "lr = blr * batch_size / 256 [1.5e-4; vit_micro 6e-3]", low=0, high=1e38
+    )
+    lr: float | None = flag(
+        None, "peak learning rate, instead of blr", low=0, high=1e38
+    )
+    warmup_epochs: float | None = flag(
+        None,
+        "epochs of linear warm-up [40 from 400 epochs on, 5 %% of fewer]",
+        low=0,
+        high=1e6,
+    )
+    precision: str = flag(
+        "auto",
+        "auto = the fastest for the device and the width",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        resume="free",
+    )
+    compile: bool = flag(False, "torch.compile the model", resume="free")
+    seed: int = flag(
+        0,
+        "seed of weights, order, augmentation and masks",
+        low=-(2**63),
+        high=2**63 - 1,
+        resume="fixed",
+    )
+    out: str | None = flag(None, "run folder [out/DATA-MODEL-GUIDANCE]", resume="free")
+    init: str | None = flag(
+        None, "weights to start from: ours, MAE's, timm's, HF's or DINO's"
+    )
+    resume: str = flag(
+        "auto",
+        "auto = from OUT/last.pt if it exists, none = start over, or a checkpoint",
+        resume="free",
+    )
+    eval_every: int = flag(
+        0,
+        "epochs between evaluations (k-NN and val_mse), 0 = only at the end",
+        low=0,
+        **EPOCHS,
+    )
+    save_every: int = flag(1, "epochs between checkpoints", low=1, **EPOCHS)
+    keep_ckpt_every: int = flag(
+        0,
+        "epochs between checkpoints that are kept, 0 = only the last",
+        low=0,
+        **EPOCHS,
+    )
+    log_every: int = flag(
+        20, "steps between log lines", low=1, high=10**9, resume="free"
+    )
+
+
+def check_config(cfg):
+    """ValueError if settings of a Config do not fit each other."""
+    if len(cfg.size) != 2:
+        raise ValueError(f"--img_size {cfg.size}: pass a side, or height and width")
+    (h, w), p = cfg.size, cfg.patch_size
+    if h % p or w % p:
+        raise ValueError(
+            f"--img_size {h}x{w} is not divisible by --patch_size {p}; use a multiple"
+        )
+    for part in ("", "decoder_"):
+        width, heads = getattr(cfg, f"{part}width"), getattr(cfg, f"{part}heads")
+        if width % heads or width % 4:
+            raise ValueError(
+                f"--{part}width {width}: must be divisible by 4 and by --{part}heads {heads}"
+            )
+    if isinstance(cfg.accum, str) and cfg.accum != "auto":
+        raise ValueError(f"--accum {cfg.accum}: must be a whole number or auto")
+    L = math.prod(cfg.grid)
+    if not 0 < int(L * (1 - cfg.mask_ratio)) < L:
+        raise ValueError(
+            f"--mask_ratio {cfg.mask_ratio}: must keep and hide at least one of {L} patches"
+        )
+
+
+def resolve(cfg, num_images=None):
+    """A copy of a Config in which the defaults of the run are filled in.
+
+    These are epochs, batch_size, accum, blr, lr, warmup_epochs and out where they are
+    None; accum may still be "auto" after it. num_images: size of the training set (no
+    default depends on it yet). ValueError for flags that contradict each other.
+    """
+    for name in ("mean", "std"):
+        values = getattr(cfg, name)
+        if len(values) != cfg.in_chans:
+            raise ValueError(
+                f"--{name} {' '.join(map(str, values))}: {len(values)} values, but "
+                f"--in_chans {cfg.in_chans}; give one per channel, such as --mean 0.449 "
+                "--std 0.226 --in_chans 1 for gray images"
+            )
+    if cfg.guidance == "none" and cfg.maps:
+        raise ValueError(
+            f"--maps {cfg.maps}: --guidance none uses no maps; leave out one of the two"
+        )
+    epochs, batch_size, blr = 800, 4096, 1.5e-4  # MAE's
+    if cfg.model == "vit_micro":
+        epochs, batch_size, blr = 8, 64, 6e-3
+    elif cfg.data == "toy":
+        # Enlarged to 224 pixels, it only shows that everything runs.
+        epochs, batch_size = 1, 64
+    on_gpu = torch.cuda.is_available() and "cuda" in (cfg.device or "cuda")
+    data = Path(cfg.data).resolve().name
+    defaults = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "accum": "auto" if on_gpu and cfg.data != "toy" else 1,
+        "out": f"out/{data}-{cfg.model}-{cfg.guidance}",
+    }
+    if cfg.lr is None:
+        defaults["blr"] = blr
+    cfg = copy.copy(cfg)
+    for name, value in defaults.items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+    if cfg.warmup_epochs is None:
+        # MAE's 40 epochs do not depend on the length; a short run would be all warm-up.
+        cfg.warmup_epochs = 40 if cfg.epochs >= 400 else 0.05 * cfg.epochs
+
+    scale = cfg.batch_size / 256
+    if cfg.lr is None:
+        cfg.lr = cfg.blr * scale
+    elif cfg.blr is not None and not math.isclose(cfg.lr, cfg.blr * scale):
+        raise ValueError(
+            f"--lr {cfg.lr} and --blr {cfg.blr}: do not agree; give one of them"
+        )
+    cfg.blr = cfg.lr / scale
+    return cfg
