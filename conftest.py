@@ -15,6 +15,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)
 # Without a GPU the kernel runs in Triton's interpreter, which has to be chosen before
@@ -30,6 +31,17 @@ pytest_plugins = ["tests.fixtures"]
 def pytest_addoption(parser):
     words = "damaged and odd inputs of each kind that are tried"
     parser.addoption("--fuzz", type=int, default=200, metavar="N", help=words)
+
+
+def pytest_configure(config):
+    """Properties: the same 50 examples in each run, or with --fuzz N random ones."""
+    options = {"deadline": None, "database": None}
+    options["suppress_health_check"] = list(HealthCheck)
+    settings.register_profile("same", max_examples=50, derandomize=True, **options)
+    number = config.getoption("--fuzz")
+    settings.register_profile("random", max_examples=number, **options)
+    given = any(arg.startswith("--fuzz") for arg in config.invocation_params.args)
+    settings.load_profile("random" if given else "same")
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 Pictures of what a model predicts, and of how a run went.
 """
 
+import math
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,27 @@ def save_reconstructions(path, model, imgs, m_norm, noise):
         title += " (true patch mean, std)"
     columns += [("masked", masked), (title, completed)]
     save_sheet(path, columns)
+
+
+def save_map_sheet(path, imgs, maps, tau=0.75):
+    """Save a sheet: image | map, weights exp(M / tau) and overlay | further maps.
+
+    imgs: floats (n, 3, H, W) in [0, 1]. maps: {file: (n, h, w) in [0, 1]}; the weights
+    and the overlay are those of the first.
+    """
+    size = imgs.shape[2:]
+    columns = [("image", imgs)]
+    for number, (name, m) in enumerate(maps.items()):
+        m = torch.from_numpy(m).float()[:, None]  # (n, 1, h, w)
+        cells = F.interpolate(m, size).expand_as(imgs)
+        columns.append((Path(name).stem[:18], cells))
+        if number == 0:
+            largest = math.exp(1 / tau)
+            weights = (torch.exp(cells / tau) - 1) / (largest - 1)
+            columns.append((f"exp(M / {tau}), 1 to {largest:.2f}", weights))
+            smooth = F.interpolate(m, size, mode="bilinear")
+            columns.append(("overlay", imgs * (0.15 + 0.85 * smooth)))
+    save_sheet(path, columns, cell=size[0])
 
 
 def can_draw_curves():

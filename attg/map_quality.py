@@ -1,4 +1,4 @@
-"""Quality of attention maps beside object masks: IoU, CorLoc, AUROC."""
+"""Quality of attention maps against object masks: IoU, CorLoc, AUROC."""
 
 from pathlib import Path
 
@@ -9,110 +9,91 @@ from PIL import Image
 
 from attg.images import load_image, to_rgb
 
-# -- True masks ------------------------------------------------------------------------
-
 
 def read_mask(folder, name):
-    """
-    The PNG in `folder` with the relative path of the picture `name`: grey, 0 to 255.
-    OSError if there is none; see load_image.
+    """Load the mask of image `name`: a PNG of the same relative path in `folder`.
 
-    Palette pictures: index 0 is background, all else object. Pictures of 0 and 1: 1 is
-    object.
+    Returns a grayscale PIL image, 0 to 255. In palette PNGs index 0 is background, in
+    images of zeros and ones 1 is object. OSError if there is none; see load_image.
     """
     path = Path(folder, name).with_suffix(".png")
-    # To open a pipe or a device may take for ever.
+    # Opening a named pipe or a device would block.
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    picture = load_image(path)
-    if picture.mode == "P":
-        grey = np.asarray(picture) > 0
+    image = load_image(path)
+    if image.mode == "P":
+        gray = np.asarray(image) > 0
     else:
-        grey = np.asarray(to_rgb(picture).convert("L"))
-    if grey.max() <= 1:
-        grey = np.uint8(grey) * 255
-    return Image.fromarray(grey)
+        gray = np.asarray(to_rgb(image).convert("L"))
+    if gray.max() <= 1:
+        gray = np.uint8(gray) * 255
+    return Image.fromarray(gray)
 
 
-def true_masks(dataset, folder, ids):
+def true_masks(dataset, folder=None):
+    """Yield the mask of each image, bool (H, W), or None for an image without one.
+
+    They come from a folder of PNGs, or from the data set itself (toy). Pixels above half
+    of the mask's maximum are object, so that masks of 0/1 and 0/255 both work.
     """
-    The masks, bool (H, W), of a folder or, without one, of the toy set; None for a
-    picture that has none.
-
-    Object is what lies above half of the mask's own maximum, so that 0/1 and 0/255
-    both do.
-    """
-    for i in ids:
+    for i in range(len(dataset)):
         try:
             if folder:
                 mask = np.asarray(read_mask(folder, dataset.names[i]))
             else:
                 mask = dataset.masks[i]
             yield mask > mask.max() / 2
-        # No such file, or no picture: decoders raise OSError, SyntaxError, ValueError.
+        # Missing, or not an image: decoders raise OSError, SyntaxError, ValueError.
         except Exception:
             yield None
 
 
-# -- Quality of maps -------------------------------------------------------------------
-
-
 def quality(maps, truth):
-    """
-    Mean IoU, CorLoc and area under the ROC, in percent, of maps against truth: an
-    iterable of bool (H, W) or None. Returns {"IoU", "CorLoc", "AUROC", "images"}.
+    """Compare maps (h, w) with true masks, an iterable of bool (H, W) or None.
 
-    Images whose mask is missing, empty or full are left out; ValueError if none is
-    left.
+    Returns {"IoU", "CorLoc", "AUROC": mean in percent, "images": number}. Images whose
+    mask is missing, empty or full are skipped; ValueError if none is left.
     """
     scores = []
     for m, mask in zip(maps, truth, strict=True):
         if mask is None or mask.all() or not mask.any():
             continue
         m = np.float32(m)
-        large = enlarge(m, mask.shape)
-        # As in TokenCut, a map is cut at its mean: the small map's, not the large one's.
-        region = large > m.mean()
-        scores.append((overlap(region, mask), located(m, mask), auroc(large, mask)))
+        upsampled = F.interpolate(
+            torch.from_numpy(m)[None, None], mask.shape, mode="bilinear"
+        )[0, 0].numpy()
+        # As in TokenCut, the threshold is the mean of the map before upsampling.
+        region = upsampled > m.mean()
+        iou = (region & mask).sum() / (region | mask).sum()
+        scores.append((iou, is_localized(m, mask), auroc(upsampled, mask)))
     if not scores:
         raise ValueError(
-            "--masks: no picture has a mask with both object and background; "
+            "--masks: no image has a mask with both object and background; "
             "is it the right folder?"
         )
     iou, corloc, area = (100 * np.mean(scores, axis=0)).tolist()
     return {"IoU": iou, "CorLoc": corloc, "AUROC": area, "images": len(scores)}
 
 
-def enlarge(m, shape):
-    """A map float32 (h, w), bilinearly, as (H, W) = shape."""
-    m = torch.from_numpy(m)[None, None]
-    return F.interpolate(m, shape, mode="bilinear", align_corners=False)[0, 0].numpy()
+def is_localized(m, mask):
+    """CorLoc of one image: do the boxes of map and mask overlap with IoU > 0.5?
 
-
-def overlap(region, mask):
-    """IoU of two regions, bool (H, W): what they share, as a part of their union."""
-    return (region & mask).sum() / (region | mask).sum()
-
-
-def located(m, mask):
+    The box of the map m (h, w) is that of the component that holds its maximum; the mask
+    is bool (H, W).
     """
-    CorLoc of one picture: whether the box around the part of the map m (h, w) that
-    holds its maximum overlaps the box of the mask, bool (H, W), with IoU > 0.5.
-    """
-    zoom = np.array(mask.shape) / m.shape
-    low, high = box(part_of_maximum(m)) * zoom
-    true_low, true_high = box(mask)
+    scale = np.array(mask.shape) / m.shape
+    low, high = bounding_box(peak_component(m, m.mean())) * scale
+    true_low, true_high = bounding_box(mask)
     sides = np.minimum(high, true_high) - np.maximum(low, true_low)
-    common = np.prod(np.clip(sides, 0, None))
-    both = np.prod(high - low) + np.prod(true_high - true_low)
-    return common > 0.5 * (both - common)
+    intersection = np.prod(np.clip(sides, 0, None))
+    areas = np.prod(high - low) + np.prod(true_high - true_low)
+    return intersection > 0.5 * (areas - intersection)
 
 
 def auroc(values, mask):
-    """
-    Area under the ROC of values (H, W) as a classifier of pixels: the probability that
-    a pixel of the object has a greater value than one of the background, ties counting
-    half. Calculated from ranks (Mann-Whitney).
+    """Area under the ROC curve of values (H, W) as a score of object pixels.
+
+    Computed from ranks (Mann-Whitney); ties count half.
     """
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     # Ties share their mean rank. The shape of `inverse` depends on NumPy's version.
@@ -122,29 +103,23 @@ def auroc(values, mask):
     return (rank[mask].sum() - n * (n + 1) / 2) / (n * (mask.size - n))
 
 
-def part_of_maximum(m, threshold=None):
-    """
-    bool (h, w): the 4-connected part of m > threshold, by default the mean, that holds
-    the (first) maximum; nothing of a flat map.
-    """
-    region = m > (m.mean() if threshold is None else threshold)
+def peak_component(m, threshold):
+    """bool (h, w): the 4-connected component of m > threshold that holds the maximum."""
+    region = m > threshold
     part = (np.arange(m.size).reshape(m.shape) == m.argmax()) & region
-    # Grows by the neighbours of each cell until nothing is added.
     while True:
+        # Grow by the neighbors of each cell until nothing is added.
         padded = np.pad(part, 1)
-        beside = padded[1:-1, :-2] | padded[1:-1, 2:]
-        above_or_below = padded[:-2, 1:-1] | padded[2:, 1:-1]
-        grown = (part | beside | above_or_below) & region
+        horizontal = padded[1:-1, :-2] | padded[1:-1, 2:]
+        vertical = padded[:-2, 1:-1] | padded[2:, 1:-1]
+        grown = (part | horizontal | vertical) & region
         if (grown == part).all():
             return part
         part = grown
 
 
-def box(region):
-    """
-    The corners ((y0, x0), (y1, x1)) of a region, bool (h, w), in cells; zeros if it is
-    empty.
-    """
+def bounding_box(region):
+    """Corners ((y0, x0), (y1, x1)) of a region, bool (h, w); zeros if it is empty."""
     cells = np.argwhere(region)
     if len(cells) == 0:
         return np.zeros((2, 2))

@@ -6,14 +6,12 @@ those of the same room. `pytest --fuzz N` tries N of each kind.
     content = damage(content, rng)      # of any file
     odd_picture(folder, rng)            # writes one
     odd_tree(folder, rng)               # class folders with pipes, links, odd names
-    damaged_maps(path, rng)             # a map file of save_maps or its manifest
     damaged_checkpoint(content, rng)    # of a checkpoint of a run
     damaged_parts(parts, rng)           # of any file of torch.save
 """
 
 import contextlib
 import io
-import json
 import math
 import os
 import signal
@@ -197,57 +195,6 @@ def odd_tree(folder, rng, links):
 
 
 PICTURE = png(1, 1)
-
-# -- Map files -------------------------------------------------------------------------
-
-HEADERS = (
-    "{'descr': '|O', 'fortran_order': False, 'shape': (5, 7, 9), }",
-    "{'descr': '<f2', 'fortran_order': False, 'shape': (5, 7, 10000000000000000000), }",
-    "{'descr': '<f2', 'fortran_order': True, 'shape': (5, 7, 9), }",
-    "{'descr': '<f2', 'fortran_order': False, 'shape': (5, 0, 9), }",
-    "{'descr': '<f2', 'fortran_order': False, 'shape': (-5, -7, 9), }",
-    "{'descr': [('a', '<f2')], 'fortran_order': False, 'shape': (5, 7, 9), }",
-    "{'descr': '<f2', 'fortran_order': False, 'shape': (5, 9, 7), }",
-    "(" * 5000,
-    "{'descr': '<f2'",
-    "[1, 2",
-    "__import__('os').abort()",
-)
-
-
-def damaged_maps(path, rng):
-    """Damages NAME.npy = path, or its manifest; returns what was done, in a word."""
-    manifest = path.with_suffix(".json")
-    kind = rng.choice(
-        ("npy", "npy", "header", "archive", "json", "json", "key", "text")
-    )
-    if kind == "npy":
-        path.write_bytes(damage(path.read_bytes(), rng))
-    elif kind == "header":
-        header = rng.choice(HEADERS).encode()
-        version = rng.choice((b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x00"))
-        length = len(header).to_bytes(2 if version[0] == 1 else 4, "little")
-        body = path.read_bytes()[128:]
-        path.write_bytes(b"\x93NUMPY" + version + length + header + body)
-    elif kind == "archive":
-        file = io.BytesIO()
-        np.savez(file, maps=np.zeros((5, 7, 9), np.float16))
-        path.write_bytes(file.getvalue())
-    elif kind == "json":
-        manifest.write_bytes(damage(manifest.read_bytes(), rng))
-    elif kind == "key":
-        stored = json.loads(manifest.read_text())
-        place = stored if rng.random() < 0.8 else stored["settings"]
-        key = rng.choice(list(place))
-        place[key] = rng.choice((*VALUES, *NUMBERS))
-        if rng.random() < 0.3:
-            del place[key]
-        manifest.write_text(json.dumps(stored))
-    else:
-        deep = "[" * 10**5, '{"a":' * 10**5, "null", "[]", "5", '"text"', "9" * 10**4
-        manifest.write_text(rng.choice(deep))
-    return kind
-
 
 # -- Checkpoints -----------------------------------------------------------------------
 

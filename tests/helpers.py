@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import attg_mae
@@ -369,51 +368,6 @@ def write(path, picture, **options):
 
 
 LUMA = (0.299, 0.587, 0.114)  # of RGB, in Pillow's grey
-
-
-def graphs():
-    """{family: features (B, L, d)}, 520 graphs."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    def planted(n, L, d, noise):  # an object and a background
-        side = (torch.rand(n, L, 1, generator=generator) < 0.3).float()
-        return (
-            side * normal(n, 1, d)
-            + (1 - side) * normal(n, 1, d)
-            + noise * normal(n, L, d)
-        )
-
-    # Not connected but for eps; equal sizes give a repeated eigenvalue.
-    def clusters(n, sizes):
-        members = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        return F.one_hot(members).float().expand(n, -1, -1)
-
-    model = shake(attg_mae.build_model(attg_mae.Config(img_size=48)), 0.1)
-    imgs = F.interpolate(normal(24, 3, 12, 12), 48)
-    keys = model.last_qkv(imgs)[1][:, :, 1:].transpose(1, 2).flatten(2).detach()
-    angle = torch.arange(36) * math.pi / 18
-    ring = torch.stack([angle.cos(), angle.sin()], dim=1)
-    weak = planted(40, 49, 16, 0.05)
-    weak[:, :1] = weak.mean(1, keepdim=True)  # one patch holds the two sides together
-    smooth = F.interpolate(normal(60, 8, 4, 4), 14, mode="bilinear")
-    return {
-        "random": normal(120, 64, 4),
-        "high-dimensional": normal(60, 100, 64),
-        "keys of a ViT": keys,
-        "smooth": smooth.flatten(2).mT,
-        "planted": planted(120, 64, 16, 0.5),
-        "positive": normal(60, 49, 3).abs(),
-        "weak": weak,
-        "three of a kind": clusters(10, [12, 12, 12]),
-        "unequal clusters": clusters(10, [20, 9, 7]),
-        "ring": ring.expand(4, -1, -1),
-        "no edge": torch.eye(30).expand(4, -1, -1),
-        "all edges": torch.ones(4, 30, 5),
-        "zeros": normal(4, 30, 5) * (torch.arange(30) % 3 > 0)[:, None],
-    }
 
 
 def colourful(folder, count, bad=(), size=(40, 32)):

@@ -1,70 +1,310 @@
 """
-TokenCut's threshold and the weight of its missing edges, and the signs of Grad-CAM.
+The methods against other implementations: TokenCut and MaskCut against scipy, class
+attention against Hugging Face, Grad-CAM against the grad-cam package.
 """
+
+import math
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
 import object_discovery
-from tests.helpers import randn
+from attg.kernels import normalize_map
+from attg_mae import IMAGENET_MEAN, IMAGENET_STD, normalize
+from object_discovery import Settings, border_sign, cut_maps, tokencut
+from tests.helpers import close, rand, randn, shake, transformers
+
+IMAGENET = object_discovery.SimpleNamespace(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+seeds = st.integers(0, 2**32 - 1)
 
 
-def second_vector(edges, eps):
-    """The cut of a graph, edges bool (L, L), by scipy; its largest entry is positive."""
+def model_settings(**changes):
+    return Settings(**{"sign": "max"} | changes)
+
+
+# -- TokenCut --------------------------------------------------------------------------
+
+
+@st.composite
+def graphs(draw):
+    """Features float64 (L, d): noise, smooth, two sides, clusters; some with zeros."""
+    L, d = draw(st.integers(5, 120)), draw(st.integers(2, 64))
+    family = draw(st.sampled_from(["noise", "smooth", "sides", "weak", "clusters"]))
+    rng = np.random.default_rng(draw(seeds))
+    x = rng.normal(size=(L, d))
+    if family == "smooth":
+        x = np.cumsum(x, axis=0)
+    elif family in ("sides", "weak"):
+        side = (rng.random((L, 1)) < 0.3) * 1.0
+        a, b = rng.normal(size=(2, d))
+        x = side * a + (1 - side) * b + (0.05 if family == "weak" else 0.5) * x
+        # One patch holds the two sides together.
+        x[0] = x.mean(0)
+    elif family == "clusters":
+        # Unconnected but for eps; equal sizes give a repeated eigenvalue.
+        x = np.eye(d)[np.sort(rng.integers(0, draw(st.integers(2, d)), L))]
+    if draw(st.booleans()):
+        x[:: draw(st.integers(2, 5))] = 0
+    return x
+
+
+def cosines(x):
+    x = F.normalize(torch.from_numpy(x), dim=-1)
+    return (x @ x.T).numpy()
+
+
+def generalized_eigen(edges, eps):
+    """scipy's eigenvalues and vectors of (D - A) y = lambda D y, D (L,) and A."""
     linalg = pytest.importorskip("scipy.linalg")
-    A = np.where(edges, 1.0, eps)
-    D = np.diag(A.sum(1))
-    y = linalg.eigh(D - A, D)[1][:, 1]
+    A = np.where(edges | edges.T, 1.0, eps)
+    d = A.sum(1)
+    return *linalg.eigh(np.diag(d) - A, np.diag(d)), d, A
+
+
+def signed(y):
     return y * np.sign(y[np.abs(y).argmax()])
 
 
-def far(a, b):
+def distance(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
 
-def test_a_cosine_at_the_threshold_is_no_edge():
-    """One-hot features have the cosine 0 exactly, which is not above tau = 0."""
+@given(graphs(), st.sampled_from([-0.1, 0.2, 0.5, 0.9]), st.sampled_from([1e-5, 0.01]))
+def test_tokencut_equals_scipy(x, tau, eps):
+    edges = cosines(x) > tau
+    values, vectors, d, A = generalized_eigen(edges, eps)
+    dense = object_discovery.tokencut_dense(
+        torch.from_numpy(edges | edges.T)[None], eps
+    )
+    for y in (
+        tokencut(torch.from_numpy(x)[None], tau, eps)[0].numpy(),
+        dense[0].numpy(),
+    ):
+        assert math.isclose(y @ (d * y), 1, rel_tol=1e-9)
+        value = y @ (d * y - A @ y)
+        assert abs(value - values[1]) < 1e-9
+        assert np.linalg.norm(d * y - A @ y - value * d * y) < 1e-8 * np.linalg.norm(
+            d * y
+        )
+        if values[2] - values[1] < 1e-6:
+            continue  # Any vector of a plane is a solution.
+        want = signed(vectors[:, 1])
+        peaks = np.sort(np.abs(want))
+        if peaks[-2] < (1 - 1e-5) * peaks[-1]:
+            assert distance(y, want) < 1e-5
+        else:
+            # The peaks are tied, and the sign may be either's.
+            assert min(distance(y, want), distance(-y, want)) < 1e-5
+
+
+def test_that_tolerance_rejects_another_graph():
+    """Another vector, another eps, >= instead of > tau: all are told apart."""
+    x = randn(40, 3, seed=4, dtype=torch.float64)
+    edges = cosines(x.numpy()) > 0.8
+    want = signed(generalized_eigen(edges, 1e-3)[1][:, 1])
+    assert distance(tokencut(x[None], 0.8, 1e-3)[0].numpy(), want) < 1e-8
+    assert distance(signed(generalized_eigen(edges, 1.1e-3)[1][:, 1]), want) > 1e-5
+    assert distance(np.roll(want, 1), want) > 0.1
+    # One-hot features have a cosine of exactly 0, which is not above tau = 0.
     kinds = torch.tensor([0] * 5 + [1] * 12 + [2] * 8)
-    features = F.one_hot(kinds).double()[None]
-    got = object_discovery.tokencut(features, tau=0.0)[0].numpy()
     edges = (kinds[:, None] == kinds).numpy()
-    assert far(got, second_vector(edges, 1e-5)) < 1e-6
-    # With every edge there is nothing to cut; at -0.1 they are all above.
-    every = object_discovery.tokencut(features, tau=-0.1)[0].numpy()
-    assert far(every, second_vector(edges, 1e-5)) > 0.1
+    want = signed(generalized_eigen(edges, 1e-5)[1][:, 1])
+    onehot = F.one_hot(kinds).double()[None]
+    assert distance(tokencut(onehot, tau=0.0)[0].numpy(), want) < 1e-6
+    # At -0.1 all are above it, and there is nothing to cut.
+    assert distance(tokencut(onehot, tau=-0.1)[0].numpy(), want) > 0.1
 
 
-@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.1])
-def test_missing_edges_weigh_eps(eps):
-    features = randn(1, 40, 3, seed=4, dtype=torch.float64)
-    x = F.normalize(features[0], dim=1)
-    edges = (x @ x.T > 0.8).numpy()
-    want = second_vector(edges, eps)
-    assert far(object_discovery.tokencut(features, 0.8, eps)[0].numpy(), want) < 1e-8
-    dense = object_discovery.tokencut_dense(torch.from_numpy(edges)[None], eps)
-    assert far(dense[0].numpy(), want) < 1e-8
-    assert far(second_vector(edges, 1.1 * eps), want) > 1e-7
-    # Unless it is given it is the paper's.
-    usual = object_discovery.tokencut(features, 0.8)[0].numpy()
-    assert (far(usual, want) < 1e-8) == (eps == 1e-5)
+def test_tokencut_is_independent_of_the_batch_and_refuses_nan():
+    features = F.interpolate(randn(60, 8, 4, 4), 14, mode="bilinear").flatten(2).mT
+    features = features.clone()
+    alone = torch.cat([tokencut(x[None]) for x in features])
+    assert torch.allclose(tokencut(features), alone, atol=1e-7)
+    assert len(alone.unique(dim=0)) == len(alone)
+    assert alone.dtype == torch.float32
+    assert tokencut(features.double()).dtype == torch.float64
+    assert torch.allclose(tokencut(features.half()), alone, atol=1e-2)
+    assert tokencut(features[:, :1]).equal(torch.zeros(60, 1))
+    features[7, 3, 1], features[9, 0, 0] = math.nan, math.inf
+    with pytest.raises(ValueError, match="7, 9"):
+        tokencut(features)
 
 
-def test_grad_cam_keeps_what_speaks_for_the_class():
-    """Features of both signs: cells that speak against it are 0, not negative."""
-    features, weight = randn(3, 5, 4, 6), randn(7, 5, seed=1)
+@given(seeds, st.integers(1, 6), st.integers(1, 6))
+def test_border_sign(seed, h, w):
+    m = np.random.default_rng(seed).random((h, w))
+    m[0, -1] = np.nan
+    got = border_sign(torch.from_numpy(m)[None])[0].numpy()
+    inner = m[1:-1, 1:-1]
+    border = np.ma.array(m, mask=np.zeros_like(m))
+    border.mask[1:-1, 1:-1] = True
+    turned = inner.size > 0 and np.nanmean(border.compressed()) > inner.mean()
+    assert np.array_equal(got, 1 - m if turned else m, equal_nan=True)
 
-    def classify(x):
-        return x.mean((2, 3)).square() @ weight.T
 
-    got = object_discovery.grad_cam(features, classify, (4, 6), (4, 6))
-    x = features.double().numpy()
-    pooled = x.mean((2, 3))
-    best = (pooled**2 @ weight.double().numpy().T).argmax(1)
-    # d score / d x, the same in each of the 24 cells.
-    alpha = 2 * pooled * weight.double().numpy()[best] / 24
-    cam = np.einsum("bc,bchw->bhw", alpha, x)
-    assert (cam < 0).mean() > 0.2 and (cam > 0).mean() > 0.2
-    np.testing.assert_allclose(got, np.maximum(cam, 0), rtol=1e-4, atol=1e-6)
-    assert np.abs(got.numpy() - cam).max() > 1e-2
+# -- MaskCut ---------------------------------------------------------------------------
+
+
+def dense_maskcut(x, grid, objects=1, sign="max", binary=False):
+    """MaskCut of features (L, d) -> (h, w) in [0, 1], with scipy."""
+    ndimage = pytest.importorskip("scipy.ndimage")
+    left = np.full(len(x), True)
+    merged = np.zeros(grid)
+    for _ in range(objects):
+        edges = cosines(np.where(left[:, None], x, 0)) > 0.2
+        y = generalized_eigen(edges, 1e-5)[1][:, 1]
+        y = y * np.sign(y[left][np.abs(y[left]).argmax()])
+        if binary:
+            y = np.where(y > y[left].mean(), 1.0, 0.0)
+        low, high = y[left].min(), y[left].max()
+        m = np.where(left, (y - low) / (high - low), 0).reshape(grid)
+        there = left.reshape(grid)
+        if sign == "border":
+            inside = np.zeros(grid, bool)
+            inside[1:-1, 1:-1] = True
+            if m[there & ~inside].mean() > m[there & inside].mean():
+                m = np.where(there, 1 - m, 0)
+        merged = np.maximum(merged, m)
+        regions, _ = ndimage.label(m > m[there].mean())
+        left = left & (regions != regions.flat[m.argmax()]).ravel()
+    return merged
+
+
+@pytest.mark.parametrize("objects", [1, 2, 3])
+@pytest.mark.parametrize("binary", [False, True])
+def test_cuts_equal_a_dense_maskcut(objects, binary):
+    features = F.interpolate(randn(8, 8, 4, 4), (12, 14), mode="bilinear").flatten(2).mT
+    maps, others = {}, []
+    for sign in ("max", "border"):
+        settings = model_settings(objects=objects, sign=sign, binary=binary)
+        maps[sign] = cut_maps(features, (12, 14), settings).numpy()
+        for x, m in zip(features.double().numpy(), maps[sign], strict=True):
+            want = dense_maskcut(x, (12, 14), objects, sign, binary)
+            assert np.abs(m - want).max() < 1e-3
+            other = dense_maskcut(x, (12, 14), objects % 3 + 1, sign, binary)
+            others.append(np.abs(m - other).max())
+    assert np.mean(others) > 0.1
+    assert (np.abs(maps["max"] - maps["border"]).max((1, 2)) > 0.1).any()
+
+
+def test_two_objects_are_found_one_after_the_other():
+    """The smaller one is a little like the background: the first cut leaves it out."""
+    y, x = np.mgrid[0:12, 0:14]
+    noise = randn(12, 14, 8).numpy() * 0.1
+    first, second = np.hypot(y - 3, x - 3) < 2.6, np.hypot(y - 8, x - 9) < 1.9
+    features = noise + np.eye(8)[0]
+    features[first] = noise[first] + np.eye(8)[1]
+    features[second] = noise[second] + np.eye(8)[2] + 0.25 * np.eye(8)[0]
+    features = torch.from_numpy(features.reshape(1, -1, 8))
+    one, two = (
+        cut_maps(features, (12, 14), model_settings(objects=n))[0] for n in (1, 2)
+    )
+    assert one[first].mean() > 0.6 and one[second].mean() < 0.2
+    assert two[first].mean() > 0.6 and two[second].mean() > 0.35
+
+
+def test_cuts_without_a_solution():
+    """All patches alike, or none: flat maps. Features that are not finite: NaN."""
+    for alike in (torch.ones(1, 9, 4), torch.eye(9)[None]):
+        assert not cut_maps(alike, (3, 3), model_settings()).any()
+    halves = torch.eye(2)[torch.tensor([0] * 8 + [1] * 8)][None]
+    one = cut_maps(halves, (4, 4), model_settings())
+    # Each half is all alike: nothing is left to be cut.
+    assert cut_maps(halves, (4, 4), model_settings(objects=5)).equal(one)
+    assert one.unique().tolist() == [0, 1]
+    features = (
+        F.interpolate(randn(3, 8, 4, 4), 14, mode="bilinear").flatten(2).mT.clone()
+    )
+    features[1, 2, 0] = math.nan
+    m = cut_maps(features, (14, 14), model_settings())
+    assert m[1].isnan().all()
+    assert m[[0, 2]].flatten(1).equal(normalize_map(tokencut(features[[0, 2]])))
+
+
+# -- Backbones -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_class_attention_equals_hugging_face(size, tmp_path):
+    hf = transformers()
+    config = hf.ViTConfig(
+        hidden_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        image_size=32,
+        patch_size=8,
+        layer_norm_eps=1e-6,
+        attn_implementation="eager",
+    )
+    ref = shake(hf.ViTModel(config)).eval()
+    torch.save(ref.state_dict(), tmp_path / "vit.pt")
+    file = str(tmp_path / "vit.pt")
+    settings = model_settings(backbone=file, method="dino", img_size=size)
+    backbone = object_discovery.vit(settings, "cpu")
+    assert backbone.size == (size, size) and backbone.grid == (size // 8,) * 2
+    imgs = (rand(2, 3, size, size) * 255).byte()
+    got = backbone.maps(imgs).flatten(1)
+    x = normalize(imgs, IMAGENET)
+    out = ref(x, output_attentions=True, interpolate_pos_encoding=True)
+    want = out.attentions[-1][:, :, 0, 1:].mean(1)
+    assert close(got, want, 1e-5) and not close(got.roll(1, 1), want, 1e-3)
+
+
+def random_cnn(name, path, scale=False):
+    """An untrained classifier, saved to path; with scale, one that sees its input."""
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name).eval()
+    for module in model.modules():
+        if scale and isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.2, 0.6)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet50", 96), ("mobilenet_v2", 160)])
+def test_grad_cam_equals_the_package(name, size, tmp_path):
+    from pytorch_grad_cam import GradCAM
+
+    ref = random_cnn(name, tmp_path / "cnn.pt", scale=True)
+    weights = str(tmp_path / "cnn.pt")
+    settings = Settings(
+        method="gradcam", backbone=name, weights=weights, img_size=size, grid=5
+    )
+    backbone = object_discovery.cnn(settings, "cpu")
+    imgs = F.interpolate(rand(3, 3, 12, 12) * 255, (size, size)).byte()
+    with GradCAM(ref, [ref.layer4 if name == "resnet50" else ref.features[-1]]) as cam:
+        want = torch.from_numpy(cam(normalize(imgs, IMAGENET), targets=None))
+    want = normalize_map(F.adaptive_avg_pool2d(want[:, None], 5).flatten(1))
+    got = normalize_map(backbone.maps(imgs).flatten(1))
+    assert backbone.grid == (5, 5) and want.std(1).min() > 0.1
+    assert torch.allclose(got, want, atol=1e-4)
+    assert not torch.allclose(got.roll(1, 1), want, atol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet50", 96), ("mobilenet_v2", 104)])
+def test_cut_of_a_classifier_equals_scipy(name, size, tmp_path):
+    ref = random_cnn(name, tmp_path / "cnn.pt")
+    weights = str(tmp_path / "cnn.pt")
+    settings = model_settings(backbone=name, weights=weights, img_size=size)
+    backbone = object_discovery.cnn(settings, "cpu")
+    imgs = F.interpolate(rand(2, 3, 6, 6) * 255, (size, size)).byte()
+    seen = []
+    layer = ref.layer3 if name == "resnet50" else ref.features[13]
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        ref(normalize(imgs, IMAGENET))
+    assert seen[0].shape[2:] == backbone.grid == (math.ceil(size / 16),) * 2
+    for m, x in zip(backbone.maps(imgs), seen[0], strict=True):
+        x = x.flatten(1).T.double().numpy()
+        want = dense_maskcut(x - x.mean(0), backbone.grid)
+        assert np.abs(m.numpy() - want).max() < 1e-3
+        # Neither another layout of the grid nor features that are not centered would do.
+        assert np.abs(m.numpy() - want.T).max() > 0.1
+        assert np.abs(m.numpy() - dense_maskcut(x, backbone.grid)).max() > 0.1

@@ -1,429 +1,540 @@
 """
-Map files: written, read, refused; the quality of maps.
+Map files: written, read, refused. The quality of maps. The job that makes them.
 """
 
 import hashlib
+import io
 import json
-import math
 import os
 import random
-import warnings
+import resource
+import signal
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-import attg.datasets
-import attg.distributed
-import attg.features
-import attg.map_quality
+import attg.map_job
 import attg.maps
-import attg.toy
 import object_discovery
 from attg.datasets import open_data
-from attg.loader import make_loader
+from attg.map_job import SquashedImages, run_job
+from attg.map_quality import (
+    bounding_box,
+    peak_component,
+    quality,
+    read_mask,
+    true_masks,
+)
 from attg.maps import load_maps, save_maps
-from tests.fuzz import damaged_maps, png, within
-from tests.helpers import noise, write
+from tests.fuzz import damage, png, within
+from tests.helpers import make_pictures, noise, write
+from tests.processes import Process, command, ranks
+
+seeds = st.integers(0, 2**32 - 1)
 
 
-@pytest.fixture
-def flat(tmp_path):
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A flat data set of 5 images."""
+    folder = tmp_path_factory.mktemp("images")
     for i in range(5):
-        write(tmp_path / "pictures" / f"{i}.png", noise(40, 40, i))
-    return open_data(tmp_path / "pictures")
+        write(folder / f"{i}.png", noise(40, 40, i))
+    return open_data(folder)
 
 
 def some_maps(n=5):
     return np.random.default_rng(1).normal(3, 2, (n, 7, 9))
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [np.ascontiguousarray, np.asfortranarray, lambda a: np.broadcast_to(a[1], a.shape)],
+# -- Files -----------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from([np.float16, np.float32, np.float64, np.int32]),
+    st.sampled_from([np.ascontiguousarray, np.asfortranarray, lambda a: a[:, ::-1]]),
+    st.lists(
+        st.sampled_from(["", "flat", "noise", "nan", "inf"]), min_size=5, max_size=5
+    ),
+    st.tuples(st.integers(1, 9), st.integers(2, 9)),
+    st.integers(1, 200),
 )
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_maps_round_trip(flat, tmp_path, dtype, layout, monkeypatch):
-    source = layout(some_maps().astype(dtype))
-    keep = source.copy()
-    monkeypatch.setattr(attg.maps.chunks, "__defaults__", (130,))  # two maps a chunk
-    save_maps(
-        tmp_path / "new" / "maps.npy",
-        source,
-        flat,
-        "tokencut",
-        backbone="dino",
-        tau=0.2,
-    )
-    maps, manifest = load_maps(str(tmp_path / "new" / "maps.npy"), flat)
-    assert isinstance(maps, np.memmap)
-    assert maps.dtype == np.float16
-    assert np.array_equal(source, keep)
-    s = source.astype(np.float64)
-    low, high = s.min((1, 2), keepdims=True), s.max((1, 2), keepdims=True)
-    np.testing.assert_allclose(maps, (s - low) / (high - low), atol=5e-4)
-    assert maps.min((1, 2)).tolist() == [0] * 5 and maps.max((1, 2)).tolist() == [1] * 5
+def test_maps_round_trip(images, tmp_path, dtype, layout, kinds, shape, values):
+    maps = np.random.default_rng(0).normal(300, 200, (5, *shape))
+    for m, kind in zip(maps, kinds, strict=True):
+        if kind == "flat" or kind == "noise" and dtype is not np.float64:
+            m[:] = 5
+        elif kind == "noise":  # just below the limit of 1e-5
+            m[:] = 1 + 9e-6 * np.random.default_rng(1).random(shape)
+        elif kind and dtype is not np.int32:
+            m[0, 1] = float(kind)
+    maps = layout(maps.astype(dtype))
+    before = maps.copy()
+    file = tmp_path / "new" / "maps.npy"
+    # So many values a chunk: the rows must not restart in each.
+    attg.maps.chunks.__defaults__, usual = (values,), attg.maps.chunks.__defaults__
+    try:
+        save_maps(file, maps, images, "tokencut", backbone="dino", tau=0.2)
+        loaded, manifest = load_maps(str(file), images)
+    finally:
+        attg.maps.chunks.__defaults__ = usual
+    assert np.array_equal(maps, before, equal_nan=dtype is not np.int32)
+    assert isinstance(loaded, np.memmap) and loaded.dtype == np.float16
+    flat, failed = [], []
+    for i, (m, got) in enumerate(zip(maps.astype(float), loaded, strict=True)):
+        if not np.isfinite(m).all():
+            failed.append(i)
+        elif m.max() - m.min() <= 1e-5 * abs(m).max():
+            flat.append(i)
+        else:
+            want = (m - m.min()) / (m.max() - m.min())
+            assert np.abs(got - want).max() < 5e-4 and (got.min(), got.max()) == (0, 1)
+            continue
+        assert not got.any()
+    assert (manifest["flat"], manifest["failed"]) == (flat, failed)
     assert manifest["settings"] == {"backbone": "dino", "tau": 0.2}
-    assert manifest["method"] == "tokencut"
-    assert (
-        manifest["number"],
-        manifest["shape"],
-        manifest["flat"],
-        manifest["failed"],
-    ) == (5, [5, 7, 9], [], [])
-    assert manifest["fingerprint"] == flat.fingerprint
-    assert (
-        manifest["checksum"]
-        == hashlib.sha256((tmp_path / "new" / "maps.npy").read_bytes()).hexdigest()
-    )
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
-        "maps.json",
-        "maps.npy",
-    ]
-    batch = next(iter(make_loader(flat, 3)))
-    assert np.array_equal(maps[batch.index.numpy()], maps[:3])
+    assert manifest["method"] == "tokencut" and manifest["version"] == 2
+    assert sorted(p.name for p in file.parent.iterdir()) == ["maps.json", "maps.npy"]
 
 
-def test_flat_and_failed_maps_become_zeros(flat, tmp_path, monkeypatch):
-    # One map a chunk: indices must not restart
-    monkeypatch.setattr(attg.maps.chunks, "__defaults__", (63,))
-    source = some_maps()
-    source[0] = 5
-    # Noise below the rule
-    source[1] = 1 + 1e-7 * np.random.default_rng(0).random((7, 9))
-    source[2, 3, 3] = np.nan
-    source[3, 0, 0] = np.inf
-    source[4] = 1
-    # Just above the rule: a map
-    source[4, 2, 2] = 1 + 3e-5
-    save_maps(tmp_path / "m.npy", source, flat, "x")
-    maps, manifest = load_maps(tmp_path / "m.npy", flat)
-    assert (manifest["flat"], manifest["failed"]) == ([0, 1], [2, 3])
-    assert not maps[:4].any() and maps[4].sum() == 1 == maps[4, 2, 2]
+def test_the_limit_of_flat_maps(images, tmp_path):
+    maps = np.ones((5, 4, 4))
+    maps[:, 2, 2] += (0.9e-5, 1.1e-5, 1, 1, 1)
+    save_maps(tmp_path / "m.npy", maps, images, "x")
+    loaded, manifest = load_maps(tmp_path / "m.npy", images)
+    assert manifest["flat"] == [0] and loaded[1].sum() == 1 == loaded[1, 2, 2]
 
 
-def test_save_maps_errors(flat, tmp_path):
-    for path, maps in [
-        ("m.npy", some_maps(4)),
-        ("m.npy", some_maps()[0]),
-        ("m.pt", some_maps()),
-    ]:
-        with pytest.raises(
-            ValueError,
-            match=r"map file .*m\.(npy|pt): needs a name .* maps \(5, h, w\)",
-        ):
-            save_maps(tmp_path / path, maps, flat, "x")
-    save_maps(tmp_path / "m.npy", some_maps(), flat, "x")
-    # A crash on the way leaves the old files whole
+def test_save_maps_errors(images, tmp_path):
+    wrong = [("m.npy", some_maps(4)), ("m.npy", some_maps()[0]), ("m.pt", some_maps())]
+    for name, maps in wrong:
+        with pytest.raises(ValueError, match=rf"{name}: .* \.npy .*\(5, h, w\)"):
+            save_maps(tmp_path / name, maps, images, "x")
+    save_maps(tmp_path / "m.npy", some_maps(), images, "x")
+    before = (tmp_path / "m.npy").read_bytes()
+    # Settings that JSON cannot hold leave the old files as they were.
     with pytest.raises(TypeError):
-        save_maps(tmp_path / "m.npy", some_maps() ** 2, flat, "x", bad=object())
-    load_maps(tmp_path / "m.npy", flat)
-    assert not list(tmp_path.glob("*.tmp"))
+        save_maps(tmp_path / "m.npy", some_maps() ** 2, images, "x", bad=object())
+    assert (tmp_path / "m.npy").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
 
 
-def break_maps(path, how):
-    """Damages the map file; returns what the error must say."""
-    maps = np.load(path)
-    manifest = json.loads(path.with_suffix(".json").read_text())
-    if how == "no npy":
-        path.unlink()
-        return "no such .npy file; give the NAME.npy"
-    if how == "no json":
-        path.with_suffix(".json").unlink()
-        return "the manifest m.json is missing; keep it beside the .npy"
-    if how == "bad json":
-        path.with_suffix(".json").write_text("{")
-        return "the manifest m.json is damaged .*; make the maps again"
-    if how == "empty json":
-        path.with_suffix(".json").write_text("{}")
-        return "the manifest m.json is damaged .*method is missing"
-    if how == "foreign":
-        path.with_suffix(".json").write_text(
-            json.dumps(manifest | {"fingerprint": "f" * 64})
-        )
-        return (
-            r"made for other data \(5 pictures, fingerprint ffffffffffff, "
-            "but --data has 5, .*; use the --data"
-        )
-    if how == "number":
-        path.with_suffix(".json").write_text(json.dumps(manifest | {"number": 4}))
-        return r"made for other data \(4 pictures.*--data has 5"
-    if how == "length":
-        np.save(path, maps[:4])
-        return r"holds float16 \(4, 7, 9\), must be float16 \(5, h, w\)"
-    if how == "dtype":
-        np.save(path, maps.astype(np.float32))
-        return r"holds float32 \(5, 7, 9\), must be float16"
-    if how == "ndim":
-        np.save(path, maps.reshape(5, -1))
-        return r"holds float16 \(5, 63\)"
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[:-3])
-        return "truncated or not a .npy file"
-    if how == "not npy":
-        path.write_bytes(b"hello")
-        return "truncated or not a .npy file"
-    if how == "empty":
-        path.write_bytes(b"")
-        return "truncated or not a .npy file"
-    if how == "longer":
-        path.write_bytes(path.read_bytes() + b"xx")
-        return "does not match the checksum"
-    if how in ("nan", "range", "negative"):
-        maps[3, 0, 0], maps[2, 2, 2] = {
-            "nan": (np.nan, np.inf),
-            "range": (1.5, 2),
-            "negative": (-0.1, -1),
-        }[how]
-        np.save(path, maps)
-        return r"NaN, inf or values outside \[0, 1\] in 2 of 5 maps, the first is number 2; make"
-    maps[2, 2, 2] = 0.123  # tampered
-    np.save(path, maps)
-    return "does not match the checksum in its manifest; make the maps again"
+def refused(path, images, *words):
+    with pytest.raises(ValueError, match=rf"--maps .*{path.name}: ") as error:
+        load_maps(path, images)
+    assert [word for word in words if word not in str(error.value)] == []
+    return True
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "no npy",
-        "no json",
-        "bad json",
-        "empty json",
-        "foreign",
-        "number",
-        "length",
-        "dtype",
-        "ndim",
-        "truncated",
-        "not npy",
-        "empty",
-        "longer",
-        "nan",
-        "range",
-        "negative",
-        "tampered",
-    ],
+@given(st.data())
+def test_damaged_map_files_are_refused(images, tmp_path, data):
+    """Each bit, each cut, each addition. A manifest may say another thing of the method."""
+    path = tmp_path / "m.npy"
+    save_maps(path, some_maps(), images, "tokencut")
+    want, manifest = np.load(path), path.with_suffix(".json")
+    damaged = path if data.draw(st.booleans()) else manifest
+    content = bytearray(damaged.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    kind = data.draw(st.sampled_from(["bit", "cut", "add", "any"]))
+    if kind == "bit":
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "cut":
+        del content[at:]
+    elif kind == "add":
+        content += bytes(at + 1)
+    else:
+        content = damage(content, random.Random(at))
+    if content == damaged.read_bytes():
+        return
+    damaged.write_bytes(content)
+    with within(20):
+        if damaged == path or kind == "cut":
+            assert refused(path, images)
+            return
+        try:
+            assert np.array_equal(load_maps(path, images)[0], want)
+        except ValueError as error:
+            assert f"--maps {path}: " in str(error)
+
+
+HEADERS = (
+    "{'descr': '|O', 'fortran_order': False, 'shape': (5, 7, 9), }",
+    "{'descr': '<f2', 'fortran_order': False, 'shape': (5, 7, 10000000000000000000), }",
+    "{'descr': '<f2', 'fortran_order': True, 'shape': (5, 7, 9), }",
+    "{'descr': '<f2', 'fortran_order': False, 'shape': (5, 0, 9), }",
+    "{'descr': '<f2', 'fortran_order': False, 'shape': (-5, -7, 9), }",
+    "{'descr': '<f2', 'fortran_order': False, 'shape': (5, 9, 7), }",
+    "(" * 5000,
+    "__import__('os').abort()",
 )
-def test_broken_map_files_are_refused(flat, tmp_path, how, monkeypatch):
-    monkeypatch.setattr(attg.maps.chunks, "__defaults__", (130,))
-    save_maps(tmp_path / "m.npy", some_maps(), flat, "x")
-    load_maps(tmp_path / "m.npy", flat)
-    what = break_maps(tmp_path / "m.npy", how)
-    with pytest.raises(ValueError, match=r"--maps .*m\.npy: " + what):
-        load_maps(tmp_path / "m.npy", flat)
 
 
-def test_maps_of_another_folder_are_refused(flat, tmp_path):
-    save_maps(tmp_path / "m.npy", some_maps(), flat, "x")
-    write(tmp_path / "pictures" / "9.png", noise(40, 40))
-    with pytest.raises(
-        ValueError, match="--maps .*made for other data .5 pictures.*--data has 6"
-    ):
-        load_maps(tmp_path / "m.npy", open_data(tmp_path / "pictures"))
+@pytest.mark.parametrize("header", HEADERS)
+def test_other_headers_are_refused(images, tmp_path, header):
+    path = tmp_path / "m.npy"
+    save_maps(path, some_maps(), images, "x")
+    length = len(header).to_bytes(2, "little")
+    body = path.read_bytes()[128:]
+    path.write_bytes(b"\x93NUMPY\x01\x00" + length + header.encode() + body)
+    assert refused(path, images)
 
 
-def test_quality_by_hand():
-    metrics = pytest.importorskip("sklearn.metrics")
-    mask = np.zeros((8, 8), bool)
-    mask[2:6, 2:6] = True
-    exact = mask.reshape(4, 2, 4, 2).mean((1, 3))  # on a grid of 4 x 4
-    far = np.zeros((4, 4))
-    far[3, 3] = 1
-    noise = np.random.default_rng(0).random((8, 8))
-    good, bad, same = (
-        object_discovery.quality([m], [mask]) for m in (exact, far, noise)
-    )
-    assert good["AUROC"] == good["CorLoc"] == 100
-    assert good["IoU"] > 70
-    assert good["images"] == 1
-    assert bad["IoU"] < 10 and bad["CorLoc"] == 0 and bad["AUROC"] < 50
-    assert object_discovery.quality([mask], [mask]) == {
-        "IoU": 100,
-        "CorLoc": 100,
-        "AUROC": 100,
-        "images": 1,
-    }
-    flat = mask.ravel()
-    auc = metrics.roc_auc_score(flat, noise.ravel())
-    assert math.isclose(same["AUROC"], 100 * auc, rel_tol=1e-6)
-    tied = (noise > 0.4) + (noise > 0.7) * 1.0
-    assert math.isclose(
-        object_discovery.quality([tied], [mask])["AUROC"],
-        100 * metrics.roc_auc_score(flat, tied.ravel()),
-    )
-    assert math.isclose(
-        same["IoU"], 100 * metrics.jaccard_score(flat, (noise > noise.mean()).ravel())
-    )
-    m = np.float32([[0, 0.9, 0, 0.8], [0.9, 1, 0, 0.8], [0, 0, 0, 0.8]])  # two parts
-    assert attg.map_quality.part_of_maximum(m).tolist() == [
-        [0, 1, 0, 0],
-        [1, 1, 0, 0],
-        [0, 0, 0, 0],
-    ]
-    assert not attg.map_quality.part_of_maximum(np.ones((2, 3))).any()
-    assert attg.map_quality.box(attg.map_quality.part_of_maximum(m)).tolist() == [
-        [0, 0],
-        [2, 2],
-    ]
-    both = object_discovery.quality(
-        [exact, far, far, far], [mask, mask, None, ~mask & mask]
-    )
-    assert both["images"] == 2 and both["CorLoc"] == 50
-    with pytest.raises(ValueError, match="--masks"):
-        object_discovery.quality([far], [None])
-
-
-def test_masks_of_any_depth(tmp_path):
-    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
-    Image.fromarray(ramp).save(tmp_path / "a.png")
-    assert (
-        abs(
-            np.asarray(object_discovery.read_mask(tmp_path, "a.jpg"), float)
-            - ramp / 257
-        ).max()
-        <= 1
-    )
-    Image.fromarray(np.uint8(ramp > 30000)).save(tmp_path / "b.png")
-    assert (
-        np.asarray(object_discovery.read_mask(tmp_path, "b.jpg"))
-        == 255 * (ramp > 30000)
-    ).all()
-
-
-def test_older_map_files_are_taken_with_a_warning(flat, tmp_path):
-    """Their fingerprint knows number and names of the pictures, not the sizes."""
-    save_maps(tmp_path / "m.npy", some_maps(), flat, "x")
+def test_other_arrays_are_refused(images, tmp_path):
+    """Even with the right checksum."""
+    path = tmp_path / "m.npy"
+    save_maps(path, some_maps(), images, "x")
     manifest = json.loads((tmp_path / "m.json").read_text())
-    names = "\0".join([str(len(flat)), *flat.names])
-    old = manifest | {"fingerprint": hashlib.sha256(names.encode()).hexdigest()}
-    (tmp_path / "m.json").write_text(json.dumps(old))
-    with pytest.warns(UserWarning, match=r"m\.npy: an older file.*sizes.*not checked"):
-        maps = load_maps(tmp_path / "m.npy", flat)[0]
-    assert maps.shape == (5, 7, 9)
-    (tmp_path / "m.json").write_text(json.dumps(manifest))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_maps(tmp_path / "m.npy", flat)
-        # Data sets without files have no sizes that could be missing.
-        toys = open_data("toy", "test")
-        save_maps(tmp_path / "t.npy", np.zeros((2000, 2, 2)), toys, "x")
-        load_maps(tmp_path / "t.npy", toys)
-
-
-def test_maps_of_other_pictures_of_the_same_names_are_refused(flat, tmp_path):
-    save_maps(tmp_path / "m.npy", some_maps(), flat, "x")
-    with open(tmp_path / "pictures" / "3.png", "ab") as file:
-        file.write(b"x")
-    with pytest.raises(ValueError, match="--maps .*made for other data .5 .*sizes of"):
-        load_maps(tmp_path / "m.npy", open_data(tmp_path / "pictures"))
+    maps = np.load(path)
+    nan, outside = maps.copy(), maps.copy()
+    nan[3, 0, 0], outside[2, 2, 2] = np.nan, 1.5
+    archive = io.BytesIO()
+    np.savez(archive, maps=maps)
+    other = {"float32": maps.astype(np.float32), "(4, 7, 9)": maps[:4]}
+    other |= {"map number 3": nan, "map number 2": outside}
+    for words, array in other.items():
+        np.save(path, array)
+        changed = manifest | {"checksum": attg.maps.sha256(path)}
+        (tmp_path / "m.json").write_text(json.dumps(changed))
+        assert refused(path, images, words)
+    path.write_bytes(archive.getvalue())
+    assert refused(path, images, "not a .npy file")
+    path.unlink()
+    assert refused(path, images, "no such .npy file")
+    np.save(path, maps)
+    (tmp_path / "m.json").unlink()
+    assert refused(path, images, "m.json is missing")
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    ("change", "words"),
     [
-        ({"method": None}, "method is missing or not a str"),
-        ({"number": True}, "number is missing or not a int"),
-        ({"flat": [5]}, "flat names a row that is none of 5"),
-        ({"failed": [-1]}, "failed names a row"),
-        ({"failed": ["1"]}, "failed is not a list of numbers"),
-        ({"settings": {"large": 3}}, "large is not a list of numbers"),
-        ({"shape": [5, 9, 7]}, r"holds \(5, 7, 9\), its manifest says \[5, 9, 7\]"),
+        ({"method": None}, "method"),
+        ({"number": True}, "number"),
+        ({"number": 4, "shape": [4, 7, 9]}, "4 images"),
+        ({"flat": [5]}, "flat"),
+        ({"failed": [-1]}, "failed"),
+        ({"failed": ["1"]}, "failed"),
+        ({"shape": [5, 9, 7]}, "(5, 9, 7)"),
+        ({"version": 3}, "version 3"),
+        ({"fingerprint": "f" * 64}, "other data"),
+        ({"settings": []}, "settings"),
     ],
 )
-def test_wrong_manifests(flat, tmp_path, change, words):
-    save_maps(tmp_path / "m.npy", some_maps(), flat, "x")
+def test_other_manifests_are_refused(images, tmp_path, change, words):
+    save_maps(tmp_path / "m.npy", some_maps(), images, "x")
     manifest = json.loads((tmp_path / "m.json").read_text())
     (tmp_path / "m.json").write_text(json.dumps(manifest | change))
-    with pytest.raises(ValueError, match=rf"--maps .*m\.npy: .*{words}.*; make the"):
-        load_maps(tmp_path / "m.npy", flat)
+    assert refused(tmp_path / "m.npy", images, words)
 
 
-def test_damaged_map_files(flat, tmp_path, fuzz, capsys):
-    """They load as they were or not at all, with an error that names the file."""
-    whole = tmp_path / "whole.npy"
-    save_maps(whole, some_maps(), flat, "tokencut", large=[1, 3], cut=0.2)
-    want = np.load(whole)
-    files = {x: whole.with_suffix(x).read_bytes() for x in (".npy", ".json")}
-    path, refused = tmp_path / "m.npy", {}
-    for seed in range(fuzz):
-        for suffix, content in files.items():
-            path.with_suffix(suffix).write_bytes(content)
-        kind = damaged_maps(path, random.Random(seed))
-        refused.setdefault(kind, [])
-        try:
-            with within(20), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                maps = object_discovery.read_maps(path, "--maps", flat)[0]
-        except ValueError as error:
-            assert f"--maps {path}: " in str(error), seed
-            refused[kind].append(True)
-        else:
-            assert np.array_equal(maps, want), seed
-            refused[kind].append(False)
-    assert all(
-        refused["npy"] + refused["header"] + refused["archive"] + refused["text"]
+def test_maps_of_other_images_are_refused(tmp_path):
+    make_pictures(tmp_path / "data", 5)
+    dataset = open_data(tmp_path / "data")
+    save_maps(tmp_path / "m.npy", some_maps(), dataset, "x")
+    # The same names, another size.
+    with open(tmp_path / "data" / "003.png", "ab") as file:
+        file.write(b"x")
+    assert refused(tmp_path / "m.npy", open_data(tmp_path / "data"), "5 images")
+    make_pictures(tmp_path / "data", 6)
+    assert refused(tmp_path / "m.npy", open_data(tmp_path / "data"), "has 6")
+
+
+def test_map_files_without_a_version_load(images, tmp_path):
+    """As commit cf99790 wrote them: an older fingerprint, and other names of settings."""
+    save_maps(tmp_path / "m.npy", some_maps(), images, "tokencut", sign="max", cut=0.3)
+    manifest = json.loads((tmp_path / "m.json").read_text())
+    del manifest["version"]
+    names = "\0".join([str(len(images)), *images.names])
+    text = "\0".join(
+        [hashlib.sha256(names.encode()).hexdigest()]
+        + [str(os.stat(images.path(i)).st_size) for i in range(5)]
     )
-    # Not every value of the manifest matters.
-    assert np.mean(refused["json"]) > 0.5 and np.mean(refused["key"]) > 0.5
+    manifest["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()
+    (tmp_path / "m.json").write_text(json.dumps(manifest))
+    maps, manifest = load_maps(tmp_path / "m.npy", images)
+    assert maps.shape == (5, 7, 9)
+    assert manifest["settings"] == {"sign": "max", "affinity_threshold": 0.3}
 
 
-def test_power_cuts_in_a_job(flat, tmp_path, monkeypatch, capsys):
-    """Rows of finished blocks that never reached the disk are made again."""
-
-    def maps(imgs):
-        if len(called) == stop:
-            raise KeyboardInterrupt
-        called.append(len(imgs))
-        return imgs[:, 0, ::8, ::8].float()
-
-    whole = object_discovery.Whole(flat, (32, 32))
-    job = {"method": "x"}, 1, 0, torch.device("cpu"), 0, 1
-    stop, called = None, []
-    object_discovery.discover(maps, whole, (4, 4), tmp_path / "whole.npy", *job)
-    assert len(called) == 5
-
-    stop, called = 4, []
-    with pytest.raises(KeyboardInterrupt):
-        object_discovery.discover(maps, whole, (4, 4), tmp_path / "m.npy", *job)
-    files = object_discovery.JobFiles(tmp_path / "m.npy")
-    assert sorted(files.finished()) == [0, 1, 2, 3]
-    content = bytearray(files.part.read_bytes())
-    # Of the second block nothing was written, of the third a part.
-    content[32:64] = bytes(32)
-    content[90:96] = bytes(6)
-    files.part.write_bytes(content)
-    with open(files.log(0), "a") as file:
-        # Lines of older versions, of blocks that there are not, and torn ones.
-        file.write("\n4;\n17 00000000;\n3 0000")
-    with open(files.log(1), "wb") as file:
-        file.write(bytes(range(256)))
-    stop, called = None, []
-    object_discovery.discover(maps, whole, (4, 4), tmp_path / "m.npy", *job)
-    assert called == [1, 1, 1]
-    assert "going on: 2 of 5 blocks are there" in capsys.readouterr().out
-    for suffix in (".npy", ".json"):
-        made = (tmp_path / "m").with_suffix(suffix).read_bytes()
-        assert made == (tmp_path / "whole").with_suffix(suffix).read_bytes()
-    assert sorted(x.name for x in tmp_path.glob("m*")) == ["m.json", "m.npy"]
+# -- Quality ---------------------------------------------------------------------------
 
 
-def test_damaged_settings_of_a_job(flat, tmp_path):
-    whole = object_discovery.Whole(flat, (32, 32))
-    files = object_discovery.JobFiles(tmp_path / "m.npy")
-    files.part.write_bytes(bytes(5 * 2 * 16))
-    files.log(0).write_text("0 00000000;\n")
-    for text in ("{", "[]", "null", '{"method": "y"}'):
-        files.about.write_text(text)
-        with pytest.raises(ValueError, match="--out .*unfinished job.*delete m.npy.pa"):
-            job = {"method": "x"}, 1, 0, torch.device("cpu"), 0, 1
-            object_discovery.discover(None, whole, (4, 4), files.path, *job)
+@given(seeds, st.integers(2, 9), st.integers(2, 9), st.integers(1, 4))
+def test_quality_equals_scipy_and_sklearn(seed, h, w, levels):
+    metrics = pytest.importorskip("sklearn.metrics")
+    ndimage = pytest.importorskip("scipy.ndimage")
+    rng = np.random.default_rng(seed)
+    m = np.float32(rng.integers(0, levels + 1, (h, w)) / levels)  # with ties
+    mask = rng.random((h, w)) < 0.5
+    mask[0, :2] = True, False
+    q = quality([m, m, m], [mask, None, ~mask & mask])
+    assert q["images"] == 1
+    want = 100 * metrics.roc_auc_score(mask.ravel(), m.ravel())
+    assert abs(q["AUROC"] - want) < 1e-9
+    region = m > m.mean()
+    want = 100 * metrics.jaccard_score(mask.ravel(), region.ravel())
+    assert abs(q["IoU"] - want) < 1e-9
+
+    labels, _ = ndimage.label(region)
+    part = region & (labels == labels.flat[m.argmax()])
+    assert np.array_equal(peak_component(m, m.mean()), part)
+    boxes = []
+    for cells in (part, mask):
+        found = ndimage.find_objects(cells.astype(int))
+        sides = found[0] if found else (slice(0, 0), slice(0, 0))
+        box = np.zeros((h, w), bool)
+        box[sides] = True
+        boxes.append(box)
+        corners = [[side.start for side in sides], [side.stop for side in sides]]
+        assert bounding_box(cells).tolist() == corners
+    iou = (boxes[0] & boxes[1]).sum() / (boxes[0] | boxes[1]).sum()
+    assert q["CorLoc"] == 100 * (iou > 0.5)
 
 
-def test_masks_that_are_pipes_or_huge(flat, tmp_path):
-    (tmp_path / "masks").mkdir()
-    os.mkfifo(tmp_path / "masks" / "0.png")
-    (tmp_path / "masks" / "1.png").write_bytes(png(10**5, 10**4, row=b"", rows=1))
+def test_quality_of_maps_smaller_than_their_masks():
+    mask = np.zeros((8, 12), bool)
+    mask[2:6, 3:9] = True
+    small = mask.reshape(4, 2, 4, 3).mean((1, 3))
+    q = quality([small], [mask])
+    assert q["AUROC"] == q["CorLoc"] == 100 and q["IoU"] > 70
+    far = np.zeros((4, 4))
+    far[3, 3] = 1
+    q = quality([far], [mask])
+    assert q["AUROC"] < 50 and q["CorLoc"] == 0 and q["IoU"] < 10
+    with pytest.raises(ValueError, match="--masks"):
+        quality([far], [None])
+
+
+def test_masks(images, tmp_path):
+    """8 and 16 bits, 0 and 1, palettes; pipes, huge files and missing ones are none."""
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    write(tmp_path / "0.png", Image.fromarray(ramp))
+    got = np.asarray(read_mask(tmp_path, "0.jpg"), float)
+    assert abs(got - ramp / 257).max() <= 1
+    write(tmp_path / "1.png", Image.fromarray(np.uint8(ramp > 30000)))
+    assert np.array_equal(read_mask(tmp_path, "1.jpg"), 255 * (ramp > 30000))
+    palette = Image.fromarray(np.uint8([[0, 0, 3], [0, 2, 1]]), "P")
+    palette.putpalette([0, 0, 0] * 256)
+    write(tmp_path / "2.png", palette)
+    want = [[0, 0, 255], [0, 255, 255]]
+    assert np.asarray(read_mask(tmp_path, "2.jpg")).tolist() == want
+    os.mkfifo(tmp_path / "3.png")
+    (tmp_path / "4.png").write_bytes(png(10**5, 10**4, row=b"", rows=1))
     with within(10):
-        found = list(attg.map_quality.true_masks(flat, tmp_path / "masks", range(3)))
-    assert found == [None] * 3
+        masks = list(true_masks(images, tmp_path))
+    assert [mask is None for mask in masks] == [False] * 3 + [True] * 2
+    assert np.array_equal(masks[0], ramp // 256 > 127)
+
+
+# -- The job ---------------------------------------------------------------------------
+
+
+def job(out, dataset, compute, **changes):
+    """run_job in this process, one image a block, maps of 4 x 4 cells."""
+    options = SimpleNamespace(out=out, batch_size=1, workers=0, timeout=1)
+    settings = {"method": "x", "threshold": 0.2} | changes
+    images = SquashedImages(dataset, (32, 32))
+    run_job(compute, images, (4, 4), settings, options, (torch.device("cpu"), 0, 1))
+
+
+def red(imgs):
+    return imgs[:, 0, ::8, ::8].float()
+
+
+def files_of(out):
+    return [out.with_suffix(suffix).read_bytes() for suffix in (".npy", ".json")]
+
+
+def test_interrupted_jobs_resume(images, tmp_path, capsys):
+    """Finished blocks are not made again; other settings and other data are refused."""
+    calls = []
+
+    def stopping(imgs):
+        calls.append(len(imgs))
+        if len(calls) in (3, 5):
+            raise KeyboardInterrupt
+        return red(imgs)
+
+    job(tmp_path / "whole.npy", images, red)
+    out = tmp_path / "maps.npy"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            job(out, images, stopping)
+    remedy = "maps.npy.job"
+    with pytest.raises(ValueError, match=f"--out .*threshold 0.2, not 0.3.*{remedy}"):
+        job(out, images, stopping, threshold=0.3)
+    other = images.subset(torch.tensor([0, 1, 2, 4, 3]))
+    with pytest.raises(ValueError, match=f"--out .*fingerprint .*{remedy}"):
+        job(out, other, stopping)
+    job(out, images, stopping)
+    assert len(calls) == 5 + 2 and files_of(out) == files_of(tmp_path / "whole.npy")
+    assert "3 of 5 blocks" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("ending", ["npy", "json", "settings"])
+def test_job_interrupted_at_its_end(ending, images, tmp_path, monkeypatch):
+    """After one of the files, after both, while the folder is removed."""
+    job(tmp_path / "whole.npy", images, red)
+    out = tmp_path / "m.npy"
+
+    def save(*args, **settings):
+        save_maps(*args, **settings)
+        if ending == "npy":
+            out.with_suffix(".json").unlink()
+        if ending == "settings":
+            (tmp_path / "m.npy.job" / "settings.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(attg.map_job, "save_maps", save)
+        job(out, images, red)
+    job(out, images, red)
+    assert files_of(out) == files_of(tmp_path / "whole.npy")
+    assert not (tmp_path / "m.npy.job").exists()
+
+
+def test_memory_of_a_job_does_not_grow(tmp_path):
+    """4000 images of 48 KB; 200 MB if they, or their blocks, were kept."""
+
+    class Many(torch.utils.data.Dataset):
+        dataset, fingerprint = SimpleNamespace(fingerprint="", __len__=None), ""
+
+        def __len__(self):
+            return 4000
+
+        def __getitem__(self, i):
+            return torch.full((3, 128, 128), i % 251, dtype=torch.uint8), True
+
+    options = SimpleNamespace(
+        out=tmp_path / "m.npy", batch_size=50, workers=0, timeout=1
+    )
+    many = Many()
+    many.dataset = many
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    where = torch.device("cpu"), 0, 1
+    run_job(
+        lambda x: torch.rand(len(x), 4, 4),
+        many,
+        (4, 4),
+        {"method": "x"},
+        options,
+        where,
+    )
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # KB
+
+
+@pytest.fixture(scope="module")
+def maps_job(tmp_path_factory):
+    """Settings of a job of 40 blocks, and the files of an uninterrupted run of it."""
+    folder = tmp_path_factory.mktemp("job")
+    make_pictures(folder / "data", 120)
+    settings = {"data": str(folder / "data"), "backbone": "pixels", "img_size": 224}
+    settings |= {"batch_size": 3, "device": "cpu"}
+    object_discovery.main(command(settings | {"out": folder / "maps.npy"}))
+    return settings, files_of(folder / "maps.npy")
+
+
+DISCOVERY = (object_discovery.__file__,)
+
+
+def slow_discovery(folder, seconds, slow_ranks="01"):
+    """A script that is object_discovery.py, but sleeps at each block in these ranks."""
+    script = folder / "slow" / "object_discovery.py"
+    script.parent.mkdir()
+    script.write_text(
+        f"""
+import os, time
+import attg.map_job, object_discovery
+from attg.cli import run_cli
+plain = attg.map_job.normalize_map
+def slow(m):
+    time.sleep({seconds} * (os.environ.get("RANK", "0") in {slow_ranks!r}))
+    return plain(m)
+attg.map_job.normalize_map = slow
+run_cli(object_discovery.main)
+"""
+    )
+    return (str(script),)
+
+
+def blocks(out):
+    return len([p for p in out.parent.glob(f"{out.name}.job/*") if p.name.isdigit()])
+
+
+def test_job_killed_at_any_moment(ask, maps_job, tmp_path):
+    settings, want = maps_job
+    out, rng, seen = tmp_path / "maps.npy", random.Random(1), []
+    slow = slow_discovery(tmp_path, 0.02)
+    for _ in range(3):
+        run, before = Process(ask, out, settings, script=slow), blocks(out)
+        assert run.until(lambda: blocks(out) > before + 3)  # noqa: B023
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        seen.append(blocks(out))
+    assert not out.exists() and seen == sorted(set(seen)) and seen[-1] < 40
+    code, printed, _ = Process(ask, out, settings, script=DISCOVERY).wait()
+    assert code == 0 and f"{seen[-1]} of 40 blocks" in printed
+    assert files_of(out) == want
+    assert not (tmp_path / "maps.npy.job").exists()
+
+
+def test_job_on_a_full_disk(ask, maps_job, tmp_path):
+    settings, want = maps_job
+    out = tmp_path / "maps.npy"
+    run = Process(ask, out, settings, script=slow_discovery(tmp_path, 0.02))
+    assert run.until(lambda: blocks(out) > 0)
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (8000, 8000))
+    code, _, errors = run.wait()
+    assert code == 1 and "Traceback" not in errors and not out.exists()
+    assert f"error: --out {out}: " in errors and "run it again" in errors
+    code, printed, _ = Process(ask, out, settings, script=DISCOVERY).wait()
+    assert code == 0 and "resuming" in printed and files_of(out) == want
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_processes_equal_one(killed, ask, maps_job, tmp_path):
+    settings, want = maps_job
+    out = tmp_path / "maps.npy"
+    script = slow_discovery(tmp_path, 0.02) if killed else DISCOVERY
+    pair = ranks(ask, out, settings, script)
+    if killed:
+        # One process finishes what two have begun; odd blocks are those of rank 1.
+        folder = tmp_path / "maps.npy.job"
+        assert pair[0].until(lambda: all((folder / name).exists() for name in "23"))
+        for run in pair:
+            os.kill(run.pid, signal.SIGKILL)
+        assert {run.wait()[0] for run in pair} == {-9} and not out.exists()
+        code, printed, _ = Process(ask, out, settings, script=DISCOVERY).wait()
+        assert code == 0 and "resuming" in printed
+    else:
+        assert [run.wait()[0] for run in pair] == [0, 0]
+    assert files_of(out) == want and not (tmp_path / "maps.npy.job").exists()
+
+
+def test_a_slow_process_is_waited_for(ask, maps_job, tmp_path):
+    """It takes longer than --timeout, 1.2 s, but for none of its blocks."""
+    settings, want = maps_job
+    out, began = tmp_path / "maps.npy", time.perf_counter()
+    slow = slow_discovery(tmp_path, 0.12, slow_ranks="1")
+    pair = ranks(ask, out, settings | {"timeout": 0.02}, slow)
+    ended = [run.wait() for run in pair]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert files_of(out) == want and time.perf_counter() - began > 2
+
+
+def test_processes_without_a_common_folder(ask, maps_job, tmp_path):
+    """Blocks that never come: an error that names --timeout, not a wait for ever."""
+    settings, _ = maps_job
+    elsewhere = tmp_path / "elsewhere" / "maps.npy"
+    flags = settings | {"timeout": 0.02}
+    pair = ranks(ask, tmp_path / "maps.npy", flags, DISCOVERY, elsewhere)
+    ended = [run.wait() for run in pair]
+    assert all(code == 1 for code, _, _ in ended)
+    assert all("--timeout 0.02" in errors for _, _, errors in ended), ended
