@@ -38,7 +38,7 @@ from tests.helpers import (
 )
 
 
-@pytest.mark.parametrize("dtype", kernel.FUSED, ids=str)
+@pytest.mark.parametrize("dtype", kernel.FUSED_DTYPES, ids=str)
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_kernel_shapes_and_masks(dims, dtype):
     B, L, P = dims
@@ -57,7 +57,7 @@ def test_kernel_shapes_and_masks(dims, dtype):
         None,
     ]
     # Each mask with a third of the smaller shapes and types
-    others = masks[(DIMS.index(dims) + kernel.FUSED.index(dtype)) % 3 :: 3]
+    others = masks[(DIMS.index(dims) + kernel.FUSED_DTYPES.index(dtype)) % 3 :: 3]
     if P > 500:
         others = []
     for mask in (some, *others):
@@ -133,7 +133,7 @@ def test_kernel_leaves_transforms_to_pytorch(words, capsys):
 
         return TRANSFORMS[words](loss, leaf.detach())
 
-    kernel._say.cache_clear()
+    kernel._log_once.cache_clear()
     want = transformed("torch")
     assert want.any() and transformed("auto").equal(want)
     says = words.split(",")[0]
@@ -262,7 +262,7 @@ for p, shape, strides in (
 
 def test_kernel_where_it_cannot_run(monkeypatch, capsys):
     def path(words, **kw):
-        kernel._say.cache_clear()
+        kernel._log_once.cache_clear()
         assert some_loss("auto", **kw)[0].equal(some_loss("torch", **kw)[0])
         assert some_loss("auto", **kw)[0].isfinite()
         # once
@@ -281,9 +281,12 @@ def test_kernel_where_it_cannot_run(monkeypatch, capsys):
         path("cpu tensors")
     monkeypatch.setattr(kernel, "HAS_TRITON", False)
     path("Triton is not installed")
-    old = SimpleNamespace(type="cuda")
     monkeypatch.setattr(kernel, "HAS_TRITON", True)
     # ROCm: gfx9 and later
+    _, leaf, (imgs, mask, attn) = some_loss("torch")
+    pred = SimpleNamespace(
+        device=torch.device("cuda"), dtype=leaf.dtype, shape=leaf.shape
+    )
     for major, words in (
         (7, "a GPU of compute capability 7, below 8"),
         (8, ""),
@@ -294,7 +297,7 @@ def test_kernel_where_it_cannot_run(monkeypatch, capsys):
             "get_device_properties",
             lambda _, m=major: SimpleNamespace(major=m),
         )
-        assert kernel._obstacle(old) == words
+        assert kernel._why_not_fused(pred, imgs, mask, attn, 0.75) == words
 
 
 def check_known(attg_loss, **options):
