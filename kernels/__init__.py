@@ -1,3 +1,3 @@
-from .attg_loss import attg_loss, is_flat, normalize_map
+from .attg_loss import attg_loss, normalize_map
 
-__all__ = ["attg_loss", "is_flat", "normalize_map"]
+__all__ = ["attg_loss", "normalize_map"]
