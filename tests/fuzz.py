@@ -1,13 +1,14 @@
 """
-Seeded generators of damaged, odd and hostile input; the tests that use them are beside
-those of the same room. `pytest --fuzz N` tries N of each kind.
+Generators of damaged, odd and hostile input for property tests.
 
-    rng = random.Random(seed)
-    content = damage(content, rng)      # of any file
-    odd_picture(folder, rng)            # writes one
-    odd_tree(folder, rng)               # class folders with pipes, links, odd names
-    damaged_checkpoint(content, rng)    # of a checkpoint of a run
-    damaged_parts(parts, rng)           # of any file of torch.save
+    @given(rng=RANDOM)
+    def test_...(tmp_path, rng):
+        content = damage(content, rng)      # of any file
+        damaged_checkpoint(content, rng)    # of a checkpoint of a run
+        damaged_parts(parts, rng)           # of any file of torch.save
+
+hypothesis controls rng: it tries the same examples every time, or with `pytest --fuzz N`
+N random ones, and reduces an example that fails to a simple one.
 """
 
 import contextlib
@@ -22,8 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from PIL import Image
 
+# random.Random, drawn by hypothesis.
+RANDOM = st.randoms(use_true_random=False)
 # What a number in a header, or a value in a text, may be replaced with.
 NUMBERS = (0, 1, -1, 2**31 - 1, 2**32 - 1, 2**63, 10**30)
 VALUES = (None, True, -1, 1.5, 10**4000, "", "a\x00b", "\ud800", [], [[0]], {}, ["a"])
