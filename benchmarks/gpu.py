@@ -1,165 +1,85 @@
 """
-`bench.py gpu`: watches the process that measures (gpu_items.py), and keeps its records.
+`bench.py gpu`: the other benchmarks, the kernel's tests and short training runs on a GPU,
+the most important first, until the time is up.
 
-A fault on a GPU often spoils the process for all that follows, and some hang. So the
-items are measured in a process of their own. If it dies, or an item takes far longer
-than it should, the item is recorded as failed and another process goes on with the
-next. When the time is up the process is ended; the item that was running counts as not
-begun.
-
-Files, all in --out: gpu.jsonl holds a record for each item, gpu.log what was printed,
-gpu.md tables of all records.
+Each is a command in a process of its own, so one that crashes or hangs costs its own
+results only. OUT/gpu.jsonl records how each ended, OUT/NAME.log holds its output, and
+tables go to OUT/NAME. The same command continues with what has not ended well.
 """
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-PROGRAM = Path(__file__).parent.parent / "bench.py"
-RECORDS, LOG, REPORT = "gpu.jsonl", "gpu.log", "gpu.md"
+ROOT = Path(__file__).parent.parent
 
 
-# -- Records ---------------------------------------------------------------------------
+def commands(settings):
+    """{name: command} in order of importance; the first word is a Python script or -m."""
+
+    def bench(name, *flags):
+        return ["bench.py", name, *flags]
+
+    peers = ["--mae_repo", settings.mae_repo] if settings.mae_repo else []
+    train = ["attg_mae.py", "--log_every", 1, "--epochs", 1, "--out"]
+    runs = settings.out / "runs"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    large = ["--model", "vit_large", "--batch_size", 1024, "--accum", "auto"]
+    kernel = ["--dtypes", "bfloat16", "--batches", 256]
+    p16 = ["--shapes", "ViT-B/L 16", "--images", "float32", "bfloat16", "uint8"]
+    return {
+        "tests": ["-m", "pytest", "-q", "tests/test_kernel.py", "tests/test_loss.py"],
+        "kernel": bench("kernel", *kernel, *p16),
+        "step": bench("step", "--dtypes", "bfloat16", *peers),
+        "headline": [*torchrun, *train, runs / "headline", *large],
+        "step-compiled": bench("step", "--compile", "--models", "vit_base", *peers),
+        "maps": bench("maps"),
+        "knn": bench("knn"),
+        "data": bench("data", "--workers", 0, 8),
+        "kernel-shapes": bench("kernel", "--batches", 256),
+        "kernel-batches": bench("kernel", *p16[:2], "--dtypes", "bfloat16"),
+        "fp16": [*train, runs / "fp16", "--precision", "fp16"],
+        "compiled": [*train, runs / "compiled", "--compile"],
+    }
 
 
-def add_record(out, **values):
-    """Adds a line to the records, with the time."""
-    line = json.dumps({"at": time.time()} | values)
-    with open(out / RECORDS, "a") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_records(out):
-    """All records, the oldest first."""
-    records = []
-    path = out / RECORDS
+def finished(path):
+    """Names of the commands that ended well, from the records in a file."""
     if not path.exists():
-        return records
-    for line in path.read_text().splitlines():
-        # A process that was killed may have left half a line.
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+        return set()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {record["name"] for record in records if record["code"] == 0}
 
 
-def results(records, since=0.0):
-    """{item: its last record} of the items that ended, well or not, after `since`."""
-    ended = {}
-    for record in records:
-        if "item" in record and record["at"] >= since:
-            ended[record["item"]] = record
-    return ended
-
-
-def count_ended(out):
-    """How many records there are of items that ended, well or not."""
-    return sum("item" in record for record in read_records(out))
-
-
-def running(records):
-    """The record of the item that began last, or None if it has ended."""
-    last = None
-    for record in records:
-        if "begins" in record:
-            last = record
-        elif last and record.get("item") == last["begins"]:
-            last = None
-    return last
-
-
-# -- The process that measures ---------------------------------------------------------
-
-
-def end(process):
-    """Ends the process and those that it started; torchrun's need a moment for theirs."""
-    for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
+def run(settings):
+    """Run the commands until the time is up. Returns the records of this call."""
+    end = time.monotonic() + 60 * settings.minutes
+    path = settings.out / "gpu.jsonl"
+    done, records = finished(path), []
+    for name, command in commands(settings).items():
+        seconds = end - time.monotonic()
+        if name in done or seconds <= 0:
             continue
-
-
-def watch(command, out, until, log, environment):
-    """Runs the command; returns its exit code, or why it was ended: "time" or "limit"."""
-    process = subprocess.Popen(
-        command,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        # A character may be half written.
-        with open(log.name, errors="replace") as printed:
-            printed.seek(0, os.SEEK_END)
-            while process.poll() is None:
-                time.sleep(0.1)
-                print(printed.read(), end="", flush=True)
-                item = running(read_records(out))
-                if time.time() > until:
-                    return "time"
-                if item and time.time() > item["at"] + item["limit"]:
-                    return "limit"
-            print(printed.read(), end="", flush=True)
-        return process.returncode
-    finally:
-        end(process)
-
-
-def leave(number, _):
-    """So that a signal ends the other process as well."""
-    sys.exit(128 + number)
-
-
-def supervise(args, argv, program=PROGRAM):
-    """Measures until all is done or --minutes are over; see the top of this file."""
-    out = args.out
-    out.mkdir(parents=True, exist_ok=True)
-    now = time.time()
-    until = now + 60 * args.minutes
-    since = now if args.items else 0.0
-    environment = dict(os.environ)
-    if args.device == "cpu":
-        # A trial: the kernels run in Triton's interpreter.
-        environment["TRITON_INTERPRET"] = "1"
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        with tempfile.TemporaryDirectory() as scratch, open(out / LOG, "a") as log:
-            command = [sys.executable, "-u", str(program), *argv]
-            command += ["--until", str(until), "--since", str(since)]
-            command += ["--scratch", scratch]
-            while time.time() < until:
-                number = count_ended(out)
-                ended = watch(command, out, until, log, environment)
-                if ended in (0, "time"):
-                    break
-                record_failure(out, ended)
-                # An item that fails ends; if none did, the next try would not help.
-                if count_ended(out) == number:
-                    raise SystemExit(
-                        f"bench.py gpu: exit code {ended}, see {out / LOG}"
-                    )
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    print(f"records: {out / RECORDS}, report: {out / REPORT}, log: {out / LOG}")
-
-
-def record_failure(out, ended):
-    """Of the item that was running, if any, when the process ended."""
-    item = running(read_records(out))
-    if item is None:
-        return
-    words = f"ended the process, exit code {ended}"
-    if ended == "limit":
-        words = f"took longer than {item['limit']:.0f} s"
-    add_record(out, item=item["begins"], failed=words)
-    print(f"{item['begins']}: {words}", flush=True)
+        if command[0] == "bench.py":
+            command = [*command, "--out", settings.out / name]
+        if settings.device and command[0] != "-m":
+            command = [*command, "--device", settings.device]
+        command = [sys.executable, *map(str, command)]
+        print("$", *command, flush=True)
+        began = time.monotonic()
+        with open(settings.out / f"{name}.log", "w") as log:
+            try:
+                result = subprocess.run(
+                    command, cwd=ROOT, stdout=log, stderr=log, timeout=seconds
+                )
+                code = result.returncode
+            except subprocess.TimeoutExpired:
+                code = "time is up"
+        record = {"name": name, "code": code, "s": round(time.monotonic() - began, 1)}
+        records.append(record)
+        print(record, flush=True)
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+    return records

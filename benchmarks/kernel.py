@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-from attg.files import require
 from benchmarks.measure import (
     copy_bandwidth,
     machine,
@@ -38,7 +37,7 @@ IMAGES = ("float32", "bfloat16", "uint8")
 
 
 class Case(NamedTuple):
-    """What the losses are measured on; types by their names in torch."""
+    """Sizes and dtypes (names in torch) that the losses are measured on."""
 
     shape: str
     pred: str
@@ -50,10 +49,10 @@ class Case(NamedTuple):
 def loss_passes(loss, case, device):
     """{"forward": (prepare, call, bytes), "backward": ..., "both": ...} of one loss.
 
-    pred is a slice, as MAE hands it over, and 75 % of the patches are masked. These
-    bytes must move: forward reads pred and image of the masked patches; backward reads
-    them again and writes the whole gradient. (Memory moves sectors of 32 bytes: small
-    patches in images cost more than these bytes.)
+    pred is a slice, as MAE passes it, and 75 % of the patches are masked. bytes are those
+    that must move: forward reads pred and image of the masked patches; backward reads
+    them again and writes the whole gradient. (Memory moves sectors of 32 bytes, so small
+    patches in images cost more.)
     """
     batch, size, patch = case.batch, case.size, SHAPES[case.shape]
     L = (size // patch) ** 2
@@ -68,11 +67,10 @@ def loss_passes(loss, case, device):
     imgs = imgs.to(getattr(torch, case.images))
     attn = torch.rand(batch, L, device=device)
     mask = (torch.rand(batch, L, device=device).argsort(1) >= kept).float()
-    # A tensor, as a float would be copied to the GPU at each call.
+    # A float would be copied to the GPU at each call.
     tau = torch.tensor(0.75, device=device)
 
     def forward(_=None):
-        # Else backward would add to the gradient of the call before.
         pred.grad = None
         return loss(pred, imgs, mask, attn, tau=tau, patch_size=patch)
 
@@ -91,26 +89,24 @@ def loss_passes(loss, case, device):
     }
 
 
-def available_losses(device, say=print, backend="inductor"):
-    """{name: loss} of what runs here; says what does not."""
+def available_losses(device):
+    """{name: loss} of the implementations that run here; prints the others."""
     eager = partial(K.attg_loss, impl="torch")
     losses = {"eager": eager}
     if device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++"))):
-        losses["compile"] = torch.compile(
-            eager, fullgraph=True, dynamic=False, backend=backend
-        )
+        losses["compile"] = torch.compile(eager, fullgraph=True, dynamic=False)
     else:
-        say("no C++ compiler: without torch.compile")
+        print("no C++ compiler: without torch.compile")
     if device.type == "cuda":
         losses["triton"] = partial(K.attg_loss, impl="triton")
     else:
-        say("no GPU: this measures the PyTorch path on the CPU; the kernel is for GPUs")
+        print("no GPU: measures the PyTorch path on the CPU")
     return losses
 
 
 def run(args, device, out):
-    """Time and memory of the loss, and GB/s beside the device's own copy."""
-    check_names(args)
+    """Measure time, memory, and GB/s beside the copy bandwidth of the device."""
+    resolve(args)
     if args.sweep:
         return sweep(args, device, out)
     batches = args.batches
@@ -125,19 +121,25 @@ def run(args, device, out):
         rows += measure_case(losses, case, device, args.repeats, bandwidth)
         print_row(rows[-1])
     table(rows, out, "kernel", f"{machine(device)}; copy {bandwidth / 1e9:.0f} GB/s")
-    figure(rows, bandwidth, out / "kernel.png")
 
 
-def check_names(args):
-    """Fills in --shapes and --dtypes; ValueError for shapes that are unknown."""
-    args.shapes = args.shapes or list(SHAPES)
-    args.dtypes = args.dtypes or ["bfloat16", "float32"]
-    for shape in args.shapes:
-        require(shape in SHAPES, f"--shapes {shape}: choose from {', '.join(SHAPES)}")
+def resolve(args):
+    """Fill in --shapes and --dtypes; raise ValueError for unknown names."""
+    args.shapes = args.shapes or tuple(SHAPES)
+    args.dtypes = args.dtypes or ("bfloat16", "float32")
+    known = {
+        "shapes": tuple(SHAPES),
+        "dtypes": ("bfloat16", "float32"),
+        "images": IMAGES,
+    }
+    for flag, names in known.items():
+        for name in getattr(args, flag):
+            if name not in names:
+                raise ValueError(f"--{flag} {name}: choose from {', '.join(names)}")
 
 
-def measure_case(losses, case, device, repeats, bandwidth, say=print):
-    """A row for each loss and each of PASSES. A loss that fails is left out, by name."""
+def measure_case(losses, case, device, repeats, bandwidth):
+    """A row for each loss and pass; prints the losses that fail."""
     torch.compiler.reset()
     passes, memory = {}, {}
     for name, loss in losses.items():
@@ -146,8 +148,9 @@ def measure_case(losses, case, device, repeats, bandwidth, say=print):
             memory[name] = warm_up(passes[name], device)
         # Compilers raise errors of many kinds.
         except Exception as error:
-            require(name != "eager", f"{case}: {error}")
-            say(f"{name} fails on {case}: {error}")
+            if name == "eager":
+                raise
+            print(f"{name} fails on {case}: {error}")
             del passes[name]
 
     rows = []
@@ -182,71 +185,32 @@ def measure_case(losses, case, device, repeats, bandwidth, say=print):
 
 
 def warm_up(passes, device):
-    """Calls forward and backward, which compiles them; returns their peak MiB."""
+    """Run forward and backward, which compiles them; returns their peak MiB."""
     _, forward, _ = passes["forward"]
     _, both, _ = passes["both"]
     both()
     if device.type != "cuda":
-        return "not measured"
+        return None
     # Another forward pass clears the gradient.
     forward()
     torch.cuda.synchronize()
     return peak_memory_on_gpu(both)
 
 
-def figure(rows, bandwidth, path):
-    """Forward + backward: GB/s over the batch size, a panel for each shape and type."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no picture: pip install matplotlib")
-        return
-    # Dicts keep the order of first occurrence, which sets do not.
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    dtypes = list(dict.fromkeys(row["pred"] for row in rows))
-    size = (1.5 + 2.5 * len(shapes), 0.5 + 2.3 * len(dtypes))
-    canvas = Figure(figsize=size, layout="constrained")
-    axes = canvas.subplots(len(dtypes), len(shapes), sharey=True, squeeze=False)
-    for (dtype, shape), axis in zip(product(dtypes, shapes), axes.flat, strict=True):
-        panel(axis, rows, bandwidth, shape, dtype)
-    axes.flat[-1].legend()
-    canvas.supylabel("GB/s, forward + backward")
-    canvas.savefig(path, dpi=150)
-    print(f"picture: {path}")
-
-
-def panel(axis, rows, bandwidth, shape, dtype):
-    """A line for each loss, and one for the copy."""
-    lines = {}
-    for row in rows:
-        if (row["shape"], row["pred"], row["pass"]) == (shape, dtype, "both"):
-            name = f"{row['loss']}, {row['images']} images"
-            lines.setdefault(name, []).append(row)
-    for name, line in lines.items():
-        batches = [row["batch"] for row in line]
-        rates = [row["GB/s"] for row in line]
-        axis.plot(batches, rates, marker="o", label=name)
-    axis.axhline(bandwidth / 1e9, color="grey", linestyle="--", label="copy")
-    axis.set(title=f"{shape}, {dtype}", xlabel="batch", xscale="log", ylim=(0, None))
-    # All losses were measured for the same batches.
-    axis.set_xticks(batches, [str(batch) for batch in batches], minor=False)
-    axis.minorticks_off()
-
-
 def sweep(args, device, out):
-    """Constants of the kernel file, NAME=VALUE,VALUE ..., in all combinations.
+    """Time forward + backward with all combinations of --sweep, the fastest first.
 
-    Forward + backward, for the largest of --batches and each of --shapes; the fastest
-    come first. The constants must be such as the launches read at each call.
+    --sweep: constants of the kernel file that its launches read at each call.
     """
-    require(device.type == "cuda", "--sweep: the kernel needs a GPU")
+    if device.type != "cuda":
+        raise ValueError("--sweep: the kernel needs a GPU")
     choices = {}
-    for words in args.sweep:
-        name, _, values = words.partition("=")
-        require(
-            isinstance(getattr(K, name, None), int) and values,
-            f"--sweep {words}: must be NAME=VALUE,VALUE, with a constant of {K.__file__}",
-        )
+    for item in args.sweep:
+        name, _, values = item.partition("=")
+        if not isinstance(getattr(K, name, None), int) or not values:
+            raise ValueError(
+                f"--sweep {item}: must be NAME=VALUE,VALUE, a constant of {K.__file__}"
+            )
         choices[name] = [int(value) for value in values.split(",")]
     before = {name: getattr(K, name) for name in choices}
     loss = partial(K.attg_loss, impl="triton")

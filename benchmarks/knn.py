@@ -1,5 +1,5 @@
 """
-k-NN: the vote of the 20 nearest, beside a plain one and scikit-learn's.
+k-NN: the vote of the 20 nearest neighbors beside a one-hot vote and scikit-learn's.
 """
 
 from functools import partial
@@ -21,10 +21,7 @@ from benchmarks.measure import (
 
 
 def knn_plain(bank, labels, queries, k, num_classes, chunks=100):
-    """k-NN as it is usually written: votes through a one-hot (b, k, C).
-
-    It takes a hundredth of the queries at a time.
-    """
+    """k-NN as it is usually written: a vote through a one-hot (b, k, C), in chunks."""
     bank = F.normalize(bank, dim=1).T
     guesses = []
     for x in F.normalize(queries, dim=1).chunk(chunks):
@@ -36,7 +33,7 @@ def knn_plain(bank, labels, queries, k, num_classes, chunks=100):
 
 
 def noisy_copies(n, queries, width, classes, device):
-    """bank (n, width), its labels (n,), queries (q, width), their labels (q,)."""
+    """Random bank (n, width), labels (n,), queries (q, width) and labels (q,)."""
     generator = torch.Generator(device).manual_seed(0)
     where = {"generator": generator, "device": device}
     points = torch.randn(classes, width, **where)
@@ -49,7 +46,7 @@ def noisy_copies(n, queries, width, classes, device):
 
 
 def knn_sklearn(bank, labels, x, k):
-    """A call of scikit-learn's classifier: best class (q, 1)."""
+    """A call of scikit-learn's classifier, which returns the best class (q, 1)."""
     from sklearn.neighbors import KNeighborsClassifier
 
     def votes(distances):
@@ -64,13 +61,12 @@ def knn_sklearn(bank, labels, x, k):
     return call
 
 
-def keep(call, results):
-    """Calls, and puts what it returns into the list."""
+def append_result(results, call):
     results.append(call())
 
 
 def run(args, device, out):
-    """Seconds and memory of the vote of the 20 nearest."""
+    """Measure seconds and peak memory."""
     if args.knn:
         sizes = args.knn
     elif device.type == "cuda":
@@ -82,7 +78,7 @@ def run(args, device, out):
 
 
 def measure_knn(n, queries, width, device, repeats, k=20):
-    """A row for each way to vote. The features are noisy copies of 1,000 points."""
+    """A row for each vote on features that are noisy copies of 1,000 points."""
     classes = min(1000, n)
     bank, labels, x, truth = noisy_copies(n, queries, width, classes, device)
 
@@ -99,8 +95,7 @@ def measure_knn(n, queries, width, device, repeats, k=20):
     memory, correct = {}, {}
     for name, call in calls.items():
         guesses = []
-        memory[name] = peak_memory(partial(keep, call, guesses), device)
-        # The classes come best first.
+        memory[name] = peak_memory(partial(append_result, guesses, call), device)
         right = guesses[0][:, 0] == truth
         correct[name] = 100 * right.double().mean().item()
     turns = {name: (nothing, call) for name, call in calls.items()}

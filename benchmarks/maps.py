@@ -1,5 +1,5 @@
 """
-TokenCut's normalized cut, beside scipy's, and its share of the backbone's time.
+TokenCut's normalized cut beside scipy's, and relative to the backbone's time.
 """
 
 import math
@@ -26,7 +26,7 @@ from object_discovery import tokencut
 
 
 def cut_features(L, batch, keys):
-    """{kind: features (B, L, d)} of five kinds of graphs, easy ones and hard ones."""
+    """{kind: features (B, L, d)} of five kinds of graphs, easy and hard."""
     side = math.isqrt(L)
     generator = torch.Generator().manual_seed(0)
     randn = partial(torch.randn, generator=generator)
@@ -38,7 +38,7 @@ def cut_features(L, batch, keys):
     smooth = F.interpolate(coarse, side, mode="bilinear").flatten(2).mT
     return {
         "keys of ViT-S": keys,
-        "keys, centred": keys - keys.mean(1, keepdim=True),
+        "keys, centered": keys - keys.mean(1, keepdim=True),
         "two blocks": inside * object_ + (1 - inside) * background + 0.3 * noise,
         "smooth": smooth,
         "noise": noise,
@@ -46,7 +46,7 @@ def cut_features(L, batch, keys):
 
 
 def cut_problems(features):
-    """(D - A, D) of each image in turn, for ever, as NumPy arrays (L, L)."""
+    """Endless iterator over (D - A, D) of the images, NumPy arrays (L, L)."""
     x = F.normalize(features.double(), dim=-1)
     # TokenCut's edges: a cosine above 0.2, else 1e-5.
     affinity = torch.where(x @ x.mT > 0.2, 1.0, 1e-5).numpy()
@@ -59,7 +59,7 @@ def cut_problems(features):
 
 
 def scipy_call(features):
-    """(prepare, call) of scipy.linalg.eigh(D - A, D), an image in each call."""
+    """(prepare, call) of scipy.linalg.eigh(D - A, D), one image per call."""
     import scipy.linalg
 
     problems = cut_problems(features)
@@ -72,10 +72,10 @@ def scipy_call(features):
 
 
 def cut_times(features, device, repeats):
-    """Seconds of tokencut, for the batch, and of scipy, for one image, or None.
+    """Seconds of tokencut for the batch, and of scipy for one image or None.
 
-    scipy.linalg.eigh(D - A, D, subset_by_index=[1, 2]) is given both matrices; tokencut
-    makes them.
+    scipy.linalg.eigh(D - A, D, subset_by_index=[1, 2]) gets both matrices; tokencut
+    computes them.
     """
     host = torch.device("cpu")
     ours = {"tokencut": (partial(features.to, device), tokencut)}
@@ -92,26 +92,26 @@ def cut_times(features, device, repeats):
 
 
 def backbone_time(model, imgs, device, repeats):
-    """Milliseconds an image: what comes before the cut."""
+    """Milliseconds per image of the forward pass before the cut."""
     seconds = time_alone((lambda: imgs, model.last_qkv), device, repeats)
     return percentiles(seconds)[0] / len(imgs)
 
 
 def run(args, device, out):
-    """Milliseconds an image of scipy and of tokencut, with one CPU thread each.
+    """Measure milliseconds per image of scipy and tokencut, one CPU thread each.
 
-    The backbone is a ViT-S of random weights on toy images.
+    The backbone is a ViT-S with random weights on toy images.
     """
     batch = (args.batches or [32])[0]
     rows = []
-    # Of 224 px images, 196 and 784 patches.
+    # 196 and 784 patches of a 224 px image.
     for patch in (16, 8):
         rows += measure_cut(patch, args.size, batch, device, args.repeats)
     table(rows, out, "maps", machine(device))
 
 
 def one_thread():
-    """For the threads of NumPy and SciPy, where threadpoolctl can set them."""
+    """Limit NumPy and SciPy to one thread if threadpoolctl is installed."""
     if not find_spec("threadpoolctl"):
         return nullcontext()
     from threadpoolctl import threadpool_limits
@@ -120,17 +120,17 @@ def one_thread():
 
 
 def toy_pixels(count, size, device):
-    """Images of the toy set, enlarged: (count, 3, size, size) in 0 .. 255."""
+    """Enlarged toy images (count, 3, size, size) in 0 .. 255."""
     toy_images, *_ = toy("test")
     imgs = torch.from_numpy(toy_images[:count]).permute(0, 3, 1, 2)
     return F.interpolate(imgs.float().to(device), size, mode="bilinear")
 
 
-def measure_cut(patch, size, batch, device, repeats, say=print):
+def measure_cut(patch, size, batch, device, repeats):
     """A row for each kind of graph of images of `size` pixels."""
     for peer in ("scipy", "threadpoolctl"):
         if not find_spec(peer):
-            say(f"without {peer}: not installed")
+            print(f"without {peer}: not installed")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     L = (size // patch) ** 2

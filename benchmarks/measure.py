@@ -1,5 +1,5 @@
 """
-Time, memory and tables, for all benchmarks.
+Timing, peak memory and tables of all benchmarks.
 """
 
 import ctypes
@@ -18,45 +18,41 @@ import torch
 
 
 def nothing():
-    """The preparation of a call that needs none."""
+    """Prepare nothing."""
     return None
 
 
 def percentiles(times):
-    """Seconds -> median, 20th and 80th percentile in ms."""
+    """Median, 20th and 80th percentile, in ms, of times in seconds."""
     times = torch.tensor(times, dtype=torch.float64) * 1e3
     return [times.quantile(q).item() for q in (0.5, 0.2, 0.8)]
 
 
 def quiet_clock():
-    """Of calls in this process alone: its CPU time, where it has one thread.
-
-    On a machine that others use as well that is steadier than the time on the wall.
-    """
+    """CPU time if PyTorch has one thread, which other programs disturb less."""
     if torch.get_num_threads() == 1:
         return time.process_time
     return time.perf_counter
 
 
-def clock_words(device):
-    """For a table's title."""
-    on_gpu = device.type == "cuda"
-    if not on_gpu and quiet_clock() is time.process_time:
-        return "CPU time of one thread"
-    return "the GPU's time" if on_gpu else "wall time"
+def clock_name(device):
+    """The clock of a table's timings."""
+    if device.type == "cuda":
+        return "GPU time"
+    return "CPU time of one thread" if torch.get_num_threads() == 1 else "wall time"
 
 
 def take_turns(calls, device, repeats, clock=time.perf_counter):
-    """Times several calls, one of each a round, so that all meet the same conditions.
+    """Time several calls alternately, so that all meet the same conditions.
 
-    calls is {name: (prepare, call)}; call gets what prepare() returned. Returns {name:
-    seconds of each call}. The first round and prepare() are not counted.
+    calls: {name: (prepare, call)}; call takes the result of prepare(). Returns {name:
+    seconds of each call}, without prepare() and without the first round, which warms up
+    caches and compiles.
     """
     if device.type == "cuda":
         times = take_turns_on_gpu(calls, device, repeats)
     else:
         times = {name: [] for name in calls}
-        # The first round warms caches up and compiles.
         for _ in range(repeats + 1):
             for name, (prepare, call) in calls.items():
                 x = prepare()
@@ -67,7 +63,7 @@ def take_turns(calls, device, repeats, clock=time.perf_counter):
 
 
 def take_turns_on_gpu(calls, device, repeats):
-    """`take_turns` by the GPU's own clock, the first round included."""
+    """take_turns by CUDA events, with the first round."""
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     cache = torch.empty(2**27, device=device)
     events = {name: [] for name in calls}
@@ -76,8 +72,8 @@ def take_turns_on_gpu(calls, device, repeats):
             start = torch.cuda.Event(enable_timing=True)
             end = torch.cuda.Event(enable_timing=True)
             x = prepare()
-            # A matrix product keeps the device busy while the host queues the call, so
-            # that the time is the device's alone. A write of 512 MB empties its cache.
+            # A matrix product keeps the GPU busy while the host queues the call, so only
+            # the GPU's time counts. Writing 512 MB empties its cache.
             a @ a
             cache.zero_()
             start.record()
@@ -93,12 +89,12 @@ def take_turns_on_gpu(calls, device, repeats):
 
 
 def time_alone(call, device, repeats):
-    """`take_turns` for one (prepare, call): the seconds of each call."""
+    """Seconds of each call of one (prepare, call)."""
     return take_turns({"alone": call}, device, repeats)["alone"]
 
 
 def copy_bandwidth(device, repeats=20):
-    """Bytes read and written in a second by a copy that is larger than any cache."""
+    """Bytes read and written per second by a copy larger than any cache."""
     # 1 GiB on a GPU, 256 MiB on a CPU.
     x = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     y = torch.empty_like(x)
@@ -110,22 +106,19 @@ def copy_bandwidth(device, repeats=20):
 
 
 def peak_memory(call, device):
-    """MiB that the call needs at most, beyond what there was before.
-
-    "not measured" on a CPU whose system is not Linux.
-    """
+    """Peak MiB of a call beyond what was allocated before; None without Linux or CUDA."""
     if device.type == "cuda":
         return peak_memory_on_gpu(call)
     try:
-        # glibc gives free memory back to the system; else the call would use it unseen.
+        # Return free memory of the heap to the system, or the call would reuse it unseen.
         ctypes.CDLL(None).malloc_trim(0)
-        # Linux counts the peak from here.
+        # Reset the peak.
         Path("/proc/self/clear_refs").write_text("5")
         before = peak_of_process()
         call()
         return (peak_of_process() - before) / 2**10
     except (AttributeError, OSError):
-        return "not measured"
+        return None
 
 
 def peak_memory_on_gpu(call):
@@ -136,7 +129,7 @@ def peak_memory_on_gpu(call):
 
 
 def peak_of_process():
-    """KiB, as Linux counts them."""
+    """Peak resident memory of this process in KiB."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
@@ -145,7 +138,7 @@ def peak_of_process():
 
 
 def machine(device):
-    """The title of a table: device, threads and versions."""
+    """Device, threads and versions, the title of a table."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -158,45 +151,33 @@ def machine(device):
     )
 
 
-def shown(value):
-    """Floats with four digits."""
+def formatted(value):
+    """A table cell; floats with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_row(row):
-    """One line of progress: the texts and integers alone, floats after their names."""
-    words = []
+    """Print a row as progress: text and integers alone, floats after their names."""
+    cells = []
     for name, value in row.items():
-        if isinstance(value, float):
-            words.append(f"{name} {shown(value)}")
-        else:
-            words.append(str(value))
-    print(" ".join(words), flush=True)
+        label = f"{name} " if isinstance(value, float) else ""
+        cells.append(label + formatted(value))
+    print(" ".join(cells), flush=True)
 
 
 def markdown(rows):
-    """Rows, dicts, as the lines of a Markdown table with a column for every key."""
-    keys = {}
+    """Lines of a Markdown table of dicts, with a column for every key."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [keys]
     for row in rows:
-        # A dict keeps the order of first occurrence, which a set does not.
-        keys |= dict.fromkeys(row)
-    cells = [list(keys)]
-    for row in rows:
-        cells.append([shown(row.get(key, "")) for key in keys])
+        cells.append([formatted(row.get(key, "")) for key in keys])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * width for width in widths])
-    lines = []
-    for line in cells:
-        padded = map(str.rjust, line, widths)
-        lines.append("| " + " | ".join(padded) + " |")
-    return lines
+    return [f"| {' | '.join(map(str.rjust, line, widths))} |" for line in cells]
 
 
 def table(rows, out, name, title):
-    """Prints rows, dicts, as a Markdown table.
-
-    Writes the table to out/name.md, and title and rows as JSON lines to out/name.jsonl.
-    """
+    """Print dicts as a Markdown table; write it to out/name.md and out/name.jsonl."""
     lines = markdown(rows)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text("\n".join([title, "", *lines, ""]))
