@@ -1,17 +1,16 @@
 """
-Files of weights and of whole runs: written whole or not at all, and read unchanged or
-not at all.
+Checkpoints: written atomically, read only if unchanged; and the rules of resuming a run.
 
     save_checkpoint("last.pt", model=model.state_dict(), step=7)
     parts = load_checkpoint("last.pt")
     load_state(model, parts["model"], "last.pt")
 
-Nothing but tensors and plain types is read, and nothing of a file is run. torch.load does
-not notice bits that have changed on a disk or on the way. So these files carry the crc32
-of each tensor, and one of all else, as a part of their own. Of other people's files the
-checksums of the zip archive are compared, and all weights must be finite. In files that
-are no archives, safetensors and those of torch.save before PyTorch 1.6, and in archives
-whose checksums were written anew, a change to another finite weight cannot be seen.
+Files may hold tensors and plain types only (weights_only): no code in them is executed.
+torch.load does not notice bits that have changed on disk or in transfer, so a checkpoint
+carries the crc32 of each tensor and one of everything else. For other people's files, the
+checksums of the zip archive are verified and all weights must be finite. A changed but
+finite weight goes unnoticed in safetensors files, in torch.save's format before PyTorch
+1.6, and in archives that were rewritten with new checksums.
 """
 
 import argparse
@@ -27,10 +26,11 @@ from pathlib import Path
 
 import torch
 
-from attg.files import replacing, require
-from attg.pretraining import check_config, resolve
+from attg.cli import resume_class
+from attg.files import replacing
+from attg.log import rename
 
-# What a checkpoint may hold: values in it, and the characters of the longest name.
+# Limits of what a checkpoint may hold.
 MAX_VALUES = 10**6
 MAX_NAME_LENGTH = 1000
 
@@ -39,44 +39,44 @@ MAX_NAME_LENGTH = 1000
 
 
 def save_checkpoint(path, /, **parts):
-    """Writes tensors and plain types, all or nothing.
+    """Write tensors and plain types atomically.
 
-    OSError names the file; an earlier one stays as it was.
+    OSError names the file; an earlier file of that name is then intact.
     """
     parts["checksums"] = checksums(parts)
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(parts, file)
     except (OSError, RuntimeError) as error:
-        # torch.save may raise an error of its own after that of the disk.
+        # torch.save may raise an error of its own while it handles the disk's.
         cause = error if isinstance(error, OSError) else error.__context__
-        words = f"{path} could not be written: {cause or error}"
+        message = f"{path} could not be written: {cause or error}"
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            words += "; the disk is full"
+            message += "; the disk is full"
         if Path(path).exists():
-            words += f"; the earlier {path} is intact"
-        raise OSError(words) from error
+            message += f"; the earlier {path} is intact"
+        raise OSError(message) from error
 
 
 def checksums(parts):
-    """{name: crc32} of the tensors in nested dicts and lists, and of all else as "rest"."""
-    found, rest = {}, []
+    """{name: crc32} of the tensors in nested dicts and lists; "rest": everything else."""
+    sums, rest = {}, []
     for name, value in leaves(parts):
         if isinstance(value, torch.Tensor):
             content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            found[name] = zlib.crc32(content.numpy())
+            sums[name] = zlib.crc32(content.numpy())
             value = f"{value.dtype} {list(value.shape)}"
         rest.append(f"{name} {type(value).__name__} {value!r}")
-    found["rest"] = zlib.crc32("\n".join(rest).encode())
-    return found
+    sums["rest"] = zlib.crc32("\n".join(rest).encode())
+    return sums
 
 
 def leaves(parts):
-    """[(name, value)] of all that is neither a dict nor a list, within dicts and lists."""
-    found, left = [], [("", parts)]
+    """[(name, value)] of everything in nested dicts and lists that is neither."""
+    found, stack = [], [("", parts)]
     seen = 0
-    while left:
-        name, value = left.pop()
+    while stack:
+        name, value = stack.pop()
         seen += 1
         if isinstance(value, dict):
             items = value.items()
@@ -85,12 +85,10 @@ def leaves(parts):
         else:
             found.append((name, value))
             continue
-        left += [(f"{name}[{key!r}]", item) for key, item in items]
-        # A small file can hold a list that holds itself, or one a billion times.
-        require(
-            len(name) <= MAX_NAME_LENGTH and seen + len(left) <= MAX_VALUES,
-            "too many values in it",
-        )
+        stack += [(f"{name}[{key!r}]", item) for key, item in items]
+        # A small file can hold a list that contains itself, or one a billion times.
+        if len(name) > MAX_NAME_LENGTH or seen + len(stack) > MAX_VALUES:
+            raise ValueError("holds too many values")
     return found
 
 
@@ -98,333 +96,310 @@ def leaves(parts):
 
 
 def load_checkpoint(path):
-    """What torch.save or safetensors wrote, on the CPU: tensors and plain types.
+    """The content of a file of torch.save or safetensors, on the CPU.
 
-    ValueError for all else, of which nothing is run, and for a damaged file.
+    ValueError if it holds anything but tensors and plain types, or is damaged.
     """
     path = Path(path)
-    require(path.exists(), f"{path}: there is no such file")
-    require(not path.is_dir(), f"{path}: a folder; name a file in it, such as last.pt")
-    if path.suffix == ".safetensors":
-        loaded = load_safetensors(path)
-    else:
-        loaded = load_torch(path)
-    kind = type(loaded).__name__
-    require(isinstance(loaded, dict), f"{path}: no checkpoint, it holds a {kind}")
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; name a file in it, such as last.pt")
+    load = load_safetensors if path.suffix == ".safetensors" else load_torch
+    parts = load(path)
+    if not isinstance(parts, dict):
+        kind = type(parts).__name__
+        raise ValueError(f"{path}: not a checkpoint, it holds a {kind}")
     try:
-        verify_checksums(path, loaded)
+        verify_checksums(path, parts)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
-    return loaded
+    return parts
 
 
 def load_torch(path):
-    """What torch.save wrote; see load_checkpoint."""
+    """The content of a file of torch.save; see load_checkpoint."""
     try:
-        # facebookresearch/mae's training files hold a Namespace.
+        # Training files of facebookresearch/mae hold a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        reason = f"damaged, or no file of weights ({type(error).__name__})"
-        # PyTorch's own words advise to switch the check off.
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign:
+    except Exception as error:  # torch.load raises almost anything on a damaged file
+        reason = f"damaged, or not a checkpoint ({type(error).__name__})"
+        # PyTorch's message advises to disable weights_only.
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        if unsafe:
             reason = (
-                f"holds {foreign[1]}, which is no tensor and no plain type; refused, and "
-                "nothing of it was run"
+                f"holds {unsafe[1]}, which is neither a tensor nor a plain type; refused, "
+                "and no code in it was executed"
             )
         raise ValueError(f"{path}: {reason}") from error
 
 
 def load_safetensors(path):
-    """The tensors of a .safetensors file, a dict."""
-    require(
-        find_spec("safetensors") is not None,
-        f"{path}: to read it the package safetensors is needed: pip install safetensors",
-    )
+    """The tensors of a .safetensors file, as a dict."""
+    if find_spec("safetensors") is None:
+        raise ValueError(
+            f"{path}: needs the package safetensors: pip install safetensors"
+        )
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
     except Exception as error:
         raise ValueError(
-            f"{path}: damaged, or no safetensors file ({error})"
+            f"{path}: damaged, or not a safetensors file ({error})"
         ) from error
 
 
-def verify_checksums(path, loaded):
-    """ValueError if what was loaded is not what was written. Takes the checksums out.
+def verify_checksums(path, parts):
+    """ValueError if the content of a file has changed. Removes "checksums" from parts.
 
-    Of a file without checksums of its own: if its archive's do not fit, or a number is
-    not finite.
+    Without our checksums: if the checksums of the zip archive differ, or a tensor is not
+    finite.
     """
-    written = loaded.pop("checksums", None)
-    for name, value in leaves(loaded):
-        if isinstance(value, torch.Tensor):
-            check_storage(name, value)
-    if written is not None:
-        found = checksums(loaded)
-        if written != found:
-            names = dict(written) if isinstance(written, dict) else {}
-            changed = [name for name in found if names.get(name) != found[name]]
+    stored = parts.pop("checksums", None)
+    tensors = [x for x in leaves(parts) if isinstance(x[1], torch.Tensor)]
+    for name, tensor in tensors:
+        check_storage(name, tensor)
+    if stored is not None:
+        actual = checksums(parts)
+        if stored != actual:
+            known = stored if isinstance(stored, dict) else {}
+            changed = [name for name in actual if known.get(name) != actual[name]]
             raise ValueError(f"{changed[:3]} changed since they were written")
         return
     if zipfile.is_zipfile(path):
         verify_archive(path)
-    for name, value in leaves(loaded):
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            require(value.isfinite().all(), f"{name} is not finite")
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
 
 
 def check_storage(name, x):
-    """ValueError for a tensor that is larger than what the file holds of it."""
-    require(
-        x.layout == torch.strided and x.device.type == "cpu",
-        f"{name} is a {x.layout} tensor of the device {x.device}",
-    )
-    held = x.untyped_storage().nbytes()
-    require(
-        x.numel() * x.element_size() <= held,
-        f"{name} has the shape {tuple(x.shape)}, but {held} bytes",
-    )
+    """ValueError for a tensor that is larger than its storage in the file."""
+    if x.layout != torch.strided or x.device.type != "cpu":
+        raise ValueError(f"{name} is a {x.layout} tensor on the device {x.device}")
+    stored = x.untyped_storage().nbytes()
+    if x.numel() * x.element_size() > stored:
+        raise ValueError(f"{name} has the shape {tuple(x.shape)}, but {stored} bytes")
 
 
 def verify_archive(path):
-    """ValueError for a zip archive of which a file does not match its crc32."""
+    """ValueError if a file in a zip archive does not match its crc32."""
     try:
         with zipfile.ZipFile(path) as archive:
             changed = archive.testzip()
-    except Exception as error:  # nearly anything, on a damaged file
-        raise ValueError(f"no sound archive ({type(error).__name__})") from error
-    require(changed is None, f"{changed} changed since it was written")
-
-
-# -- Settings, weights and optimiser ---------------------------------------------------
+    except Exception as error:  # almost anything, on a damaged file
+        raise ValueError(f"damaged archive ({type(error).__name__})") from error
+    if changed is not None:
+        raise ValueError(f"{changed} changed since it was written")
 
 
 def read_settings(stored, name):
-    """The settings of a file, as JSON has them: with lists for tuples.
+    """Settings stored in a file, with lists for tuples and today's names.
 
-    name: of the file, for the ValueError if they are no dict of plain values.
+    name: of the file, for the ValueError if they are not a dict of plain values.
     """
     try:
         settings = json.loads(json.dumps(stored, allow_nan=False))
-        require(isinstance(settings, dict), "no names with values")
+        if not isinstance(settings, dict):
+            raise ValueError(f"a {type(settings).__name__}, not names with values")
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{name}: its settings are damaged ({error})") from error
-    return settings
+    return rename(settings)
+
+
+# -- States of model, optimizer and scaler ---------------------------------------------
 
 
 def load_state(model, state, name):
-    """Loads all weights of a module, which have to be of its names, shapes and dtypes.
+    """Load the weights of a module, which must agree in names, shapes and dtypes.
 
-    name: of the file, for the ValueError if they are not.
+    name: of the file, for the ValueError if they do not.
     """
-    own = model.state_dict()
-    require(isinstance(state, dict), f"{name}: holds no weights")
-    odd = sorted(map(str, set(own) ^ set(state)))
-    require(not odd, f"{name}: weights of another model: {odd[:3]} are in one only")
-    for key, weight in own.items():
+    if not isinstance(state, dict):
+        raise ValueError(f"{name}: holds no weights")
+    expected = model.state_dict()
+    differ = sorted(map(str, set(expected) ^ set(state)))
+    if differ:
+        raise ValueError(f"{name}: of another model; only one has {differ[:3]}")
+    for key, weight in expected.items():
         check_like(state[key], weight, f"{name}: {key}")
     model.load_state_dict(state)
 
 
 def check_like(x, like, name):
-    """ValueError unless x is a tensor of the shape and dtype of another one."""
-    require(isinstance(x, torch.Tensor), f"{name} is no tensor")
-    words = [f"{t.dtype} {tuple(t.shape)}" for t in (x, like)]
-    require(words[0] == words[1], f"{name} is {words[0]}, must be {words[1]}")
+    """ValueError unless x is a tensor with the shape and dtype of `like`."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} is not a tensor")
+    kinds = [f"{t.dtype} {tuple(t.shape)}" for t in (x, like)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{name} is {kinds[0]}, must be {kinds[1]}")
 
 
-# What the optimisers keep of each parameter.
+# Optimizer state per parameter.
 MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "LARS": {"momentum"}}
 
 
 def load_optimizer(optimizer, stored, steps, name):
-    """Loads the moments of its parameters, but no settings, of which the run decides.
+    """Load the moments of an optimizer, without its hyperparameters.
 
-    stored: its state_dict, as it was after so many steps. name: of the file, for the
-    ValueError. PyTorch trusts the sizes, and would write out of bounds.
+    stored: its state_dict after so many steps. name: of the file, for the ValueError.
+    PyTorch does not check the shapes, and its fused AdamW would write out of bounds.
     """
-    parameters = []
-    for group in optimizer.param_groups:
-        parameters += group["params"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = stored.get("state") if isinstance(stored, dict) else None
-    require(isinstance(states, dict), f"{name}: holds no state of an optimizer")
-    # None before the first step that fp16's scaler lets through.
-    numbers = set(range(len(parameters))) if states else set()
-    require(
-        set(states) == numbers,
-        f"{name}: moments of {len(states)} parameters, must be {len(parameters)}",
-    )
-    wanted = MOMENTS[type(optimizer).__name__]
-    for number, state in states.items():
-        place = f"{name}: of the optimizer's parameter {number}"
-        require(
-            isinstance(state, dict) and set(state) == wanted,
-            f"{place} it must hold {sorted(wanted)}",
+    if not isinstance(states, dict):
+        raise ValueError(f"{name}: holds no optimizer state")
+    # Empty until the first step that the gradient scaler of fp16 does not skip.
+    if states and set(states) != set(range(len(parameters))):
+        raise ValueError(
+            f"{name}: moments of {len(states)} parameters, must be {len(parameters)}"
         )
+    for number, state in states.items():
+        where = f"{name}: optimizer state of parameter {number}"
+        expected = MOMENTS[type(optimizer).__name__]
+        if not isinstance(state, dict) or set(state) != expected:
+            raise ValueError(f"{where}: must hold {sorted(expected)}")
         for key, x in state.items():
             if key != "step":
-                check_like(x, parameters[number], f"{place} {key}")
+                check_like(x, parameters[number], f"{where}: {key}")
                 state[key] = x.contiguous()
                 continue
-            done = float(x) if torch.is_tensor(x) and x.numel() == 1 else x
-            require(
-                type(done) in (int, float) and done in range(steps + 1),
-                f"{place} step must be a number from 0 to {steps}",
-            )
-            state[key] = torch.tensor(float(done))
+            step = float(x) if torch.is_tensor(x) and x.numel() == 1 else x
+            if type(step) not in (int, float) or step not in range(steps + 1):
+                raise ValueError(f"{where}: step must be from 0 to {steps}")
+            state[key] = torch.tensor(float(step))
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
 def load_scaler(scaler, stored, name):
-    """Loads the state of a GradScaler, empty where there is no fp16; as load_optimizer."""
-    own = scaler.state_dict()
-    require(isinstance(stored, dict), f"{name}: holds no state of a scaler")
-    # A run may go on in another precision.
-    if not stored or not own:
+    """Load the state of a GradScaler, which is empty without fp16; see load_optimizer."""
+    if not isinstance(stored, dict):
+        raise ValueError(f"{name}: holds no scaler state")
+    expected = scaler.state_dict()
+    # A resumed run may change its precision.
+    if not stored or not expected:
         return
-    for key in own:
+    for key in expected:
         value = stored.get(key)
-        require(
-            type(value) in (int, float) and 0 <= value < math.inf,
-            f"{name}: of the scaler {key} is no number from 0 on",
-        )
-    scaler.load_state_dict({key: stored[key] for key in own})
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}: {key} of the scaler must be finite, not negative")
+    scaler.load_state_dict({key: stored[key] for key in expected})
 
 
-# -- Checkpoints -----------------------------------------------------------------------
+# -- Resuming --------------------------------------------------------------------------
 
 
-def checkpoint_to_continue(cfg):
-    """Path of the checkpoint that --resume and --out name, or None."""
-    if cfg.resume == "none":
-        return None
-    if cfg.resume != "auto":
-        return Path(cfg.resume)
-    own = Path(cfg.out, "last.pt")
-    return own if own.exists() else None
+def checkpoint_path(cfg):
+    """Path of the checkpoint to resume, or with --epochs 0 to draw; or None.
 
-
-def checkpoint_to_show(cfg):
-    """Path of the checkpoint of which --epochs 0 draws pictures, or None.
-
-    The pictures of a run are not replaced by those of other weights: ValueError.
+    ValueError if --epochs 0 would replace the images of a run by those of other weights.
     """
-    own = Path(cfg.out, "last.pt")
-    asked = checkpoint_to_continue(cfg)
-    if not own.exists():
-        return asked
-    others = None
-    if cfg.init:
-        others = f"--init {cfg.init}"
-    elif asked is None or asked.resolve() != own.resolve():
-        others = f"--resume {cfg.resume}"
-    require(
-        others is None,
-        f"--epochs 0: {own} is of a run, whose reconstructions.png is kept; for pictures "
-        f"of {others} name another folder: --out",
-    )
-    return own
+    last = Path(cfg.out, "last.pt")
+    path = last if last.exists() else None
+    if cfg.resume != "auto":
+        path = None if cfg.resume == "none" else Path(cfg.resume)
+    if cfg.epochs == 0 and last.exists():
+        other = f"--init {cfg.init}" if cfg.init else None
+        if path is None or path.resolve() != last.resolve():
+            other = other or f"--resume {cfg.resume}"
+        if other:
+            raise ValueError(
+                f"--epochs 0: {last} belongs to a run, whose reconstructions.png is kept; "
+                f"for the images of {other} choose another --out"
+            )
+    return path
 
 
-def read_run(path):
-    """The parts of a checkpoint of this project's training, or ValueError."""
+def read_run(cfg):
+    """The parts of the checkpoint to resume, with its path; None if there is none."""
+    path = checkpoint_path(cfg)
+    if path is None:
+        return None
     parts = load_checkpoint(path)
-    lacks = {"model", "optimizer", "scaler", "step", "config"} - set(parts)
-    for name in ("model", "optimizer"):
-        if not parts.get(name):
-            lacks.add(name)
-    require(
-        not lacks,
-        f"{path}: not a training checkpoint of this project, lacks {sorted(lacks)}; "
-        "try --init",
-    )
+    missing = {"model", "optimizer", "scaler", "step", "config"} - set(parts)
+    missing |= {name for name in ("model", "optimizer") if not parts.get(name)}
+    if missing:
+        raise ValueError(
+            f"{path}: not a training checkpoint of this project, it lacks "
+            f"{sorted(missing)}; to start from its weights use --init"
+        )
     step = parts["step"]
-    require(type(step) is int and 0 <= step < 2**53, f"{path}: its step is no number")
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise ValueError(f"{path}: its step is damaged ({step!r})")
     config = read_settings(parts["config"], path)
     return parts | {"config": config, "path": str(path)}
 
 
-def restore_resolved(cfg, parts):
-    """What a continued run has settled itself stays so, unless it is given now.
+def restore_settings(cfg, given, checkpoint):
+    """On resume, keep auto-resolved settings from the checkpoint unless overridden.
 
-    That is what stood for "auto", and a warm-up that was the default of its time. parts:
-    of the checkpoint.
+    given: the Config before its defaults were resolved to cfg. Returns a new Config.
     """
-    old = parts["config"]
-    usual = resolve(dataclasses.replace(cfg, warmup_epochs=None)).warmup_epochs
-    for name in ("precision", "accum"):
-        if getattr(cfg, name) == "auto":
-            setattr(cfg, name, old.get(name, "auto"))
-    if cfg.warmup_epochs == usual and old.get("epochs") == cfg.epochs:
-        cfg.warmup_epochs = old.get("warmup_epochs", usual)
+    stored = checkpoint["config"]
+    names = ["precision", "accum"]
+    # The default warm-up follows the number of epochs.
+    if stored.get("epochs") == cfg.epochs:
+        names.append("warmup_epochs")
+    kept = {}
+    for name in names:
+        if getattr(given, name) in (None, "auto") and name in stored:
+            kept[name] = stored[name]
     try:
-        check_config(cfg)
+        return dataclasses.replace(cfg, **kept)
     except ValueError as error:
-        words = f"{parts['path']}: its settings are damaged ({error})"
-        raise ValueError(words) from error
+        raise ValueError(
+            f"{checkpoint['path']}: its settings are damaged ({error})"
+        ) from error
 
 
-def compare_settings(path, parts, cfg, total_steps, fixed, free):
-    """[--NAME OLD -> NEW] of the settings that differ from those in the checkpoint.
+def check_settings(cfg, checkpoint, total_steps):
+    """[--NAME OLD -> NEW] of the settings that a run changes on resume.
 
-    fixed: settings that may not change in a run. free: those that may even change once
-    it has ended (any other would pass an old result off as new). ValueError names them.
+    The resume class of a setting (attg.cli.flag) decides whether it may change: never
+    ("fixed"), until the run has ended ("open", because an old result would pass for one
+    of the new setting), or always ("free"). ValueError names those that may not.
     """
-    new = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    old = parts["config"]
-    require(
-        cfg.resume != "auto" or old.get("epochs") == cfg.epochs or not cfg.epochs,
-        f"{path} was made for --epochs {old.get('epochs')}, not {cfg.epochs}, and its lr "
-        "and tau follow that number; train in another folder: --out, or go on from it "
-        f"by these epochs: --resume {path}",
-    )
-    ended = parts["step"] >= total_steps
-    differences, refused = [], []
-    for name, value in new.items():
-        if old.get(name) == value:
+    path, stored = checkpoint["path"], checkpoint["config"]
+    fixed, free = resume_class(type(cfg), "fixed"), resume_class(type(cfg), "free")
+    ended = checkpoint["step"] >= total_steps
+    if cfg.epochs == 0:
+        # Only draws: what the weights depend on must agree.
+        fixed -= {"data", "classes", "batch_size", "seed"}
+        ended = False
+    elif cfg.resume == "auto" and stored.get("epochs") != cfg.epochs:
+        raise ValueError(
+            f"{path} was made for --epochs {stored.get('epochs')}, not {cfg.epochs}, and "
+            "its lr and tau follow that number; train in another folder: --out, or "
+            f"continue it with the new schedule: --resume {path}"
+        )
+    changed, refused = [], []
+    for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
+        if stored.get(name) == value:
             continue
-        words = f"--{name} {old.get(name)} -> {value}"
-        differences.append(words)
+        change = f"--{name} {stored.get(name)} -> {value}"
+        changed.append(change)
         if name in fixed or (ended and name not in free):
-            refused.append(words)
-    require(
-        not refused,
-        f"{path} is of another run: {', '.join(refused)}; "
-        "change --out, or start anew: --resume none",
-    )
-    return differences
+            refused.append(change)
+    if refused:
+        raise ValueError(
+            f"{path} is of another run: {', '.join(refused)}; change --out, or start "
+            "over: --resume none"
+        )
+    return changed
 
 
-def find_checkpoint(cfg, total_steps, log, fixed, free):
-    """The parts of the checkpoint that this run continues, or None.
+def restore(optimizer, scaler, checkpoint):
+    """Load the states of optimizer and scaler; returns the number of steps done.
 
-    fixed, free: see compare_settings. cfg takes over what that run has settled.
+    Without a checkpoint that is 0. Empties the checkpoint, to free its memory.
     """
-    path = checkpoint_to_continue(cfg)
-    if path is None:
-        return None
-    parts = read_run(path)
-    restore_resolved(cfg, parts)
-    differences = compare_settings(path, parts, cfg, total_steps, fixed, free)
-    note = f"; the new value holds: {differences}" if differences else ""
-    log.say(f"continuing {path} after step {parts['step']}{note}")
-    return parts
-
-
-def find_model(cfg, log, fixed):
-    """The parts of the checkpoint that --epochs 0 shows, or None.
-
-    fixed: settings by which its model must be that of cfg.
-    """
-    path = checkpoint_to_show(cfg)
-    if path is None:
-        return None
-    parts = read_run(path)
-    everything = set(dataclasses.asdict(cfg))
-    compare_settings(path, parts, cfg, 0, fixed, everything)
-    log.say(f"pictures of {path} after step {parts['step']}")
-    return parts
+    if not checkpoint:
+        return 0
+    step, path = checkpoint["step"], checkpoint["path"]
+    load_optimizer(optimizer, checkpoint["optimizer"], step, path)
+    load_scaler(scaler, checkpoint["scaler"], path)
+    checkpoint.clear()
+    return step

@@ -1,7 +1,4 @@
-"""
-Files written whole or not at all, and by one run at a time; checksums, sheets of
-pictures, tables of results.
-"""
+"""Atomic writes, file locks and checksums."""
 
 import contextlib
 import hashlib
@@ -18,28 +15,28 @@ except ImportError:  # Windows
 
 
 def require(condition, message):
-    """ValueError(message) unless the condition holds."""
+    """Raise ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def sha256(path):
-    """The checksum of a file, 64 hexadecimal digits."""
+    """Hex digest of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """
-    A temporary path that takes the place of `path` when the block ends well: all or
-    nothing, even if killed.
+    """A temporary path that replaces `path` when the block ends without an error.
+
+    Readers see the old file or the complete new one, even if the process is killed.
     """
     temporary = Path(f"{path}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
-        # Without fsync a power cut can leave the new name with none of the content.
+        # Without fsync, a power cut can leave the new name on an empty file.
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -48,63 +45,62 @@ def replacing(path):
 
 
 @contextlib.contextmanager
-def locked(path, what, patience=0):
-    """Keeps others from what a lock file stands for while the block runs.
+def locked(path, output, timeout=0):
+    """Hold an exclusive lock file for the duration of the block.
 
-    ValueError if another process holds it and does not let go within `patience` seconds;
-    `what` and the holder are named. The lock is a process's own: it ends with it, however
-    that ends, and forked workers do not inherit it. Where a file system knows no locks,
-    as some that machines share do not, and on Windows, a warning says that nothing keeps
-    two runs apart.
+    output: what the lock protects, for messages. Raises ValueError that names the holder
+    if another process keeps the lock for `timeout` seconds. The lock ends with its
+    process, however that ends. Without file locks (Windows, some network file systems)
+    it only warns.
     """
     path = Path(path)
-    made = not path.parent.exists()
+    is_new_folder = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = take_lock(path, what, time.monotonic() + patience)
+        file = acquire_lock(path, output, time.monotonic() + timeout)
     except OSError as error:
         raise OSError(
-            f"{what}: cannot be written ({error}); name another place"
+            f"{output}: cannot write here ({error}); choose another path"
         ) from error
     try:
         yield
     finally:
-        # While it is held: whoever waits sees that the file is gone, and makes another.
-        # Windows removes no file that is open, and there none is held.
+        # Removed while the lock is held: a waiting process notices and creates a new
+        # file. Windows cannot remove an open file, and has no lock to hold.
         with contextlib.suppress(OSError):
             path.unlink()
         file.close()
-        if made:
-            # Nothing was written.
+        if is_new_folder:
+            # Succeeds only if nothing was written.
             with contextlib.suppress(OSError):
                 path.parent.rmdir()
 
 
-def take_lock(path, what, until):
-    """The lock file, open, once this process holds it; see locked."""
+def acquire_lock(path, output, deadline):
+    """Open the lock file and lock it; see locked. deadline: of time.monotonic()."""
     while True:
         file = open(path, "a+")
         try:
             if fcntl is None:
-                raise OSError("no locks on this system")
-            # Not flock, whose locks forked workers keep.
+                raise OSError("no file locks on this system")
+            # Not flock: forked loader workers would inherit its locks.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read() or "another process"
             file.close()
-            require(
-                time.monotonic() < until,
-                f"{what}: {holder} is writing there; wait until it has ended, or name "
-                "another place",
-            )
+            if time.monotonic() >= deadline:
+                raise ValueError(
+                    f"{output}: {holder} is writing here; wait until it has ended, or "
+                    "choose another path"
+                ) from None
             time.sleep(0.1)
             continue
         except OSError as error:
-            words = f"{what}: nothing keeps a second run from writing there ({error})"
-            print(words, file=sys.stderr)
+            message = f"{output}: cannot exclude a second run from writing here ({error})"
+            print(message, file=sys.stderr)
             return file
-        # The one that held it may have removed the file in between.
+        # The previous holder may have removed the file after this process opened it.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 file.truncate(0)

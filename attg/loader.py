@@ -1,4 +1,7 @@
-"""Batches of training: a resumable batch sampler, the loader and the transfer to the device."""
+"""
+Training batches: a resumable batch sampler, the DataLoader and finished micro-batches on
+the device.
+"""
 
 import atexit
 import functools
@@ -13,49 +16,42 @@ from torch.utils.data import DataLoader, Sampler
 
 from attg.seeding import generator_for
 
-# -- Batches ---------------------------------------------------------------------------
-
 
 class ResumableBatchSampler(Sampler):
-    """Batches of keys (epoch, index), those of one process, for a whole run.
+    """Micro-batches of keys (epoch, index) of one rank, for the steps start to stop - 1.
 
-    It runs over the steps start .. stop - 1 of training on n pictures. An epoch has
-    n // batch_size steps; the global batch of a step is a slice of the epoch's
-    permutation. Each of `world` processes takes `accum` micro-batches of
-    b = batch_size / (accum * world) pictures from it: micro-batch a of process `rank`
-    is rows (a * world + rank) * b to (a * world + rank + 1) * b - 1. So the pictures of
-    a step do not depend on accum and world.
+    An epoch over n images has n // batch_size steps, and the global batch of a step is a
+    slice of the epoch's permutation. Each of `world` ranks takes `accum` micro-batches of
+    b = batch_size / (accum * world) images from it: micro-batch a of a rank has the rows
+    (a * world + rank) * b to (a * world + rank + 1) * b - 1. So the images of a step
+    depend on neither accum nor world.
 
-    Keys carry the epoch because workers that outlive an epoch have copies of the data
-    set: they would not see an attribute set later.
+    Keys carry the epoch because persistent workers hold copies of the data set, and would
+    not see an attribute that is set later.
     """
 
     def __init__(self, n, batch_size, start, stop, seed=0, accum=1, rank=0, world=1):
         if not 0 < batch_size <= n:
             raise ValueError(
-                f"--batch_size {batch_size}: there are {n} pictures; use 1 to {n}"
+                f"--batch_size {batch_size}: there are {n} images; use 1 to {n}"
             )
         if batch_size % (accum * world):
             raise ValueError(
-                f"--batch_size {batch_size}: the global batch must be divisible by "
-                f"--accum {accum} times {world} processes; use a multiple of "
-                f"{accum * world}"
+                f"--batch_size {batch_size}: must be divisible by --accum {accum} times "
+                f"{world} processes; use a multiple of {accum * world}"
             )
-        self.n = n
-        self.batch_size = batch_size
-        self.start = start
-        self.stop = stop
-        self.seed = seed
-        self.accum = accum
-        self.rank = rank
-        self.world = world
+        self.n, self.batch_size = n, batch_size
+        self.start, self.stop, self.seed = start, stop, seed
+        self.accum, self.rank, self.world = accum, rank, world
         self.steps_per_epoch = n // batch_size
-        # The permutation of one epoch is kept, and the epoch that it belongs to.
-        self.order = None
-        self.order_epoch = None
+        # Rows of this rank's micro-batches in a global batch: (accum, b).
+        rows = torch.arange(batch_size).view(accum, world, -1)
+        self.rows = rows[:, rank]
+        # Cache of one epoch's permutation.
+        self.order_epoch, self.order = None, None
 
     def indices(self, step):
-        """Global batch of a step: int64 (batch_size,)."""
+        """Image indices of the global batch of a step: int64 (batch_size,)."""
         epoch, i = divmod(step, self.steps_per_epoch)
         if self.order_epoch != epoch:
             generator = generator_for("order", self.seed, epoch)
@@ -69,20 +65,27 @@ class ResumableBatchSampler(Sampler):
     def __iter__(self):
         for step in range(self.start, self.stop):
             epoch = step // self.steps_per_epoch
-            batches = self.indices(step).view(self.accum, self.world, -1)
-            for batch in batches[:, self.rank].tolist():
-                yield [(epoch, index) for index in batch]
+            for indices in self.indices(step)[self.rows].tolist():
+                yield [(epoch, index) for index in indices]
 
 
-def ignore_signals(leaving, _):
-    """At the start of a worker: only the main process decides when a run ends.
+def default_workers(device):
+    """Loader workers per process: none beside a CPU that is busy with training."""
+    if device.type == "cpu":
+        return 0
+    cores = os.cpu_count() or 1
+    return min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
-    Ctrl-C and stop signals often reach the workers as well. leaving: an event, set when
-    the main process ends.
+
+def ignore_stop_signals(exiting, _):
+    """worker_init_fn: only the main process decides when a run ends.
+
+    Ctrl-C and stop signals often reach the workers, too. exiting: an event that is set
+    when the main process exits.
     """
 
     def terminate(number, frame):
-        if leaving.is_set():
+        if exiting.is_set():
             os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -94,81 +97,101 @@ def make_loader(
 ):
     """DataLoader of batched Samples.
 
-    Without batch_sampler the pictures come in order, the last short batch included.
+    Without batch_sampler, images come in order, with the last incomplete batch.
     """
+    options = {"batch_size": batch_size}
     if batch_sampler is not None:
         options = {"batch_sampler": batch_sampler}
-    else:
-        options = {"batch_size": batch_size}
     if workers:
-        # Python sends the workers SIGTERM at exit and waits for them: from then on they
-        # have to obey it.
-        leaving = multiprocessing.Event()
-        atexit.register(leaving.set)
+        # At exit Python sends the workers SIGTERM and waits for them: from then on they
+        # must obey it.
+        exiting = multiprocessing.Event()
+        atexit.register(exiting.set)
         options["persistent_workers"] = True
-        options["worker_init_fn"] = functools.partial(ignore_signals, leaving)
+        options["worker_init_fn"] = functools.partial(ignore_stop_signals, exiting)
     return DataLoader(
         dataset,
         num_workers=workers,
         pin_memory=pin_memory,
-        # Its own: the loader draws a seed, which would change torch's random numbers.
+        # The loader draws a seed from it, by default from torch's global generator.
         generator=torch.Generator(),
         **options,
     )
 
 
-class BatchIterator:
-    """Iterator over the Samples of `batches` (ResumableBatchSampler).
-
-    waited: seconds spent waiting for them. unreadable: indices of the pictures that
-    were replaced. Whoever reads the two resets them.
-    """
-
-    def __init__(self, dataset, batches, **options):
-        self.samples = iter(make_loader(dataset, batch_sampler=batches, **options))
-        self.asked = iter(batches)
-        self.unreadable = set()
-        self.waited = 0.0
-
-    def __next__(self):
-        began = time.perf_counter()
-        sample = next(self.samples)
-        self.waited += time.perf_counter() - began
-        keys = next(self.asked)
-        for (_, asked), got in zip(keys, sample.index.tolist(), strict=True):
-            if asked != got:
-                self.unreadable.add(asked)
-        return sample
-
-
 class Batch(NamedTuple):
-    """A micro-batch of training on the device; see attg_mae.model_inputs."""
+    """A micro-batch of B images on the device; see attg_mae.model_inputs."""
 
-    # uint8 (B, C, h, w): random crops, not flipped yet.
+    # uint8 (B, C, H, W): random crops, not flipped yet.
     image: torch.Tensor
-    # float32 (B, h, w): attention maps of the whole pictures.
+    # float32 (B, h, w): attention maps of the whole images.
     maps: torch.Tensor | None
     # float32 (B, 4) and bool (B,): see Sample.
     box: torch.Tensor
     flip: torch.Tensor
     # float32 (B, L): decides the mask.
-    noise: torch.Tensor
+    noise: torch.Tensor | None = None
     # float32 (B, L): breaks ties between patches, see attg_mae.patch_order.
     ties: torch.Tensor | None = None
 
 
-def to_device(sample, noise, all_maps, device):
-    """The Batch of a batched Sample; all_maps (n, h, w) on the host, or None."""
+def to_device(samples, maps, device):
+    """Yield the Batch of each batched Sample, without noise.
 
-    def move(x):
-        # From pinned memory, or the copy waits for the GPU.
+    maps: (n, h, w) on the host, or None.
+    """
+    for sample in samples:
+        tensors = [sample.image, sample.box, sample.flip]
+        if maps is not None:
+            tensors.append(torch.from_numpy(maps[sample.index.numpy()]))
         if device.type == "cuda":
-            x = x.pin_memory()
-        return x.to(device, non_blocking=True)
+            # The copy of pageable memory would wait for the GPU.
+            tensors = [x.pin_memory() for x in tensors]
+        image, box, flip, *rows = [x.to(device, non_blocking=True) for x in tensors]
+        yield Batch(image, rows[0].float() if rows else None, box, flip)
 
-    maps = None
-    if all_maps is not None:
-        rows = torch.from_numpy(all_maps[sample.index.numpy()])
-        maps = move(rows).float()
-    image, box, flip = move(sample.image), move(sample.box), move(sample.flip)
-    return Batch(image, maps, box, flip, move(noise))
+
+class BatchIterator:
+    """The Batches of a run on one rank, in the order of a ResumableBatchSampler.
+
+    draw(generator): uniform noise (batch_size, L) of a global batch. ties: whether batches
+    need them. Noise and ties are functions of seed and step, and are sharded as the images
+    are: a run depends on neither accum nor world, and has no generator state to save.
+
+    waited: seconds spent waiting for images, until the reader resets it. unreadable:
+    number of images of this epoch that were replaced.
+    """
+
+    def __init__(self, dataset, sampler, device, maps, draw, ties=False, workers=0):
+        self.dataset, self.sampler, self.device = dataset, sampler, device
+        self.draw, self.streams = draw, ("masks", "ties") if ties else ("masks",)
+        self.waited, self.unreadable = 0.0, 0
+        self.pin_memory = device.type == "cuda"
+        samples = make_loader(
+            dataset,
+            workers=workers,
+            batch_sampler=sampler,
+            pin_memory=self.pin_memory,
+        )
+        self.batches = to_device(samples, maps, device)
+
+    def micro_batches(self, step):
+        """Yield the sampler.accum Batches of a step. Steps must be asked for in order."""
+        sampler = self.sampler
+        if step % sampler.steps_per_epoch == 0:
+            self.unreadable = 0
+        indices = sampler.indices(step)[sampler.rows]  # (accum, b)
+        draws = []
+        for micro in range(sampler.accum):
+            began = time.perf_counter()
+            batch = next(self.batches)
+            self.waited += time.perf_counter() - began
+            self.unreadable += int(self.dataset.unreadable[indices[micro]].sum())
+            if not draws:
+                for stream in self.streams:
+                    noise = self.draw(generator_for(stream, sampler.seed, step))
+                    noise = noise[sampler.rows]  # (accum, b, L)
+                    if self.pin_memory:
+                        noise = noise.pin_memory()
+                    draws.append(noise.to(self.device, non_blocking=True))
+            yield Batch(*batch[:4], *[noise[micro] for noise in draws])

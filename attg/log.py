@@ -1,4 +1,4 @@
-"""The log of a run: log.jsonl, log lines and the meters behind them."""
+"""The log of a training run: log.jsonl, config.json and log lines."""
 
 import dataclasses
 import datetime
@@ -10,14 +10,31 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from attg.cli import say
+from attg.cli import log_line
 from attg.files import replacing
+
+# Names of settings and metrics in older configs, logs and results, and their new names.
+RENAMED_SETTINGS = {
+    "knn_every": "eval_every",
+    "keep_every": "keep_ckpt_every",
+    "mse_test": "val_mse",
+    "fraction": "label_fraction",
+    "cut": "affinity_threshold",
+}
+LINE = (
+    "step {step:6}/{total} epoch {epoch:6.2f} loss {loss:.4f} mse {mse:.4f} "
+    "lr {lr:.2e} tau {tau:.3f} {img_s:7.1f} img/s data {data_wait:4.0%} ETA {eta}"
+)
+
+
+def rename(settings):
+    """A dict of settings or metrics with today's names."""
+    return {RENAMED_SETTINGS.get(name, name): settings[name] for name in settings}
 
 
 def revision():
-    """The git revision of this code, "-dirty" behind it if files were changed."""
+    """Git revision of this code, with "-dirty" if files were changed."""
     folder = Path(__file__).parent.parent
     status, text = subprocess.getstatusoutput(
         f'git -C "{folder}" describe --always --dirty'
@@ -26,7 +43,7 @@ def revision():
 
 
 def describe_machine(device):
-    """Versions, git revision, device and threads, in a line."""
+    """One line of versions, git revision, device and threads."""
     name = device.type
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -35,167 +52,138 @@ def describe_machine(device):
     return f"{versions}, {name}, {torch.get_num_threads()} threads"
 
 
-# -- The log ---------------------------------------------------------------------------
-
-LINE = (
-    "step {step:6}/{total} epoch {epoch:6.2f} loss {loss:.4f} mse {mse:.4f} "
-    "lr {lr:.2e} tau {tau:.3f} {img_s:7.1f} img/s data {data_wait:4.0%} ETA {eta}"
-)
-
-
-class Log:
-    """What a run says, and what it writes to log.jsonl; only the first process does."""
-
-    def __init__(self, out, rank):
-        self.path = Path(out, "log.jsonl")
-        self.first = rank == 0
-
-    def say(self, text):
-        if self.first:
-            say(text)
-
-    def record(self, values):
-        """Adds a line of JSON."""
-        if self.first:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
-
-    def records(self):
-        """The lines of log.jsonl, as dicts, without damaged ones."""
-        found = [as_record(line) for line in self.path.read_bytes().splitlines()]
-        return [record for record in found if record]
-
-    def begin(self, cfg, step):
-        """Writes config.json, and keeps of an earlier log what this run does not repeat.
-
-        It goes on after `step`: later steps come again, and so does the k-NN of `step`
-        itself. A killed run leaves half a line; other damaged ones are set aside.
-        """
-        if not self.first:
-            return
-        content = b""
-        if step and self.path.exists():
-            content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-        kept, damaged = [], []
-        for line in whole:
-            record = as_record(line)
-            if record is None:
-                damaged.append(line)
-                continue
-            # An evaluation is what has no loss.
-            repeated = record["step"] == step and "loss" not in record
-            if record["step"] <= step and not repeated:
-                kept.append(line)
-        if damaged:
-            aside = self.path.with_name("log.jsonl.damaged")
-            with open(aside, "ab") as file:
-                file.writelines(damaged)
-            self.say(f"{self.path}: {len(damaged)} damaged lines, moved to {aside}")
-        with replacing(self.path) as temporary:
-            temporary.write_bytes(b"".join(kept))
-        config = json.dumps(dataclasses.asdict(cfg), indent=1)
-        self.path.with_name("config.json").write_text(config)
-
-
-def as_record(line):
-    """The dict of a line of log.jsonl, bytes; None if it is damaged."""
+def parse_record(line):
+    """A line of log.jsonl, bytes, as a dict; None if it is damaged."""
     try:
         record = json.loads(line)
-    # RecursionError: of thousands of brackets.
+    # RecursionError: thousands of brackets.
     except (ValueError, RecursionError):
         return None
     if isinstance(record, dict) and type(record.get("step")) is int:
-        return record
+        return rename(record)
     return None
 
 
+def read_log(path):
+    """The undamaged lines of a log.jsonl as dicts."""
+    records = [parse_record(line) for line in Path(path).read_bytes().splitlines()]
+    return [record for record in records if record]
+
+
+class Log:
+    """Prints log lines and writes log.jsonl, on rank 0 only."""
+
+    def __init__(self, out, rank):
+        self.path = Path(out, "log.jsonl")
+        self.is_rank0 = rank == 0
+
+    def say(self, text):
+        if self.is_rank0:
+            log_line(text)
+
+    def write(self, record, line):
+        """Append a record to log.jsonl and print it as `line`."""
+        if self.is_rank0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            log_line(line)
+
+    def begin(self, cfg, step, header):
+        """Write config.json, print the header and drop the records that will be repeated.
+
+        A run that resumes after `step` repeats all later steps, and the evaluation after
+        `step` itself. A killed run may leave an incomplete last line, which is dropped;
+        other damaged lines are moved to a file of their own.
+        """
+        if not self.is_rank0:
+            return
+        if step and self.path.exists():
+            self.truncate(step)
+        else:
+            self.path.write_bytes(b"")
+        config = json.dumps(dataclasses.asdict(cfg), indent=1)
+        self.path.with_name("config.json").write_text(config)
+        log_line(header)
+
+    def truncate(self, step):
+        """Drop what a run that resumes after `step` repeats; see begin."""
+        content = self.path.read_bytes()
+        complete = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        kept, damaged = [], []
+        for line in complete:
+            record = parse_record(line)
+            if record is None:
+                damaged.append(line)
+            # Only evaluations have no loss.
+            elif record["step"] < step or record["step"] == step and "loss" in record:
+                kept.append(line)
+        if damaged:
+            moved = self.path.with_name("log.jsonl.damaged")
+            with open(moved, "ab") as file:
+                file.writelines(damaged)
+            log_line(f"{self.path}: {len(damaged)} damaged lines, moved to {moved}")
+        with replacing(self.path) as temporary:
+            temporary.write_bytes(b"".join(kept))
+
+
 class Meter:
-    """Loss, unweighted error and gradient norm of the steps since the last log line.
+    """Turns the metrics of the steps between two log lines into a record and a line."""
 
-    They stay on the device until they are read, so that no step waits for it.
-    """
-
-    def __init__(self, start, total, steps_per_epoch, batch_size, world):
-        self.start, self.total = start, total
+    def __init__(self, start, total_steps, steps_per_epoch, batch_size):
+        self.start, self.total_steps = start, total_steps
         self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
-        self.world = world
-        self.values = []  # (3,) a step
         self.began = self.logged = time.perf_counter()
 
-    def add(self, values):
-        self.values.append(values)
-
-    def read(self):
-        """[[loss, mse, gradient norm], ...] of these steps, means of the processes."""
-        values = torch.stack(self.values) / self.world
-        if self.world > 1:
-            dist.all_reduce(values)
-        self.values.clear()
-        return values.tolist()
-
     def pause(self):
-        """Time up to here, of an evaluation, is not that of a step."""
+        """Exclude the time up to now, of an evaluation, from the speed of the steps."""
         self.logged = time.perf_counter()
 
-    def record(self, step, rows, lr, tau, waited, unreadable):
-        """What a line of the log tells after `step`; rows: of read()."""
+    def summarize(self, step, rows, lr, tau, waited, unreadable):
+        """(record, log line) after `step`.
+
+        rows: [loss, mse, gradient norm] of each step since the last record; their means
+        are over finite values. waited: seconds spent waiting for data.
+        """
         now = time.perf_counter()
-        seconds = now - self.logged
-        loss, mse, norm = (mean_of_finite(row[i] for row in rows) for i in range(3))
-        self.logged = now
-        return {
+        seconds, self.logged = now - self.logged, now
+        values = torch.tensor(rows, dtype=torch.float64)
+        finite = values.isfinite()
+        means = torch.where(finite, values, 0.0).sum(0) / finite.sum(0).clamp(min=1)
+        loss, mse, grad_norm = means.tolist()
+        record = {
             "step": step,
             "epoch": step / self.steps_per_epoch,
             "loss": loss,
             "mse": mse,
-            "grad_norm": norm,
+            "grad_norm": grad_norm,
             "lr": lr,
             "tau": tau,
-            # steps that fp16's scaler left out
-            "skipped": sum(not math.isfinite(row[2]) for row in rows),
+            # Steps skipped by the gradient scaler of fp16.
+            "skipped": int((~finite[:, 2]).sum()),
             "img_s": len(rows) * self.batch_size / seconds,
             "data_wait": waited / seconds,
             "unreadable": unreadable,
         }
-
-    def line(self, record):
-        """The record in words, with the time that is left."""
-        each = (self.logged - self.began) / (record["step"] - self.start)
-        eta = datetime.timedelta(seconds=round((self.total - record["step"]) * each))
-        line = LINE.format(**record, total=self.total, eta=eta)
+        per_step = (now - self.began) / (step - self.start)
+        eta = datetime.timedelta(seconds=round((self.total_steps - step) * per_step))
+        line = LINE.format(**record, total=self.total_steps, eta=eta)
         for name in ("skipped", "unreadable"):
             if record[name]:
                 line += f" {name} {record[name]}"
-        return line
+        return record, line
 
 
-def mean_of_finite(values):
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / max(1, len(finite))
+def find_not_finite(rows, precision):
+    """(row, part) of the first step whose loss, weights or gradient are not finite.
 
-
-def refuse_not_finite(rows, step, batches, precision, log):
-    """ValueError if a loss, an error or a gradient is NaN or inf.
-
-    rows: Meter.read() of the steps up to `step`. Names the first such step, its images
-    and what went wrong first. fp16's scaler skips steps of infinite gradients itself.
+    rows: [loss, mse, gradient norm] of each step. None if there is none. With fp16 the
+    gradient scaler skips steps of infinite gradients.
     """
-    for at, (loss, mse, norm) in enumerate(rows, step - len(rows)):
-        if precision == "fp16":
-            norm = 0.0
-        if math.isfinite(loss + mse + norm):
-            continue
-        if math.isfinite(loss):
-            part = "gradient"
-        elif math.isfinite(mse):
-            part = "weight"
-        else:
-            part = "prediction or input"
-        ids = batches.indices(at).tolist()
-        log.record({"step": at + 1, "not_finite": part, "indices": ids})
-        raise ValueError(
-            f"step {at + 1}: {part} not finite; images {ids[:9]} ... (all in log.jsonl). "
-            "Checkpoints are from before. "
-            "Try a lower --lr, --clip_grad 1 or --precision fp32"
-        )
+    for row, (loss, mse, grad_norm) in enumerate(rows):
+        if not math.isfinite(mse):
+            return row, "prediction or input"
+        if not math.isfinite(loss):
+            return row, "weight"
+        if not math.isfinite(grad_norm) and precision != "fp16":
+            return row, "gradient"
+    return None

@@ -1,25 +1,21 @@
-"""Random numbers as a function of what they depend on; no generator state is kept."""
+"""Random numbers as functions of what they depend on, without generator state to save."""
 
 import hashlib
 
 import torch
 
-# -- Random numbers --------------------------------------------------------------------
 
+def seed_for(*parts):
+    """64-bit seed hashed from ints and strings, the same on every machine.
 
-def seed_for(*words):
-    """A 64-bit seed mixed from ints and strings, the same on every machine.
-
-    The first word keeps the streams apart: "crop", "order", "masks" ...
+    The first part names the stream: "crop", "order", "masks" ...
     """
-    plain = []
-    for word in words:
-        # Numbers of NumPy and torch are written differently from Python's.
-        plain.append(word if isinstance(word, str) else int(word))
+    # NumPy's and torch's integers have another repr than Python's.
+    plain = [part if isinstance(part, str) else int(part) for part in parts]
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
-def generator_for(*words):
-    """A torch.Generator on the CPU, seeded with seed_for(*words)."""
-    return torch.Generator().manual_seed(seed_for(*words))
+def generator_for(*parts):
+    """A torch.Generator on the CPU, seeded with seed_for(*parts)."""
+    return torch.Generator().manual_seed(seed_for(*parts))
