@@ -39,6 +39,7 @@ and reconstructions.png. The same command resumes an interrupted run.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 from collections import OrderedDict
@@ -541,8 +542,8 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
 
 MISSING = None
 try:
-    from attg.checkpoint import load_checkpoint, load_state, save_checkpoint
-    from attg.cli import flag, parse, resume_class, run_cli, validate
+    from attg.checkpoint import load_checkpoint, load_state, restore, save_checkpoint
+    from attg.cli import flag, parse, run_cli, validate
     from attg.distributed import processes, stop_signals
     from attg.features import extract_features, knn_classify
     from attg.figures import save_reconstructions
@@ -550,7 +551,7 @@ try:
     from attg.loader import to_device
     from attg.pretraining import TrainFlags, check_config, resolve
     from attg.seeding import generator_for, seed_for
-    from attg.trainer import Run
+    from attg.trainer import Trainer, auto_accum, examples, result, setup
     from attg.weights import DECODER, config_from_checkpoint, load_weights, read_weights
 except ModuleNotFoundError as error:
     if error.name.partition(".")[0] != "attg":
@@ -663,115 +664,101 @@ class Config(TrainFlags):
 
 
 def train(cfg, data=None):
-    """Pre-trains a model and writes the run folder, cfg.out.
+    """Pre-train a model and write the run folder, cfg.out; resumes an interrupted run.
 
-    data: pictures of your own, of which cfg.data is the name then: a map-style data set
-    of (PIL picture, label), a label being an int or None, or {"train": one, "test":
-    another}; see open_data in attg/datasets.py.
+    data: a data set of your own, which cfg.data then names: map-style, of (PIL image,
+    label), a label being an int or None; or {"train": one, "test": another}, see open_data
+    in attg/datasets.py.
 
-    One process, or one of several if torchrun's environment says so. Returns {"step":
-    the last one, "val_mse": error on the test split if there is one, "knn": {feature:
-    top-1 in percent} if there are labels, "out": the folder, "stopped": the signal that
-    ended the run early, or None}.
+    One process, or one of several under torchrun. Returns {"step": the last one,
+    "val_mse": mse on the test split if there is one, "knn": {feature: top-1 in percent} if
+    there are labels, "out": the folder, "stopped": the signal that stopped the run, or
+    None}.
     """
     if MISSING:
         raise ModuleNotFoundError(MISSING)
-    cfg = resolve(cfg)
     with (
         stop_signals() as signals,
-        processes(cfg.device, cfg.timeout) as (device, rank, world),
-        # Pictures, log, checkpoints, k-NN: nothing of the method (attg/trainer.py).
-        Run(cfg, device, rank, world, signals, data) as run,
+        processes(cfg.device, cfg.timeout) as dist_info,
+        # Data, maps and checkpoint: nothing of the method (attg/trainer.py).
+        setup(cfg, data, dist_info) as (run, checkpoint),
     ):
-        fixed, free = resume_class(Config, "fixed"), resume_class(Config, "free")
-        checkpoint = run.find_checkpoint(fixed, free)
+        cfg, device = run.cfg, run.device
         model = first_model(cfg, checkpoint, run.log).to(device)
         if cfg.epochs == 0:
             save_examples(model, run)
-            return run.result(step=0)
+            return result(run, step=0)
 
+        if cfg.accum == "auto":
+            cfg.accum = auto_accum(model, run)
         groups = param_groups(model, cfg.weight_decay)
-        run.resolve_accum(model)
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-        scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
-        run.begin(model, optimizer, scaler, checkpoint)
+        scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+        start = restore(optimizer, scaler, checkpoint) if checkpoint else 0
+        noise = functools.partial(mask_noise, cfg.batch_size, cfg.grid)
+        ties = cfg.guidance in DROPS_PATCHES
+        trainer = Trainer(run, model, optimizer, scaler, start, signals, noise, ties)
         if cfg.compile:
             model.compile()
-        parallel = DistributedDataParallel(model) if world > 1 else model
+        parallel = DistributedDataParallel(model) if run.world > 1 else model
+        warmup_steps = cfg.warmup_epochs * run.steps_per_epoch
         tau = torch.zeros((), device=device)
 
-        for step in run.steps():
-            if run.evaluation_is_due(step):
-                run.evaluate(step)
-            lr = lr_at(step, run.total_steps, run.warmup_steps, cfg.lr)
+        for step in trainer.steps:
+            if step in trainer.eval_steps:
+                trainer.evaluate(step)
+            lr = lr_at(step, run.total_steps, warmup_steps, cfg.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             tau.fill_(tau_at(step, run.total_steps, cfg))
-            batches = micro_batches(step, run)
+            batches = itertools.islice(trainer.batches, cfg.accum)
             values = train_step(
                 parallel, optimizer, scaler, batches, tau, cfg, run.dtype
             )
-            if run.after(step + 1, values, lr, tau):
-                return run.stopped(step + 1)
+            if trainer.after_step(step + 1, values, lr, tau):
+                return trainer.stop(step + 1)
 
-        result = run.finish()
+        metrics = trainer.finish()
         save_examples(model, run)
-        return result
+        return metrics
 
 
 def first_model(cfg, checkpoint, log):
-    """The model before its first step: of the checkpoint, --init or --seed."""
+    """The model before its first step, with weights of the checkpoint, --init or --seed."""
     torch.manual_seed(seed_for("weights", cfg.seed))
     model = build_model(cfg)
     if checkpoint:
         load_state(model, checkpoint["model"], checkpoint["path"])
     elif cfg.init:
         weights = read_weights(cfg.init)[0]
-        words = load_weights(model, weights, cfg.init, sincos_table)
-        log.say(f"--init {cfg.init}: {words}")
+        message = load_weights(model, weights, cfg.init, sincos_table)
+        log.say(f"--init {cfg.init}: {message}")
     return model
 
 
-def mask_noise(seed, step, batch_size, grid, use="masks"):
-    """Uniform noise (batch_size, L) for the global batch of a step.
+def mask_noise(batch_size, grid, generator):
+    """Uniform noise (batch_size, L) for a global batch, which decides its masks.
 
-    A function of seed and step: any number of processes draws the same, and there is no
-    generator state to save. use: another name is another draw.
+    The loader seeds the generator with (seed, step): any number of processes draws the
+    same, and there is no generator state to save.
     """
-    generator = generator_for(use, seed, step)
     return torch.rand(batch_size, math.prod(grid), generator=generator)
 
 
-def micro_batches(step, run):
-    """The cfg.accum Batches of a step that are this process's, from the loader.
-
-    Each takes its rows of the global batch's noise as it takes its images, so that
-    processes and accumulation change nothing.
-    """
-    cfg = run.cfg
-    size = (cfg.batch_size, cfg.grid)
-    noise = run.share(mask_noise(cfg.seed, step, *size))
-    ties = [None] * cfg.accum
-    if cfg.guidance in DROPS_PATCHES:
-        ties = run.share(mask_noise(cfg.seed, step, *size, use="ties")).to(run.device)
-    for mine, own_ties in zip(noise, ties, strict=True):
-        batch = to_device(next(run.feed), mine, run.maps, run.device)
-        yield batch._replace(ties=own_ties)
-
-
 def save_examples(model, run):
-    """reconstructions.png: examples of the training set, with their maps if any."""
-    path = run.out / "reconstructions.png"
+    """Draw reconstructions.png: images of the training set, with their maps if any."""
+    cfg, path = run.cfg, Path(run.cfg.out, "reconstructions.png")
     if run.rank == 0:
-        run.out.mkdir(parents=True, exist_ok=True)
-        examples = run.examples()
-        noise = mask_noise(run.cfg.seed, 0, len(examples.index), run.cfg.grid)
-        batch = to_device(examples, noise, run.maps, run.device)
-        imgs, m_norm = flip_and_normalize(batch, run.cfg), None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sample = examples(run.train_set)
+        generator = generator_for("masks", cfg.seed, 0)
+        noise = mask_noise(len(sample.index), cfg.grid, generator).to(run.device)
+        batch = next(to_device([sample], run.maps, run.device))
+        imgs, m_norm = flip_and_normalize(batch, cfg), None
         if batch.maps is not None:
-            m_norm = pool_maps(batch.maps, batch.box, batch.flip, run.cfg.grid)
-        save_reconstructions(path, model, imgs, m_norm, batch.noise)
-    run.log.say(f"pictures: {path}")
+            m_norm = pool_maps(batch.maps, batch.box, batch.flip, cfg.grid)
+        save_reconstructions(path, model, imgs, m_norm, noise)
+    run.log.say(f"examples: {path}")
 
 
 # -- Weights from files ----------------------------------------------------------------

@@ -285,7 +285,9 @@ def load_scaler(scaler, stored, name):
     for key in expected:
         value = stored.get(key)
         if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise ValueError(f"{name}: {key} of the scaler must be finite, not negative")
+            raise ValueError(
+                f"{name}: {key} of the scaler must be finite, not negative"
+            )
     scaler.load_state_dict({key: stored[key] for key in expected})
 
 
@@ -394,10 +396,8 @@ def check_settings(cfg, checkpoint, total_steps):
 def restore(optimizer, scaler, checkpoint):
     """Load the states of optimizer and scaler; returns the number of steps done.
 
-    Without a checkpoint that is 0. Empties the checkpoint, to free its memory.
+    Empties the checkpoint, to free its memory.
     """
-    if not checkpoint:
-        return 0
     step, path = checkpoint["step"], checkpoint["path"]
     load_optimizer(optimizer, checkpoint["optimizer"], step, path)
     load_scaler(scaler, checkpoint["scaler"], path)

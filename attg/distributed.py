@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from attg.files import locked
+from attg.loader import default_workers  # noqa: F401
 
 # Minutes that ranks wait for each other.
 TIMEOUT = 30
@@ -144,14 +145,21 @@ def broadcast_from_rank0(function, rank, world):
 
 
 @contextlib.contextmanager
-def exclusive_run(lock, output, rank, world):
-    """Hold a lock file on rank 0; every rank raises its error. output: see files.locked."""
+def exclusive_run(lock, output, rank, world, read=None):
+    """Hold a lock file on rank 0 for the duration of the block; see files.locked.
+
+    Every rank raises what rank 0 raises, and gets the result of read(), if given, which
+    rank 0 calls while it holds the lock.
+    """
     # torchrun restarts a killed run before all of its processes have exited.
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     with contextlib.ExitStack() as stack:
-        held = locked(lock, output, timeout=30 if restarted else 0)
-        broadcast_from_rank0(lambda: stack.enter_context(held), rank, world)
-        yield
+
+        def begin():
+            stack.enter_context(locked(lock, output, timeout=30 if restarted else 0))
+            return read() if read else None
+
+        yield broadcast_from_rank0(begin, rank, world)
 
 
 @contextlib.contextmanager

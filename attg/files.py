@@ -97,7 +97,9 @@ def acquire_lock(path, output, deadline):
             time.sleep(0.1)
             continue
         except OSError as error:
-            message = f"{output}: cannot exclude a second run from writing here ({error})"
+            message = (
+                f"{output}: cannot exclude a second run from writing here ({error})"
+            )
             print(message, file=sys.stderr)
             return file
         # The previous holder may have removed the file after this process opened it.

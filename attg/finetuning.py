@@ -29,7 +29,7 @@ from attg.checkpoint import (
 from attg.cli import progress, say
 from attg.datasets import refuse_unreadable, shot_indices
 from attg.files import require
-from attg.loader import BatchIterator, ResumableBatchSampler, make_loader
+from attg.loader import ResumableBatchSampler, make_loader
 from attg.seeding import seed_for
 
 # -- Settings --------------------------------------------------------------------------
@@ -178,10 +178,13 @@ def open_feed(train_set, recipe, settings, start, total_steps, place):
         rank,
         world,
     )
-    pinned = device.type == "cuda"
-    return BatchIterator(
-        train_set, batches, workers=settings["workers"], pin_memory=pinned
+    loader = make_loader(
+        train_set,
+        workers=settings["workers"],
+        batch_sampler=batches,
+        pin_memory=device.type == "cuda",
     )
+    return iter(loader)
 
 
 def training_batch(sample, model, device):

@@ -175,23 +175,23 @@ class BatchIterator:
         )
         self.batches = to_device(samples, maps, device)
 
-    def micro_batches(self, step):
-        """Yield the sampler.accum Batches of a step. Steps must be asked for in order."""
+    def __iter__(self):
         sampler = self.sampler
-        if step % sampler.steps_per_epoch == 0:
-            self.unreadable = 0
-        indices = sampler.indices(step)[sampler.rows]  # (accum, b)
-        draws = []
-        for micro in range(sampler.accum):
-            began = time.perf_counter()
-            batch = next(self.batches)
-            self.waited += time.perf_counter() - began
-            self.unreadable += int(self.dataset.unreadable[indices[micro]].sum())
-            if not draws:
-                for stream in self.streams:
-                    noise = self.draw(generator_for(stream, sampler.seed, step))
-                    noise = noise[sampler.rows]  # (accum, b, L)
-                    if self.pin_memory:
-                        noise = noise.pin_memory()
-                    draws.append(noise.to(self.device, non_blocking=True))
-            yield Batch(*batch[:4], *[noise[micro] for noise in draws])
+        for step in range(sampler.start, sampler.stop):
+            if step % sampler.steps_per_epoch == 0:
+                self.unreadable = 0
+            indices = sampler.indices(step)[sampler.rows]  # (accum, b)
+            for micro in range(sampler.accum):
+                began = time.perf_counter()
+                batch = next(self.batches)
+                self.waited += time.perf_counter() - began
+                self.unreadable += int(self.dataset.unreadable[indices[micro]].sum())
+                if micro == 0:
+                    draws = []
+                    for stream in self.streams:
+                        noise = self.draw(generator_for(stream, sampler.seed, step))
+                        noise = noise[sampler.rows]  # (accum, b, L)
+                        if self.pin_memory:
+                            noise = noise.pin_memory()
+                        draws.append(noise.to(self.device, non_blocking=True))
+                yield Batch(*batch[:4], *[noise[micro] for noise in draws])

@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import json
-import math
 import subprocess
 import sys
 import time
@@ -70,12 +69,12 @@ def read_log(path):
     return [record for record in records if record]
 
 
+@dataclasses.dataclass
 class Log:
     """Prints log lines and writes log.jsonl, on rank 0 only."""
 
-    def __init__(self, out, rank):
-        self.path = Path(out, "log.jsonl")
-        self.is_rank0 = rank == 0
+    path: Path
+    is_rank0: bool
 
     def say(self, text):
         if self.is_rank0:
@@ -88,7 +87,7 @@ class Log:
                 file.write(json.dumps(record) + "\n")
             log_line(line)
 
-    def begin(self, cfg, step, header):
+    def begin(self, cfg, step, device, header):
         """Write config.json, print the header and drop the records that will be repeated.
 
         A run that resumes after `step` repeats all later steps, and the evaluation after
@@ -103,7 +102,7 @@ class Log:
             self.path.write_bytes(b"")
         config = json.dumps(dataclasses.asdict(cfg), indent=1)
         self.path.with_name("config.json").write_text(config)
-        log_line(header)
+        log_line(f"{describe_machine(device)}, {cfg.precision}\n{header}")
 
     def truncate(self, step):
         """Drop what a run that resumes after `step` repeats; see begin."""
@@ -126,13 +125,16 @@ class Log:
             temporary.write_bytes(b"".join(kept))
 
 
+@dataclasses.dataclass
 class Meter:
     """Turns the metrics of the steps between two log lines into a record and a line."""
 
-    def __init__(self, start, total_steps, steps_per_epoch, batch_size):
-        self.start, self.total_steps = start, total_steps
-        self.steps_per_epoch, self.batch_size = steps_per_epoch, batch_size
-        self.began = self.logged = time.perf_counter()
+    start: int
+    total_steps: int
+    steps_per_epoch: int
+    batch_size: int
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    logged: float = dataclasses.field(default_factory=time.perf_counter)
 
     def pause(self):
         """Exclude the time up to now, of an evaluation, from the speed of the steps."""
@@ -171,19 +173,3 @@ class Meter:
             if record[name]:
                 line += f" {name} {record[name]}"
         return record, line
-
-
-def find_not_finite(rows, precision):
-    """(row, part) of the first step whose loss, weights or gradient are not finite.
-
-    rows: [loss, mse, gradient norm] of each step. None if there is none. With fp16 the
-    gradient scaler skips steps of infinite gradients.
-    """
-    for row, (loss, mse, grad_norm) in enumerate(rows):
-        if not math.isfinite(mse):
-            return row, "prediction or input"
-        if not math.isfinite(loss):
-            return row, "weight"
-        if not math.isfinite(grad_norm) and precision != "fp16":
-            return row, "gradient"
-    return None

@@ -1,445 +1,444 @@
 """
-What surrounds the steps of a pre-training run: its pictures, first words, log, k-NN,
-checkpoints and end. Nothing of the method is here.
+A pre-training run around its steps: setup, log, evaluation, checkpoints. Nothing of the
+method is here; see attg_mae.train.
 """
 
+import contextlib
 import dataclasses
 import math
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import Subset, default_collate
 
 from attg.checkpoint import (
-    find_checkpoint,
-    find_model,
-    load_optimizer,
-    load_scaler,
-    restore_resolved,
+    check_settings,
+    read_run,
+    restore_settings,
     save_checkpoint,
 )
-from attg.cli import out_of_memory, progress
-from attg.datasets import max_unreadable, open_data, resolve_dataset
-from attg.distributed import (
-    all_reduce_sum,
-    broadcast_from_rank0,
-    choose_precision,
-    default_workers,
-    exclusive_run,
-)
+from attg.cli import is_out_of_memory, progress
+from attg.datasets import ImageData, max_unreadable, open_data, resolve_dataset
+from attg.distributed import all_reduce_sum, exclusive_run
 from attg.features import knn_accuracy
 from attg.figures import can_draw_curves, save_curves
-from attg.files import require
-from attg.loader import BatchIterator, ResumableBatchSampler, make_loader
-from attg.log import Log, Meter, describe_machine, refuse_not_finite
+from attg.loader import (
+    BatchIterator,
+    ResumableBatchSampler,
+    default_workers,
+    make_loader,
+)
+from attg.log import Log, Meter, read_log
 from attg.maps import open_maps
 from attg.pretraining import resolve
 from attg.seeding import generator_for
 from attg.weights import DECODER
 
+# -- Setup -----------------------------------------------------------------------------
 
-class Run:
-    """One run of a Config, on one of `world` processes; signals: see run.stop_signals.
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-    As a context manager it is the only one that writes to its folder.
-    data: of one's own, see attg_mae.train.
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run has before its model: settings, processes and data."""
+
+    cfg: object  # attg_mae.Config, resolved
+    device: torch.device
+    rank: int
+    world: int
+    log: Log
+    train_set: ImageData
+    test_set: ImageData | None
+    maps: np.ndarray | None  # (n, h, w) on the host
+    num_images: int  # of train_set
+    max_unreadable: float
+    steps_per_epoch: int
+    total_steps: int
+    dtype: torch.dtype | None  # of autocast, None for fp32
+
+
+@contextlib.contextmanager
+def setup(cfg, data, dist_info):
+    """(Setup, checkpoint to resume or None), while this run has its folder to itself.
+
+    data: see attg_mae.train. dist_info: (device, rank, world).
     """
-
-    def __init__(self, cfg, device, rank, world, signals, data=None):
-        self.cfg, self.device, self.signals = cfg, device, signals
-        self.rank, self.world = rank, world
-        self.out = Path(cfg.out)
-        self.log = Log(self.out, rank)
-        # Those that this run settles, which are then no unusual settings.
-        self.settled = {"blr"}  # lr tells it
-        for name in ("precision", "accum"):
-            if getattr(cfg, name) == "auto":
-                self.settled.add(name)
-        self.start = 0
-        self.open_pictures(resolve_dataset(data, cfg.data))
-        self.refuse_idle_flags()
-        self.steps_per_epoch = max(1, len(self.train_set) // cfg.batch_size)
-        self.total_steps = cfg.epochs * self.steps_per_epoch
-
-    def __enter__(self):
-        what = f"--out {self.out}"
-        self.alone = exclusive_run(self.out / ".lock", what, self.rank, self.world)
-        self.alone.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        return self.alone.__exit__(*error)
-
-    def open_pictures(self, data):
-        """train_set, test_set or None, maps (n, h, w) or None, settings of loaders."""
-        cfg = self.cfg
-        view = {"size": cfg.size, "classes": cfg.classes}
-        view |= {"channels": cfg.in_chans, "max_pixels": cfg.max_pixels}
-        self.train_set = open_data(data, "train", augment=True, seed=cfg.seed, **view)
-        self.test_set = open_data(data, "test", **view)
-        self.maps = None
-        has_maps = bool(cfg.maps) or self.train_set.masks is not None
-        # Guided training is refused without maps; drawing pictures needs none.
-        if cfg.guidance != "none" and (has_maps or cfg.epochs > 0):
-            self.maps = open_maps(cfg.maps, self.train_set, cfg.data)
-        workers = cfg.workers
-        if workers is None:
-            workers = default_workers(self.device)
-        pin_memory = self.device.type == "cuda"
-        self.loader_args = {"workers": workers, "pin_memory": pin_memory}
-
-    def refuse_idle_flags(self):
-        """ValueError for flags that cannot work or do nothing, before a file is written."""
-        cfg = self.cfg
-        C = cfg.in_chans
-        for name in ("mean", "std"):
-            values = getattr(cfg, name)
-            words = " ".join(str(value) for value in values)
-            require(
-                len(values) == C,
-                f"--{name} {words}: {len(values)} values, but --in_chans {C}; give {C}, "
-                "such as --mean 0.449 --std 0.226 --in_chans 1 for grey pictures",
-            )
-        require(
-            cfg.guidance != "none" or not cfg.maps,
-            f"--maps {cfg.maps}: --guidance none uses no maps; leave out one of the two",
-        )
-        require(
-            not cfg.eval_every or self.test_set,
+    device, rank, world = dist_info
+    given, precision = cfg, fastest_precision(device, cfg.width)
+    name = resolve_dataset(data, cfg.data)
+    view = {"size": cfg.img_size, "classes": cfg.classes}
+    view |= {"channels": cfg.in_chans, "max_pixels": cfg.max_pixels}
+    train_set = open_data(name, "train", augment=True, seed=cfg.seed, **view)
+    test_set = open_data(name, "test", **view)
+    if cfg.eval_every and not test_set:
+        raise ValueError(
             f"--eval_every {cfg.eval_every}: --data {cfg.data} has no test split to "
-            "evaluate on; leave it out",
+            "evaluate on; leave it out"
         )
 
-    def examples(self, count=8):
-        """A batched Sample of pictures, evenly spread over the training set."""
-        number = len(self.train_set)
-        ids = torch.linspace(0, number - 1, min(count, number)).long()
-        return default_collate([self.train_set[i] for i in ids.tolist()])
+    num_images = len(train_set)
+    limit = max_unreadable(num_images)
+    cfg = resolve(cfg, num_images)
+    maps = None
+    # Drawing examples (--epochs 0) works without maps, guided training does not.
+    has_maps = cfg.maps or train_set.masks is not None
+    if cfg.guidance != "none" and (has_maps or cfg.epochs > 0):
+        maps = open_maps(cfg.maps, train_set, cfg.data)
 
-    def find_checkpoint(self, fixed, free):
-        """Parts of the checkpoint to continue, or to show if there are no steps, or None.
-
-        See run.find_checkpoint. The first process decides and hands them to the others,
-        which need not see its folder: they may be on another machine.
-        """
-        cfg = self.cfg
-
-        def find():
-            if self.total_steps > 0:
-                return find_checkpoint(cfg, self.total_steps, self.log, fixed, free)
-            same_model = fixed - {"data", "classes", "batch_size", "seed"}
-            return find_model(cfg, self.log, same_model)
-
-        parts = broadcast_from_rank0(find, self.rank, self.world)
-        if parts:
-            restore_resolved(cfg, parts)
-        self.precision, self.dtype = choose_precision(
-            cfg.precision, self.device, cfg.width
-        )
-        cfg.precision = self.precision
-        return parts
-
-    def resolve_accum(self, model):
-        """What --accum auto stands for: as few micro-batches as memory allows."""
-        cfg = self.cfg
-        if cfg.accum != "auto":
-            return
-        images, accum = cfg.batch_size // self.world, 1
-        while not self.fits(model, images // accum):
-            # Halves the micro-batch, or takes what divides the batch next.
-            larger = [n for n in range(2 * accum, images + 1) if images % n == 0]
-            require(
-                larger,
-                f"--accum auto: not even {images // accum} image at a time fits into "
-                "memory; use a smaller --model, or --precision bf16",
+    log = Log(Path(cfg.out, "log.jsonl"), rank == 0)
+    steps_per_epoch = max(1, num_images // cfg.batch_size)
+    total_steps = cfg.epochs * steps_per_epoch
+    lock, output = Path(cfg.out, ".lock"), f"--out {cfg.out}"
+    # Rank 0 reads the checkpoint: other machines need not share the folder.
+    with exclusive_run(lock, output, rank, world, lambda: read_run(cfg)) as checkpoint:
+        if checkpoint:
+            cfg = restore_settings(cfg, given, checkpoint)
+            changed = check_settings(cfg, checkpoint, total_steps)
+            log.say(
+                f"resuming {checkpoint['path']} after step {checkpoint['step']}"
+                + (f" with {', '.join(changed)}" if changed and cfg.epochs else "")
             )
-            accum = larger[0]
-        cfg.accum = accum
-        self.log.say(f"--accum auto: {accum}, {images // accum} images at a time fit")
-
-    def fits(self, model, images):
-        """Whether all processes have the memory to train on so many images at a time."""
-        fitting = 1
-        try:
-            dry_run(model, images, self.device, self.dtype)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            fitting = 0
-        model.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        (number,) = all_reduce_sum([fitting], self.device, self.world)
-        return number == self.world
-
-    def begin(self, model, optimizer, scaler, parts):
-        """From the start, or from the parts of a checkpoint: loader, log, first words.
-
-        The model has its weights already.
-        """
-        cfg = self.cfg
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        if parts:
-            self.start, path = parts["step"], parts["path"]
-            load_optimizer(optimizer, parts["optimizer"], self.start, path)
-            load_scaler(scaler, parts["scaler"], path)
-            # or it would stay in memory for the whole run
-            parts.clear()
-        self.batches = ResumableBatchSampler(
-            len(self.train_set),
-            cfg.batch_size,
-            self.start,
-            self.total_steps,
-            cfg.seed,
-            cfg.accum,
-            self.rank,
-            self.world,
+        if cfg.precision == "auto":
+            cfg.precision = precision
+        run = Setup(
+            cfg=cfg,
+            device=device,
+            rank=rank,
+            world=world,
+            log=log,
+            train_set=train_set,
+            test_set=test_set,
+            maps=maps,
+            num_images=num_images,
+            max_unreadable=limit,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+            dtype=DTYPES[cfg.precision],
         )
-        self.feed = BatchIterator(self.train_set, self.batches, **self.loader_args)
-        self.warmup_steps = cfg.warmup_epochs * self.steps_per_epoch
-        self.log.begin(cfg, self.start)
-        self.introduce()
-        self.meter = Meter(
-            self.start,
-            self.total_steps,
-            self.steps_per_epoch,
-            cfg.batch_size,
-            self.world,
-        )
+        yield run, checkpoint
 
-    def introduce(self):
-        """The first words: what will be trained, and which settings are unusual."""
-        cfg, say = self.cfg, self.log.say
-        say(f"{describe_machine(self.device)}, {self.precision}")
 
-        what = "training a vanilla MAE"
-        if self.maps is not None:
-            what = f"training an MAE guided by attention maps ({cfg.guidance})"
-        if cfg.data == "toy" and cfg.model != "vit_micro":
-            what = f"smoke test, on the toy set enlarged: {what}"
-        trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
-        height, width = cfg.size
-        say(
-            f"{what}: {cfg.model}, {sum(trained) / 1e6:.1f} M parameters, on "
-            f"{len(self.train_set)} images of {cfg.data}, {height} x {width} pixels in "
-            f"patches of {cfg.patch_size} x {cfg.patch_size}"
-        )
+def fastest_precision(device, width):
+    """What --precision auto means for a device and the width of the encoder.
 
-        micro = cfg.batch_size // (cfg.accum * self.world)
-        say(
-            f"epochs: {cfg.epochs}, steps: {self.total_steps}, images in a step: "
-            f"{cfg.batch_size} = {micro} x {self.world} (processes) x {cfg.accum} (--accum)"
-        )
-        rates = f"lr {cfg.lr:.2e} (base lr {cfg.blr:.2e}) after a warm-up of "
-        rates += f"{cfg.warmup_epochs:g} epochs"
-        if self.maps is not None:
-            rates += f", tau {cfg.tau}"
-            if cfg.tau_schedule != "constant":
-                rates += f" to {cfg.tau_end}"
-        say(rates)
+    On a CPU, narrow models lose more by the conversions to bf16 than the matrix products
+    gain (one processor tried).
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    if device.type == "cpu" and width >= 384 and cpu_has_bf16():
+        return "bf16"
+    return "fp32"
 
-        unusual = " ".join(differences_from_defaults(cfg, self.settled)) or "none"
-        say(f"settings that are not the defaults: {unusual}")
-        say(f"run folder {self.out}, all settings in its config.json")
-        if not can_draw_curves():
-            say("curves.png is not drawn: pip install matplotlib, or see log.jsonl")
 
-    def share(self, rows):
-        """Rows of a global batch -> (accum, B, ...), this process's of each micro-batch.
+def cpu_has_bf16(file="/proc/cpuinfo"):
+    """Whether the CPU multiplies in bf16 (AVX512-BF16 or AMX); file: of Linux."""
+    try:
+        flags = set(Path(file).read_text().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"})
 
-        The same rows as those of the pictures; see data.ResumableBatchSampler.
-        """
-        return rows.unflatten(0, (self.cfg.accum, self.world, -1))[:, self.rank]
 
-    def steps(self):
-        """The steps that are left, under a progress bar."""
-        return progress(
-            range(self.start, self.total_steps),
-            initial=self.start,
-            total=self.total_steps,
-            # None shows it in terminals only
-            disable=None if self.rank == 0 else True,
-        )
+# -- --accum auto ----------------------------------------------------------------------
 
-    def evaluation_is_due(self, step):
-        every = self.cfg.eval_every * self.steps_per_epoch
-        return step > 0 and every > 0 and step % every == 0
 
-    def evaluate(self, step):
-        """Logs and returns what the test split says of the model.
-
-        {"val_mse": reconstruction_mse, "knn": {feature: k-NN accuracy}}; without labels there
-        is no k-NN, without a test split nothing.
-        """
-        train_set, test_set = self.train_set, self.test_set
-        if not test_set:
-            return {}
-        setup = (self.loader_args, self.dtype, self.rank, self.world)
-        results = {"val_mse": reconstruction_mse(self.model, test_set, *setup)}
-        self.log.say(f"step {step}: mse on the test split: {results['val_mse']:.4f}")
-        if train_set.labelled and test_set.labelled:
-            knn = knn_accuracy(self.model, train_set, test_set, *setup)
-            results["knn"] = knn
-            words = [f"{name.replace('_', ' ')} {x:.2f} %" for name, x in knn.items()]
-            self.log.say(
-                f"step {step}: k-NN (k = 20) on the test split: {', '.join(words)}"
+def auto_accum(model, run):
+    """The fewest micro-batches per step that fit in memory, on all ranks."""
+    images, accum = run.cfg.batch_size // run.world, 1
+    while not fits_in_memory(model, run, images // accum):
+        # At least half the micro-batch, the next size that divides the batch.
+        larger = [n for n in range(2 * accum, images + 1) if images % n == 0]
+        if not larger:
+            raise ValueError(
+                f"--accum auto: not even {images // accum} image at a time fits in "
+                "memory; use a smaller --model, or --precision bf16"
             )
-        self.log.record({"step": step} | results)
-        self.meter.pause()
-        return results
-
-    def after(self, done, values, lr, tau):
-        """Collects what a step gave, the `done`-th; logs, checks and saves when it is due.
-
-        True: stop here. values (3,): loss, unweighted error, gradient
-        norm. Between two log lines nothing waits for the device.
-        """
-        self.meter.add(values)
-        epoch, rest = divmod(done, self.steps_per_epoch)
-        # With one process a stop signal need not wait for the log line.
-        stop_now = self.signals and self.world == 1
-        if rest and done % self.cfg.log_every and not stop_now:
-            return False
-
-        stopping = self.write_log(done, lr, tau)
-        if rest == 0:
-            self.feed.unreadable.clear()
-        ended = done == self.total_steps
-        at_epoch = rest == 0 and epoch % self.cfg.save_every == 0
-        if stopping or ended or at_epoch:
-            self.save("last.pt", done)
-        every = self.cfg.keep_ckpt_every
-        if every and rest == 0 and epoch % every == 0:
-            self.save(f"epoch{epoch:04d}.pt", done)
-        return stopping and not ended
-
-    def save(self, name, done):
-        """The whole state after step `done`, to continue from; the first process does."""
-        if self.rank == 0:
-            save_checkpoint(
-                self.out / name,
-                model=self.model.state_dict(),
-                optimizer=self.optimizer.state_dict(),
-                scaler=self.scaler.state_dict(),
-                step=done,
-                config=dataclasses.asdict(self.cfg),
-            )
-
-    def write_log(self, done, lr, tau):
-        """Checks and logs the steps since the last line; all processes come here at once.
-
-        Returns whether any of them has received a stop signal.
-        """
-        rows = self.meter.read()
-        counts = [len(self.signals), len(self.feed.unreadable)]
-        signals, unreadable = all_reduce_sum(counts, self.device, self.world)
-        require(
-            unreadable <= max_unreadable(len(self.train_set)),
-            f"--data {self.cfg.data}: over 1 % unreadable, {unreadable:.0f} so far",
-        )
-        refuse_not_finite(rows, done, self.batches, self.precision, self.log)
-        waited, self.feed.waited = self.feed.waited, 0.0
-        record = self.meter.record(done, rows, lr, tau.item(), waited, int(unreadable))
-        self.log.say(self.meter.line(record))
-        self.log.record(record)
-        return signals > 0
-
-    def stopped(self, done):
-        """The result of a run that a signal ended, perhaps one of another process."""
-        self.log.say(
-            f"stopped by a signal after step {done}; the same command continues"
-        )
-        number = self.signals[0] if self.signals else signal.SIGTERM
-        return self.result(done, stopped=number)
-
-    def finish(self):
-        """The result of a run that came to its end: encoder.pt, then the evaluation."""
-        if self.rank == 0:
-            state = self.model.state_dict()
-            encoder = {k: v for k, v in state.items() if not DECODER.match(k)}
-            config = dataclasses.asdict(self.cfg)
-            save_checkpoint(self.out / "encoder.pt", model=encoder, config=config)
-        results = self.evaluate(self.total_steps)
-        if self.rank == 0 and can_draw_curves():
-            save_curves(self.out / "curves.png", self.log.records())
-        self.log.say(f"encoder: {self.out / 'encoder.pt'}")
-        return self.result(self.total_steps) | results
-
-    def result(self, step, stopped=None):
-        """What train returns of a run without an evaluation."""
-        result = {"step": step, "out": str(self.out), "stopped": stopped}
-        return result | {"val_mse": None, "knn": {}}
+        accum = larger[0]
+    run.log.say(f"--accum auto: {accum}, {images // accum} images at a time fit")
+    return accum
 
 
-def dry_run(model, images, device, dtype):
-    """Forward and backward pass of a micro-batch, which leave nothing but gradients."""
-    cfg = model.cfg
-    # What comes with the first step: AdamW's two moments, and the copies of the
-    # gradients that several processes exchange.
-    weights = sum(p.numel() for p in model.parameters())
-    reserved = torch.empty(3 * weights, device=device)
-    imgs = torch.zeros(images, cfg.in_chans, *cfg.size, device=device)
-    ones = torch.ones(images, math.prod(cfg.grid), device=device)
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+def fits_in_memory(model, run, images):
+    """Whether every rank can train on so many images at a time: a dry run."""
+    fits = 1
+    try:
+        dry_run(model, run, images)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fits = 0
+    model.zero_grad()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return all_reduce_sum([fits], run.device, run.world) == [run.world]
+
+
+def dry_run(model, run, images):
+    """Forward and backward pass of a micro-batch; changes nothing but the gradients."""
+    cfg = run.cfg
+    # Memory that the first step will take: AdamW's two moments, and the copies of the
+    # gradients that ranks exchange.
+    parameters = sum(p.numel() for p in model.parameters())
+    reserved = torch.empty(3 * parameters, device=run.device)
+    imgs = torch.zeros(images, cfg.in_chans, *cfg.size, device=run.device)
+    ones = torch.ones(images, math.prod(cfg.grid), device=run.device)
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
         loss, _, _ = model(imgs, noise=ones, weight=ones)
     loss.backward()
     del reserved
 
 
-@torch.no_grad()
-def reconstruction_mse(model, dataset, loader_args, dtype, rank, world):
-    """Mean of the masked patches' error l over a data set: the log's mse, held out.
+# -- Examples and results --------------------------------------------------------------
 
-    Each picture has its own mask, the same in every evaluation and every run.
+
+def examples(dataset, count=8):
+    """A batched Sample of images at even distances in a data set."""
+    ids = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
+    return default_collate([dataset[i] for i in ids.tolist()])
+
+
+def result(run, step, stopped=None, val_mse=None, knn=None):
+    """What attg_mae.train returns."""
+    metrics = {"val_mse": val_mse, "knn": knn or {}}
+    return {"step": step, "out": str(run.cfg.out), "stopped": stopped} | metrics
+
+
+@torch.no_grad()
+def reconstruction_mse(model, dataset, run, workers):
+    """Unweighted mse of the masked patches over a data set, the mean over all ranks.
+
+    Each image has its own mask, the same in every evaluation and every run.
     """
-    cfg, device = model.cfg, model.cls_token.device
-    noise = torch.rand(
-        len(dataset), math.prod(cfg.grid), generator=generator_for("test masks")
-    )
-    share = range(rank, len(dataset), world)
-    loader = make_loader(Subset(dataset, share), **loader_args)
-    total, done = torch.zeros((), device=device), 0
-    for sample in progress(loader, desc="held-out error"):
-        ids = torch.tensor(share[done : done + len(sample.label)])
-        imgs = model.normalize(sample.image.to(device))
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            # forward, past torch.compile, which would compile anew for this batch.
-            loss, _, _ = model.forward(
-                imgs, mask_ratio=cfg.mask_ratio, noise=noise[ids].to(device)
-            )
+    cfg = model.cfg
+    generator = generator_for("test masks")
+    noise = torch.rand(len(dataset), math.prod(cfg.grid), generator=generator)
+    shard = range(run.rank, len(dataset), run.world)
+    total, done = torch.zeros((), device=run.device), 0
+    loader = make_loader(Subset(dataset, shard), workers=workers)
+    for sample in progress(loader, desc="validation mse"):
+        ids = torch.tensor(shard[done : done + len(sample.label)])
+        imgs = model.normalize(sample.image.to(run.device))
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
+            # forward bypasses torch.compile, which would recompile for this batch size.
+            loss, _, _ = model.forward(imgs, noise=noise[ids].to(run.device))
         total += loss * len(ids)
         done += len(ids)
-    summed, counted = all_reduce_sum([total.item(), done], device, world)
-    return summed / counted
+    summed, count = all_reduce_sum([total.item(), done], run.device, run.world)
+    return summed / count
 
 
-def differences_from_defaults(cfg, without):
-    """The flags by which cfg differs from what Config fills in; `without` these names."""
-    usual = type(cfg)(model=cfg.model, data=cfg.data, guidance=cfg.guidance)
-    sizes = {"epochs": cfg.epochs, "batch_size": cfg.batch_size}
-    follows = {"warmup_epochs": None, "lr": None, "blr": None}
-    implied = resolve(dataclasses.replace(usual, **sizes))
-    usual = resolve(usual)
-    flags = []
-    for field in dataclasses.fields(cfg):
-        default = field.default
-        if field.name in follows:
-            default = getattr(implied, field.name)
-        elif default is None:
-            default = getattr(usual, field.name)
-        value = getattr(cfg, field.name)
-        if value != default and field.name not in without:
-            flags.append(as_flag(field.name, value))
-    return flags
+# -- Training --------------------------------------------------------------------------
 
 
-def as_flag(name, value):
-    """As it would be typed."""
-    if value is True:
-        return f"--{name}"
-    if value is False:
-        return f"--no-{name}"
-    if isinstance(value, tuple | list):
-        value = " ".join(str(x) for x in value)
-    return f"--{name} {value}"
+class Trainer:
+    """Log, evaluations and checkpoints of a run that has done `start` steps.
+
+    signals: list of stop signals received, see attg.distributed. draw, ties: see
+    attg.loader.BatchIterator.
+    """
+
+    def __init__(self, run, model, optimizer, scaler, start, signals, draw, ties=False):
+        cfg = run.cfg
+        self.run, self.signals = run, signals
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        # Metrics (3,) of the steps since the last log line: loss, mse, gradient norm.
+        # They stay on the device, so that no step waits for it.
+        self.values = []
+        header = self.header()
+        self.workers = cfg.workers
+        if cfg.workers is None:
+            self.workers = default_workers(run.device)
+        shape = (run.num_images, cfg.batch_size, start, run.total_steps)
+        self.sampler = ResumableBatchSampler(
+            *shape, cfg.seed, cfg.accum, run.rank, run.world
+        )
+        data = (run.train_set, self.sampler, run.device, run.maps)
+        self.loader = BatchIterator(*data, draw, ties, self.workers)
+        self.batches = iter(self.loader)
+        self.meter = Meter(start, run.total_steps, run.steps_per_epoch, cfg.batch_size)
+        run.log.begin(cfg, start, run.device, header)
+        # Steps before which to evaluate; the last evaluation is in finish.
+        every = cfg.eval_every * run.steps_per_epoch
+        self.eval_steps = range(every, run.total_steps, every) if every else ()
+        self.steps = progress(
+            range(start, run.total_steps),
+            initial=start,
+            total=run.total_steps,
+            # None: only in terminals.
+            disable=None if run.rank == 0 else True,
+        )
+
+    def header(self):
+        """Log lines that tell what will be trained."""
+        run, cfg = self.run, self.run.cfg
+        kind = "a vanilla MAE"
+        tau = ""
+        if run.maps is not None:
+            kind = f"an MAE guided by attention maps ({cfg.guidance})"
+            end = f" to {cfg.tau_end}" if cfg.tau_schedule != "constant" else ""
+            tau = f", tau {cfg.tau}{end}"
+        if cfg.data == "toy" and cfg.model != "vit_micro":
+            kind += ", a smoke test on the enlarged toy set"
+        trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
+        height, width = run.train_set.size
+        micro = cfg.batch_size // (cfg.accum * run.world)
+        return (
+            f"training {kind}: {cfg.model}, {sum(trained) / 1e6:.1f} M parameters, on "
+            f"{run.num_images} images of {cfg.data}, {height} x {width} pixels in "
+            f"patches of {cfg.patch_size} x {cfg.patch_size}\n"
+            f"epochs {cfg.epochs}, steps {run.total_steps}, batch size {cfg.batch_size} "
+            f"= {micro} x {run.world} (processes) x {cfg.accum} (--accum)\n"
+            f"lr {cfg.lr:.2e} (base lr {cfg.blr:.2e}), warm-up {cfg.warmup_epochs:g} "
+            f"epochs{tau}\n"
+            f"run folder {cfg.out}, all settings in its config.json"
+        )
+
+    def after_step(self, done, values, lr, tau):
+        """Log, check and save when it is due after step `done`; True = stop here.
+
+        values (3,): loss, unweighted mse, gradient norm. Nothing waits for the device
+        between two log lines.
+        """
+        cfg = self.run.cfg
+        self.values.append(values)
+        epoch, rest = divmod(done, self.run.steps_per_epoch)
+        # A single process need not wait for a log line to agree on a stop signal.
+        stop_now = self.signals and self.run.world == 1
+        if rest and done % cfg.log_every and not stop_now:
+            return False
+
+        stopping = self.log_steps(done, lr, tau.item())
+        ended = done == self.run.total_steps
+        if stopping or ended or (rest == 0 and epoch % cfg.save_every == 0):
+            self.save("last.pt", done)
+        if cfg.keep_ckpt_every and rest == 0 and epoch % cfg.keep_ckpt_every == 0:
+            self.save(f"epoch{epoch:04d}.pt", done)
+        return stopping and not ended
+
+    def log_steps(self, done, lr, tau):
+        """Check and log the steps since the last log line, on all ranks at once.
+
+        Returns whether any rank has received a stop signal.
+        """
+        run, loader = self.run, self.loader
+        counts = [len(self.signals), loader.unreadable]
+        counts = torch.tensor(counts, dtype=torch.float32, device=run.device)
+        means = torch.stack(self.values) / run.world
+        self.values.clear()
+        # One collective for everything.
+        sums = torch.cat([means.flatten(), counts])
+        if run.world > 1:
+            dist.all_reduce(sums)
+        *flat, signals, unreadable = sums.tolist()
+        rows = [flat[i : i + 3] for i in range(0, len(flat), 3)]
+
+        if unreadable > run.max_unreadable:
+            raise ValueError(
+                f"--data {run.cfg.data}: over 1 % of the images are unreadable, "
+                f"{unreadable:.0f} so far; repair or remove them"
+            )
+        if not math.isfinite(sum(flat)):
+            self.check_finite(rows, done)
+        record, line = self.meter.summarize(
+            done, rows, lr, tau, loader.waited, int(unreadable)
+        )
+        loader.waited = 0.0
+        run.log.write(record, line)
+        return signals > 0
+
+    def check_finite(self, rows, done):
+        """ValueError for the first step whose loss, weights or gradient are not finite.
+
+        rows: [loss, mse, gradient norm] of the steps up to `done`. With fp16 the gradient
+        scaler skips steps of infinite gradients.
+        """
+        for step, (loss, mse, grad_norm) in enumerate(rows, done - len(rows)):
+            part = None
+            if not math.isfinite(mse):
+                part = "prediction or input"
+            elif not math.isfinite(loss):
+                part = "weight"
+            elif not math.isfinite(grad_norm) and self.run.cfg.precision != "fp16":
+                part = "gradient"
+            if part is None:
+                continue
+            message = f"step {step + 1}: {part} not finite"
+            ids = self.sampler.indices(step).tolist()
+            record = {"step": step + 1, "not_finite": part, "indices": ids}
+            self.run.log.write(record, message)
+            raise ValueError(
+                f"{message}; images {ids[:9]} ... (all in log.jsonl). Checkpoints are of "
+                "earlier steps. Try a lower --lr, --clip_grad 1 or --precision fp32"
+            )
+
+    def evaluate(self, step):
+        """Log and return the metrics on the test split.
+
+        {"val_mse": see reconstruction_mse, "knn": {feature: top-1 in percent}}, without
+        knn if there are no labels; {} without a test split.
+        """
+        run, test_set = self.run, self.run.test_set
+        if not test_set:
+            return {}
+        metrics = {
+            "val_mse": reconstruction_mse(self.model, test_set, run, self.workers)
+        }
+        line = f"step {step}: test split: mse {metrics['val_mse']:.4f}"
+        if run.train_set.labelled and test_set.labelled:
+            metrics["knn"] = knn_accuracy(
+                self.model,
+                run.train_set,
+                test_set,
+                {"workers": self.workers},
+                run.dtype,
+                run.rank,
+                run.world,
+            )
+            for name, accuracy in metrics["knn"].items():
+                line += (
+                    f", k-NN (k = 20) of the {name.replace('_', ' ')} {accuracy:.2f} %"
+                )
+        run.log.write({"step": step} | metrics, line)
+        self.meter.pause()
+        return metrics
+
+    def save(self, name, done):
+        """Write a checkpoint of the state after step `done`, on rank 0."""
+        if self.run.rank == 0:
+            save_checkpoint(
+                Path(self.run.cfg.out, name),
+                model=self.model.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                scaler=self.scaler.state_dict(),
+                step=done,
+                config=dataclasses.asdict(self.run.cfg),
+            )
+
+    def stop(self, done):
+        """The result of a run that a signal stopped, on this rank or another."""
+        self.run.log.say(
+            f"stopped by a signal after step {done}; the same command resumes"
+        )
+        number = self.signals[0] if self.signals else signal.SIGTERM
+        return result(self.run, done, stopped=number)
+
+    def finish(self):
+        """Write encoder.pt, evaluate and draw the curves; the result of a complete run."""
+        run, out = self.run, Path(self.run.cfg.out)
+        if run.rank == 0:
+            state = self.model.state_dict()
+            encoder = {k: v for k, v in state.items() if not DECODER.match(k)}
+            config = dataclasses.asdict(run.cfg)
+            save_checkpoint(out / "encoder.pt", model=encoder, config=config)
+        run.log.say(f"encoder: {out / 'encoder.pt'}")
+        metrics = self.evaluate(run.total_steps)
+        if not can_draw_curves():
+            run.log.say("curves.png is not drawn: pip install matplotlib")
+        elif run.rank == 0:
+            save_curves(out / "curves.png", read_log(out / "log.jsonl"))
+        return result(run, run.total_steps, **metrics)

@@ -28,6 +28,7 @@ from attg.figures import denormalize, reconstruct
 from attg.files import require
 from attg.loader import to_device
 from attg.maps import open_maps
+from attg.seeding import generator_for
 from attg_mae import (
     MAE,
     Config,
@@ -120,8 +121,9 @@ def main(argv=None):
     indices = evenly_spaced(len(dataset), args.count)
     sample = default_collate([dataset[i] for i in indices])
     # The same noise, so the same hidden patches, for both models.
-    noise = mask_noise(cfg.seed, 0, len(indices), cfg.grid)
-    batch = to_device(sample, noise, maps, torch.device("cpu"))
+    generator = generator_for("masks", cfg.seed, 0)
+    noise = mask_noise(len(indices), cfg.grid, generator)
+    batch = next(to_device([sample], maps, torch.device("cpu")))._replace(noise=noise)
     save_panels(args.out, draw_rows(batch, vanilla, guided))
     print(f"{args.out}: pictures {indices} of {data}, {args.split}")
 

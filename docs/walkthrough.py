@@ -26,7 +26,7 @@ from attg.datasets import open_data
 from attg.figures import denormalize
 from attg.files import require
 from attg.loader import ResumableBatchSampler, to_device
-from attg.seeding import seed_for
+from attg.seeding import generator_for, seed_for
 from attg_mae import (
     MAE,
     Config,
@@ -74,8 +74,10 @@ def first_batch(dataset, total_steps, cfg):
     key = next(iter(batches))[0]
     sample = default_collate([dataset[key]])
     # The noise of a step is drawn for its whole batch; a picture has a row of it.
-    noise = mask_noise(cfg.seed, 0, cfg.batch_size, cfg.grid)[:1]
-    return key[1], to_device(sample, noise, dataset.masks, torch.device("cpu"))
+    generator = generator_for("masks", cfg.seed, 0)
+    noise = mask_noise(cfg.batch_size, cfg.grid, generator)[:1]
+    batch = next(to_device([sample], dataset.masks, torch.device("cpu")))
+    return key[1], batch._replace(noise=noise)
 
 
 @torch.no_grad()
