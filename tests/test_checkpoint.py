@@ -24,10 +24,15 @@ import eval_knn
 import eval_linear
 import object_discovery
 from attg import files
-from attg.checkpoint import find_checkpoint, load_optimizer, load_scaler, load_state
-from attg.cli import resume_class
+from attg.checkpoint import (
+    check_settings,
+    load_optimizer,
+    load_scaler,
+    load_state,
+    read_run,
+    restore_settings,
+)
 from attg.finetuning import continue_run, save_run
-from attg.log import Log
 from tests.fuzz import RANDOM, damaged_checkpoint, damaged_parts, within
 from tests.helpers import (
     TINY,
@@ -44,14 +49,9 @@ from tests.processes import Process, ranks
 def resumed(path, cfg):
     """[weights, moments] that a run would go on with."""
     cfg = replace(cfg, resume=str(path))
-    log = Log(path.parent, rank=1)
-    parts = find_checkpoint(
-        cfg,
-        10**6,
-        log,
-        resume_class(attg_mae.Config, "fixed"),
-        resume_class(attg_mae.Config, "free"),
-    )
+    parts = read_run(cfg)
+    cfg = restore_settings(cfg, cfg, parts)
+    check_settings(cfg, parts, 10**6)
     model = attg_mae.build_model(cfg)
     load_state(model, parts["model"], path)
     groups = attg_mae.param_groups(model, cfg.weight_decay)

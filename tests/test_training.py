@@ -18,11 +18,9 @@ import torch
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import attg.distributed
 import attg_mae
 from attg import figures, trainer
 from attg.datasets import open_data
-from attg.distributed import choose_precision, cpu_has_bf16
 from attg.loader import ResumableBatchSampler, make_loader
 from attg.maps import save_maps
 from attg.seeding import generator_for
@@ -208,19 +206,18 @@ def test_precision_auto(tmp_path, monkeypatch, labelled, capsys):
     """bf16 on CPUs that multiply in it, for wide models; a continued run keeps it."""
     for flags, has in (("avx512_bf16", True), ("amx_bf16", True), ("avx512f", False)):
         (tmp_path / flags).write_text(f"processor: 0\nflags : fpu vme {flags} pni\n")
-        assert cpu_has_bf16(tmp_path / flags) is has
-    assert not cpu_has_bf16(tmp_path / "absent")
+        assert trainer.cpu_has_bf16(tmp_path / flags) is has
+    assert not trainer.cpu_has_bf16(tmp_path / "absent")
     cpu = torch.device("cpu")
     for has, width, name in (
         (True, 384, "bf16"),
         (True, 380, "fp32"),
         (False, 768, "fp32"),
     ):
-        monkeypatch.setattr(attg.distributed, "cpu_has_bf16", lambda has=has: has)
-        assert choose_precision("auto", cpu, width)[0] == name
-    assert choose_precision("fp32", cpu, 384) == ("fp32", None)
+        monkeypatch.setattr(trainer, "cpu_has_bf16", lambda has=has: has)
+        assert trainer.fastest_precision(cpu, width) == name
 
-    monkeypatch.setattr(attg.distributed, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(trainer, "cpu_has_bf16", lambda: True)
     wide = labelled | {"width": 384, "heads": 6, "patch_size": 8, "epochs": 1}
     with after_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         train(tmp_path / "out", **wide)
@@ -228,7 +225,7 @@ def test_precision_auto(tmp_path, monkeypatch, labelled, capsys):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["precision"] == "bf16"
     assert "--precision" not in capsys.readouterr().out  # it is no unusual setting
-    monkeypatch.setattr(attg.distributed, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(trainer, "cpu_has_bf16", lambda: False)
     train(tmp_path / "out", **wide)
     assert last(tmp_path / "out")["config"]["precision"] == "bf16"
 
