@@ -43,6 +43,7 @@ import itertools
 import math
 import sys
 from collections import OrderedDict
+from pathlib import Path
 from types import SimpleNamespace
 
 if __name__ == "__main__":
