@@ -59,7 +59,7 @@ def test_stopped_and_continued_equals_uninterrupted(
     assert not same(last(tmp_path)["model"], last(reference)["model"])
     result = train(tmp_path, **settings)
     assert (result["step"], result["stopped"]) == (24, None)
-    assert "continuing" in capsys.readouterr().out
+    assert "resuming" in capsys.readouterr().out
     assert_same_run(tmp_path, reference)
     ours, theirs = (
         torch.load(out / "encoder.pt", weights_only=True)["model"]
