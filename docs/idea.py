@@ -1,15 +1,15 @@
 """
 The figure of the README: what guidance changes in a masked autoencoder.
 
-    python attg_mae.py                      # the guided model: some minutes on a CPU
-    python attg_mae.py --guidance none      # the same without guidance: a vanilla MAE
+    python attg_mae.py                      # the guided model: minutes on a CPU
+    python attg_mae.py --guidance none      # a vanilla MAE
     python -m docs.idea --vanilla out/toy-vit_micro-none/last.pt \\
         --guided out/toy-vit_micro-attg/last.pt --out assets/idea.png
 
-A row for each picture: the picture, its map M, the weights w = exp(M / tau) of its
-patches, what the models see, and what each of them makes of it. Both models see the same
-patches. The pictures are evenly spaced in the data set, they are not chosen by looks.
-Predicted patches get the mean and deviation of the true ones (attg/figures.py).
+A row per image: the image, its map M, the weights w = exp(M / tau) of its patches, the
+visible patches, and the reconstruction of each model from the same patches. The images are
+evenly spaced in the data set, not selected. Predicted patches get the mean and deviation
+of the true ones (attg/figures.py).
 """
 
 if __name__ == "__main__":
@@ -17,116 +17,90 @@ if __name__ == "__main__":
 
     ignore_sigint_during_import()
 
+import dataclasses
 import math
 
 import torch
 from torch.utils.data import default_collate
 
-from attg.cli import Parser, end
+from attg.cli import flag, parse, run_cli
 from attg.datasets import open_data
 from attg.figures import denormalize, reconstruct
-from attg.files import require
-from attg.loader import to_device
 from attg.maps import open_maps
-from attg.seeding import generator_for
-from attg_mae import (
-    MAE,
-    Config,
-    flip_and_normalize,
-    load_checkpoint,
-    mask_noise,
-    pool_maps,
-)
-from docs.drawing import Panel, enlarge, save_panels
+from attg_mae import mask_noise, normalize, pool_maps
+from docs.drawing import draw_panel, load_model, new_figure
 
-TAU = 0.75  # of the first training step, where guidance is strongest
-CELL = 128  # px, height of a picture in the figure
+TAU = 0.75  # at the first training step, where guidance is strongest
 
 
-def load_model(path):
-    """The MAE of a run's last.pt, in eval mode."""
-    parts = load_checkpoint(path)
-    # encoder.pt, which has no decoder, has no step either.
-    require("step" in parts, f"{path}: give the last.pt of a run of attg_mae.py")
-    model = MAE(Config(**parts["config"]))
-    model.load_state_dict(parts["model"])
-    return model.eval()
+@dataclasses.dataclass(kw_only=True)
+class Settings:
+    """Settings of the figure."""
+
+    vanilla: str | None = flag(None, "last.pt of a run with --guidance none")
+    guided: str | None = flag(None, "last.pt of a guided run")
+    out: str = flag("assets/idea.png", "the figure")
+    data: str | None = flag(None, "data set [that of the guided run]")
+    maps: str | None = flag(None, "maps of its images [toy: its masks]")
+    split: str = flag("test", "train or test", choices=("train", "test"))
+    count: int = flag(3, "number of images", low=1, high=100)
 
 
-def evenly_spaced(number, count):
-    """`count` of the indices 0 .. number - 1, from the first to the last."""
-    return torch.linspace(0, number - 1, min(count, number)).long().tolist()
-
-
-def draw_rows(batch, vanilla, guided):
-    """A row of Panels for each picture of a Batch; the first row has the titles."""
+def columns_of(sample, maps, vanilla, guided):
+    """[(title, note, images (n, 3, h, w) or (n, h, w))] of a batched Sample."""
     cfg = guided.cfg
-    imgs, noise = flip_and_normalize(batch, cfg), batch.noise
-    m_norm = pool_maps(batch.maps, batch.box, batch.flip, cfg.grid)
-    weight = torch.exp(m_norm / TAU).view(-1, *cfg.grid)
-    # The grey scale is that of all pictures: w is largest where M is 1.
+    imgs = normalize(sample.image, cfg)
+    # The same noise, so the same hidden patches, for both models.
+    noise = mask_noise(cfg.seed, 0, len(imgs), cfg.grid)
+    m_norm = pool_maps(maps, sample.box, sample.flip, cfg.grid)
     largest = math.exp(1 / TAU)
-    brightness = (weight - 1) / (largest - 1)
-    # One cell a pixel: the map as it is, cut like the picture.
-    maps = pool_maps(batch.maps, batch.box, batch.flip, cfg.size).view(-1, *cfg.size)
+    brightness = (torch.exp(m_norm / TAU) - 1) / (largest - 1)
     masked, by_vanilla = reconstruct(vanilla, imgs, noise)
     _, by_guided = reconstruct(guided, imgs, noise)
-
+    # One cell per pixel: the map itself, cropped like the image.
+    cropped = pool_maps(maps, sample.box, sample.flip, cfg.size)
     number = math.prod(cfg.grid)
     hidden = number - int(number * (1 - cfg.mask_ratio))
-    columns = [
-        ("picture", "", denormalize(imgs, cfg)),
-        ("map M", "0 black, 1 white", maps),
-        ("w = exp(M / tau)", f"tau {TAU}: 1 to {largest:.2f}", brightness),
+    return [
+        ("image", "", denormalize(imgs, cfg)),
+        ("map M", "0 black, 1 white", cropped.view(-1, *cfg.size)),
+        ("w = exp(M / tau)", f"1 to {largest:.2f}", brightness.view(-1, *cfg.grid)),
         ("masked", f"{hidden} of {number} hidden", masked),
-        ("vanilla MAE", "each patch counts 1", by_vanilla),
-        ("guided", "each patch counts w", by_guided),
+        ("vanilla MAE", "each patch has weight 1", by_vanilla),
+        ("guided", "each patch has weight w", by_guided),
     ]
-    rows = []
-    for i in range(len(imgs)):
-        row = []
-        for title, note, images in columns:
-            picture = enlarge(images[i], CELL)
-            if i > 0:
-                title, note = "", ""
-            row.append(Panel(picture, title, note))
-        rows.append(row)
-    return rows
 
 
 @torch.no_grad()
 def main(argv=None):
-    parser = Parser(prog="python -m docs.idea", description=__doc__)
-    add = parser.add_argument
-    add("--vanilla", required=True, help="last.pt of a run with --guidance none")
-    add("--guided", required=True, help="last.pt of a guided run")
-    add("--out", default="assets/idea.png", help="the figure [%(default)s]")
-    add("--data", help="as attg_mae.py's [that of the guided run]")
-    add("--maps", help="maps of these pictures, .npy beside its .json [toy's own]")
-    add("--split", default="test", help="train or test [%(default)s]")
-    add("--count", type=int, default=3, help="pictures [%(default)s]")
-    args = parser.parse_args(argv)
-
-    vanilla, guided = load_model(args.vanilla), load_model(args.guided)
+    settings = parse(Settings, __doc__, argv)
+    if not settings.vanilla or not settings.guided:
+        raise ValueError("--vanilla and --guided: name the last.pt of two runs")
+    vanilla, guided = load_model(settings.vanilla), load_model(settings.guided)
     cfg = guided.cfg
-    same = (vanilla.cfg.size, vanilla.cfg.grid) == (cfg.size, cfg.grid)
-    require(same, f"--vanilla {args.vanilla}: other sizes than {args.guided}")
+    if (vanilla.cfg.size, vanilla.cfg.grid) != (cfg.size, cfg.grid):
+        raise ValueError(
+            f"--vanilla {settings.vanilla}: its image or patch size is not that of "
+            f"{settings.guided}"
+        )
+    data = settings.data or cfg.data
+    dataset = open_data(data, settings.split, cfg.size, channels=cfg.in_chans)
+    if dataset is None:
+        raise ValueError(f"--split {settings.split}: --data {data} does not have it")
+    all_maps = open_maps(settings.maps, dataset, data)
+    ids = torch.linspace(0, len(dataset) - 1, min(settings.count, len(dataset))).long()
+    sample = default_collate([dataset[i] for i in ids.tolist()])
+    maps = torch.from_numpy(all_maps[sample.index.numpy()]).float()
 
-    require(args.count > 0, f"--count {args.count}: must be above 0")
-    data = args.data or cfg.data
-    dataset = open_data(data, args.split, cfg.size, channels=cfg.in_chans)
-    require(dataset is not None, f"--split {args.split}: --data {data} has none")
-    maps = open_maps(args.maps, dataset, data)
-
-    indices = evenly_spaced(len(dataset), args.count)
-    sample = default_collate([dataset[i] for i in indices])
-    # The same noise, so the same hidden patches, for both models.
-    generator = generator_for("masks", cfg.seed, 0)
-    noise = mask_noise(len(indices), cfg.grid, generator)
-    batch = next(to_device([sample], maps, torch.device("cpu")))._replace(noise=noise)
-    save_panels(args.out, draw_rows(batch, vanilla, guided))
-    print(f"{args.out}: pictures {indices} of {data}, {args.split}")
+    columns = columns_of(sample, maps, vanilla, guided)
+    figure, axes = new_figure(len(ids), len(columns))
+    for row in range(len(ids)):
+        for column, (title, note, images) in enumerate(columns):
+            heading = (title, note) if row == 0 else ("", "")
+            draw_panel(axes[row, column], images[row], *heading)
+    figure.savefig(settings.out, dpi=110)
+    print(f"{settings.out}: images {ids.tolist()} of {data}, {settings.split}")
 
 
 if __name__ == "__main__":
-    end(main)
+    run_cli(main)
