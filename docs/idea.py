@@ -27,6 +27,7 @@ from attg.cli import flag, parse, run_cli
 from attg.datasets import open_data
 from attg.figures import denormalize, reconstruct
 from attg.maps import open_maps
+from attg.seeding import generator_for
 from attg_mae import mask_noise, normalize, pool_maps
 from docs.drawing import draw_panel, load_model, new_figure
 
@@ -51,7 +52,8 @@ def columns_of(sample, maps, vanilla, guided):
     cfg = guided.cfg
     imgs = normalize(sample.image, cfg)
     # The same noise, so the same hidden patches, for both models.
-    noise = mask_noise(cfg.seed, 0, len(imgs), cfg.grid)
+    generator = generator_for("masks", cfg.seed, 0)
+    noise = mask_noise(len(imgs), cfg.grid, generator)
     m_norm = pool_maps(maps, sample.box, sample.flip, cfg.grid)
     largest = math.exp(1 / TAU)
     brightness = (torch.exp(m_norm / TAU) - 1) / (largest - 1)

@@ -25,7 +25,7 @@ from attg.cli import flag, parse, run_cli
 from attg.datasets import open_data
 from attg.figures import denormalize
 from attg.loader import ResumableBatchSampler
-from attg.seeding import seed_for
+from attg.seeding import generator_for, seed_for
 from attg_mae import (
     MAE,
     Config,
@@ -72,7 +72,8 @@ def first_image(dataset, total_steps, cfg):
     key = next(iter(batches))[0]
     sample = default_collate([dataset[key]])
     # The noise of a step is drawn for the whole batch; each image has a row of it.
-    noise = mask_noise(cfg.seed, 0, cfg.batch_size, cfg.grid)[:1]
+    generator = generator_for("masks", cfg.seed, 0)
+    noise = mask_noise(cfg.batch_size, cfg.grid, generator)[:1]
     maps = torch.from_numpy(dataset.masks[sample.index.numpy()]).float()
     batch = SimpleNamespace(**sample._asdict(), maps=maps, noise=noise)
     return key[1], batch
