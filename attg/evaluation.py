@@ -1,224 +1,221 @@
-"""
-What the evaluation programs share: flags, and the way from them to the results.
-"""
+"""Flags of the evaluation programs, and the way from their settings to results."""
 
 import contextlib
+import dataclasses
 import json
 import time
 from pathlib import Path
 
 import torch
 
-from attg.cli import check_numbers, print_table, say
-from attg.datasets import resolve_dataset, shot_indices
-from attg.distributed import add_timeout, default_workers, exclusive_run, processes
-from attg.files import require
-from attg.images import MAX_PIXELS
+from attg.cli import check_unused, flag, log_line, print_table
+from attg.datasets import open_labelled, resolve_dataset, shot_indices
+from attg.distributed import exclusive_run, processes
+from attg.features import make_features, read_features
+from attg.loader import default_workers
 
 # -- Flags -----------------------------------------------------------------------------
 
 
-def add_data(flag, checkpoint="file with an encoder", data="as for attg_mae.py"):
-    """flag: add_argument of a parser. checkpoint, data: the help of these two."""
-    flag("checkpoint", nargs="?", help=checkpoint)
-    flag("--data", default="toy", help=f"{data} [%(default)s]")
-    flag(
-        "--classes",
-        help="file with the class folders to keep, one a line (ImageNet-100)",
+@dataclasses.dataclass(kw_only=True)
+class EvalFlags:
+    """Evaluation."""
+
+    checkpoint: str | None = flag(
+        None, "file with an encoder", positional=True, resume="free"
     )
-    text = "a picture with more is unreadable [%(default)s]"
-    flag("--max_pixels", type=int, default=MAX_PIXELS, help=text)
+    img_size: int | None = flag(None, "[the checkpoint's]", low=1, high=8192)
+    precision: str | None = flag(
+        None,
+        "[fp32; if images are trained on, bf16 where the GPU has it]",
+        choices=("fp32", "bf16"),
+    )
+    out: str | None = flag(
+        None,
+        "append results to this file [PROGRAM.jsonl beside the input]",
+        resume="free",
+    )
 
 
-def add_val(flag):
-    flag(
-        "--val",
+@dataclasses.dataclass(kw_only=True)
+class LabelFlags:
+    """Labelled images."""
+
+    val: tuple = flag(
+        ("test",),
+        "test sets: test, folders of the same classes, or variants of toy",
         nargs="+",
-        default=["test"],
-        help="test sets: test, folders of the same classes, or toy's variants",
+        type=str,
+        resume="free",
+    )
+    batch_size: int | None = flag(
+        None, "[256; if images are trained on, the recipe's]", low=1, high=10**7
     )
 
 
-def add_training_data(flag):
-    """The flags of programs that train a classifier."""
-    add_val(flag)
-    flag(
-        "--fraction",
-        type=float,
-        default=1.0,
-        help="share of each class's training images to use [%(default)s]",
-    )
-    flag(
-        "--seed",
-        type=int,
-        default=0,
-        help="of --fraction, order, augmentation [%(default)s]",
-    )
-    flag(
-        "--save",
-        help="file for the trained weights, written after each epoch; the same command "
-        "continues from it",
-    )
+@dataclasses.dataclass(kw_only=True)
+class FeatureFlags:
+    """Features."""
+
+    features: str | None = flag(None, "file of --save_features to use, no checkpoint")
+    save_features: str | None = flag(None, "write the features to this file")
 
 
-def add_shots(flag, use):
-    flag(
-        "--shots",
-        type=int,
+@dataclasses.dataclass(kw_only=True)
+class ShotFlags:
+    """Few labels."""
+
+    shots: tuple = flag(
+        (),
+        "labels per class to use, if it has them",
         nargs="+",
-        default=[],
-        help=f"labelled images a class, all of a class that has fewer{use}",
-    )
-    flag(
-        "--seeds",
         type=int,
-        default=5,
-        help="random choices of the --shots [%(default)s]",
+        low=1,
+        high=10**7,
     )
+    seeds: int = flag(5, "number of draws of the --shots", low=1, high=10**6)
 
 
-def add_running(flag, beside):
-    """beside: what the file of results lies beside, in words."""
-    flag("--img_size", type=int, help="input size in pixels [the checkpoint's]")
-    text = "loader processes of each process [CPU 0, GPU up to 16]"
-    flag("--workers", type=int, help=text)
-    flag("--device", help="cuda, mps or cpu [the first there is]")
-    add_timeout(flag)
-    flag(
-        "--out",
-        help="file that the results are added to [named after the program, beside "
-        f"{beside}]",
-    )
+# Flags of how features are made, which a file of features has settled.
+SOURCE_FLAGS = ("checkpoint", "data", "classes", "val", "img_size", "max_pixels")
+SOURCE_FLAGS += ("save_features",)
 
 
-def check_flags(args):
-    """ValueError for numbers out of range, and for a test set that is trained on."""
-    check_numbers(vars(args), epochs=(1, 10**6), seeds=(1, 10**6), lrs=(1e-38, 1e38))
-    require(
-        "train" not in getattr(args, "val", ()),
-        "--val train: that is what is trained on; name test sets",
-    )
+def check_source(settings):
+    """ValueError unless the settings have one source of features, and no training set."""
+    if getattr(settings, "features", None):
+        check_unused(settings, SOURCE_FLAGS, "has no effect with --features")
+    elif not settings.checkpoint:
+        raise ValueError("checkpoint: missing; give the file of an encoder")
+    if "train" in getattr(settings, "val", ()):
+        raise ValueError("--val train: this is the training set; choose test sets")
 
 
-# Flags that say how features are made.
-MAKING = ("checkpoint", "classes", "val", "img_size", "max_pixels", "save_features")
+# -- Data ------------------------------------------------------------------------------
 
 
-def refuse_idle(parser, args, names, why):
-    """ValueError for the flags of these names, if one is given; why: in words."""
-    for name in names:
-        if getattr(args, name) == parser.get_default(name):
-            continue
-        flag = name if name == "checkpoint" else f"--{name}"
-        raise ValueError(f"{flag}: {why}; leave it out")
+def open_sets(settings, data, cfg, **options):
+    """The training set and {name: test set} for an encoder's Config; see open_labelled."""
+    options |= {"classes": settings.classes, "max_pixels": settings.max_pixels}
+    options |= {"channels": cfg.in_chans}
+    return open_labelled(data, settings.val, cfg.size, **options)
 
 
-def view_of(args, cfg):
-    """How open_labelled opens the pictures of a command line for an encoder's Config."""
-    return {
-        "size": cfg.size,
-        "classes": args.classes,
-        "channels": cfg.in_chans,
-        "max_pixels": args.max_pixels,
-    }
+def labelled_features(load_encoder, settings, data, dist_info):
+    """Features of the training set, labelled images only, and of the test sets.
+
+    They are read from --features, or computed with load_encoder(checkpoint, img_size=...).
+    Returns the dict of make_features.
+    """
+    device, rank, _ = dist_info
+    if settings.features:
+        parts = read_features(settings.features)
+        train = parts["train"]
+        labelled = train["labels"] >= 0
+        if not labelled.any() or len(parts) < 3:
+            raise ValueError(
+                f"--features {settings.features}: must hold labelled images and a test "
+                "set; for image retrieval use eval_retrieval.py"
+            )
+        parts["train"] = {name: x[labelled] for name, x in train.items()}
+        check_shots(parts["train"]["labels"], settings.shots, rank)
+        return parts
+    encoder = load_encoder(settings.checkpoint, img_size=settings.img_size).to(device)
+    train_set, tests = open_sets(settings, data, encoder.cfg)
+    # Before the features, which take much longer.
+    check_shots(train_set.labels, settings.shots, rank)
+    sets = {"train": train_set, **tests}
+    return make_features(encoder, sets, dataclasses.asdict(settings), dist_info)
 
 
 def check_shots(labels, all_shots, rank):
-    """Says which of these numbers of shots some class does not have, of labels (n,).
+    """ValueError for shots that cannot be drawn from labels (n,).
 
-    ValueError for those that cannot be drawn. Only the first process says it.
+    Rank 0 logs which of them some classes do not have.
     """
     counts = labels[labels >= 0].bincount()
     for shots in all_shots:
         shot_indices(labels, shots, 0)
         fewer = int((counts < shots).sum())
         if fewer and rank == 0:
-            say(
+            log_line(
                 f"--shots {shots}: {fewer} of {len(counts)} classes have fewer images, "
-                f"the smallest {counts.min()}; they give all they have"
+                f"the smallest {counts.min()}; all of theirs are used"
             )
 
 
-# -- A program from its flags to its results -------------------------------------------
+# -- From settings to results ----------------------------------------------------------
 
 
-def evaluate(program, args, protocol, data=None):
-    """The rows of figures of protocol(args, settings, place) -> (rows, settings).
+def evaluate(program, settings, protocol, data=None):
+    """Run protocol(settings, data, dist_info) -> (results, record) and report it.
 
-    The first process prints them as a table and, with all settings, as a line of JSON,
-    which is added to --out. place: (device, rank, world). data: of one's own, a dict of
-    data sets by split (see data.open_data); --data is its name then.
+    results: dicts of metrics, which are returned; record: all settings, as a dict. Rank 0
+    prints both and appends them to --out. data: dict of data sets by split to use instead
+    of --data, which is its name then (see open_data).
     """
-    began = time.perf_counter()
-    source = Path(getattr(args, "features", None) or args.checkpoint)
-    out = Path(args.out or source.parent / f"{program}.jsonl")
-    with processes(args.device, args.timeout) as place:
-        device, rank, world = place
+    start = time.perf_counter()
+    source = Path(getattr(settings, "features", None) or settings.checkpoint)
+    out = Path(settings.out or source.parent / f"{program}.jsonl")
+    data = resolve_dataset(data, settings.data)
+    with processes(settings.device, settings.timeout) as dist_info:
+        device, rank, world = dist_info
         if rank == 0:
-            try_outputs(out, args)
-        alone = contextlib.nullcontext()
-        save = getattr(args, "save", None)
+            check_outputs(out, settings)
+        save = getattr(settings, "save", None)
+        lock = contextlib.nullcontext()
         if save:
-            alone = exclusive_run(f"{save}.lock", f"--save {save}", rank, world)
-        if args.workers is None:
-            args.workers = default_workers(device)
-        settings = vars(args) | {"sha256": None}
-        args.data = resolve_dataset(data, args.data)
-        with alone:
-            rows, settings = protocol(args, settings, place)
+            lock = exclusive_run(f"{save}.lock", f"--save {save}", rank, world)
+        if settings.workers is None:
+            workers = default_workers(device)
+            settings = dataclasses.replace(settings, workers=workers)
+        with lock:
+            results, record = protocol(settings, data, dist_info)
         if rank == 0:
-            settings["seconds"] = round(time.perf_counter() - began, 1)
-            report(rows, settings, out)
-    return rows
+            seconds = round(time.perf_counter() - start, 1)
+            report(results, record | {"seconds": seconds}, out)
+    return results
 
 
-def try_outputs(out, args):
-    """OSError, before hours of work, if a file could not be written at their end."""
+def check_outputs(out, settings):
+    """Fail early, with OSError, if an output path is not writable."""
     outputs = []
-    # Without --out it lies beside a file that is there, unless that name is wrong.
-    if args.out or out.parent.is_dir():
+    # Without --out the file lies beside the checkpoint, whose name may be wrong.
+    if settings.out or out.parent.is_dir():
         outputs.append(("out", out))
-    for flag in ("save", "save_features"):
-        path = getattr(args, flag, None)
+    for name in ("save", "save_features"):
+        path = getattr(settings, name, None)
         if path:
-            # Written beside its place first (attg.files.replacing).
-            outputs += [(flag, Path(path)), (flag, Path(f"{path}.tmp"))]
-    for flag, path in outputs:
-        is_there = path.exists()
+            outputs.append((name, Path(path)))
+    for name, path in outputs:
+        exists = path.exists()
         try:
-            if not path.parent.exists():
-                path.parent.mkdir(parents=True)
-            # Appending nothing leaves a file that is there as it is.
+            path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with open(path, "ab"):
-                    pass
+                open(path, "ab").close()
             finally:
-                # Also after Ctrl-C just here: an empty file would count as damaged.
-                if not is_there:
+                # Also after Ctrl-C: an empty file would count as damaged.
+                if not exists:
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise OSError(
-                f"--{flag} {path}: cannot be written ({error.strerror}); name a file in "
-                "a folder that takes one"
+                f"--{name} {path}: not writable ({error.strerror}); choose another file"
             ) from error
 
 
-def without_nan(row):
-    """A dict for JSON, which has no NaN, the one value that differs from itself."""
-    return {key: value if value == value else None for key, value in row.items()}
+def without_nan(result):
+    """A dict for JSON, which has no NaN: None in its place."""
+    return {k: None if v != v else v for k, v in result.items()}
 
 
-def report(rows, settings, path):
-    """
-    Prints rows, dicts of figures, as a table, then all of it as a line of JSON, which
-    is also added to the file.
-    """
-    results = [without_nan(row) for row in rows]
-    record = {"settings": settings, "torch": torch.__version__, "results": results}
+def report(results, settings, path):
+    """Print results as a table and, with the settings, as the line of JSON in the file."""
+    record = {"settings": settings, "torch": torch.__version__}
+    record["results"] = [without_nan(result) for result in results]
     line = json.dumps(record, allow_nan=False)
-    # First the file: a closed pipe ends the program when it prints.
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    # Before anything is printed: a closed pipe ends the program.
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(line + "\n")
-    print_table(rows)
+    print_table(results)
     print(line)

@@ -1,35 +1,45 @@
 """
-Models of this project as Hugging Face's.
+Export to Hugging Face transformers.
 
     model = to_hugging_face("out/NAME/last.pt")       # ViTMAEForPreTraining
-    model = to_hugging_face("out/NAME/encoder.pt")    # ViTModel, without its pooler
+    model = to_hugging_face("out/NAME/encoder.pt")    # ViTModel without its pooler
     model.save_pretrained("folder")
 """
 
 import re
 
-from attg.files import require
 from attg.weights import read_weights, rename
 
-# From the settings of a Config to Hugging Face's.
-ENCODER = {"img_size": "image_size", "patch_size": "patch_size"}
-ENCODER |= {"in_chans": "num_channels", "width": "hidden_size"}
-ENCODER |= {"depth": "num_hidden_layers", "heads": "num_attention_heads"}
-DECODER = {"decoder_width": "decoder_hidden_size", "mask_ratio": "mask_ratio"}
-DECODER |= {"decoder_depth": "decoder_num_hidden_layers", "norm_pix": "norm_pix_loss"}
-DECODER |= {"decoder_heads": "decoder_num_attention_heads"}
+# Settings of Config -> those of Hugging Face.
+ENCODER = {
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "in_chans": "num_channels",
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+}
+DECODER = {
+    "decoder_width": "decoder_hidden_size",
+    "decoder_depth": "decoder_num_hidden_layers",
+    "decoder_heads": "decoder_num_attention_heads",
+    "mask_ratio": "mask_ratio",
+    "norm_pix": "norm_pix_loss",
+}
 
 
 def to_hugging_face(path):
-    """ViTMAEForPreTraining of a file with a decoder, ViTModel of one without, to evaluate.
+    """Convert last.pt to ViTMAEForPreTraining, encoder.pt to ViTModel, in eval mode.
 
-    path: last.pt or encoder.pt of a run. ValueError for files of others, whose settings
-    are not known.
+    ValueError for files of other projects, which lack this project's settings.
     """
     import transformers as hf
 
     state, config, name = read_weights(path)
-    require(config, f"{name}: not written by this project; give the file of a run")
+    if config is None:
+        raise ValueError(
+            f"{name}: not written by this project; give last.pt or encoder.pt of a run"
+        )
     settings = {new: config[old] for old, new in ENCODER.items()}
     settings |= {"layer_norm_eps": 1e-6, "intermediate_size": 4 * config["width"]}
     if "mask_token" in state:
@@ -39,15 +49,15 @@ def to_hugging_face(path):
     else:
         model = hf.ViTModel(hf.ViTConfig(**settings), add_pooling_layer=False)
 
-    # Its own names tell which of our weights it wants, in any version of transformers.
-    wanted = model.state_dict()
-    for key in wanted:
-        own = rename(key)
-        part = re.search(r"attn\.([qkv])\.", own)
+    # Going by the model's keys works for the names of any version of transformers.
+    weights = model.state_dict()
+    for key in weights:
+        ours = rename(key)
+        part = re.search(r"attn\.([qkv])\.", ours)
         if part:
-            joined = state[own.replace(part[0], "attn.qkv.")]
-            wanted[key] = joined.chunk(3)["qkv".index(part[1])]
+            qkv = state[ours.replace(part[0], "attn.qkv.")]
+            weights[key] = qkv.chunk(3)["qkv".index(part[1])]
         else:
-            wanted[key] = state[own]
-    model.load_state_dict(wanted)
+            weights[key] = state[ours]
+    model.load_state_dict(weights)
     return model.eval()

@@ -1,5 +1,5 @@
 """
-Features of whole images, nothing masked, and the k-NN classifier on them.
+Features of whole images (nothing is masked), their files, and the k-NN classifier.
 
 Shapes: n training images, B test images, D width, C classes, k neighbours.
 """
@@ -12,18 +12,21 @@ from torch.utils.data import Subset
 from attg.checkpoint import load_checkpoint, read_settings, save_checkpoint
 from attg.cli import progress
 from attg.datasets import ImageData, refuse_unreadable
-from attg.files import require, sha256
+from attg.files import sha256
 from attg.loader import make_loader
 
 FEATURES = ("class_token", "patch_mean")
+# Settings that determine the features; they are stored in the file of --save_features.
+SOURCE = ("checkpoint", "sha256", "data", "classes", "val", "img_size", "precision")
+
+# -- Extraction ------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def extract_features(model, loader, dtype=None):
     """Class tokens (n, D), means of the patch tokens (n, D) and labels (n,), on the CPU.
 
-    loader yields data.Sample; the tokens are those after the last norm, nothing is
-    masked; dtype autocasts the forward pass.
+    The tokens are those after the last norm. loader yields Samples; dtype: for autocast.
     """
     device = model.cls_token.device
     class_tokens, patch_means, labels = [], [], []
@@ -37,94 +40,96 @@ def extract_features(model, loader, dtype=None):
     return torch.cat(class_tokens), torch.cat(patch_means), torch.cat(labels)
 
 
-def features_of(model, dataset, loader_args, dtype, rank, world):
-    """extract_features of a data set, in its order, in every process.
+def extract_sharded(model, dataset, loader_args, dtype, rank, world):
+    """extract_features of a data set, in its order, on every rank.
 
-    Each process extracts every world-th image, then all exchange what they have. What
-    cannot be read has the features and the label of the next; see data.ImageData.
+    Each rank extracts every world-th image, then all ranks exchange their features. An
+    unreadable image has the features and label of its replacement (see ImageData).
     """
-    share = Subset(dataset, range(rank, len(dataset), world))
-    mine = extract_features(model, make_loader(share, **loader_args), dtype)
-    # Other data sets have no replacements: what they cannot read is an error at once.
+    shard = Subset(dataset, range(rank, len(dataset), world))
+    features = extract_features(model, make_loader(shard, **loader_args), dtype)
+    # Other data sets have no replacements, they fail at the first unreadable image.
     if isinstance(dataset, ImageData):
         refuse_unreadable(dataset)
     if world == 1:
-        return mine
-    parts = [None] * world
-    dist.all_gather_object(parts, mine)
+        return features
+    shards = [None] * world
+    dist.all_gather_object(shards, features)
     ids = [torch.arange(r, len(dataset), world) for r in range(world)]
     order = torch.cat(ids).argsort()
-    return tuple(torch.cat(part)[order] for part in zip(*parts, strict=True))
+    return tuple(torch.cat(parts)[order] for parts in zip(*shards, strict=True))
 
 
-# Settings that say where features are from; a file of them holds these.
-SOURCE = ("checkpoint", "sha256", "data", "classes", "val", "img_size", "precision")
+def make_features(model, datasets, settings, dist_info):
+    """{"settings": SOURCE, name of a data set: {feature or "labels": (n, ...)}}.
 
-
-def make_features(model, sets, batch_size, settings, place):
-    """{"settings": where from, name of each set: {feature or "labels": (n, ...)}}.
-
-    sets: {name: data set}. settings: of the program, as they are reported; the file
-    settings["save_features"] is written if it is not None. place: (device, rank, world).
+    settings: dict with SOURCE but for sha256, batch_size, workers and save_features, the
+    file to write (None: no file). dist_info: (device, rank, world).
     """
-    _, rank, world = place
+    _, rank, world = dist_info
     dtype = torch.bfloat16 if settings["precision"] == "bf16" else None
-    loader = {"batch_size": batch_size, "workers": settings["workers"]}
+    loader_args = {name: settings[name] for name in ("batch_size", "workers")}
     settings = settings | {"sha256": sha256(settings["checkpoint"])}
     parts = {"settings": {name: settings[name] for name in SOURCE}}
-    for name, dataset in sets.items():
-        found = features_of(model, dataset, loader, dtype, rank, world)
-        parts[name] = dict(zip((*FEATURES, "labels"), found, strict=True))
+    for name, dataset in datasets.items():
+        features = extract_sharded(model, dataset, loader_args, dtype, rank, world)
+        parts[name] = dict(zip((*FEATURES, "labels"), features, strict=True))
     if settings["save_features"] and rank == 0:
         save_checkpoint(settings["save_features"], **parts)
     return parts
 
 
-# A label from here on is a fault: the k-NN keeps a vote for each class.
+# -- Files of features -----------------------------------------------------------------
+
+# Labels from here on are taken for damage: k-NN counts votes for each class.
 MAX_CLASSES = 10**6
 
 
 def read_features(path):
-    """What make_features gave and wrote to this file."""
+    """The parts that make_features has written to a file; ValueError for other files."""
     parts = load_checkpoint(path)
-    found = sorted(map(str, parts))[:5]
-    require(
-        {"train", "settings"} < set(parts),
-        f"--features {path}: holds {found}; name a file of --save_features",
-    )
+    if not {"train", "settings"} < set(parts):
+        raise ValueError(
+            f"--features {path}: has {sorted(map(str, parts))[:5]}; "
+            "give a file of --save_features"
+        )
     settings = read_settings(parts["settings"], f"--features {path}")
-    others = sorted(set(settings) - set(SOURCE))
-    require(
-        not others, f"--features {path}: has the settings {others}, which say nothing"
-    )
-    for name in parts:
-        if name != "settings":
-            check_set(parts[name], parts["train"], f"--features {path}: {name}")
+    unknown = sorted(set(settings) - set(SOURCE))
+    if unknown:
+        raise ValueError(f"--features {path}: unknown settings: {unknown}")
+    widths = {}
+    for name, part in parts.items():
+        if name == "settings":
+            continue
+        try:
+            widths[name] = check_features(part)
+        except ValueError as error:
+            raise ValueError(f"--features {path}: {name}: {error}") from error
+    if any(width != widths["train"] for width in widths.values()):
+        raise ValueError(f"--features {path}: features of different widths: {widths}")
     return parts | {"settings": settings}
 
 
-def check_set(part, like, name):
-    """ValueError unless part is a set of make_features, and as wide as the set like."""
-    for own in (part, like):
-        right = isinstance(own, dict) and set(own) == {*FEATURES, "labels"}
-        right = right and all(isinstance(x, torch.Tensor) for x in own.values())
-        require(right, f"{name} or train is no set of features and labels")
+def check_features(part):
+    """Widths of the features of a data set; ValueError unless all its tensors fit."""
+    tensors = isinstance(part, dict) and set(part) == {*FEATURES, "labels"}
+    if not (tensors and all(isinstance(x, torch.Tensor) for x in part.values())):
+        raise ValueError(f"must hold the tensors {FEATURES} and labels")
     labels = part["labels"]
-    require(
-        labels.dtype == torch.int64 and labels.dim() == 1 and len(labels) > 0,
-        f"{name}: its labels are {labels.dtype} {tuple(labels.shape)}",
-    )
-    low, high = labels.min().item(), labels.max().item()
-    require(
-        -1 <= low and high < MAX_CLASSES, f"{name}: its labels go from {low} to {high}"
-    )
+    if labels.dtype != torch.int64 or labels.dim() != 1 or len(labels) == 0:
+        raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}")
+    if labels.min() < -1 or labels.max() >= MAX_CLASSES:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}")
+    widths = []
     for feature in FEATURES:
         x = part[feature]
-        wanted = (len(labels), *like[feature].shape[-1:])
-        require(
-            x.is_floating_point() and x.shape == wanted,
-            f"{name}: its {feature} is {x.dtype} {tuple(x.shape)}, must be floats {wanted}",
-        )
+        if not x.is_floating_point() or x.dim() != 2 or len(x) != len(labels):
+            raise ValueError(f"{feature} is {x.dtype} {tuple(x.shape)}")
+        widths.append(x.shape[1])
+    return widths
+
+
+# -- k-NN ------------------------------------------------------------------------------
 
 
 def knn_classify(
@@ -135,7 +140,7 @@ def knn_classify(
     temperature=0.07,
     num_classes=None,
 ):
-    """Weighted k-NN (DINO's): the classes of each test image, best first.
+    """Classify by weighted k-NN (DINO's): the classes of each test image, best first.
 
     train_features (n, D), train_labels (n,) int64, test_features (B, D); all on one
     device. Each of the k neighbours of highest cosine s votes exp(s / temperature) for
@@ -161,15 +166,14 @@ def knn_rankings(
     bank = F.normalize(train_features.float(), dim=1).T  # (D, n)
     queries = F.normalize(test_features.float(), dim=1)  # (B, D)
     neighbours = min(max(ks), bank.shape[1])
-    # Similarities or votes at a time: what is left of a GPU's memory, or what fits a
-    # CPU's cache.
-    most = 2**26 if bank.is_cuda else 2**23
+    # Similarities or votes per chunk: limited by a GPU's memory, or by a CPU's cache.
+    max_values = 2**26 if bank.is_cuda else 2**23
     row = max(bank.shape[1], len(ks) * num_classes)
     rankings = []
-    for x in queries.split(max(1, most // row)):
+    for x in queries.split(max(1, max_values // row)):
         similarity, ids = (x @ bank).topk(neighbours, dim=1)  # (b, k)
         labels = train_labels[ids]
-        # The same factor for all votes changes no ranking; minus 1 it cannot overflow.
+        # A common factor changes no ranking, and subtracting 1 rules out an overflow.
         weights = ((similarity - 1) / temperature).exp()
         votes = torch.zeros(len(ks), len(x), num_classes, device=x.device)
         for vote, k in zip(votes, ks, strict=True):
@@ -183,10 +187,10 @@ def knn_rankings(
 def knn_accuracy(model, train_set, test_set, loader_args, dtype, rank, world):
     """{feature: top-1 in percent} of the k-NN (k = 20) from train_set to test_set."""
     device = model.cls_token.device
-    setup = (loader_args, dtype, rank, world)
-    *banks, labels = features_of(model, train_set, *setup)
-    *queries, truth = features_of(model, test_set, *setup)
-    labelled = labels >= 0  # stl10 trains on pictures without labels as well
+    options = (loader_args, dtype, rank, world)
+    *banks, labels = extract_sharded(model, train_set, *options)
+    *queries, truth = extract_sharded(model, test_set, *options)
+    labelled = labels >= 0  # some training images of stl10 have no labels
     labels, truth = labels[labelled].to(device), truth.to(device)
     accuracy = {}
     for name, bank, query in zip(FEATURES, banks, queries, strict=True):

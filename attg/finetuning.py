@@ -1,15 +1,15 @@
 """
-Training and scoring of classifiers on pictures: shared by MAE's linear probe and by
-fine-tuning.
+Training and scoring of classifiers on images, for MAE's linear probe and fine-tuning.
 
-A model here takes normalized images and gives logits (F, B, C), one row for each of the F
-features that it classifies by; model.normalize makes its input from uint8 images.
+A model here maps normalized images to logits (F, B, C), one row for each of F features
+that it classifies by; model.normalize prepares uint8 images.
 
 Shapes: n training images, B images, C classes, F features.
 """
 
 import contextlib
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -26,117 +26,147 @@ from attg.checkpoint import (
     read_settings,
     save_checkpoint,
 )
-from attg.cli import progress, say
+from attg.cli import flag, log_line, progress, resume_class
 from attg.datasets import refuse_unreadable, shot_indices
-from attg.files import require
+from attg.evaluation import open_sets
+from attg.files import sha256
+from attg.images import train_view
 from attg.loader import ResumableBatchSampler, make_loader
 from attg.seeding import seed_for
 
 # -- Settings --------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a model is trained; lr = blr * batch_size / 256."""
+@dataclasses.dataclass(kw_only=True)
+class TrainFlags:
+    """Training a classifier."""
 
-    epochs: int
-    batch_size: int  # images of a step, over all processes and micro-batches
-    blr: float
-    warmup_epochs: float
-    weight_decay: float
-    min_lr: float
-    accum: int = 1  # micro-batches of a step
-    layer_decay: float | None = None  # None: not of this protocol
-    drop_path: float | None = None
-    precision: str = "fp32"
+    label_fraction: float = flag(1.0, "labels per class to use", low=1e-6, high=1.0)
+    seed: int = flag(
+        0, "of --label_fraction, order, augmentation", low=-(2**63), high=2**63 - 1
+    )
+    save: str | None = flag(
+        None,
+        "file for the trained weights, written after each epoch; the same command resumes",
+        resume="free",
+    )
+    epochs: int | None = flag(None, "[the recipe's]", low=1, high=10**6)
+    accum: int | None = flag(None, "micro-batches [by size]", low=1, high=10**7)
+    blr: float | None = flag(None, "lr = blr * batch_size / 256", low=0, high=1e38)
+    min_lr: float | None = flag(None, "lowest learning rate", low=0, high=1e38)
+    warmup_epochs: float | None = flag(None, "[the recipe's]", low=0, high=1e6)
+    weight_decay: float | None = flag(None, "[the recipe's]", low=0, high=1e6)
 
 
-def fill_in(recipe, args, images, most, device, world):
-    """The recipe for so many training images, with the values that args has in its place.
+def open_training(cfg, settings, data, recipes, micro_batch, dist_info, after=None):
+    """(training set, {name: test set}, resolved settings) for an encoder's Config.
 
-    With few images a batch is a tenth of them and warm-up a fifth of the epochs. `most`:
-    images that a process takes at a time, unless args.accum says otherwise.
+    recipes: {depth of the encoder: recipe}, with a default under None. after: a further
+    augmentation of the random crops. For the rest see resolve.
     """
-    given = {}
-    for field in dataclasses.fields(Recipe):
-        value = getattr(args, field.name, None)
-        if value is not None:
-            given[field.name] = value
+    device, _, world = dist_info
+    seed = settings.seed
+    view = functools.partial(train_view, scale=(0.08, 1.0), after=after)
+    train_set, tests = open_sets(settings, data, cfg, augment=view, seed=seed)
+    if settings.label_fraction < 1:
+        rows = shot_indices(train_set.labels, settings.label_fraction, seed)
+        train_set = train_set.subset(rows.sort().values)
+    recipe = recipes.get(cfg.depth, recipes[None])
+    settings = resolve(settings, recipe, len(train_set), micro_batch, device, world)
+    return train_set, tests, settings
 
-    epochs = given.get("epochs", recipe.epochs)
-    batch = given.get("batch_size", min(recipe.batch_size, images // 10))
-    accum = given.get("accum", max(1, batch // (most * world)))
-    # Every micro-batch of every process has the same size.
+
+def resolve(settings, recipe, images, micro_batch, device, world):
+    """Settings with defaults for the flags that were not given.
+
+    recipe: {flag: MAE's value}. Of few training images a batch is a tenth, and warm-up is
+    a fifth of few epochs. micro_batch: number of images per micro-batch and rank from
+    which on steps are split, unless --accum is given.
+    """
+
+    def given(name, default):
+        value = getattr(settings, name)
+        return default if value is None else value
+
+    epochs = given("epochs", recipe["epochs"])
+    batch_size = given("batch_size", min(recipe["batch_size"], images // 10))
+    accum = given("accum", max(1, batch_size // (micro_batch * world)))
+    # All micro-batches of all ranks have the same size.
     parts = accum * world
-    precision = "fp32"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(False):
-        precision = "bf16"
-    fitted = {
-        "warmup_epochs": min(recipe.warmup_epochs, epochs / 5),
-        "batch_size": max(1, batch // parts) * parts,
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    defaults = recipe | {
+        "warmup_epochs": min(recipe["warmup_epochs"], epochs / 5),
+        "batch_size": max(1, batch_size // parts) * parts,
         "accum": accum,
-        "precision": precision,
+        "precision": "bf16" if bf16 else "fp32",
     }
-    return dataclasses.replace(recipe, **(fitted | given))
-
-
-def take_fraction(train_set, fraction, seed):
-    """That share of each class's images, in the order of the data set."""
-    if fraction == 1:
-        return train_set
-    rows = shot_indices(train_set.labels, fraction, seed)
-    return train_set.subset(rows.sort().values)
+    values = {name: given(name, default) for name, default in defaults.items()}
+    return dataclasses.replace(settings, **values)
 
 
 # -- Training --------------------------------------------------------------------------
-
-# Settings in which a continued run may differ from the one that wrote the file.
-FREE = ("checkpoint", "device", "workers", "out", "save", "val", "timeout")
 
 
 def fit(
     model,
     optimizer,
     train_set,
-    recipe,
     settings,
     lr_at,
-    place,
+    dist_info,
     mix=None,
     label_smoothing=0.0,
 ):
-    """Trains the model for recipe.epochs, by cross-entropy summed over its features.
+    """Train a model by cross-entropy, summed over its features.
 
-    settings: all of the run, as they are reported: of them data, seed, workers and save
-    are used here. Goes on from the file settings["save"] if it is there, and writes it
-    after each epoch. lr_at(step, total_steps, warmup_steps, lr): the schedule. place:
-    (device, rank, world). mix(imgs, labels, C) gives the images and targets to train on.
+    Resumes from the file settings.save if it exists, and writes it after each epoch.
+    lr_at(step, total_steps, warmup_steps, lr): the schedule. dist_info: (device, rank,
+    world). mix(imgs, labels, C) returns the images and targets to train on.
     """
-    device, rank, world = place
-    epoch_steps = len(train_set) // recipe.batch_size
-    total_steps = recipe.epochs * epoch_steps
-    start = continue_run(model, optimizer, settings, total_steps)
+    device, rank, world = dist_info
+    epoch_steps = len(train_set) // settings.batch_size
+    total_steps = settings.epochs * epoch_steps
+    identity, start = None, 0
+    if settings.save:
+        identity = run_identity(settings)
+        if Path(settings.save).exists():
+            start = resume(settings.save, model, optimizer, identity, total_steps)
     if start > 0 and rank == 0:
         epoch = start // epoch_steps
-        say(f"continuing {settings['save']} after epoch {epoch} of {recipe.epochs}")
-    feed = open_feed(train_set, recipe, settings, start, total_steps, place)
+        log_line(f"resuming {settings.save} after epoch {epoch} of {settings.epochs}")
+    batches = ResumableBatchSampler(
+        len(train_set),
+        settings.batch_size,
+        start,
+        total_steps,
+        settings.seed,
+        settings.accum,
+        rank,
+        world,
+    )
+    loader = make_loader(
+        train_set,
+        workers=settings.workers,
+        batch_sampler=batches,
+        pin_memory=device.type == "cuda",
+    )
+    samples = iter(loader)
     parallel = DistributedDataParallel(model) if world > 1 else model
     model.train()
 
-    losses = torch.zeros(2, device=device)  # their sum and number in this epoch
-    bar = {"initial": start, "total": total_steps}
-    if rank != 0:
-        bar["disable"] = True
-    for step in progress(range(start, total_steps), **bar):
-        lr = set_lr(optimizer, step, epoch_steps, recipe, lr_at)
-        for micro in range(recipe.accum):
-            sample = next(feed)
-            torch.manual_seed(seed_for("fit", settings["seed"], step, micro, rank))
-            imgs, targets = training_batch(sample, model, device)
+    losses = torch.zeros(2, device=device)  # sum and number of this epoch's losses
+    steps = range(start, total_steps)
+    hidden = {"disable": True} if rank != 0 else {}
+    for step in progress(steps, initial=start, total=total_steps, **hidden):
+        lr = set_lr(optimizer, step, epoch_steps, settings, lr_at)
+        for micro in range(settings.accum):
+            sample = next(samples)
+            torch.manual_seed(seed_for("fit", settings.seed, step, micro, rank))
+            imgs, targets = to_device(sample, model, device)
             if mix is not None:
                 imgs, targets = mix(imgs, targets, train_set.num_classes)
-            last = micro + 1 == recipe.accum
-            loss = backward(parallel, imgs, targets, recipe, label_smoothing, last)
+            last = micro + 1 == settings.accum
+            loss = backward(parallel, imgs, targets, settings, label_smoothing, last)
             losses += torch.stack([loss, torch.ones((), device=device)])
         optimizer.step()
         optimizer.zero_grad()
@@ -145,50 +175,29 @@ def fit(
             loss = check_epoch(epoch, losses, train_set)
             losses.zero_()
             if rank == 0:
-                say(f"epoch {epoch}/{recipe.epochs} loss {loss:.4f} lr {lr:.2e}")
-                save_run(model, optimizer, step + 1, settings)
+                log_line(f"epoch {epoch}/{settings.epochs} loss {loss:.4f} lr {lr:.2e}")
+                if settings.save:
+                    save(settings.save, model, optimizer, identity, step + 1)
     if world > 1:
-        # Statistics of a BatchNorm: each process has seen other images.
+        # BatchNorm's statistics differ, since each rank has seen other images.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
-def set_lr(optimizer, step, epoch_steps, recipe, lr_at):
-    """Sets and returns the learning rate; groups of parameters may have a "scale"."""
-    total_steps = recipe.epochs * epoch_steps
-    warmup_steps = recipe.warmup_epochs * epoch_steps
-    # min_lr lies under the whole schedule, warm-up included.
-    peak = recipe.blr * recipe.batch_size / 256 - recipe.min_lr
-    lr = recipe.min_lr + lr_at(step, total_steps, warmup_steps, peak)
+def set_lr(optimizer, step, epoch_steps, settings, lr_at):
+    """Set and return the learning rate; parameter groups may have a "scale"."""
+    total_steps = settings.epochs * epoch_steps
+    warmup_steps = settings.warmup_epochs * epoch_steps
+    # min_lr is added to the whole schedule, warm-up included.
+    peak = settings.blr * settings.batch_size / 256 - settings.min_lr
+    lr = settings.min_lr + lr_at(step, total_steps, warmup_steps, peak)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
     return lr
 
 
-def open_feed(train_set, recipe, settings, start, total_steps, place):
-    """The micro-batches of this process from step `start` on."""
-    device, rank, world = place
-    batches = ResumableBatchSampler(
-        len(train_set),
-        recipe.batch_size,
-        start,
-        total_steps,
-        settings["seed"],
-        recipe.accum,
-        rank,
-        world,
-    )
-    loader = make_loader(
-        train_set,
-        workers=settings["workers"],
-        batch_sampler=batches,
-        pin_memory=device.type == "cuda",
-    )
-    return iter(loader)
-
-
-def training_batch(sample, model, device):
-    """Normalized images (B, 3, H, W), flipped where the sample says so; labels (B,)."""
+def to_device(sample, model, device):
+    """Normalized, flipped images (B, 3, H, W) and labels (B,) on the device."""
     image = sample.image.to(device, non_blocking=True)
     flip = sample.flip.to(device, non_blocking=True)
     labels = sample.label.to(device, non_blocking=True)
@@ -196,33 +205,33 @@ def training_batch(sample, model, device):
     return model.normalize(image), labels
 
 
-def backward(model, imgs, targets, recipe, label_smoothing, last):
-    """Adds the gradient of a micro-batch; returns its loss, the features' mean.
+def backward(model, imgs, targets, settings, label_smoothing, last):
+    """Accumulate the gradient of a micro-batch; returns its loss, the features' mean.
 
-    targets: labels (B,) or probabilities (B, C). last: of the step.
+    targets: labels (B,) or probabilities (B, C). last: whether the step ends with it.
     """
-    bf16 = recipe.precision == "bf16"
-    # Processes exchange gradients once a step, with the last micro-batch.
+    bf16 = settings.precision == "bf16"
+    # Ranks exchange gradients once per step, with the last micro-batch.
     exchange = last or not isinstance(model, DistributedDataParallel)
     with contextlib.nullcontext() if exchange else model.no_sync():
         with torch.autocast(imgs.device.type, torch.bfloat16, enabled=bf16):
             logits = model(imgs)  # (F, B, C)
-        # The sum: the heads of a probe share no weights, each is trained as if alone.
+        # Heads of a probe share no weights: the sum trains each as if it were alone.
         total = sum(
             F.cross_entropy(x.float(), targets, label_smoothing=label_smoothing)
             for x in logits
         )
-        (total / recipe.accum).backward()
+        (total / settings.accum).backward()
     return total.detach() / len(logits)
 
 
 def check_epoch(epoch, losses, train_set):
-    """The mean loss of an epoch; ValueError if it, or the data, is no good."""
+    """Mean loss of an epoch; ValueError if it is not finite or images are unreadable."""
     loss = (losses[0] / losses[1]).item()
-    require(
-        math.isfinite(loss),
-        f"loss not finite in epoch {epoch}; try a lower --blr or --precision fp32",
-    )
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"loss not finite in epoch {epoch}; try a lower --blr or --precision fp32"
+        )
     refuse_unreadable(train_set)
     return loss
 
@@ -230,48 +239,48 @@ def check_epoch(epoch, losses, train_set):
 # -- The file of --save ----------------------------------------------------------------
 
 
-def fixed_settings(settings):
-    return {name: value for name, value in settings.items() if name not in FREE}
+def run_identity(settings):
+    """The settings that a resumed run must share, and the checksum of its encoder."""
+    free = resume_class(type(settings), "free")
+    shared = dataclasses.asdict(settings) | {"sha256": sha256(settings.checkpoint)}
+    return {name: value for name, value in shared.items() if name not in free}
 
 
-def save_run(model, optimizer, step, settings):
-    """Writes the file settings["save"], if one is wanted."""
-    if not settings["save"]:
-        return
+def save(path, model, optimizer, identity, step):
+    """Write the file of --save; identity: see run_identity."""
     save_checkpoint(
-        settings["save"],
+        path,
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
-        settings=fixed_settings(settings),
+        settings=identity,
         step=step,
     )
 
 
-def continue_run(model, optimizer, settings, total_steps):
-    """Loads the file settings["save"]; returns its step, or 0 if there is no file.
+def resume(path, model, optimizer, identity, total_steps):
+    """Load the file of --save; returns its step.
 
-    ValueError if it is of a run with other settings, which are named.
+    ValueError names the settings in which identity differs from the file.
     """
-    path = settings["save"]
-    if not path or not Path(path).exists():
-        return 0
     parts = load_checkpoint(path)
     old = read_settings(parts.get("settings", {}), f"--save {path}")
-    new = read_settings(fixed_settings(settings), f"--save {path}")
-    differ = []
-    for name, value in new.items():
-        # "none", for None is a value.
-        if old.get(name, "none") != value:
-            differ.append(f"{name} {value}")
-    words = ", ".join(differ)
-    require(not differ, f"--save {path}: of a run without {words}; name another file")
-    lacks = sorted({"model", "optimizer", "step"} - set(parts))
-    require(not lacks, f"--save {path}: not a file of --save, lacks {lacks}")
+    new = read_settings(identity, f"--save {path}")
+    # "none" cannot be None, which is a value.
+    differ = [name for name in new if old.get(name, "none") != new[name]]
+    if differ:
+        changes = [f"{name} {old.get(name, 'none')} -> {new[name]}" for name in differ]
+        raise ValueError(
+            f"--save {path}: from a run with other settings: {', '.join(changes)}; "
+            "choose another file"
+        )
+    missing = sorted({"model", "optimizer", "step"} - set(parts))
+    if missing:
+        raise ValueError(f"--save {path}: not a file of --save, lacks {missing}")
     step = parts["step"]
-    require(
-        type(step) is int and 0 <= step <= total_steps,
-        f"--save {path}: its step is {step!r}, of a run of {total_steps}",
-    )
+    if type(step) is not int or not 0 <= step <= total_steps:
+        raise ValueError(
+            f"--save {path}: damaged: step {step!r} of a run of {total_steps}"
+        )
     load_state(model, parts["model"], path)
     load_optimizer(optimizer, parts["optimizer"], step, path)
     return step
@@ -280,47 +289,48 @@ def continue_run(model, optimizer, settings, total_steps):
 # -- Scoring ---------------------------------------------------------------------------
 
 
-def hits(logits, truth):
-    """Number of right answers (..., 2) in the first and in the first five classes.
+def topk_correct(logits, truth):
+    """Counts (..., 2) of images whose class is among the first one and the first five.
 
     logits (..., B, C), truth (B,).
     """
     best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices  # (..., B, 5)
-    right = best == truth[:, None]
-    first = right[..., 0].sum(dim=-1)
-    any_of_five = right.any(dim=-1).sum(dim=-1)
-    return torch.stack([first, any_of_five], dim=-1).float()
+    correct = best == truth[:, None]
+    top1 = correct[..., 0].sum(dim=-1)
+    top5 = correct.any(dim=-1).sum(dim=-1)
+    return torch.stack([top1, top5], dim=-1).float()
 
 
 @torch.no_grad()
-def score(model, tests, features, protocol, settings, place):
-    """The rows of figures, in percent: top-1 and top-5 of each feature on each test set.
+def score(model, tests, features, protocol, settings, dist_info):
+    """Results in percent: top-1 and top-5 of each feature on each test set.
 
-    tests: {name: data set}; features: the names of the model's rows of logits. Each
-    process scores its share of the images, none twice.
+    tests: {name: data set}; features: names of the model's rows of logits. Each rank
+    scores a shard of the images.
     """
-    device, rank, world = place
-    bf16 = settings["precision"] == "bf16"
-    # As many images at a time as in training, so that what fits there fits here.
-    batch_size = max(1, settings["batch_size"] // (settings["accum"] * world))
+    device, rank, world = dist_info
+    bf16 = settings.precision == "bf16"
+    # The size of a micro-batch in training, which is known to fit in memory.
+    batch_size = max(1, settings.batch_size // (settings.accum * world))
     model.eval()
-    rows = []
+    results = []
     for name, dataset in tests.items():
-        share = Subset(dataset, range(rank, len(dataset), world))
+        shard = Subset(dataset, range(rank, len(dataset), world))
         counts = torch.zeros(len(features), 2, device=device)
         finite = torch.ones((), dtype=torch.bool, device=device)
-        for sample in make_loader(share, batch_size, settings["workers"]):
+        for sample in make_loader(shard, batch_size, settings.workers):
             imgs = model.normalize(sample.image.to(device))
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(imgs)  # (F, B, C)
-            counts += hits(logits.float(), sample.label.to(device))
+            counts += topk_correct(logits.float(), sample.label.to(device))
             finite &= logits.isfinite().all()
-        require(finite, "what the model says is not finite; try a lower --blr")
+        if not finite:
+            raise ValueError("the model's logits are not finite; try a lower --blr")
         refuse_unreadable(dataset)
         if world > 1:
             dist.all_reduce(counts)
         percent = 100 * counts.cpu().double() / len(dataset)
         for feature, (top1, top5) in zip(features, percent.tolist(), strict=True):
-            row = {"feature": feature, "protocol": protocol, "test": name}
-            rows.append(row | {"top-1": top1, "top-5": top5})
-    return rows
+            result = {"feature": feature, "protocol": protocol, "test": name}
+            results.append(result | {"top-1": top1, "top-5": top5})
+    return results

@@ -1,6 +1,6 @@
 """
-Weights from here and elsewhere: the layouts of facebookresearch/mae, DINO, timm and
-Hugging Face are read as those of this project.
+Reading weights of other code bases: the layouts of facebookresearch/mae, DINO, timm and
+Hugging Face are mapped to the names of this project, which are MAE's and timm's.
 """
 
 import dataclasses
@@ -11,22 +11,20 @@ import torch
 import torch.nn.functional as F
 
 from attg.checkpoint import load_checkpoint
-from attg.files import require
 
 DECODER = re.compile("decoder|mask_token")
 CLASSIFIER = re.compile("head|fc_norm|pooler|classifier")
 POSITIONS = ("pos_embed", "decoder_pos_embed")
-# What every encoder of ours holds, by its name in timm and facebookresearch/mae, and the
-# number of its dimensions.
+# Weights that every ViT encoder has, and their number of dimensions.
 ESSENTIAL = {
     "cls_token": 3,
     "pos_embed": 3,
     "patch_embed.proj.weight": 4,
     "blocks.0.attn.qkv.weight": 2,
 }
-# Heads of the standard ViTs by their width, for files that do not tell.
+# Heads of the standard ViTs by width, for files without settings.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-# Prefixes that wrappers leave, then Hugging Face's names before and since transformers 5.
+# Prefixes of wrappers, then Hugging Face's names before and since transformers 5.
 RENAMES = (
     (r"^((module|_orig_mod|backbone|vit|decoder)\.)+", ""),
     (r"^embeddings\.", ""),
@@ -43,12 +41,15 @@ RENAMES = (
     (r"(\d)\.output\.dense", r"\1.mlp.fc2"),
 )
 
+# -- Reading a file --------------------------------------------------------------------
+
 
 def read_weights(source):
-    """A file or state dict of any known layout -> (state dict, config, name).
+    """Read a file or state dict of any known layout.
 
-    The state dict has MAE's names; config is this project's, as a dict, or None; name
-    stands for the source in messages. ValueError if there is no ViT encoder in it.
+    Returns (state dict under MAE's names, config, name). config is the dict of settings
+    that this project stores, None for other files; name identifies the source in error
+    messages. ValueError if there is no ViT encoder in it.
     """
     if isinstance(source, dict):
         state, name = source, "the state dict"
@@ -56,34 +57,38 @@ def read_weights(source):
         state, name = load_checkpoint(source), source
     config = state.get("config")
     if not (isinstance(config, dict) and "decoder_heads" in config):
-        config = None  # others store a config, too
+        config = None  # another project's config
     for key in ("model", "state_dict", "teacher"):
         if isinstance(state.get(key), dict):
             state = state[key]
-    require(all(isinstance(key, str) for key in state), f"{name}: no names of weights")
+    if not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{name}: not a state dict, its keys are not strings")
     weights = join_qkv({rename(key): value for key, value in state.items()}, name)
-    lacks = []
+    missing = []
     for key, dims in ESSENTIAL.items():
         value = weights.get(key)
         if not (isinstance(value, torch.Tensor) and value.dim() == dims):
-            lacks.append(key)
-    found = sorted(weights)[:8]
-    require(not lacks, f"{name}: no ViT encoder in it: lacks {lacks}, found {found}")
+            missing.append(key)
+    if missing:
+        raise ValueError(
+            f"{name}: no ViT encoder: {missing} missing, keys are {sorted(weights)[:8]}"
+        )
     return weights, config, name
 
 
 def rename(key):
+    """Translate the name of a weight to MAE's."""
     for pattern, new in RENAMES:
         key = re.sub(pattern, new, key)
     return key
 
 
 def join_qkv(weights, name):
-    """Hugging Face keeps queries, keys and values apart: here they are one matrix."""
+    """Concatenate Hugging Face's separate query, key and value weights."""
     joined = dict(weights)
     for key, q in weights.items():
         if ".attn.q." in key:
-            # Where k or v is missing the matrix is too small, which loading then says.
+            # If k or v is missing, the matrix is too small and load_weights reports it.
             names = [key.replace(".q.", f".{x}.") for x in "qkv"]
             parts = [joined.pop(part, q[:0]) for part in names]
             try:
@@ -93,34 +98,50 @@ def join_qkv(weights, name):
     return joined
 
 
-def infer_config(state, heads=None):
-    """Settings of a Config, as the shapes of an encoder's weights tell them."""
+# -- The config of an encoder ----------------------------------------------------------
+
+
+def weight_sizes(state):
+    """{name of a setting: value} for all sizes that the shapes of the weights reveal."""
     width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+    sizes = {"in_chans": in_chans, "patch_size": patch_size, "width": width}
+    sizes["depth"] = count_blocks(state, "blocks")
+    if "decoder_embed.weight" in state:
+        sizes["decoder_width"] = len(state["decoder_embed.weight"])
+        sizes["decoder_depth"] = count_blocks(state, "decoder_blocks")
+    return sizes
+
+
+def count_blocks(state, name):
+    pattern = rf"{name}\.\d+\.norm1\.weight"
+    return sum(bool(re.fullmatch(pattern, key)) for key in state)
+
+
+def infer_config(state, heads=None):
+    """Settings of an encoder's Config, from the shapes of its weights.
+
+    heads: required if the width is not that of a standard ViT (ValueError otherwise).
+    """
+    sizes = weight_sizes(state)
+    width = sizes["width"]
     heads = heads or HEADS.get(width)
-    require(
-        heads,
-        f"no standard ViT has width {width}, and the weights do not tell the heads; "
-        "pass heads=",
-    )
-    blocks = [key for key in state if re.fullmatch(r"blocks\.\d+\.norm1\.weight", key)]
+    if not heads:
+        raise ValueError(
+            f"width {width} is not a standard ViT's, so the number of heads is unknown; "
+            "pass heads="
+        )
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    return {
-        "model": "vit_base",
-        "in_chans": in_chans,
-        "patch_size": patch_size,
-        "img_size": patch_size * side,
-        "width": width,
-        "depth": len(blocks),
-        "heads": heads,
-    }
+    encoder = {key: value for key, value in sizes.items() if not DECODER.match(key)}
+    image = {"img_size": sizes["patch_size"] * side}
+    return {"model": "vit_base", "heads": heads} | encoder | image
 
 
 def config_from_checkpoint(kind, settings, state, name, heads=None):
-    """The Config, `kind`, of an encoder's weights and the settings stored beside them.
+    """The Config (class `kind`) of an encoder.
 
-    settings: a dict, None if there are none; heads: see infer_config. name: of the
-    file, for the ValueError if settings and weights differ. Nothing has been made of
-    their sizes by then.
+    settings: dict stored beside the weights, or None. heads: see infer_config. Settings
+    that contradict the weights raise ValueError (name: of the file) before anything of
+    their size is allocated.
     """
     if settings is None:
         return kind(**infer_config(state, heads))
@@ -128,22 +149,25 @@ def config_from_checkpoint(kind, settings, state, name, heads=None):
     try:
         cfg = kind(**{key: value for key, value in settings.items() if key in known})
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{name}: its settings are damaged ({error})") from error
+        raise ValueError(f"{name}: damaged settings ({error})") from error
     stored = dataclasses.asdict(cfg) | {"positions": math.prod(cfg.grid) + 1}
-    told = sizes_of_weights(state) | {"positions": state["pos_embed"].shape[1]}
-    for key, value in told.items():
-        require(
-            stored[key] == value,
-            f"{name}: its settings say {key} {stored[key]}, its weights {value}",
-        )
+    sizes = weight_sizes(state) | {"positions": state["pos_embed"].shape[1]}
+    for key, value in sizes.items():
+        if stored[key] != value:
+            raise ValueError(
+                f"{name}: its settings have {key} {stored[key]}, its weights {value}"
+            )
     return cfg
 
 
-def fit_positions(positions, own, grid, sincos_table):
-    """Positions (1, 1 + L, D) of a square grid, for a model of another grid.
+# -- Positions -------------------------------------------------------------------------
 
-    own: the model's. Sin-cos tables are replaced by them, learned ones are resized; what
-    is no square grid is left to load_state_dict to refuse.
+
+def fit_positions(positions, own, grid, sincos_table):
+    """Positions (1, 1 + L, D) of a square grid, adapted to a model of another grid.
+
+    own: the model's positions, which replace a sin-cos table; learned positions are
+    resized. Positions of other shapes are returned unchanged, for load_weights to reject.
     """
     side = math.isqrt(positions.shape[1] - 1)
     table = sincos_table(positions.shape[2], (side, side))  # (1 + L, D)
@@ -157,73 +181,39 @@ def fit_positions(positions, own, grid, sincos_table):
 
 
 def resize_positions(positions, old, grid):
-    """Positions (1, 1 + L, D) of a grid `old` (rows, columns), for another grid.
+    """Resize positions (1, 1 + L, D) from the grid `old` (rows, columns) to another.
 
-    That of the class token stays.
+    The position of the class token is kept.
     """
     image = positions[:, 1:].float().unflatten(1, old).permute(0, 3, 1, 2)
-    # Hugging Face resizes so: bicubic, corners not aligned, no antialiasing.
+    # As in transformers: bicubic, corners not aligned, no antialiasing.
     image = F.interpolate(
         image, grid, mode="bicubic", align_corners=False, antialias=False
     )
     return torch.cat([positions[:, :1], image.flatten(2).mT], dim=1)
 
 
-def sizes_of_weights(state):
-    """{flag: value} of the sizes that the weights tell, those of a decoder too."""
-    # Positions fit any size of the pictures, and no shape tells the heads.
-    sizes = infer_config(state, heads=1)
-    for name in ("model", "img_size", "heads"):
-        del sizes[name]
-    if "decoder_embed.weight" in state:
-        sizes["decoder_width"] = len(state["decoder_embed.weight"])
-        norms = r"decoder_blocks\.\d+\.norm1\.weight"
-        sizes["decoder_depth"] = sum(bool(re.fullmatch(norms, key)) for key in state)
-    return sizes
-
-
-def refuse_other_sizes(model, state, name):
-    """ValueError says by which flags the model would fit the weights."""
-    cfg = model.cfg
-    flags = []
-    for key, value in sizes_of_weights(state).items():
-        if value != getattr(cfg, key):
-            flags.append(f"--{key} {value}")
-            if key == "width":
-                flags.append(f"--heads {HEADS.get(value, 'NUMBER')}")
-    require(
-        not flags,
-        f"{name} does not fit this {cfg.model}; its model is that of {' '.join(flags)}",
-    )
-    own = model.state_dict()
-    wrong = []
-    for key, value in state.items():
-        if key in own and own[key].shape != getattr(value, "shape", None):
-            got, needed = tuple(getattr(value, "shape", ())), tuple(own[key].shape)
-            wrong.append(f"{key} is {got}, must be {needed}")
-    require(not wrong, f"{name} does not fit this {cfg.model}: {first_few(wrong)}")
-
-
-def first_few(words, most=4):
-    """They in a line, or the first of them and how many more there are."""
-    line = ", ".join(words[:most])
-    if len(words) > most:
-        line += f" and {len(words) - most} more"
-    return line
+# -- Loading into a model --------------------------------------------------------------
 
 
 def load_weights(model, state, name, sincos_table):
-    """Loads what read_weights gave; returns in words what was not in it.
+    """Load the state dict of read_weights; returns a note on unused and missing weights.
 
-    ValueError if the encoder is not whole, or a weight has no place in the model.
+    ValueError if the encoder is incomplete, or if a weight does not fit the model.
     """
     state = dict(state)
     for key in POSITIONS:
         if key in state:
             own = model.get_parameter(key)
             state[key] = fit_positions(state[key], own, model.cfg.grid, sincos_table)
-    refuse_other_sizes(model, state, name)
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    check_sizes(model.cfg, state, name)
+    mismatch = f"{name} does not fit this {model.cfg.model}"
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        # A line for each weight of another shape, below a title.
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise ValueError(f"{mismatch}: {first_few(lines)}") from error
 
     has_decoder = any(DECODER.match(key) for key in state)
     wrong = []
@@ -233,10 +223,30 @@ def load_weights(model, state, name, sincos_table):
     for key in unexpected:
         if not CLASSIFIER.match(key):
             wrong.append(f"unexpected {key}")
-    words = first_few(wrong)
-    require(not wrong, f"{name} does not fit this {model.cfg.model}: {words}")
+    if wrong:
+        raise ValueError(f"{mismatch}: {first_few(wrong)}")
 
     notes = [f"{key} is not used" for key in unexpected]
     if not has_decoder:
-        notes.insert(0, "no decoder in it, the decoder starts afresh")
-    return ", ".join(notes) or "every weight found"
+        notes.insert(0, "no decoder in the file, it starts from random weights")
+    return ", ".join(notes) or "all weights loaded"
+
+
+def check_sizes(cfg, state, name):
+    """ValueError with the flags of the model that the weights would fit."""
+    flags = []
+    for key, value in weight_sizes(state).items():
+        if value != getattr(cfg, key):
+            flags.append(f"--{key} {value}")
+            if key == "width":
+                flags.append(f"--heads {HEADS.get(value, 'NUMBER')}")
+    if flags:
+        raise ValueError(f"{name} does not fit this {cfg.model}; use {' '.join(flags)}")
+
+
+def first_few(items, limit=4):
+    """The first items in a line, and how many more there are."""
+    line = ", ".join(items[:limit])
+    if len(items) > limit:
+        line += f" and {len(items) - limit} more"
+    return line

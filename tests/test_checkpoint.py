@@ -32,7 +32,7 @@ from attg.checkpoint import (
     read_run,
     restore_settings,
 )
-from attg.finetuning import continue_run, save_run
+from attg.finetuning import resume, save
 from tests.fuzz import RANDOM, damaged_checkpoint, damaged_parts, within
 from tests.helpers import (
     TINY,
@@ -128,22 +128,16 @@ def test_damaged_files_of_save(tmp_path, rng):
         optimizer.step()
 
     path = tmp_path / "weights.pt"
-    settings = {
-        "save": str(path),
-        "epochs": 3,
-        "blr": 0.1,
-        "val": ["test"],
-        "data": "d",
-    }
+    settings = {"epochs": 3, "blr": 0.1, "val": ["test"], "data": "d"}
     models = [torch.nn.Linear(3, 2) for _ in range(2)]
     optimizers = [torch.optim.AdamW(m.parameters(), fused=True) for m in models]
     train_step(models[0], optimizers[0])
-    save_run(models[0], optimizers[0], 1, settings)
+    save(path, models[0], optimizers[0], settings, 1)
     parts = torch.load(path, weights_only=True)
     del parts["checksums"]
     torch.save(damaged_parts(parts, rng), path)
     try:
-        step = continue_run(models[1], optimizers[1], settings, 3)
+        step = resume(path, models[1], optimizers[1], settings, 3)
     except ValueError as error:
         assert str(path) in str(error)
     else:

@@ -1,15 +1,10 @@
-"""
-attg/evaluation.py: what the three evaluation programs have in common. Their files are
-tried first, and they end without a traceback.
-"""
+"""What the evaluation programs have in common: attg/evaluation.py, errors, data sets."""
 
 import dataclasses
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +16,6 @@ import eval_finetune
 import eval_knn
 import eval_linear
 import object_discovery
-from attg.cli import end
 from attg.datasets import open_data
 from attg.evaluation import check_shots
 from tests.fuzz import within
@@ -29,49 +23,125 @@ from tests.helpers import ROOT, SMALL
 from tests.processes import Process
 
 PROGRAMS = [eval_knn, eval_linear, eval_finetune]
-NAMES = [program.__name__ for program in PROGRAMS]
 
+
+@pytest.fixture(params=PROGRAMS, ids=[program.__name__ for program in PROGRAMS])
+def evaluate(request, encoder, tmp_path, monkeypatch):
+    """evaluate(*flags, data=None) of one of the programs, with little training."""
+    if request.param is eval_linear:
+        train_heads = eval_linear.train_heads
+
+        def quick(*args, **options):
+            return train_heads(*args, **options, min_steps=30)
+
+        monkeypatch.setattr(eval_linear, "train_heads", quick)
+
+    def evaluate(*flags, data=None, checkpoint=encoder):
+        argv = [checkpoint, "--device", "cpu", "--out", str(tmp_path / "o.jsonl")]
+        if request.param is not eval_knn:
+            argv += ["--epochs", "1"]
+        return request.param.main([*argv, *flags], data)
+
+    return evaluate
+
+
+# -- Outputs ---------------------------------------------------------------------------
 
 OUTPUTS = [(program, "out") for program in PROGRAMS]
-OUTPUTS += [(eval_knn, "save_features"), (eval_linear, "save_features")]
-OUTPUTS += [(eval_linear, "save"), (eval_finetune, "save")]
+OUTPUTS += [(eval_knn, "save_features"), (eval_linear, "save"), (eval_finetune, "save")]
 
 
 @pytest.mark.parametrize(("program", "flag"), OUTPUTS)
 def test_outputs_are_tried_before_the_work(program, flag, wrong, labelled):
     flags = ["--data", labelled["data"], "--device", "cpu"]
-    if program is eval_linear and flag == "save":
+    if program is eval_linear:
         flags += ["--protocol", "mae"]
     Path("folder").mkdir()
     before = sorted(Path().rglob("*"))
-    # The weights are missing as well: nobody has looked for them yet.
+    # The weights are missing as well, which is not noticed yet.
     for path in ("text.pt/x", "folder"):
-        with pytest.raises(OSError, match=f"--{flag} {path}: cannot be written .*"):
+        with pytest.raises(OSError, match=f"--{flag} {path}: not writable .*"):
             program.main(["missing.pt", *flags, f"--{flag}", path])
     assert sorted(Path().rglob("*")) == before
     with pytest.raises((ValueError, OSError), match="missing.pt"):
         program.main(["missing.pt", *flags, f"--{flag}", "deep/new"])
     assert not Path("deep/new").exists()
-    # Without the flag no folder is made for a name that is wrong.
+    # Without the flag no folder is made for a wrong name.
     with pytest.raises((ValueError, OSError), match="nowhere/missing.pt"):
         program.main(["nowhere/missing.pt", *flags])
     assert not Path("nowhere").exists()
 
 
-def test_trying_leaves_what_is_there(encoder, labelled, tmp_path):
-    kept = tmp_path / "results.jsonl"
-    kept.write_text("a line\n")
-    flags = ["--data", labelled["data"], "--device", "cpu", "--out", str(kept)]
+def test_results_are_appended(encoder, labelled, tmp_path):
+    out = tmp_path / "results.jsonl"
+    out.write_text("a line\n")
+    flags = ["--data", labelled["data"], "--device", "cpu", "--out", str(out)]
     eval_knn.main([encoder, *flags])
-    first, second = kept.read_text().splitlines()
-    assert first == "a line" and second.startswith('{"settings"')
+    first, second = out.read_text().splitlines()
+    assert first == "a line" and json.loads(second)["settings"]["data"] == flags[1]
+
+
+# -- Errors ----------------------------------------------------------------------------
+
+# Flags, and what the message names: the flag, its value and the remedy.
+ERRORS = {
+    eval_knn: [
+        ("", "checkpoint: encoder"),
+        ("missing.pt", "missing.pt"),
+        ("text.pt", "text.pt damaged"),
+        ("decoder.pt", "decoder.pt no ViT encoder"),
+        ("--features encoder.pt", "--features encoder.pt --save_features"),
+        ("x --features y", "checkpoint --features leave it out"),
+        ("--features x --val y", "--val --features leave it out"),
+        ("encoder.pt --data flat", "--data flat labelled train/CLASS"),
+        ("encoder.pt --data trainonly", "--data trainonly labelled val/CLASS"),
+        ("encoder.pt --data empty", "--data empty classes r"),
+        ("encoder.pt --data other", "other different another_class"),
+        ("encoder.pt --val other/test", "other/test different --classes"),
+        ("encoder.pt --val nowhere", "'nowhere' train/"),
+        ("encoder.pt --data toy --val val", "'val' toy only_fg"),
+        ("encoder.pt --img_size 30", "--img_size 16 multiple"),
+    ],
+    eval_linear: [
+        ("encoder.pt --shots 5 1", "--shots (5, 1) 2 or more"),
+        ("encoder.pt --shots 2 --label_fraction 0.5", "--shots --label_fraction"),
+        ("encoder.pt --save w.pt", "--save --protocol mae leave it out"),
+        ("encoder.pt --protocol mae --lrs 1", "--lrs --protocol features leave it out"),
+    ],
+    eval_finetune: [
+        ("encoder.pt --val train", "--val train test"),
+        ("encoder.pt --batch_size 999", "--batch_size 999 25"),
+        ("encoder.pt --batch_size 7 --accum 2", "--batch_size 7 --accum 2 multiple"),
+        ("encoder.pt --save text.pt", "text.pt damaged"),
+        ("encoder.pt --save encoder.pt", "--save encoder.pt another file"),
+    ],
+}
+CASES = [(program, *case) for program, cases in ERRORS.items() for case in cases]
+
+
+@pytest.mark.parametrize(("program", "flags", "named"), CASES)
+def test_errors(program, flags, named, wrong, labelled):
+    for name in ("other", "trainonly", "empty"):
+        shutil.copytree(labelled["data"], name)
+    Path("other/test/r").rename("other/test/another_class")
+    shutil.rmtree("trainonly/test")
+    for path in Path("empty/test/r").iterdir():
+        path.unlink()
+    files = {path: path.read_bytes() for path in Path().rglob("*.pt")}
+    argv = [*flags.split(), "--device", "cpu"]
+    if "--data" not in argv and "--features" not in argv:
+        argv += ["--data", labelled["data"]]
+    with pytest.raises((ValueError, OSError)) as error:
+        program.main(argv)
+    assert [word for word in named.split() if word not in str(error.value)] == []
+    assert {path: path.read_bytes() for path in Path().rglob("*.pt")} == files
+    assert not list(Path().rglob("*.jsonl"))
 
 
 def test_check_shots(capsys):
     labels = torch.tensor([0, 0, 0, 1, 1, 2, -1])
     check_shots(labels, [1, 2], rank=0)
-    words = "--shots 2: 1 of 3 classes have fewer images, the smallest 1;"
-    assert capsys.readouterr().out.startswith(words)
+    assert capsys.readouterr().out.startswith("--shots 2: 1 of 3 classes have fewer")
     check_shots(labels, [2], rank=1)
     assert capsys.readouterr().out == ""
     for bad, shots in ((labels, 0), (labels[labels != 1], 1), (labels[-1:], 1)):
@@ -97,125 +167,77 @@ def test_ctrl_c_in_a_run(ask, encoder, labelled, tmp_path):
 
 
 @pytest.mark.parametrize("program", [eval_knn, object_discovery, attg_mae])
-def test_a_process_that_does_not_come(program, tmp_path, monkeypatch):
-    """The other one gives it up after --timeout, and names the flag."""
+def test_a_rank_that_never_starts(program, tmp_path, monkeypatch):
+    """The other one stops waiting after --timeout, and names the flag."""
     monkeypatch.chdir(tmp_path)
     checkpoint = ["none.pt"] if program is eval_knn else []
-    place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-    for key, value in place.items():
+    ranks = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for key, value in ranks.items():
         monkeypatch.setenv(key, str(value))
-    began = time.perf_counter()
+    start = time.perf_counter()
     with within(60), pytest.raises(ConnectionError, match="--timeout 0.01: .* all 2 "):
         program.main([*checkpoint, "--device", "cpu", "--timeout", "0.01"])
-    assert time.perf_counter() - began > 0.5
+    assert time.perf_counter() - start > 0.5
     assert not torch.distributed.is_initialized() and not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_in_the_imports():
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    runs = []
-    for name in NAMES:
-        command = [sys.executable, f"{name}.py", "--help"]
-        runs.append(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))
-    for run in runs:
-        # From here on torch takes seconds to load.
-        maps = Path(f"/proc/{run.pid}/maps")
-        while "libtorch" not in maps.read_text():
-            assert run.poll() is None
-            time.sleep(0.005)
-        run.send_signal(signal.SIGINT)
-    for run in runs:
-        assert run.communicate() == ("", "") and run.returncode == -signal.SIGINT
+# -- Data sets -------------------------------------------------------------------------
 
 
-def test_closed_pipe():
-    """In a forked process, which need not import anything."""
-    reading, writing = os.pipe()
-    os.close(reading)
-    pid = os.fork()
-    if pid == 0:
-        code = 0
-        try:
-            os.dup2(writing, 1)
-            sys.stdout = open(1, "w")
-            end(lambda: print("a line"))
-        except SystemExit as exit_:
-            # As Python does at exit
-            sys.stdout.flush()
-            code = exit_.code
-        finally:
-            os._exit(code)
-    os.close(writing)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 141
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_unreadable_pictures(program, encoder, labelled, tmp_path, capsys):
-    """One is replaced and named; more than 1 % end the evaluation."""
+def test_unreadable_images(evaluate, labelled, tmp_path, capsys):
+    """One is replaced and named; more than 1 % are an error."""
     data = shutil.copytree(labelled["data"], tmp_path / "data")
-    argv = [encoder, "--data", str(data), "--device", "cpu"]
-    if program is not eval_knn:
-        argv += ["--epochs", "1"]
     for bad, count in (("000.png", 1), ("001.png", 2)):
         path = data / "test" / "g" / bad
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"not an image")
         if count == 1:
-            assert len(program.main(argv)) >= 1
+            assert len(evaluate("--data", str(data))) >= 1
         else:
-            with pytest.raises(ValueError, match="2 of 15 images are unreadable"):
-                program.main(argv)
+            with pytest.raises(ValueError, match="2 of 15 .* unreadable"):
+                evaluate("--data", str(data))
         assert capsys.readouterr().err.count(f"replaces it: {path} (") == 1
 
 
-def test_large_pictures_are_refused(encoder, labelled):
+def test_large_images_are_refused(encoder, labelled):
     argv = [encoder, "--data", labelled["data"], "--device", "cpu", "--max-pixels"]
     assert eval_knn.main([*argv, str(48 * 40)])
-    with pytest.raises(ValueError, match="none of the 25 .*above --max_pixels 1919"):
+    with pytest.raises(ValueError, match="none of the 25 .*--max_pixels 1919"):
         eval_knn.main([*argv, "1919"])
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_data_sets_of_ones_own(program, encoder, labelled, tmp_path):
-    """The figures of their files; the name stands in the results."""
-    own = {}
+def test_data_sets_in_python(evaluate, labelled, tmp_path):
+    """They give the results of their files; their name is in the settings."""
+    data = {}
     for split in ("train", "test"):
         files = open_data(labelled["data"], split)
-        own[split] = [files.read(i) for i in range(len(files))]
-    argv = [encoder, "--device", "cpu", "--out", str(tmp_path / "o.jsonl")]
-    if program is not eval_knn:
-        argv += ["--epochs", "1"]
-    want = program.main([*argv, "--data", labelled["data"]])
-    assert program.main([*argv, "--data", "mine"], own) == want
+        data[split] = [files.read(i) for i in range(len(files))]
+    want = evaluate("--data", labelled["data"])
+    assert evaluate("--data", "mine", data=data) == want
     last = json.loads((tmp_path / "o.jsonl").read_text().splitlines()[-1])
     assert last["settings"]["data"] == "mine"
-    with pytest.raises(ValueError, match="needs a name of its own, .* --data NAME"):
-        program.main(argv, own)
-    with pytest.raises(ValueError, match="needs labelled"):
-        program.main([*argv, "--data", "mine"], own["train"])
+    with pytest.raises(ValueError, match="--data NAME"):
+        evaluate(data=data)
+    with pytest.raises(ValueError, match="--data .*: needs labelled"):
+        evaluate("--data", "mine", data=data["train"])
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_test_sets_of_a_folder_of_classes(program, encoder, labelled, tmp_path):
+def test_folders_of_classes_as_test_sets(evaluate, labelled):
     """--data and --val of the layout CLASS/*.png, without train/ and test/."""
-    argv = [encoder, "--device", "cpu", "--out", str(tmp_path / "o.jsonl")]
-    if program is not eval_knn:
-        argv += ["--epochs", "1"]
-    want = program.main([*argv, "--data", labelled["data"]])
-    val = f"{labelled['data']}/test"
-    rows = program.main([*argv, "--data", f"{labelled['data']}/train", "--val", val])
-    assert {row.pop("test") for row in rows} == {val}
-    assert rows == [{k: v for k, v in row.items() if k != "test"} for row in want]
+    want = evaluate("--data", labelled["data"])
+    test = f"{labelled['data']}/test"
+    results = evaluate("--data", f"{labelled['data']}/train", "--val", test)
+    assert {row.pop("test") for row in results} == {test}
+    assert results == [{k: v for k, v in row.items() if k != "test"} for row in want]
     with pytest.raises(ValueError, match="needs labelled images.* for --val"):
-        program.main([*argv, "--data", val])
+        evaluate("--data", test)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_grey_encoders_see_grey_pictures(program, labelled, tmp_path, monkeypatch):
+def test_grey_encoders_see_grey_images(evaluate, labelled, tmp_path, monkeypatch):
     grey = {"in_chans": 1, "mean": (0.5,), "std": (0.25,)}
     model = attg_mae.build_model(attg_mae.Config(**SMALL | grey))
     config = dataclasses.asdict(model.cfg)
-    encoder = str(tmp_path / "grey.pt")
-    attg_mae.save_checkpoint(encoder, model=model.state_dict(), config=config)
+    checkpoint = str(tmp_path / "grey.pt")
+    attg_mae.save_checkpoint(checkpoint, model=model.state_dict(), config=config)
     seen, normalize = [], attg_mae.normalize
 
     def spy(imgs, cfg):
@@ -223,26 +245,7 @@ def test_grey_encoders_see_grey_pictures(program, labelled, tmp_path, monkeypatc
         return normalize(imgs, cfg)
 
     monkeypatch.setattr(attg_mae, "normalize", spy)
-    argv = [encoder, "--data", labelled["data"], "--device", "cpu"]
-    if program is not eval_knn:
-        argv += ["--epochs", "1"]
-    assert program.main(argv)
-    picture = open_data(labelled["data"], "test", 32, channels=1)[0].image
-    pictures = torch.cat(seen)
-    assert pictures.shape[1] == 1 and any(x.equal(picture) for x in pictures)
-
-
-IDLE = [
-    (eval_knn, "encoder.pt --gnd x", "--gnd: does nothing without --retrieval"),
-    (eval_knn, "--features x --val y", "--val: does nothing beside --features"),
-    (eval_knn, "x --features y", "checkpoint: does nothing beside --features"),
-    (eval_knn, "x --retrieval roxford5k --k 3", "--k: does nothing beside --retrieval"),
-    (eval_linear, "--features x --img-size 32", "--img_size: does nothing beside"),
-    (eval_linear, "--features x --save_features y", "--save_features: does nothing"),
-]
-
-
-@pytest.mark.parametrize(("program", "flags", "words"), IDLE)
-def test_flags_that_do_nothing_are_refused(program, flags, words):
-    with pytest.raises(ValueError, match=f"^{words}.*; leave it out$"):
-        program.main(flags.split())
+    assert evaluate("--data", labelled["data"], checkpoint=checkpoint)
+    image = open_data(labelled["data"], "test", 32, channels=1)[0].image
+    images = torch.cat(seen)
+    assert images.shape[1] == 1 and any(x.equal(image) for x in images)

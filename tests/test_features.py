@@ -1,97 +1,148 @@
-"""
-k-NN against scikit-learn, features of several processes.
-"""
+"""attg/features.py: k-NN against scikit-learn, features of several ranks, their files."""
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-import attg.features
 import attg_mae
+import eval_knn
+from attg import features
 from attg.datasets import open_data
 from attg.loader import make_loader
-from tests.helpers import SMALL, rand, randn
-
-KNN = [
-    (1, 20, 5, 20),
-    (2, 30, 64, 1),
-    (3, 12, 40, 20),
-    (4, 60, 9, 40),
-    (10, 500, 700, 20),
-    (100, 2000, 30, 200),
-]
+from tests.helpers import SMALL, blobs, rand, randn, save_features
 
 
-@pytest.mark.parametrize(("classes", "n", "tests", "k"), [*KNN, (7, 2**17, 600, 20)])
-def test_knn_equals_scikit_learn(classes, n, tests, k):
+def votes_of_scikit_learn(train, labels, test, k):
+    """(B, C) votes of each class, normalized to 1."""
     neighbors = pytest.importorskip("sklearn.neighbors")
-    centres, labels = randn(classes, 16), torch.randint(classes, (n,))
-    labels[:classes] = torch.arange(classes)
-    # Lengths must not matter
-    train = (centres[labels] + 1.5 * randn(n, 16, seed=2)) * (0.5 + rand(n, 1))
-    test = centres[torch.arange(tests) % classes] + 1.5 * randn(tests, 16, seed=3)
-    got = attg_mae.knn_classify(train, labels, test, k=k)
-    assert got.shape == (tests, min(5, classes))
-    assert all(len(set(row)) == len(row) for row in got.tolist())
-    # So large that it takes several chunks
-    part = slice(500, 540) if n > 10**5 else slice(None)
     knn = neighbors.KNeighborsClassifier(
-        min(k, n),
+        min(k, len(train)),
         metric="cosine",
         algorithm="brute",
         weights=lambda d: np.exp((1 - d) / 0.07),
     )
-    votes = torch.from_numpy(
-        knn.fit(train.double().numpy(), labels.numpy()).predict_proba(
-            test[part].double().numpy()
-        )
-    )
+    knn.fit(train.double().numpy(), labels.numpy())
+    return torch.from_numpy(knn.predict_proba(test.double().numpy()))
+
+
+@given(
+    classes=st.integers(1, 100),
+    more=st.integers(0, 900),
+    ks=st.lists(st.integers(1, 300), min_size=1, max_size=3),
+    tests=st.integers(1, 60),
+    seed=st.integers(0, 10**6),
+)
+def test_knn_equals_scikit_learn(classes, more, ks, tests, seed):
+    """Rankings of all k and their top-1 and top-5, of one rank and summed over three."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (classes + more,), generator=generator)
+    labels[:classes] = torch.arange(classes)
+    truth = torch.randint(classes, (tests,), generator=generator)
+    centres = randn(classes, 16, seed=seed)
+    # The lengths of features must not matter.
+    lengths = 0.5 + rand(len(labels), 1)
+    train = (centres[labels] + 1.5 * randn(len(labels), 16, seed=seed + 1)) * lengths
+    test = centres[truth] + 1.5 * randn(tests, 16, seed=seed + 2)
+
+    rankings = features.knn_rankings(train, labels, test, ks)
+    assert rankings.shape == (len(ks), tests, min(5, classes))
+    got = eval_knn.accuracy(train, labels, test, truth, ks, classes, "cpu")
+    shards = 0
+    for rank in range(3):
+        rows = slice(rank, None, 3)
+        shard = test[rows], truth[rows]
+        if len(shard[1]):
+            percent = eval_knn.accuracy(train, labels, *shard, ks, classes, "cpu")
+            shards += percent * len(shard[1])
+    assert torch.allclose(shards / tests, got)
+    for k, ranking, (top1, top5) in zip(ks, rankings, got.tolist(), strict=True):
+        assert ranking.equal(attg_mae.knn_classify(train, labels, test, k=k))
+        assert all(len(set(row)) == len(row) for row in ranking.tolist())
+        votes = votes_of_scikit_learn(train, labels, test, k)
+        best = votes.sort(descending=True).values[:, :5]
+        # Classes with equal votes may stand in any order.
+        assert torch.allclose(votes.gather(1, ranking), best, atol=1e-5)
+        correct = ranking == truth[:, None]
+        assert top1 == pytest.approx(100 * correct[:, 0].double().mean().item())
+        assert top5 == pytest.approx(100 * correct.any(1).double().mean().item())
+
+
+def test_faults_of_knn_are_seen():
+    """Another temperature, another k or the reverse order are not scikit-learn's."""
+    labels, test = torch.randint(7, (200,)), randn(30, 8, seed=1)
+    bank = randn(200, 8)
+    votes = votes_of_scikit_learn(bank, labels, test, 20)
     best = votes.sort(descending=True).values[:, :5]
-    # Equal votes may stand in any order
-    assert torch.allclose(votes.gather(1, got[part]), best, atol=1e-5)
-    more = attg_mae.knn_classify(
-        train, labels, test[part], k=k, num_classes=classes + 3
-    )
-    assert more.shape[1] == min(5, classes + 3) and more[:, 0].equal(got[part][:, 0])
-    if classes > 2:
-        for other in (
-            got[part].flip(1),
-            attg_mae.knn_classify(train, labels, test[part], k=k, temperature=10.0),
-        ):
-            assert not torch.allclose(votes.gather(1, other), best, atol=1e-5)
+    right = attg_mae.knn_classify(bank, labels, test)
+    wrong = [
+        right.flip(1),
+        attg_mae.knn_classify(bank, labels, test, temperature=10.0),
+        attg_mae.knn_classify(bank, labels, test, k=10),
+    ]
+    close = [torch.allclose(votes.gather(1, x), best, atol=1e-5) for x in wrong]
+    assert torch.allclose(votes.gather(1, right), best, atol=1e-5) and not any(close)
+    assert attg_mae.knn_classify(bank, labels, test, num_classes=9).equal(right)
 
 
-def test_knn_of_several_k_in_one_pass():
-    bank, labels, test = randn(200, 8), torch.randint(7, (200,)), randn(30, 8, seed=1)
-    all_ = attg.features.knn_rankings(bank, labels, test, [1, 20, 500])
-    assert all_.shape == (3, 30, 5)
-    for one, k in zip(all_, (1, 20, 500), strict=True):
-        assert one.equal(attg_mae.knn_classify(bank, labels, test, k=k))
-    assert not all_[0].equal(all_[1]) and not all_[1].equal(all_[2])
+def test_knn_in_several_chunks():
+    """64 queries at a time against a bank of this size."""
+    labels, bank = torch.randint(7, (2**17,)), randn(2**17, 4)
+    test = randn(70, 4, seed=1)
+    got = attg_mae.knn_classify(bank, labels, test)
+    votes = votes_of_scikit_learn(bank, labels, test[[0, 63, 64, 69]], 20)
+    best = votes.sort(descending=True).values[:, :5]
+    assert torch.allclose(votes.gather(1, got[[0, 63, 64, 69]]), best, atol=1e-5)
+    assert not torch.allclose(votes.gather(1, got[[1, 2, 3, 4]]), best, atol=1e-5)
 
 
-def test_features_of_several_processes_are_in_order(labelled, monkeypatch):
+def test_features_of_several_ranks_are_in_order(labelled, monkeypatch):
     model = attg_mae.build_model(attg_mae.Config(**SMALL)).eval()
     dataset = open_data(labelled["data"], "train", (32, 32))
-    want = attg.features.features_of(model, dataset, {"batch_size": 4}, None, 0, 1)
-    shares = [
-        attg_mae.extract_features(
-            model,
-            make_loader(torch.utils.data.Subset(dataset, range(r, len(dataset), 3))),
-        )
-        for r in range(3)
-    ]
+    want = features.extract_sharded(model, dataset, {"batch_size": 4}, None, 0, 1)
+    shards = []
+    for rank in range(3):
+        shard = torch.utils.data.Subset(dataset, range(rank, len(dataset), 3))
+        shards.append(attg_mae.extract_features(model, make_loader(shard)))
 
-    def gather(parts, mine):
+    def gather(parts, own):
         assert len(parts) == 3
-        assert all(a.equal(b) for a, b in zip(mine, shares[1], strict=True))
-        parts[:] = shares
+        assert all(a.equal(b) for a, b in zip(own, shards[1], strict=True))
+        parts[:] = shards
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    got = attg.features.features_of(model, dataset, {}, None, 1, 3)
+    got = features.extract_sharded(model, dataset, {}, None, 1, 3)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))
-    assert (
-        got[2].tolist()
-        == [dataset[i].label for i in range(len(dataset))]
-        == dataset.labels.tolist()
-    )
+    assert got[2].tolist() == [dataset[i].label for i in range(len(dataset))]
+
+
+BROKEN = {
+    "no test set": lambda parts: parts.pop("test"),
+    "no train": lambda parts: parts.pop("train"),
+    "no feature": lambda parts: parts["train"].pop("patch_mean"),
+    "not a tensor": lambda parts: parts["test"].update(labels=[1, 2]),
+    "short": lambda parts: parts["test"].update(patch_mean=randn(3, 16)),
+    "narrow": lambda parts: parts["test"].update(patch_mean=randn(20, 8)),
+    "whole numbers": lambda parts: parts["train"].update(
+        class_token=torch.ones(30, 16).long()
+    ),
+    "labels": lambda parts: parts["test"]["labels"].add_(10**6),
+    "negative labels": lambda parts: parts["train"]["labels"].sub_(9),
+    "no labels": lambda parts: parts["train"]["labels"].fill_(-1),
+    "settings": lambda parts: parts["settings"].update(fraction=1),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_files_of_other_features_are_refused(kind, tmp_path):
+    (x, labels), (queries, truth) = blobs(30, 3), blobs(20, 3, seed=7)
+    path = tmp_path / "f.pt"
+    save_features(path, x, labels, queries, truth)
+    flags = ["--features", str(path), "--device", "cpu", "--k", "3"]
+    assert len(eval_knn.main(flags)) == 2
+    parts = attg_mae.load_checkpoint(path)
+    BROKEN[kind](parts)
+    attg_mae.save_checkpoint(path, **parts)
+    with pytest.raises(ValueError, match=f"--features {path}: "):
+        eval_knn.main(flags)

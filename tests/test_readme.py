@@ -18,10 +18,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import attg.datasets
+import attg.evaluation
 import attg_mae
 import eval_finetune
 import eval_knn
 import eval_linear
+import eval_retrieval
 import object_discovery
 from attg.datasets import open_data, open_labelled
 from attg.maps import load_maps, save_maps
@@ -48,7 +50,7 @@ from tests.helpers import (
 
 PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob("docs/*.md"))}
 PAGES["README.md"] = (ROOT / "README.md").read_text()
-SCRIPTS = "attg_mae|object_discovery|eval_knn|eval_linear|eval_finetune"
+SCRIPTS = "attg_mae|object_discovery|eval_knn|eval_linear|eval_finetune|eval_retrieval"
 # Of a line, or code in a table
 START = r"(?:^|(?:\| |and )`)(?:pip .* && )?(?:python|torchrun \S+)"
 COMMANDS, SNIPPETS = [], []
@@ -258,13 +260,14 @@ PROGRAMS = {
     "eval_knn": eval_knn,
     "eval_linear": eval_linear,
     "eval_finetune": eval_finetune,
+    "eval_retrieval": eval_retrieval,
 }
 
 
 def run_evaluation(script, argv, monkeypatch, folder):
     """On a small model, with 50 images of a class, as many as --shots wants."""
     save_small(Path(argv[0]))
-    if "--retrieval" in argv:
+    if script == "eval_retrieval":
         truth = {"bbx": [0, 0, 20, 20], "easy": [0], "hard": [1], "junk": []}
         gnd = {"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [truth]}
         Path(argv[argv.index("--gnd") + 1]).write_bytes(pickle.dumps(gnd))
@@ -283,10 +286,9 @@ def run_evaluation(script, argv, monkeypatch, folder):
     def untrained(x, labels, lrs, num_classes, **_):
         return torch.zeros(len(lrs), x.shape[1], num_classes)
 
-    for program in PROGRAMS.values():
-        monkeypatch.setattr(program, "open_labelled", opened)
+    monkeypatch.setattr(attg.evaluation, "open_labelled", opened)
     monkeypatch.setattr(eval_linear, "train_heads", untrained)
-    if script != "eval_knn":
+    if script in ("eval_linear", "eval_finetune"):
         argv += ["--epochs=1", "--batch_size=3"]  # 1 % is an image a class
     if script == "eval_finetune" or "mae" in argv:
         argv += ["--accum=1"]

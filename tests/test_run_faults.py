@@ -382,7 +382,7 @@ EVALUATIONS = {
     "eval_knn": {"k": 5},
     "eval_linear": {"epochs": 20},
     "eval_linear mae": {"protocol": "mae", "epochs": 15, "batch_size": 8, "blr": 200},
-    "eval_finetune": {"fraction": 1, "epochs": 12, "batch_size": 8, "blr": 0.05},
+    "eval_finetune": {"label_fraction": 1, "epochs": 12, "batch_size": 8, "blr": 0.05},
 }
 
 

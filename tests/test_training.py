@@ -697,7 +697,7 @@ def test_pictures_only(whole, plain, tmp_path, capsys):
     ]
     assert attg_mae.main([*argv, "--out", str(tmp_path / "a")])["step"] == 0
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["reconstructions.png"]
-    assert "every weight found" in capsys.readouterr().out
+    assert "all weights loaded" in capsys.readouterr().out
     a = tiles(tmp_path / "a", 16)
     assert len(a) == 3 and len(a[0]) == 8
     argv[argv.index("--init") + 1] = str(whole(seed=1) / "last.pt")
@@ -751,9 +751,9 @@ def test_init(name, whole, labelled, tmp_path, capsys):
     )
     assert words.startswith(f"--init {whole() / name}: ")
     assert words.endswith(
-        "every weight found"
+        "all weights loaded"
         if name == "last.pt"
-        else "no decoder in it, the decoder starts afresh"
+        else "no decoder in the file, it starts from random weights"
     )
     train(tmp_path / "fresh", **labelled, seed=1, lr=0.0, epochs=1)
     given, fresh, ours = (
@@ -786,7 +786,7 @@ def test_init_errors(whole, labelled, tmp_path):
     with pytest.raises(ValueError) as error:
         train(tmp_path / "out", **labelled | change, init=str(whole() / "last.pt"))
     assert str(error.value) == (
-        f"{whole() / 'last.pt'} does not fit this vit_micro; its model is that of "
+        f"{whole() / 'last.pt'} does not fit this vit_micro; use "
         "--patch_size 4 --width 32 --heads NUMBER --depth 1 --decoder_depth 1"
     )
     for path, words in (

@@ -5,7 +5,6 @@ here is what they must come to.
 """
 
 import copy
-import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -335,11 +334,8 @@ def test_fine_tuning_draws_anew_at_each_step(encoder, labelled, tmp_path, monkey
     assert len(first | {tuple(draw) for draw in draws}) == 48
 
 
-def test_learning_rates_of_fine_tuning(encoder, labelled, monkeypatch):
+def test_learning_rates_of_fine_tuning(encoder, labelled):
     """Down to min_lr, times the scale of the layer."""
-    given = {"min_lr": 1e-4, "epochs": 4, "batch_size": 8, "blr": 0.05}
-    recipe = dataclasses.replace(eval_finetune.VIT_BASE, **given, warmup_epochs=0.8)
-    monkeypatch.setattr(eval_finetune, "VIT_BASE", recipe)
     used = []
 
     def note(optimizer, *_):
@@ -347,7 +343,8 @@ def test_learning_rates_of_fine_tuning(encoder, labelled, monkeypatch):
 
     hook = register_optimizer_step_pre_hook(note)
     flags = [encoder, "--data", labelled["data"], "--device", "cpu"]
-    eval_finetune.main([*flags, "--batch_size", "8"])
+    flags += "--batch_size 8 --min_lr 1e-4 --epochs 4 --blr 0.05".split()
+    eval_finetune.main(flags)
     hook.remove()
     peak = 0.05 * 8 / 256
     assert len(used) == 12
@@ -358,7 +355,8 @@ def test_learning_rates_of_fine_tuning(encoder, labelled, monkeypatch):
         assert rates == pytest.approx(want, rel=1e-6)
     # After the last step the rate would be min_lr itself, and no less.
     nothing = torch.optim.SGD([torch.zeros(1)])
-    end = attg.finetuning.set_lr(nothing, 12, 3, recipe, attg_mae.lr_at)
+    settings = eval_finetune.arguments([*flags, "--warmup_epochs", "0.8"])
+    end = attg.finetuning.set_lr(nothing, 12, 3, settings, attg_mae.lr_at)
     assert end == pytest.approx(1e-4)
 
 

@@ -1,0 +1,133 @@
+"""attg/finetuning.py, by both of its programs: MAE's probe and fine-tuning."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import attg_mae
+import eval_finetune
+import eval_linear
+from attg.datasets import open_data
+from attg.features import FEATURES
+from attg.loader import make_loader
+from tests.helpers import after_step, same
+
+PROGRAMS = {
+    "mae": (eval_linear, ["--protocol", "mae", "--blr", "20"], FEATURES),
+    "finetune": (eval_finetune, ["--blr", "0.05"], ("patch_mean",)),
+}
+
+
+@pytest.fixture
+def flags(encoder, labelled):
+    """Of an encoder and a data set of 25 images."""
+    return [encoder, "--data", labelled["data"], "--device", "cpu", "--seed", "1"]
+
+
+def top1_of_timm(weights, data):
+    """Top-1 in percent of the fine-tuned weights in timm's ViT."""
+    models = pytest.importorskip("timm.models")
+    peer = models.VisionTransformer(
+        img_size=32,
+        patch_size=16,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        num_classes=3,
+        global_pool="avg",
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    models.load_checkpoint(peer.eval(), weights)
+    correct = []
+    for sample in make_loader(open_data(data, "test", 32)):
+        logits = peer(attg_mae.normalize(sample.image, attg_mae.Config()))
+        correct.append(logits.argmax(1) == sample.label)
+    return 100 * torch.cat(correct).double().mean().item()
+
+
+@pytest.mark.parametrize("protocol", PROGRAMS)
+def test_training_on_images(protocol, flags, labelled, tmp_path, capsys):
+    program, more, features = PROGRAMS[protocol]
+    flags += [*more, "--epochs", "8", "--batch_size", "8"]
+    file = str(tmp_path / "weights.pt")
+    results = program.main([*flags, "--save", file])
+    printed = capsys.readouterr().out.splitlines()
+    settings = json.loads(printed[-1])["settings"]
+    assert [row["feature"] for row in results] == list(features)
+    assert settings["protocol"] == results[0]["protocol"] == protocol
+    losses = [float(x.split()[3]) for x in printed if x.startswith("epoch")]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    assert settings["warmup_epochs"] == 1.6 and len(settings["sha256"]) == 64
+    # Neither loader workers nor --save change anything.
+    assert program.main([*flags, "--workers", "2"]) == results
+    capsys.readouterr()
+    # Finished: it is only scored again.
+    assert program.main([*flags, "--save", file]) == results
+    assert "epoch 8/8" not in capsys.readouterr().out
+    assert torch.load(file)["step"] == 8 * 3
+    if program is eval_finetune:
+        want = top1_of_timm(file, labelled["data"])
+        assert results[0]["top-1"] == pytest.approx(want)
+
+
+@pytest.mark.parametrize("protocol", PROGRAMS)
+def test_resumed_training_equals_uninterrupted(protocol, flags, tmp_path):
+    program, more, _ = PROGRAMS[protocol]
+    flags += [*more, "--epochs", "4", "--batch_size", "8"]
+    whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
+    want = program.main([*flags, "--save", str(whole)])
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with after_step(8, stop), pytest.raises(KeyboardInterrupt):  # in the third epoch
+        program.main([*flags, "--save", str(cut)])
+    before = cut.read_bytes()
+    assert torch.load(cut)["step"] == 6
+    # Another setting and another encoder are refused, and named.
+    other = attg_mae.load_checkpoint(flags[0])
+    other["model"]["cls_token"] += 1
+    torch.save(other, tmp_path / "other.pt")
+    for changed, name in (
+        ([*flags, "--weight_decay", "0.3"], "weight_decay 0.* -> 0.3"),
+        ([str(tmp_path / "other.pt"), *flags[1:]], "sha256 "),
+    ):
+        with pytest.raises(ValueError, match=f"--save .*cut.pt: .*{name}.*file"):
+            program.main([*changed, "--save", str(cut)])
+    assert cut.read_bytes() == before
+    assert program.main([*flags, "--save", str(cut)]) == want
+    whole, cut = torch.load(whole), torch.load(cut)
+    assert all(same(whole[k], cut[k]) for k in ("model", "optimizer", "step"))
+
+
+def test_accumulation_gives_the_same_gradients(flags, encoder, tmp_path, monkeypatch):
+    # Micro-batches would be mixed differently.
+    monkeypatch.setattr(eval_finetune, "mix", lambda imgs, labels, _: (imgs, labels))
+    flags += "--epochs 2 --batch_size 8 --drop_path 0".split()
+    weights = []
+    for accum in ("1", "4"):
+        eval_finetune.main([*flags, "--accum", accum, "--save", str(tmp_path / accum)])
+        weights.append(torch.load(tmp_path / accum)["model"])
+    start = attg_mae.load_encoder(encoder).state_dict()
+    for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "pos_embed"):
+        moved = weights[0][name] - start[name]
+        assert moved.norm() > 0
+        assert (weights[1][name] - weights[0][name]).norm() < 0.02 * moved.norm()
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ("--epochs 3 --batch_size 8 --blr 1e30", "loss not finite in epoch 1; .*--blr"),
+        # After the last step no loss reveals it.
+        ("--epochs 1 --batch_size 25 --warmup_epochs 0 --blr 1e38", "logits .*--blr"),
+    ],
+)
+def test_divergence_is_an_error(rates, message, flags, tmp_path):
+    flags += [*rates.split(), "--out", str(tmp_path / "o")]
+    with pytest.raises(ValueError, match=message):
+        eval_finetune.main(flags)
+    assert not (tmp_path / "o").exists()
