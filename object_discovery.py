@@ -44,15 +44,7 @@ import torch.nn.functional as F
 import torchvision
 
 from attg.checkpoint import load_checkpoint
-from attg.cli import (
-    DataFlags,
-    RunFlags,
-    check_unused,
-    flag,
-    log_line,
-    parse,
-    run_cli,
-)
+from attg.cli import DataFlags, RunFlags, check_unused, flag, log_line, parse, run_cli
 from attg.datasets import open_data, resolve_dataset
 from attg.distributed import exclusive_run, processes, wait
 from attg.figures import save_map_sheet
@@ -500,9 +492,15 @@ def open_backbone(settings, device):
 
 # -- The command line ------------------------------------------------------------------
 
-METHODS = ("tokencut", "dino", "gradcam", "masks")
 MODEL_FLAGS = {"backbone", "img_size", "mean", "std"}
 CUT_FLAGS = {"affinity_threshold", "binary", "sign", "objects"}
+# Flags of each method, apart from those that all share.
+METHODS = {
+    "tokencut": MODEL_FLAGS | CUT_FLAGS,
+    "dino": MODEL_FLAGS,
+    "gradcam": MODEL_FLAGS | {"weights", "grid"},
+    "masks": {"grid"},
+}
 FLOATS = {"type": float, "nargs": "+"}
 
 
@@ -510,7 +508,7 @@ FLOATS = {"type": float, "nargs": "+"}
 class Settings(DataFlags, RunFlags):
     """Flags of the command line."""
 
-    method: str = flag("tokencut", "where the maps come from", choices=METHODS)
+    method: str = flag("tokencut", "where the maps come from", choices=tuple(METHODS))
     backbone: str | None = flag(
         None,
         f"{', '.join(DINO)}, a checkpoint; {', '.join(CNNS)} (tokencut, gradcam); "
@@ -553,30 +551,20 @@ class Settings(DataFlags, RunFlags):
     compare: tuple = flag((), "further map files to compare with", type=Path, nargs="+")
 
 
-def check_unused_flags(settings):
-    """ValueError if a flag is set that the method and its backbone do not use."""
-    method, backbone = settings.method, settings.backbone
-    used = set() if method == "masks" else set(MODEL_FLAGS)
-    if method == "tokencut":
-        used |= CUT_FLAGS
-    if method in ("gradcam", "masks"):
-        used.add("grid")
-    if method == "gradcam" or backbone in CNNS:
-        used.add("weights")
-    if backbone == "pixels":
-        used -= {"mean", "std"}
-    unused = (MODEL_FLAGS | CUT_FLAGS | {"grid", "weights"}) - used
-    reason = f"--method {method} --backbone {backbone} does not use it"
-    check_unused(settings, unused, reason)
-
-
 def resolve(settings):
     """Check the flags against each other, before any download, and fill in defaults."""
-    check_unused_flags(settings)
     method, masks = settings.method, settings.masks
     if method != "masks" and settings.backbone is None:
         settings.backbone = "resnet50" if method == "gradcam" else "dino_vits16"
     backbone = settings.backbone
+    used = set(METHODS[method])
+    if backbone in CNNS:
+        used.add("weights")
+    if backbone == "pixels":
+        used -= {"mean", "std"}
+    unused = set().union(*METHODS.values()) - used
+    reason = f"--method {method} --backbone {backbone} does not use it"
+    check_unused(settings, unused, reason)
     if settings.sign is None:
         # DINO's maps are the paper's. For other backbones the rule was chosen on the
         # masks of the toy set's training images (docs/maps.md).
@@ -588,10 +576,8 @@ def resolve(settings):
         raise ValueError(f"--backbone {backbone}: gradcam takes {' or '.join(CNNS)}")
     if method == "dino" and backbone in ("pixels", *CNNS):
         raise ValueError(f"--backbone {backbone}: no attention; use --method tokencut")
-    if method == "masks" and not masks:
-        raise ValueError("--method masks: name their folder, --masks DIR")
-    if masks and not Path(masks).is_dir():
-        raise ValueError(f"--masks {masks}: no such folder")
+    if (masks or method == "masks") and not Path(str(masks)).is_dir():
+        raise ValueError(f"--masks {masks}: give the folder of the masks")
     if settings.objects > 1 and settings.affinity_threshold < 0:
         # Removed patches become zero vectors, whose cosine of 0 would connect them.
         raise ValueError("--objects: needs an --affinity_threshold of 0 or more")
@@ -642,16 +628,12 @@ def read_maps(path, flag_name, dataset):
         f"{path}: {len(maps)} maps of {manifest['shape'][1:]} by {method}, {len(flat)} "
         f"flat, {len(failed)} failed, {large} larger than 90 % of the image"
     )
-    if method == "tokencut" and len(flat) > len(maps) / 10:
-        log_line(
-            "hint: flat maps have no effect. If the patches are all alike, raise "
-            "--affinity_threshold (0.5 to 0.9)"
-        )
-    for i in failed[:10]:
-        log_line(f"failed, unreadable or not finite: {dataset.path(i)}")
     if failed:
-        manifest_path = path.with_suffix(".json")
-        log_line(f"all {len(failed)} are in {manifest_path}; delete it to try again")
+        first = ", ".join(dataset.path(i) for i in failed[:10])
+        log_line(
+            f"failed (unreadable or not finite; {path.with_suffix('.json')} lists all, "
+            f"delete it to try again): {first}"
+        )
     return maps, manifest
 
 
@@ -666,8 +648,8 @@ def save_sheet(path, dataset, files, number):
 
 
 def main(argv=None, data=None):
-    """Make the map file. Returns {"maps": path, "manifest": dict, "quality": {file:
-    metrics}}; the last is empty without true masks. Ranks other than 0 return no manifest.
+    """Make the map file. Returns {"maps": path, "manifest": dict or, unless on rank 0,
+    None, "quality": {file: metrics}, empty without true masks}.
 
     data: a data set of your own, which --data then names; see open_data.
     """

@@ -193,22 +193,6 @@ def test_cuts_equal_a_dense_maskcut(objects, binary):
     assert (np.abs(maps["max"] - maps["border"]).max((1, 2)) > 0.1).any()
 
 
-def test_two_objects_are_found_one_after_the_other():
-    """The smaller one is a little like the background: the first cut leaves it out."""
-    y, x = np.mgrid[0:12, 0:14]
-    noise = randn(12, 14, 8).numpy() * 0.1
-    first, second = np.hypot(y - 3, x - 3) < 2.6, np.hypot(y - 8, x - 9) < 1.9
-    features = noise + np.eye(8)[0]
-    features[first] = noise[first] + np.eye(8)[1]
-    features[second] = noise[second] + np.eye(8)[2] + 0.25 * np.eye(8)[0]
-    features = torch.from_numpy(features.reshape(1, -1, 8))
-    one, two = (
-        cut_maps(features, (12, 14), model_settings(objects=n))[0] for n in (1, 2)
-    )
-    assert one[first].mean() > 0.6 and one[second].mean() < 0.2
-    assert two[first].mean() > 0.6 and two[second].mean() > 0.35
-
-
 def test_cuts_without_a_solution():
     """All patches alike, or none: flat maps. Features that are not finite: NaN."""
     for alike in (torch.ones(1, 9, 4), torch.eye(9)[None]):

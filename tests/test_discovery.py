@@ -31,8 +31,10 @@ def discover(folder, out, *flags, method="tokencut", data="data"):
     return object_discovery.main([str(x) for x in (*usual, *flags)])
 
 
-def save_encoder(path, **changes):
-    model = attg_mae.build_model(attg_mae.Config(**SMALL | changes))
+def save_encoder(path, change=None, **settings):
+    model = attg_mae.build_model(attg_mae.Config(**SMALL | settings))
+    if change:
+        change(model)
     config = asdict(model.cfg)
     attg_mae.save_checkpoint(path, model=model.state_dict(), config=config)
     return model
@@ -56,7 +58,7 @@ def test_maps_of_a_folder(tmp_path, capsys):
     assert q["images"] == 10 and q["AUROC"] > 80 and q["IoU"] > 30 and q["CorLoc"] > 40
     printed = capsys.readouterr().out
     assert "0 flat, 1 failed, 0 larger" in printed and f"IoU {q['IoU']:.1f}" in printed
-    assert f"failed, unreadable or not finite: {tmp_path}/data/03.png\n" in printed
+    assert f"delete it to try again): {tmp_path}/data/03.png\n" in printed
     assert sorted(p.name for p in out.parent.iterdir()) == ["m.json", "m.npy", "m.png"]
 
     # Nothing is done twice.
@@ -122,18 +124,6 @@ def test_discovered_maps_guide_a_run(labelled, tmp_path):
     assert not np.array_equal(np.load(out), np.load(tmp_path / "dino.npy"))
 
 
-def test_grad_cam_of_a_data_set(tmp_path):
-    colourful(tmp_path, 5, bad=[1])
-    weights = torchvision.models.get_model("mobilenet_v2").state_dict()
-    half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    torch.save(half, tmp_path / "m.pt")
-    flags = ("--backbone", "mobilenet_v2", "--weights", tmp_path / "m.pt")
-    flags += ("--img_size", 64, "--grid", 4)
-    made = discover(tmp_path, tmp_path / "m.npy", *flags, method="gradcam")["manifest"]
-    assert made["shape"] == [5, 4, 4] and made["failed"] == [1]
-    assert made["settings"]["input"] == [64, 64]
-
-
 def test_a_grayscale_backbone_sees_grayscale_images(tmp_path):
     colourful(tmp_path, 3)
     file = tmp_path / "gray.pt"
@@ -161,15 +151,6 @@ def test_a_data_set_from_python(tmp_path):
     flags += ["--out", str(tmp_path / "own.npy"), "--data"]
     made = object_discovery.main([*flags, "mine"], data)["maps"]
     assert np.array_equal(np.load(made), np.load(tmp_path / "files.npy"))
-
-
-def test_map_files_beside_each_other(tmp_path):
-    """Names that look like those of unfinished jobs, and names with glob characters."""
-    colourful(tmp_path, 5)
-    names = ["q.npy.job.npy", "q.npy", "m[1].npy", "0.npy"]
-    made = {discover(tmp_path, tmp_path / "maps" / name)["maps"] for name in names}
-    assert len(list((tmp_path / "maps").iterdir())) == 2 * len(made) == 8
-    assert len({np.load(path).tobytes() for path in made}) == 1
 
 
 def test_weights_are_downloaded_once(tmp_path, monkeypatch):
@@ -219,11 +200,7 @@ def folder(tmp_path, monkeypatch):
     weights = torchvision.models.get_model("mobilenet_v2").state_dict()
     torch.save(weights, "mobilenet.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "mobilenet.pt").read_bytes()[:5000])
-    save_encoder("nan.pt").patch_embed.proj.bias.data.fill_(math.nan)
-    model = save_encoder("nan.pt")
-    model.patch_embed.proj.bias.data.fill_(math.nan)
-    config = asdict(model.cfg)
-    attg_mae.save_checkpoint("nan.pt", model=model.state_dict(), config=config)
+    save_encoder("nan.pt", lambda model: model.pos_embed.data.fill_(math.nan))
     discover(tmp_path, "old.npy")
     return tmp_path
 
@@ -246,7 +223,7 @@ ERRORS = [  # flags, and what the message names
     ("--method dino --sign border", "--sign dino"),
     (f"{PIXELS} --mean 0 0 0", "--mean pixels"),
     ("--backbone pixels --img_size 40", "--img_size 40 16"),
-    ("--method masks", "--masks DIR"),
+    ("--method masks", "--masks folder"),
     (f"{PIXELS} --masks nowhere", "--masks nowhere"),
     (f"{PIXELS} --out unlike.npy --masks empty", "--masks mask"),
     (
