@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from attg.cli import log_line, progress
-from attg.distributed import default_workers, wait
+from attg.distributed import broadcast_from_rank0, wait
 from attg.files import replacing
 from attg.images import MODES, to_8_bits
 from attg.kernels import normalize_map
-from attg.loader import make_loader
+from attg.loader import default_workers, make_loader
 from attg.map_quality import read_mask
 from attg.maps import save_maps
 
@@ -71,13 +71,14 @@ def run_job(compute, images, grid, settings, options, dist_info):
         return
     starts = range(0, len(images), batch_size)
     files = [folder / str(number) for number in range(len(starts))]
-    if rank == 0:
+
+    def begin():
         fingerprint = images.dataset.fingerprint
         job = settings | {"batch_size": batch_size, "fingerprint": fingerprint}
-        begin_or_resume(folder, job, files)
-    wait(world)
+        begin_or_resume(path, folder, job, files)
 
-    # Not a share of all that are missing, which another process may be adding.
+    broadcast_from_rank0(begin, rank, world)
+    # A fixed share: which blocks are missing changes while other processes work.
     missing = {}
     for file, start in list(zip(files, starts, strict=True))[rank::world]:
         if not file.exists():
@@ -98,25 +99,25 @@ def run_job(compute, images, grid, settings, options, dist_info):
 
     wait_for_blocks(files, options.timeout)
     wait(world)
-    if rank == 0:
-        finish(folder, files, images, grid, path, settings)
-    wait(world)
+    broadcast_from_rank0(
+        lambda: finish(path, folder, files, images, grid, settings), rank, world
+    )
 
 
-def begin_or_resume(folder, job, files):
+def begin_or_resume(path, folder, job, files):
     """Write the settings of a new job; ValueError if a job with others has begun."""
-    path = folder / "settings.json"
-    if not path.is_file():
+    settings = folder / "settings.json"
+    if not settings.is_file():
         # Blocks without settings are left over from a removal that was interrupted.
         shutil.rmtree(folder, ignore_errors=True)
-        with replacing(path) as temporary:
+        with replacing(settings) as temporary:
             temporary.write_text(json.dumps(job))
         return
-    changes = changed_settings(job, json.loads(path.read_text()))
+    changes = changed_settings(job, json.loads(settings.read_text()))
     if changes:
         raise ValueError(
-            f"--out {folder.with_suffix('')}: an unfinished job is there with {changes}; "
-            f"use its settings, choose another --out, or delete the folder {folder}"
+            f"--out {path}: an unfinished job is there with {changes}; use its settings, "
+            f"choose another --out, or delete {folder}"
         )
     done = sum(file.exists() for file in files)
     log_line(f"resuming: {done} of {len(files)} blocks are finished")
@@ -153,7 +154,7 @@ def wait_for_blocks(files, minutes):
         time.sleep(0.1 * bool(missing))
 
 
-def finish(folder, files, images, grid, path, settings):
+def finish(path, folder, files, images, grid, settings):
     """Join the blocks into the map file and remove their folder."""
     joined = folder / "joined"
     with open(joined, "wb") as output:
