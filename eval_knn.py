@@ -6,7 +6,7 @@ k-NN on frozen features, with all labels or with few (arXiv 2402.15172, Tables 1
     torchrun --nproc_per_node=8 eval_knn.py CHECKPOINT --data imagenet --k 20
 
 Reports top-1 and top-5 for the class token and for the mean of the patch tokens. The
-encoder sees whole images, nothing is masked. --shots: labelled images per class, drawn
+encoder sees whole images, nothing is masked. --shots: labeled images per class, drawn
 with five seeds. Reads checkpoints of this project, MAE, DINO, timm and Hugging Face.
 
 Shapes: n training images, B test images, D width, C classes, K values of k.
@@ -31,7 +31,8 @@ from attg.evaluation import (
     ShotFlags,
     check_source,
     evaluate,
-    labelled_features,
+    labeled_features,
+    mean_and_deviation,
 )
 from attg.features import FEATURES, knn_classify, knn_rankings
 from attg_mae import load_encoder
@@ -44,7 +45,7 @@ __all__ = ["accuracy", "knn_classify", "main", "retrieval_map"]
 class Settings(EvalFlags, DataFlags, LabelFlags, FeatureFlags, ShotFlags, RunFlags):
     k: tuple = flag(
         (),
-        "numbers of neighbours [20; 5 with --shots]",
+        "numbers of neighbors [20; 5 with --shots]",
         nargs="+",
         type=int,
         low=1,
@@ -102,28 +103,18 @@ def knn_results(x, labels, queries, truth, settings, dist_info):
         percent = []
         for seed in range(settings.seeds):
             rows = shot_indices(labels, shots, seed)
-            percent.append(accuracy(x[rows], labels[rows], queries, truth, *options))
-        percent = torch.stack(percent)  # (seeds, K, 2)
+            run = accuracy(x[rows], labels[rows], queries, truth, *options)
+            percent.append(run.tolist())  # (seeds, K, 2) in all
         counts = {"seeds": settings.seeds, "images": len(rows)}
-        for k, values in zip(settings.k, percent.unbind(1), strict=True):
+        for k, *runs in zip(settings.k, *percent, strict=True):
             result = {"protocol": f"{shots} shots", "k": k}
-            results.append(result | mean_and_deviation(values) | counts)
+            results.append(result | mean_and_deviation(runs) | counts)
     return results
-
-
-def mean_and_deviation(values):
-    """Metrics of (seeds, 2) top-1 and top-5; the deviation of a single seed is 0."""
-    correction = min(1, len(values) - 1)
-    return {
-        "top-1": values[:, 0].mean().item(),
-        "+-": values[:, 0].std(correction=correction).item(),
-        "top-5": values[:, 1].mean().item(),
-    }
 
 
 def evaluate_knn(settings, data, dist_info):
     """Results of both features on all test sets, and all settings."""
-    parts = labelled_features(load_encoder, settings, data, dist_info)
+    parts = labeled_features(load_encoder, settings, data, dist_info)
     record = dataclasses.asdict(settings) | parts.pop("settings")
     train = parts.pop("train")
     results = []

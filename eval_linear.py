@@ -8,7 +8,7 @@ Linear probes of an encoder (arXiv 2402.15172, Tables 1, 5, 6 and 7).
 
 --protocol features (default): features are computed once, and linear layers are trained
 on them with ten learning rates for 100 epochs, at least 1,000 steps; held-out training
-images select the learning rate. --shots: labelled images per class.
+images select the learning rate. --shots: labeled images per class.
 
 --protocol mae: the probe of facebookresearch/mae on random crops, by LARS: 90 epochs (50
 from ViT-L on), 16,384 images per batch, blr 0.1, 10 epochs of warm-up, no weight decay.
@@ -50,7 +50,8 @@ from attg.evaluation import (
     ShotFlags,
     check_source,
     evaluate,
-    labelled_features,
+    labeled_features,
+    mean_and_deviation,
 )
 from attg.features import FEATURES
 from attg.files import sha256
@@ -223,7 +224,7 @@ def probe_features(settings, data, dist_info):
         batch_size=settings.batch_size or 256,
         precision=settings.precision or "fp32",
     )
-    parts = labelled_features(load_encoder, settings, data, dist_info)
+    parts = labeled_features(load_encoder, settings, data, dist_info)
     record = dataclasses.asdict(settings) | parts.pop("settings") | {"held_out": {}}
     if rank != 0:
         return [], record  # rank 0 trains alone
@@ -233,6 +234,13 @@ def probe_features(settings, data, dist_info):
     if settings.shots:
         seeds = range(settings.seeds)
         cases = [(f"{shots} shots", shots, seeds) for shots in settings.shots]
+    probe = functools.partial(
+        linear_probe,
+        lrs=settings.lrs,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        device=device,
+    )
     results = []
     for feature in FEATURES:
         tests = {name: (part[feature], part["labels"]) for name, part in parts.items()}
@@ -241,40 +249,20 @@ def probe_features(settings, data, dist_info):
             for seed in seeds:
                 rows = shot_indices(train["labels"], shots, seed)
                 x, labels = train[feature][rows], train["labels"][rows]
-                run = linear_probe(
-                    x,
-                    labels,
-                    tests,
-                    lrs=settings.lrs,
-                    epochs=settings.epochs,
-                    batch_size=settings.batch_size,
-                    seed=seed,
-                    device=device,
-                )
-                runs.append(run)
-                pairs = zip(settings.lrs, run["held_out"], strict=True)
+                runs.append(probe(x, labels, tests, seed=seed))
+                pairs = zip(settings.lrs, runs[-1]["held_out"], strict=True)
                 grid = {f"{lr:.2g}": round(top1, 2) for lr, top1 in pairs}
                 case = f"{feature}, {protocol}, seed {seed}"
                 record["held_out"][case] = grid
                 log_line(f"{case}, held-out top-1 by learning rate: {grid}")
             for name in tests:
+                metrics = mean_and_deviation([run["results"][name] for run in runs])
+                if not settings.shots:
+                    del metrics["+-"]
+                metrics["lr"] = " ".join(f"{run['lr']:.2g}" for run in runs)
                 result = {"feature": feature, "protocol": protocol, "test": name}
-                metrics = summarize(runs, name, deviation=bool(settings.shots))
                 results.append(result | metrics | {"images": len(rows)})
     return results, record
-
-
-def summarize(runs, name, deviation):
-    """Mean metrics of linear_probe on a test set, with the standard deviation if asked."""
-    percent = torch.tensor([run["results"][name] for run in runs], dtype=torch.float64)
-    top1, top5 = percent.unbind(dim=1)  # (seeds,)
-    metrics = {"top-1": top1.mean().item()}
-    if deviation:
-        # 0 for a single run.
-        metrics["+-"] = top1.std(correction=min(1, len(runs) - 1)).item()
-    metrics["top-5"] = top5.mean().item()
-    metrics["lr"] = " ".join(f"{run['lr']:.2g}" for run in runs)
-    return metrics
 
 
 # -- MAE's probe -----------------------------------------------------------------------

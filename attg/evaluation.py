@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import json
+import os
+import statistics
 import time
 from pathlib import Path
 
 import torch
 
-from attg.cli import check_unused, flag, log_line, print_table
+from attg.cli import check_unused, flag, log_line, make_folder, print_table
 from attg.datasets import open_labelled, resolve_dataset, shot_indices
 from attg.distributed import exclusive_run, processes
 from attg.features import make_features, read_features
@@ -39,7 +41,7 @@ class EvalFlags:
 
 @dataclasses.dataclass(kw_only=True)
 class LabelFlags:
-    """Labelled images."""
+    """Labeled images."""
 
     val: tuple = flag(
         ("test",),
@@ -101,8 +103,8 @@ def open_sets(settings, data, cfg, **options):
     return open_labelled(data, settings.val, cfg.size, **options)
 
 
-def labelled_features(load_encoder, settings, data, dist_info):
-    """Features of the training set, labelled images only, and of the test sets.
+def labeled_features(load_encoder, settings, data, dist_info):
+    """Features of the training set, labeled images only, and of the test sets.
 
     They are read from --features, or computed with load_encoder(checkpoint, img_size=...).
     Returns the dict of make_features.
@@ -114,7 +116,7 @@ def labelled_features(load_encoder, settings, data, dist_info):
         labelled = train["labels"] >= 0
         if not labelled.any() or len(parts) < 3:
             raise ValueError(
-                f"--features {settings.features}: must hold labelled images and a test "
+                f"--features {settings.features}: must hold labeled images and a test "
                 "set; for image retrieval use eval_retrieval.py"
             )
         parts["train"] = {name: x[labelled] for name, x in train.items()}
@@ -179,28 +181,30 @@ def evaluate(program, settings, protocol, data=None):
 
 def check_outputs(out, settings):
     """Fail early, with OSError, if an output path is not writable."""
-    outputs = []
-    # Without --out the file lies beside the checkpoint, whose name may be wrong.
-    if settings.out or out.parent.is_dir():
-        outputs.append(("out", out))
+    paths = {"out": settings.out}
+    # By default it lies beside the checkpoint, whose name may be wrong.
+    if out.parent.is_dir():
+        paths["out"] = out
     for name in ("save", "save_features"):
-        path = getattr(settings, name, None)
-        if path:
-            outputs.append((name, Path(path)))
-    for name, path in outputs:
-        exists = path.exists()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                open(path, "ab").close()
-            finally:
-                # Also after Ctrl-C: an empty file would count as damaged.
-                if not exists:
-                    path.unlink(missing_ok=True)
-        except OSError as error:
-            raise OSError(
-                f"--{name} {path}: not writable ({error.strerror}); choose another file"
-            ) from error
+        paths[name] = getattr(settings, name, None)
+    for name, path in paths.items():
+        if not path:
+            continue
+        folder = Path(path).parent
+        make_folder(name, folder)
+        if Path(path).is_dir() or not os.access(folder, os.W_OK):
+            raise OSError(f"--{name} {path}: not writable; choose another file")
+
+
+def mean_and_deviation(runs):
+    """Metrics of [[top-1, top-5] of each seed]; the deviation of a single seed is 0."""
+    top1, top5 = zip(*runs, strict=True)
+    deviation = statistics.stdev(top1) if len(top1) > 1 else 0.0
+    return {
+        "top-1": statistics.mean(top1),
+        "+-": deviation,
+        "top-5": statistics.mean(top5),
+    }
 
 
 def without_nan(result):

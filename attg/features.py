@@ -1,7 +1,7 @@
 """
 Features of whole images (nothing is masked), their files, and the k-NN classifier.
 
-Shapes: n training images, B test images, D width, C classes, k neighbours.
+Shapes: n training images, B test images, D width, C classes, k neighbors.
 """
 
 import torch
@@ -97,36 +97,28 @@ def read_features(path):
     unknown = sorted(set(settings) - set(SOURCE))
     if unknown:
         raise ValueError(f"--features {path}: unknown settings: {unknown}")
-    widths = {}
-    for name, part in parts.items():
-        if name == "settings":
-            continue
-        try:
-            widths[name] = check_features(part)
-        except ValueError as error:
-            raise ValueError(f"--features {path}: {name}: {error}") from error
-    if any(width != widths["train"] for width in widths.values()):
-        raise ValueError(f"--features {path}: features of different widths: {widths}")
+    widths = {part: check_features(parts[part]) for part in parts if part != "settings"}
+    wrong = [part for part, width in widths.items() if width != widths["train"]]
+    if not widths["train"] or wrong:
+        raise ValueError(f"--features {path}: damaged: {wrong or 'train'}")
     return parts | {"settings": settings}
 
 
 def check_features(part):
-    """Widths of the features of a data set; ValueError unless all its tensors fit."""
-    tensors = isinstance(part, dict) and set(part) == {*FEATURES, "labels"}
-    if not (tensors and all(isinstance(x, torch.Tensor) for x in part.values())):
-        raise ValueError(f"must hold the tensors {FEATURES} and labels")
-    labels = part["labels"]
+    """Widths of the features of a data set; None unless all its tensors agree."""
+    if not isinstance(part, dict) or set(part) != {*FEATURES, "labels"}:
+        return None
+    labels, *tensors = (part[name] for name in ("labels", *FEATURES))
+    if not all(isinstance(x, torch.Tensor) for x in (labels, *tensors)):
+        return None
     if labels.dtype != torch.int64 or labels.dim() != 1 or len(labels) == 0:
-        raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}")
+        return None
     if labels.min() < -1 or labels.max() >= MAX_CLASSES:
-        raise ValueError(f"labels from {labels.min()} to {labels.max()}")
-    widths = []
-    for feature in FEATURES:
-        x = part[feature]
+        return None
+    for x in tensors:
         if not x.is_floating_point() or x.dim() != 2 or len(x) != len(labels):
-            raise ValueError(f"{feature} is {x.dtype} {tuple(x.shape)}")
-        widths.append(x.shape[1])
-    return widths
+            return None
+    return [x.shape[1] for x in tensors]
 
 
 # -- k-NN ------------------------------------------------------------------------------
@@ -143,7 +135,7 @@ def knn_classify(
     """Classify by weighted k-NN (DINO's): the classes of each test image, best first.
 
     train_features (n, D), train_labels (n,) int64, test_features (B, D); all on one
-    device. Each of the k neighbours of highest cosine s votes exp(s / temperature) for
+    device. Each of the k neighbors of highest cosine s votes exp(s / temperature) for
     its class. Returns (B, min(5, C)).
     """
     rankings = knn_rankings(
@@ -165,13 +157,13 @@ def knn_rankings(
     num_classes = num_classes or int(train_labels.max()) + 1
     bank = F.normalize(train_features.float(), dim=1).T  # (D, n)
     queries = F.normalize(test_features.float(), dim=1)  # (B, D)
-    neighbours = min(max(ks), bank.shape[1])
+    neighbors = min(max(ks), bank.shape[1])
     # Similarities or votes per chunk: limited by a GPU's memory, or by a CPU's cache.
     max_values = 2**26 if bank.is_cuda else 2**23
     row = max(bank.shape[1], len(ks) * num_classes)
     rankings = []
     for x in queries.split(max(1, max_values // row)):
-        similarity, ids = (x @ bank).topk(neighbours, dim=1)  # (b, k)
+        similarity, ids = (x @ bank).topk(neighbors, dim=1)  # (b, k)
         labels = train_labels[ids]
         # A common factor changes no ranking, and subtracting 1 rules out an overflow.
         weights = ((similarity - 1) / temperature).exp()

@@ -4,12 +4,11 @@ Deviations over seeds, of few shots: those of samples.
 
 import numpy as np
 import pytest
-import torch
 
 import attg_mae
 import eval_knn
-import eval_linear
 from attg.datasets import shot_indices
+from attg.evaluation import mean_and_deviation
 from tests.helpers import blobs, save_features
 
 # Of these the sample deviation is sqrt(7 / 3), that of a population sqrt(14 / 9).
@@ -17,16 +16,10 @@ SEEDS = [1.0, 2.0, 4.0]
 
 
 def test_deviations_are_those_of_samples():
-    tops = torch.tensor([[x, 10 * x] for x in SEEDS], dtype=torch.float64)
-    knn = eval_knn.mean_and_deviation(tops)
-    assert knn == pytest.approx({"top-1": 7 / 3, "+-": (7 / 3) ** 0.5, "top-5": 70 / 3})
-    assert eval_knn.mean_and_deviation(tops[:1])["+-"] == 0
-    runs = [{"results": {"t": [x, 10 * x]}, "lr": 0.1} for x in SEEDS]
-    linear = eval_linear.summarize(runs, "t", True)
-    assert linear.pop("lr") == "0.1 0.1 0.1"
-    assert linear == pytest.approx(knn)
-    assert eval_linear.summarize(runs[:1], "t", True)["+-"] == 0
-    assert "+-" not in eval_linear.summarize(runs, "t", False)
+    runs = [[x, 10 * x] for x in SEEDS]
+    want = {"top-1": 7 / 3, "+-": (7 / 3) ** 0.5, "top-5": 70 / 3}
+    assert mean_and_deviation(runs) == pytest.approx(want)
+    assert mean_and_deviation(runs[:1])["+-"] == 0
 
 
 def test_deviations_in_the_rows_are_over_the_seeds(tmp_path):
