@@ -134,27 +134,11 @@ def fit(
     if start > 0 and rank == 0:
         epoch = start // epoch_steps
         log_line(f"resuming {settings.save} after epoch {epoch} of {settings.epochs}")
-    batches = ResumableBatchSampler(
-        len(train_set),
-        settings.batch_size,
-        start,
-        total_steps,
-        settings.seed,
-        settings.accum,
-        rank,
-        world,
-    )
-    loader = make_loader(
-        train_set,
-        workers=settings.workers,
-        batch_sampler=batches,
-        pin_memory=device.type == "cuda",
-    )
-    samples = iter(loader)
+    samples = micro_batches(train_set, settings, start, total_steps, dist_info)
     parallel = DistributedDataParallel(model) if world > 1 else model
     model.train()
 
-    losses = torch.zeros(2, device=device)  # sum and number of this epoch's losses
+    losses = []  # of this epoch, on the device
     steps = range(start, total_steps)
     hidden = {"disable": True} if rank != 0 else {}
     for step in progress(steps, initial=start, total=total_steps, **hidden):
@@ -167,13 +151,13 @@ def fit(
                 imgs, targets = mix(imgs, targets, train_set.num_classes)
             last = micro + 1 == settings.accum
             loss = backward(parallel, imgs, targets, settings, label_smoothing, last)
-            losses += torch.stack([loss, torch.ones((), device=device)])
+            losses.append(loss)
         optimizer.step()
         optimizer.zero_grad()
         epoch, rest = divmod(step + 1, epoch_steps)
         if rest == 0:
             loss = check_epoch(epoch, losses, train_set)
-            losses.zero_()
+            losses.clear()
             if rank == 0:
                 log_line(f"epoch {epoch}/{settings.epochs} loss {loss:.4f} lr {lr:.2e}")
                 if settings.save:
@@ -194,6 +178,28 @@ def set_lr(optimizer, step, epoch_steps, settings, lr_at):
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
     return lr
+
+
+def micro_batches(train_set, settings, start, total_steps, dist_info):
+    """Iterator over this rank's micro-batches, Samples, from step `start` on."""
+    device, rank, world = dist_info
+    sampler = ResumableBatchSampler(
+        len(train_set),
+        settings.batch_size,
+        start,
+        total_steps,
+        settings.seed,
+        settings.accum,
+        rank,
+        world,
+    )
+    loader = make_loader(
+        train_set,
+        workers=settings.workers,
+        batch_sampler=sampler,
+        pin_memory=device.type == "cuda",
+    )
+    return iter(loader)
 
 
 def to_device(sample, model, device):
@@ -227,7 +233,7 @@ def backward(model, imgs, targets, settings, label_smoothing, last):
 
 def check_epoch(epoch, losses, train_set):
     """Mean loss of an epoch; ValueError if it is not finite or images are unreadable."""
-    loss = (losses[0] / losses[1]).item()
+    loss = torch.stack(losses).mean().item()
     if not math.isfinite(loss):
         raise ValueError(
             f"loss not finite in epoch {epoch}; try a lower --blr or --precision fp32"
