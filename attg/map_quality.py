@@ -59,9 +59,8 @@ def quality(maps, truth):
         if mask is None or mask.all() or not mask.any():
             continue
         m = np.float32(m)
-        upsampled = F.interpolate(
-            torch.from_numpy(m)[None, None], mask.shape, mode="bilinear"
-        )[0, 0].numpy()
+        m_4d = torch.from_numpy(m)[None, None]
+        upsampled = F.interpolate(m_4d, mask.shape, mode="bilinear")[0, 0].numpy()
         # As in TokenCut, the threshold is the mean of the map before upsampling.
         region = upsampled > m.mean()
         iou = (region & mask).sum() / (region | mask).sum()
@@ -78,8 +77,7 @@ def quality(maps, truth):
 def is_localized(m, mask):
     """CorLoc of one image: do the boxes of map and mask overlap with IoU > 0.5?
 
-    The box of the map m (h, w) is that of the component that holds its maximum; the mask
-    is bool (H, W).
+    m (h, w): its box is that of the component that holds the maximum. mask: bool (H, W).
     """
     scale = np.array(mask.shape) / m.shape
     low, high = bounding_box(peak_component(m, m.mean())) * scale
@@ -91,10 +89,7 @@ def is_localized(m, mask):
 
 
 def auroc(values, mask):
-    """Area under the ROC curve of values (H, W) as a score of object pixels.
-
-    Computed from ranks (Mann-Whitney); ties count half.
-    """
+    """Area under the ROC curve of values (H, W), from ranks (Mann-Whitney)."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     # Ties share their mean rank. The shape of `inverse` depends on NumPy's version.
     mean_ranks = counts.cumsum() - (counts - 1) / 2

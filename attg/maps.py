@@ -99,21 +99,22 @@ def refusal(path, reason, remedy="make the maps again with object_discovery.py")
 
 
 def read_manifest(path):
-    """Read the manifest, a dict as save_maps writes it, of the map file `path`."""
-    json_path = path.with_suffix(".json")
-    if not json_path.is_file():
-        reason = f"the manifest {json_path.name} is missing"
-        raise refusal(path, reason, "keep it beside the .npy")
+    """Read the manifest of the map file `path`, a dict as save_maps writes it."""
+    file = path.with_suffix(".json")
+    if not file.is_file():
+        raise refusal(
+            path, f"the manifest {file} is missing", "keep it beside the .npy"
+        )
     try:
-        manifest = json.loads(json_path.read_text())
+        manifest = json.loads(file.read_text())
         check_manifest(manifest)
     # Not JSON, nested beyond Python's recursion limit, or JSON of something else.
     except (ValueError, RecursionError) as error:
-        reason = f"the manifest {json_path.name} is damaged ({error})"
-        raise refusal(path, reason) from error
+        raise refusal(path, f"the manifest {file} is damaged ({error})") from error
     if "version" not in manifest:
-        settings = manifest["settings"].items()
-        manifest["settings"] = {RENAMED.get(key, key): value for key, value in settings}
+        for old, new in RENAMED.items():
+            if old in manifest["settings"]:
+                manifest["settings"][new] = manifest["settings"].pop(old)
     return manifest
 
 
@@ -129,8 +130,6 @@ def check_manifest(manifest):
         # isinstance would accept True as a number.
         if type(manifest.get(key)) is not kind:
             raise ValueError(f"{key} is missing or not a {kind.__name__}")
-    if not manifest["method"].isprintable():
-        raise ValueError("method is not printable text")
     number = manifest["number"]
     if manifest["shape"][:1] != [number]:
         raise ValueError(f"shape {manifest['shape']} instead of [{number}, h, w]")
@@ -147,8 +146,7 @@ def load_maps(path, dataset):
     """
     path = Path(path)
     if path.suffix != ".npy" or not path.is_file():
-        remedy = "give the NAME.npy that object_discovery.py wrote"
-        raise refusal(path, "no such .npy file", remedy)
+        raise refusal(path, "no such .npy file", "make it with object_discovery.py")
     manifest = read_manifest(path)
     check_data(path, manifest, dataset)
     try:
@@ -156,8 +154,7 @@ def load_maps(path, dataset):
         maps = np.lib.format.open_memmap(path, mode="r")
     # The header is a Python expression: a damaged one raises anything.
     except Exception as error:
-        reason = f"truncated or not a .npy file ({error})"
-        raise refusal(path, reason) from error
+        raise refusal(path, f"truncated or not a .npy file ({error})") from error
     shape = manifest["shape"]
     right_type = maps.dtype == np.float16 and maps.flags.c_contiguous
     if not right_type or maps.ndim != 3 or list(maps.shape) != shape:
@@ -180,13 +177,12 @@ def check_data(path, manifest, dataset):
     """ValueError unless the maps were made for these images, in this order."""
     number, fingerprint = manifest["number"], manifest["fingerprint"]
     if number != len(dataset) or dataset.matches(fingerprint) != "exact":
-        raise refusal(
-            path,
+        reason = (
             f"made for other data ({number} images, fingerprint {fingerprint[:12]}, but "
             f"--data has {len(dataset)}, {dataset.fingerprint[:12]}; number, names and "
-            "sizes of the files count)",
-            "use the --data and --classes it was made with",
+            "sizes of the files count)"
         )
+        raise refusal(path, reason, "use the --data and --classes it was made with")
 
 
 def open_maps(path, dataset, name):
