@@ -1,5 +1,5 @@
 """
-Pictures of what a model predicts, and of how a run went.
+Figures of a run: reconstructions, sheets of maps, curves.
 """
 
 import math
@@ -14,15 +14,15 @@ from torchvision.transforms.functional import to_pil_image
 
 @torch.no_grad()
 def reconstruct(model, imgs, noise):
-    """Normalized imgs (B, C, H, W) -> two of them in [0, 1]: masked, and completed.
+    """Normalized imgs (B, C, H, W) -> (masked, completed), both in [0, 1].
 
-    noise (B, L) decides the mask; the visible patches are pasted in. Normalized
-    predictions get the mean and deviation of the true patch, which the model does not
-    know: the pictures look better than it is.
+    noise (B, L) decides the mask; the visible patches are pasted in. Predictions of
+    normalized patches get the mean and deviation of the true patch, which the model does
+    not know, so they look better than the model is.
     """
     cfg = model.cfg
-    # forward, past torch.compile, which would compile anew for this batch.
-    _, pred, mask = model.forward(imgs, mask_ratio=cfg.mask_ratio, noise=noise)
+    # forward bypasses torch.compile, which would recompile for this batch size.
+    _, pred, mask = model.forward(imgs, noise=noise)
     patches = model.patchify(imgs)
     if cfg.norm_pix:
         var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
@@ -41,10 +41,10 @@ def denormalize(imgs, cfg):
 
 
 def save_reconstructions(path, model, imgs, m_norm, noise):
-    """A sheet: original | map | masked | reconstruction. m_norm (B, L) or None."""
+    """Save a sheet: image | map | masked | reconstruction. m_norm (B, L) or None."""
     cfg = model.cfg
     masked, completed = reconstruct(model, imgs, noise)
-    columns = [("original", denormalize(imgs, cfg))]
+    columns = [("image", denormalize(imgs, cfg))]
     if m_norm is not None:
         shown = F.interpolate(m_norm.view(-1, 1, *cfg.grid), cfg.size)
         columns.append(("map", shown.expand(-1, 3, -1, -1)))
@@ -82,8 +82,8 @@ def can_draw_curves():
 
 
 def save_curves(path, records):
-    """Draws the lines of a log.jsonl, dicts, over the steps: a panel for each unit."""
-    # Not pyplot, which would look for a screen.
+    """Save curves of the records of a log.jsonl over the steps, a panel per unit."""
+    # Not pyplot, which would look for a display.
     from matplotlib.figure import Figure
 
     panels = {
@@ -99,7 +99,7 @@ def save_curves(path, records):
         for name in names:
             for label, points in curves(records, name).items():
                 steps, values = zip(*points, strict=True)
-                # Single points would not be seen.
+                # A line of one point is invisible.
                 marker = "." if len(steps) < 30 else None
                 axes.plot(steps, values, label=label, marker=marker)
         axes.set_xlabel("step")
@@ -109,12 +109,10 @@ def save_curves(path, records):
 
 
 def curves(records, name):
-    """{label: [(step, value), ...]} of what the log tells by this name."""
+    """{label: [(step, value), ...]} of a key of the log; knn holds one per feature."""
     points = {}
     for record in records:
-        values = {name: record.get(name)}
-        if name == "knn":
-            values = record.get(name, {})
+        values = record.get(name, {}) if name == "knn" else {name: record.get(name)}
         for label, value in values.items():
             if value is not None:
                 label = label.replace("_", " ") if name == "knn" else label
@@ -122,44 +120,33 @@ def curves(records, name):
     return points
 
 
-# A sheet of pictures, in px.
-SHEET_GAP = 4  # between pictures, and around the sheet
-SHEET_TITLES = 20  # height of the line of titles
-SHEET_NAMES = 66  # width of the column of row names
-
-
 def save_sheet(path, columns, rows=(), cell=96):
-    """
-    Writes a sheet of pictures, small ones enlarged to about `cell` px of height.
+    """Save a sheet of images, small ones enlarged to about `cell` px of height.
 
-    columns: [(title, floats (n, 3, h, w) in [0, 1]), ...], rows: a name for each row.
+    columns: [(title, floats (n, 3, h, w) in [0, 1]), ...]; rows: a name per row.
     """
+    gap, title_height, name_width = 4, 20, 66  # px
     number, _, height, width = columns[0][1].shape
-    # Whole multiples, so that each pixel of a small picture stays a square.
+    # A whole factor, so that each pixel of a small image stays a square.
     zoom = max(1, cell // height)
-    height *= zoom
-    width *= zoom
-    left = SHEET_NAMES if rows else SHEET_GAP
-    step_x = width + SHEET_GAP
-    step_y = height + SHEET_GAP
+    height, width = height * zoom, width * zoom
+    left = name_width if rows else gap
 
-    # A title may be wider than its pictures; only a canvas can measure it.
+    # A title may be wider than its images.
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    right = 0
-    for column, (title, _) in enumerate(columns):
-        needed = max(step_x, draw.textlength(title))
-        right = max(right, column * step_x + needed)
-
-    size = (int(left + right), SHEET_TITLES + number * step_y)
+    title_width = max(draw.textlength(title) for title, _ in columns)
+    right = len(columns) * (width + gap) + max(0, title_width - width)
+    size = (int(left + right), title_height + number * (height + gap))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(rows):
-        draw.text((6, 14 + row * step_y + height // 2), name, fill="black")
+        y = title_height + row * (height + gap) + height // 2 - 6
+        draw.text((6, y), name, fill="black")
     for column, (title, images) in enumerate(columns):
-        x = left + column * step_x
+        x = left + column * (width + gap)
         draw.text((x, 4), title, fill="black")
         for row, image in enumerate(images):
             tile = to_pil_image(image.cpu())
             tile = tile.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(tile, (x, SHEET_TITLES + row * step_y))
+            sheet.paste(tile, (x, title_height + row * (height + gap)))
     sheet.save(path)
