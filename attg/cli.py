@@ -174,7 +174,14 @@ def kinds_of(field):
 
 def value_type(field):
     """Type of a flag's value on the command line, of each value if it takes several."""
-    return field.metadata["options"].get("type", kinds_of(field)[0])
+    kinds = kinds_of(field)
+    default = int_or_word if {int, str} <= set(kinds) else kinds[0]
+    return field.metadata["options"].get("type", default)
+
+
+def int_or_word(text):
+    """Type of a flag such as --accum, a whole number or auto."""
+    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def check_unused(settings, names, reason):

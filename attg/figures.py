@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch.utils.data import default_collate
 from torchvision.transforms.functional import to_pil_image
+
+from attg.seeding import generator_for
 
 
 @torch.no_grad()
@@ -28,9 +31,17 @@ def reconstruct(model, imgs, noise):
         var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         pred = pred * (var + 1e-6).sqrt() + mean
     hidden = mask[..., None].bool()
-    masked = model.unpatchify(patches.masked_fill(hidden, 0.0))
-    completed = model.unpatchify(torch.where(hidden, pred, patches))
+    masked = unpatchify(patches.masked_fill(hidden, 0.0), cfg)
+    completed = unpatchify(torch.where(hidden, pred, patches), cfg)
     return denormalize(masked, cfg), denormalize(completed, cfg)
+
+
+def unpatchify(patches, cfg):
+    """Patches (B, L, P) -> images (B, C, H, W), the inverse of attg_mae.patchify."""
+    (h, w), p = cfg.grid, cfg.patch_size
+    x = patches.reshape(-1, h, w, p, p, cfg.in_chans)
+    x = torch.einsum("bhwpqc->bchpwq", x)  # (B, C, h, p, w, p)
+    return x.reshape(-1, cfg.in_chans, h * p, w * p)
 
 
 def denormalize(imgs, cfg):
@@ -53,6 +64,27 @@ def save_reconstructions(path, model, imgs, m_norm, noise):
         title += " (true patch mean, std)"
     columns += [("masked", masked), (title, completed)]
     save_sheet(path, columns)
+
+
+def save_examples(model, run, draw_noise, pool_maps, count=8):
+    """Draw reconstructions.png: training images at even distances, with their maps if any.
+
+    run: attg.trainer.Setup. draw_noise, pool_maps: attg_mae's.
+    """
+    cfg, path = run.cfg, Path(run.cfg.out, "reconstructions.png")
+    if run.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        count = min(count, len(run.train_set))
+        ids = torch.linspace(0, len(run.train_set) - 1, count).long()
+        sample = default_collate([run.train_set[i] for i in ids.tolist()])
+        imgs, m_norm = model.normalize(sample.image.to(run.device)), None
+        if run.maps is not None:
+            maps = torch.from_numpy(run.maps[sample.index.numpy()])
+            not_flipped = torch.zeros(count, dtype=torch.bool)
+            m_norm = pool_maps(maps, sample.box, not_flipped, cfg.grid).to(run.device)
+        noise = draw_noise(count, cfg.grid, generator_for("masks", cfg.seed, 0))
+        save_reconstructions(path, model, imgs, m_norm, noise.to(run.device))
+    run.log.say(f"examples: {path}")
 
 
 def save_map_sheet(path, imgs, maps, tau=0.75):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Subset, default_collate
+from torch.utils.data import Subset
 
 from attg.checkpoint import (
     check_settings,
@@ -194,12 +194,6 @@ def dry_run(model, run, images):
 
 
 # -- Examples and results --------------------------------------------------------------
-
-
-def examples(dataset, count=8):
-    """A batched Sample of images at even distances in a data set."""
-    ids = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
-    return default_collate([dataset[i] for i in ids.tolist()])
 
 
 def result(run, step, stopped=None, val_mse=None, knn=None):

@@ -10,7 +10,7 @@ import re
 import torch
 import torch.nn.functional as F
 
-from attg.checkpoint import load_checkpoint
+from attg.checkpoint import load_checkpoint, load_state
 
 DECODER = re.compile("decoder|mask_token")
 CLASSIFIER = re.compile("head|fc_norm|pooler|classifier")
@@ -160,6 +160,18 @@ def config_from_checkpoint(kind, settings, state, name, heads=None):
     return cfg
 
 
+def read_encoder(kind, source, heads=None, img_size=None):
+    """Config (of class `kind`), weights and name of the encoder in a file or state dict.
+
+    heads, img_size: see attg_mae.load_encoder.
+    """
+    weights, settings, name = read_weights(source)
+    cfg = config_from_checkpoint(kind, settings, weights, name, heads)
+    if img_size:
+        cfg = dataclasses.replace(cfg, img_size=img_size)
+    return cfg, weights, name
+
+
 # -- Positions -------------------------------------------------------------------------
 
 
@@ -196,12 +208,28 @@ def resize_positions(positions, old, grid):
 # -- Loading into a model --------------------------------------------------------------
 
 
+def load_initial(model, run, checkpoint, sincos_table):
+    """Load the weights of the checkpoint or of --init; without them the model stays fresh.
+
+    run: attg.trainer.Setup. checkpoint: parts of last.pt, or None.
+    """
+    cfg = run.cfg
+    if checkpoint:
+        load_state(model, checkpoint["model"], checkpoint["path"])
+    elif cfg.init:
+        weights = read_weights(cfg.init)[0]
+        message = load_weights(model, weights, cfg.init, sincos_table)
+        run.log.say(f"--init {cfg.init}: {message}")
+
+
 def load_weights(model, state, name, sincos_table):
     """Load the state dict of read_weights; returns a note on unused and missing weights.
 
     ValueError if the encoder is incomplete, or if a weight does not fit the model.
     """
     state = dict(state)
+    if not hasattr(model, "mask_token"):
+        state = {key: x for key, x in state.items() if not DECODER.match(key)}
     for key in POSITIONS:
         if key in state:
             own = model.get_parameter(key)

@@ -23,15 +23,15 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from attg.cli import flag, parse, run_cli
 from attg.datasets import open_data
-from attg.figures import denormalize
+from attg.figures import denormalize, unpatchify
 from attg.loader import ResumableBatchSampler
 from attg.seeding import generator_for, seed_for
 from attg_mae import (
     MAE,
     Config,
     crop_maps,
-    flip_and_normalize,
     mask_noise,
+    model_inputs,
     patch_weights,
     resolve,
     tau_at,
@@ -87,7 +87,7 @@ def take_step(model, batch, tau):
     loss is not that of MAE.forward.
     """
     cfg, step = model.cfg, SimpleNamespace(noise=batch.noise)
-    step.imgs = flip_and_normalize(batch, cfg)
+    step.imgs, _, _ = model_inputs(batch, cfg, tau)
     step.m_norm, _ = crop_maps(batch.maps, batch.box, batch.flip, cfg)
     step.weight = patch_weights(step.m_norm, tau)
     step.patches = model.patchify(step.imgs)
@@ -148,7 +148,7 @@ def draw(path, step, batch, image, model, tau):
     cfg, grid = model.cfg, model.cfg.grid
     numbers = [str(i) for i in range(step.mask.shape[1])]
     kept = set(step.ids_keep[0].tolist())
-    visible = model.unpatchify(step.patches * (1 - step.mask[..., None]))
+    visible = unpatchify(step.patches * (1 - step.mask[..., None]), cfg)
     box = batch.box[0].tolist()
     total, hidden = step.product.sum().item(), step.mask.sum().item()
 
@@ -179,11 +179,11 @@ def draw(path, step, batch, image, model, tau):
         values(step.mask, "6  mask", "1 = hidden = predicted", ".0f"),
         # Normalized values are mostly within 2.5 of 0.
         picture(
-            0.5 + model.unpatchify(step.x_norm)[0] / 5,
+            0.5 + unpatchify(step.x_norm, cfg)[0] / 5,
             "7  x_norm",
             "each patch by its mean and deviation",
         ),
-        picture(0.5 + model.unpatchify(step.pred)[0] / 5, "8  pred", "of all patches"),
+        picture(0.5 + unpatchify(step.pred, cfg)[0] / 5, "8  pred", "of all patches"),
         values(step.error, "9  l", "mean of (pred - x_norm)^2 over a patch"),
         values(step.m_norm, "10  M_norm", "mean of the map over each patch", largest=1),
         values(step.weight, f"11  w = exp(M_norm / {tau:g})", "Eq. 1"),

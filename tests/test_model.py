@@ -298,7 +298,7 @@ def test_forward_refuses_wrong_arguments():
     for tau in (0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"tau: got {tau}; pass a finite number"):
             model(imgs, attn=torch.rand(2, 4), tau=tau)
-    with pytest.raises(ValueError, match=r"attn, weight: .*\(2, 4\)"):
+    with pytest.raises(ValueError, match=r"attn: .*\(2, 4\)"):
         model(imgs, attn=torch.rand(2, 5))
     with pytest.raises(ValueError, match="imgs: got"):
         model(imgs[..., 1:])
