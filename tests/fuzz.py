@@ -50,14 +50,14 @@ def within(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-def largest_memory(anew=False):
+def largest_memory(reset=False):
     """Bytes of memory in use at the most, since the start or the last call with anew.
 
     0 where the system does not tell.
     """
     if not Path("/proc/self/clear_refs").exists():
         return 0
-    if anew:
+    if reset:
         Path("/proc/self/clear_refs").write_text("5")
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
@@ -117,7 +117,7 @@ def png(width, height, depth=8, colour=2, row=None, rows=None):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
 
 
-def odd_picture(folder, rng):
+def odd_image(folder, rng):
     """Writes a picture. Returns its path, (w, h), and whether it is sound."""
     if rng.random() < 0.15:
         # A header that promises more, or less, than there is.

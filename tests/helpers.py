@@ -337,13 +337,6 @@ def encoder_only(state):
     return {k: v for k, v in state.items() if "decoder" not in k and k != "mask_token"}
 
 
-def equal(a, b):
-    return all(
-        torch.equal(torch.as_tensor(x), torch.as_tensor(y))
-        for x, y in zip(a, b, strict=True)
-    )
-
-
 def ramp(width, height):
     """Red grows with x, green with y, blue is 7: any crop tells where it comes from."""
     x, y = np.linspace(0, 255, width), np.linspace(0, 255, height)
@@ -503,7 +496,7 @@ def same(a, b):
         return a.dtype == b.dtype and a.equal(b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
+    if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
 

@@ -66,32 +66,6 @@ def test_variants_show_the_objects_of_the_test_split():
     assert sum(mask.tobytes() in train for mask in masks) < 20
 
 
-def test_patterns_follow_the_classes(monkeypatch):
-    families = {}
-
-    def record(labels, family, p, q):
-        families.setdefault(split, []).append(family)
-        return p, p
-
-    monkeypatch.setattr(attg.toy, "toy_render", record)
-    for split in SPLITS:
-        toy.__wrapped__(split)
-    same = {}
-    for split, parts in families.items():
-        family = np.concatenate(parts)
-        labels = np.arange(len(family)) % 10
-        same[split] = (family == labels).mean()
-        if split == "mixed_next":
-            assert (family == (labels + 1) % 10).all()
-        assert (family == -1).all() == (split == "only_fg")
-    # 0.7, and a tenth of the others.
-    assert same["train"] == pytest.approx(0.73, abs=0.02)
-    assert same["test"] == pytest.approx(0.73, abs=0.04)
-    assert same["mixed_same"] == 1 and same["mixed_rand"] == pytest.approx(
-        0.1, abs=0.03
-    )
-
-
 def test_raw_pixels_are_hard():
     neighbors = pytest.importorskip("sklearn.neighbors")
     knn = neighbors.KNeighborsClassifier(

@@ -1,0 +1,594 @@
+"""
+Data sets: layouts of folders, samples, unreadable images, fingerprints, labels.
+"""
+
+import hashlib
+import os
+import pickle
+import stat
+import sys
+import tempfile
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import default_collate
+
+import attg.toy
+import attg_mae
+import eval_knn
+from attg.datasets import (
+    Sample,
+    open_data,
+    open_labelled,
+    refuse_unreadable,
+    shot_indices,
+)
+from attg.features import FEATURES, extract_features, knn_accuracy
+from attg.images import eval_view
+from attg.loader import ResumableBatchSampler, make_loader
+from attg.sources import TORCHVISION, Names
+from tests.fuzz import RANDOM, odd_tree, within
+from tests.helpers import (
+    LUMA,
+    SMALL,
+    TINY,
+    blobs,
+    losses,
+    noise,
+    ramp,
+    records,
+    same,
+    save_features,
+    train,
+    write,
+)
+
+# -- Layouts ---------------------------------------------------------------------------
+
+AB = "train/a/0 train/b/sub/1 train/b/2"
+NAMES = ["a/0", "b/2", "b/sub/1"]
+# Images below root/, split, lines of --classes, --data; then the names of the images, None
+# if there is no such split, or parts of the error message, separated by |.
+LAYOUTS = [
+    (AB, "train", None, "root", NAMES),
+    (AB, "train", None, "root/train", NAMES),
+    (AB, "test", None, "root/train", None),
+    (AB, "test", None, "root", None),
+    (f"{AB} test/a/3 test/b/4", "test", None, "root", ["a/3", "b/4"]),
+    # ImageNet's test/ has no labels.
+    (f"{AB} test/a/3 test/b/4 val/a/5 val/b/6", "test", None, "root", ["a/5", "b/6"]),
+    (f"{AB} more/a/7 more/b/8", "more", None, "root", ["a/7", "b/8"]),
+    (f"{AB} more/val/a/7 more/val/b/8 more/x/9", "more", None, "root", ["a/7", "b/8"]),
+    (f"{AB} more/test/a/7 more/test/b/8", "more", None, "root/train", ["a/7", "b/8"]),
+    (f"{AB} train/.cache/9", "train", None, "root", NAMES),
+    (f"{AB} train/c/3", "train", "c\n\n a ", "root", ["a/0", "c/3"]),
+    (f"{AB} val/b/3 val/d/4", "test", "b", "root", ["b/3"]),
+    (f"{AB} train/9", "train", "a\nb", "root", NAMES),
+    ("0 1", "train", None, "root", ["0", "1"]),
+    ("0 1", "test", None, "root", None),
+    ("0 maps/", "train", None, "root", ["0"]),
+    ("train/0 train/1 val/2", "test", None, "root", ["2"]),
+    ("train/0 val/1 test/2", "test", None, "root", ["1"]),
+    ("0 1", "train", None, "root/0.png", ["0"]),
+    ("0 1", "test", None, "root/0.png", None),
+    ("", "train", None, "root", "--data|no class|no images in|must hold"),
+    ("val/a/0", "train", None, "root", "--data|no class folders|must hold"),
+    ("train/ a/0", "train", None, "root", "no class folders|/train. |must hold"),
+    ("0", "train", None, "nowhere", "--data|nowhere: neither|cifar10|must hold"),
+    ("0", "train", None, "~nobody/x", "--data ~nobody/x: neither|must hold"),
+    (AB, "train", None, "conftest.py", "--data|conftest.py: must be|.jpg"),
+    (f"{AB} train/c/", "train", None, "root", "--data|classes c in|remove|--classes"),
+    (f"{AB} train/9", "train", None, "root", "--data|9.png|a/|--classes"),
+    (f"{AB} val/a/3 val/b/4 val/d/5", "test", None, "root", "--data|['d']|--classes"),
+    (f"{AB} more/a/3", "more", None, "root", "--data|train and|['b']|--classes"),
+    ("train/0 val/a/1", "test", None, "root", "--data|/train is|/val contains none"),
+    (AB, "only_fg", None, "root", "split 'only_fg' of --data|test, or a folder"),
+    ("0", "more", None, "root", "split|of --data|one of train, test"),
+    (AB, "train", "a\nzebra", "root", "--classes|['zebra'] listed|['a', 'b']"),
+    (AB, "train", "\n", "root", "--classes|nothing listed"),
+    (AB, "train", "missing", "root", "--classes|text file"),
+    ("0", "train", "a", "root", "--classes|train/CLASS/ or CLASS/, not"),
+    ("0", "train", "a", "root/0.png", "--classes|train/CLASS/ or CLASS/, not"),
+    ("", "more", None, "toy", "split|--data toy: must be|test, only_fg"),
+    ("", "more", None, "cifar10", "split|--data cifar10: must be one of train, test"),
+    ("", "train", "a", "toy", "--classes|train/CLASS/ or CLASS/, not toy"),
+]
+
+
+@pytest.mark.parametrize("files, split, classes, data, expected", LAYOUTS)
+def test_layouts(files, split, classes, data, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = Path("root")
+    root.mkdir()
+    Path("conftest.py").touch()
+    for name in files.split():
+        if name.endswith("/"):
+            (root / name).mkdir(parents=True)
+        else:
+            write(root / f"{name}.png", noise(4, 4))
+    if classes:
+        (root / "classes.txt").write_text(classes)
+        classes = "root/classes.txt" if classes != "missing" else "missing"
+    split = "root/more" if split == "more" else split
+    if isinstance(expected, str):
+        with pytest.raises(ValueError) as error:
+            open_data(data, split, 4, classes=classes)
+        message = str(error.value)
+        assert [part for part in expected.split("|") if part not in message] == []
+        return
+    opened = open_data(data, split, 4, classes=classes)
+    if expected is None:
+        assert opened is None
+        return
+    assert list(opened.names) == [f"{name}.png" for name in expected]
+    folders = sorted({name.partition("/")[0] for name in expected if "/" in name})
+    labels = [folders.index(x.partition("/")[0]) if folders else -1 for x in expected]
+    assert opened.labels.tolist() == [sample.label for sample in opened] == labels
+    assert opened.num_classes == len(folders) and opened.labelled == bool(folders)
+
+
+def test_folders_of_the_data_set_come_before_links(folder):
+    train, before = folder / "train", list(open_data(folder).names)
+    write(folder / "more" / "x" / "9.png", noise(40, 40))
+    write(folder / "d" / "9.png", noise(40, 40))
+    (folder / "more" / "d").symlink_to(folder / "d")
+    (train / "a" / "0link").symlink_to("sub")
+    (train / "a" / "link").symlink_to(folder / "more")
+    (train / "a" / "lost.png").symlink_to("nowhere.png")
+    (train / "d").symlink_to(folder / "d")
+    names = list(open_data(folder).names)
+    assert sorted(set(names) - set(before)) == ["a/link/x/9.png", "d/9.png"]
+
+
+@pytest.mark.parametrize("links", [(), ("up", "across", "device", "file")])
+@given(rng=RANDOM)
+def test_random_trees(tmp_path, links, rng):
+    """Without links as by ImageFolder; with links each folder is entered once."""
+    root = Path(tempfile.mkdtemp(dir=tmp_path))
+    odd_tree(root, rng, links)
+    plain = {c: [] for c in "abc"}
+    for c, names in plain.items():
+        for place, _, files in os.walk(root / c):
+            paths = [
+                os.path.join(place, x) for x in files if x.endswith((".png", ".jpg"))
+            ]
+            names += [os.path.relpath(x, root) for x in paths if os.path.isfile(x)]
+    with within(20):
+        try:
+            data = open_data(root, size=8)
+        except ValueError as error:
+            assert f"--data {root}: no images of the classes" in str(error)
+            assert not all(plain.values())
+            return
+        data[rng.randrange(len(data))]
+    names = list(data.names)
+    assert set().union(*plain.values()) <= set(names) and len(set(names)) == len(names)
+    assert all(os.path.isfile(root / name) for name in names)
+    # Each folder by one path only, and no class inside another one.
+    paths = {(x.split("/")[0], os.path.dirname(x)) for x in names}
+    real = {(c, os.path.realpath(root / path)) for c, path in paths}
+    assert len(real) == len(paths)
+    assert all(str(root / c) in path for c, path in real if str(root) in path)
+    if not links:
+        # ImageFolder would take pipes for images.
+        for path in root.rglob("*"):
+            if stat.S_ISFIFO(path.stat().st_mode):
+                path.unlink()
+        peer = torchvision.datasets.ImageFolder(root)
+        assert names == [os.path.relpath(path, root) for path, _ in peer.samples]
+        assert data.labels.tolist() == peer.targets
+
+
+# -- torchvision's sets ----------------------------------------------------------------
+
+
+class FakeSet:
+    """Any class of torchvision.datasets; its files are missing until downloaded."""
+
+    calls = []
+
+    def __init__(self, root, part, download=False):
+        self.calls.append((root, part, download))
+        if not download and not (Path(root) / "there").exists():
+            raise RuntimeError("Dataset not found. You can use download=True")
+        self.labels = [3, -1, -1, 9] if part == "train+unlabeled" else [0, 1, 2, 3]
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return Image.new("RGB", (8, 8), (0, i, 0)), self.labels[i]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_names(name, tmp_path, monkeypatch):
+    kind, classes, folder, parts, test_part = TORCHVISION[name]
+    assert issubclass(getattr(torchvision.datasets, kind), torch.utils.data.Dataset)
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("urllib.request.urlopen", offline)
+        remedy = f"put the files of .*{tmp_path / folder}, or set ATTG_DATA"
+        with pytest.raises(ValueError, match=f"--data {name}: not found .*{remedy}"):
+            open_data(name, root=tmp_path)
+
+    monkeypatch.setattr(torchvision.datasets, kind, FakeSet)
+    monkeypatch.setattr(FakeSet, "calls", [])
+    monkeypatch.setenv("ATTG_DATA", str(tmp_path))
+    train = open_data(name, size=8, augment=True)
+    root = str(tmp_path)
+    assert FakeSet.calls == [(root, part, x) for part in parts for x in (False, True)]
+    assert len(train) == len(set(train.names)) == 4 * len(parts)
+    assert train.num_classes == classes and train[3].image[1, 0, 0] == 3
+    (tmp_path / "there").touch()
+    FakeSet.calls.clear()
+    train_set, tests = open_labelled(name, ["test"], size=8, root=tmp_path)
+    test = tests["test"]
+    assert FakeSet.calls[-1] == (root, test_part, False)
+    assert test.fingerprint != train.fingerprint
+    assert pickle.loads(pickle.dumps(test))[2].label == 2
+    # Most training images of stl10 have no labels.
+    labels = [3, 9] if name == "stl10" else [0, 1, 2, 3] * len(parts)
+    assert [sample.label for sample in train_set] == labels
+    assert train_set.num_classes == classes
+
+
+@pytest.mark.parametrize("name", ["flowers102", "stanford_cars"])
+def test_no_scipy_names_the_remedy(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ValueError, match=f"--data {name}: .* pip install scipy"):
+        open_data(name, root=tmp_path)
+
+
+# -- Samples ---------------------------------------------------------------------------
+
+
+def test_sample_is_a_function_of_seed_epoch_and_index(folder):
+    def opened(seed=5, augment=True):
+        return open_data(folder, size=(24, 16), augment=augment, seed=seed)
+
+    data, plain = opened(), opened(augment=False)
+    sample = data[3, 7]
+    # Neither global random state nor earlier draws matter.
+    torch.manual_seed(99)
+    data[0, 1]
+    assert same(sample, data[3, 7]) and same(sample, opened()[3, 7])
+    for other in (data[4, 7], data[3, 6], opened(seed=6)[3, 7]):
+        assert not other.box.equal(sample.box)
+    assert sample.image.dtype == torch.uint8 and sample.image.shape == (3, 24, 16)
+    assert sample.box.dtype == torch.float32
+    assert (sample.index, sample.label) == (7, 1)
+    assert 0.3 < np.mean([data[epoch, 0].flip for epoch in range(200)]) < 0.7
+    # For evaluation.
+    assert same(data[7], plain[7]) and same(plain[3, 7], plain[7]) and not plain[7].flip
+    view = eval_view(data.read(7)[0], (24, 16))[0]
+    np.testing.assert_array_equal(plain[7].image.permute(1, 2, 0), view)
+    batch = default_collate([data[3, i] for i in range(3)])
+    assert type(batch) is Sample and batch.flip.dtype == torch.bool
+    assert batch.image.shape == (3, 3, 24, 16) and batch.box.shape == (3, 4)
+    with pytest.raises(IndexError):
+        data[len(data)]
+    with pytest.raises(ValueError, match="--in_chans 2: must be 3 .RGB. or 1 .gray"):
+        open_data(folder, channels=2)
+
+
+def test_image_is_not_flipped_in_the_worker(tmp_path):
+    write(tmp_path / "0.png", ramp(80, 60))
+    samples = [open_data(tmp_path, size=20, augment=True)[e, 0] for e in range(20)]
+    assert {sample.flip for sample in samples} == {True, False}
+    assert all(sample.image[0, 10, 0] < sample.image[0, 10, 19] for sample in samples)
+
+
+def test_subsets(folder):
+    data = open_data(folder, size=32, augment=True, seed=4)
+    rows = torch.tensor([11, 3, 6])
+    part = data.subset(rows).subset(torch.tensor([0, 1, 2]))
+    assert list(part.names) == [data.names[i] for i in rows] and len(part) == 3
+    assert part.labels.tolist() == [2, 0, 1] and part.num_classes == 3
+    for i, row in enumerate(rows.tolist()):
+        assert part[i].image.equal(data[row].image)
+        assert (part[i].index, part[i].label) == (i, part.labels[i])
+    assert part.path(0) == data.path(11) and part.fingerprint != data.fingerprint
+    assert not part[5, 1].box.equal(part[6, 1].box)
+    batch = next(iter(make_loader(part, 3, workers=1)))
+    assert batch.image.equal(torch.stack([part[i].image for i in range(3)]))
+    toys = open_data("toy", "test").subset(torch.tensor([7, 1]))
+    assert np.array_equal(toys.masks, attg.toy.toy("test")[1][[7, 1]])
+    assert toys.labels.tolist() == [7, 1]
+    gray = open_data("toy", "test", channels=1).subset(torch.tensor([7]))[0].image
+    luma = np.tensordot(LUMA, toys[0].image.numpy().astype(float), 1)
+    assert gray.shape == (1, 32, 32) and abs(gray[0].numpy() - luma).max() <= 1
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=())), max_size=9))
+def test_names_are_stored_as_one_array(strings):
+    strings = [
+        s.encode(errors="ignore").decode() + "\udcff" * (s > "m") for s in strings
+    ]
+    names = pickle.loads(pickle.dumps(Names(strings)))
+    assert (
+        list(names) == strings
+        and [names[-i - 1] for i in range(len(names))] == strings[::-1]
+    )
+    with pytest.raises(IndexError):
+        names[len(strings)]
+
+
+def test_data_sets_of_files_hold_arrays_only(folder):
+    """Python objects, one for each image, would be copied into every worker."""
+    small, large = open_data(folder), open_data(folder)
+    for data in (small, large):
+        assert same(pickle.loads(pickle.dumps(data))[1], data[1])
+    for i in range(400):
+        write(folder / "train" / "a" / f"{i}.png", noise(2, 2))
+    large = open_data(folder)
+    growth = len(pickle.dumps(large)) - len(pickle.dumps(small))
+    # Name, offset, label and mark of each of 398 images.
+    assert growth < 398 * (len("a/399.png") + 8 + 8 + 1) + 500
+
+
+# -- Unreadable images -----------------------------------------------------------------
+
+
+def images_and_bad(folder, count, bad):
+    for i in range(count):
+        write(folder / f"{i:02d}.png", noise(9, 9, i))
+    for i in bad:
+        (folder / f"{i:02d}.png").write_bytes(b"not an image")
+
+
+def test_unreadable_images_are_replaced(tmp_path):
+    images_and_bad(tmp_path, 6, (1, 2))
+    whole = (tmp_path / "05.png").read_bytes()
+    (tmp_path / "05.png").write_bytes(whole[: len(whole) // 2])
+    data = open_data(tmp_path, size=40, augment=True)
+    # They keep their rows.
+    assert len(data) == 6 and [data[i].index for i in range(6)] == [0, 3, 3, 3, 4, 0]
+    assert same(data[1], data[3]) and same(data[5], data[0])
+    assert data[2, 1].index == 3 and not data[2, 1].box.equal(data[2, 3].box)
+    images_and_bad(tmp_path, 6, range(6))
+    with pytest.raises(ValueError, match=r"--data: none of the 6 .* is /.*/01\.png \("):
+        data[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ten_unreadable_images_are_reported(tmp_path, capfd, workers):
+    images_and_bad(tmp_path, 60, range(0, 60, 2))
+    data = open_data(tmp_path, size=8, augment=True)
+    refuse_unreadable(data)
+    for _ in range(2):
+        batches = ResumableBatchSampler(60, 6, 0, 20)
+        list(make_loader(data, workers=workers, batch_sampler=batches))
+    lines = capfd.readouterr().err.splitlines()
+    paths = [line.split(": ")[1].split(" (")[0] for line in lines]
+    assert len(set(paths)) == len(paths)
+    assert set(paths) < {f"{tmp_path}/{i:02d}.png" for i in range(0, 60, 2)}
+    # Two workers may count at the same moment.
+    assert abs(len(paths) - 10) <= workers
+    assert "further ones are only counted" in lines[9] or workers
+    assert int(data.unreadable.sum()) == 30
+    with pytest.raises(ValueError, match="30 of 60 .* over 1 %.*/00.png"):
+        refuse_unreadable(data)
+
+
+@pytest.mark.parametrize(
+    "number, mine, others, ok",
+    [
+        (5, [1], [], True),
+        (5, [1, 3], [], False),
+        (300, [7, 250], [[7, 9], []], True),
+        (300, [7, 250], [[7, 9], [0]], False),
+    ],
+)
+def test_one_percent_may_be_unreadable(number, mine, others, ok, tmp_path, monkeypatch):
+    """Of all ranks together; a single image always."""
+    images_and_bad(tmp_path, number, ())
+    data = open_data(tmp_path)
+    data.unreadable[mine] = True
+
+    def gather(parts, rows):
+        parts[:] = [rows, *others]
+
+    if others:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    if ok:
+        refuse_unreadable(data)
+        return
+    count = len(set(mine).union(*others))
+    first = min(set(mine).union(*others))
+    with pytest.raises(ValueError, match=f"{count} of {number} .*1 %.*{first:02d}.png"):
+        refuse_unreadable(data)
+
+
+# -- Fingerprints ----------------------------------------------------------------------
+
+
+def sha256_of(*strings):
+    return hashlib.sha256("\0".join(map(str, strings)).encode()).hexdigest()
+
+
+def test_fingerprint_is_of_number_names_and_sizes(folder):
+    file = folder / "train" / "a" / "0.png"
+    data = open_data(folder)
+    names = list(data.names)
+    sizes = [(folder / "train" / name).stat().st_size for name in names]
+    assert data.fingerprint == "v2:" + sha256_of("v2", 12, *names, *sizes)
+    assert open_data(folder, size=64, augment=True).fingerprint == data.fingerprint
+    # As in map files of earlier versions.
+    names_only = sha256_of(12, *names)
+    with_sizes = sha256_of(names_only, *sizes)
+    stored = data.fingerprint, with_sizes, names_only, "v2:" + with_sizes
+    assert [data.matches(x) for x in stored] == ["exact", "exact", "names", None]
+    toys = open_data("toy", "test")
+    old = sha256_of(2000, *toys.names)
+    assert [toys.matches(x) for x in (toys.fingerprint, old)] == ["exact"] * 2
+
+    file.write_bytes(file.read_bytes() + b"x")
+    assert [open_data(folder).matches(x) for x in stored] == [None, None, "names", None]
+    file.rename(file.with_name("00.png"))
+    assert [open_data(folder).matches(x) for x in stored] == [None] * 4
+
+
+# -- Labels ----------------------------------------------------------------------------
+
+
+def test_few_shots():
+    labels = torch.randint(4, (200,))
+    counts = labels.bincount().tolist()
+    chosen = {}
+    wanted = {1: [1] * 4, 5: [5] * 4, 0.1: [round(n / 10) for n in counts]}
+    # At least one; and all, if there are fewer.
+    wanted |= {1e-9: [1] * 4, 500: counts, 0.9999: counts}
+    for shots, want in wanted.items():
+        chosen[shots] = shot_indices(labels, shots, 3)
+        assert labels[chosen[shots]].bincount().tolist() == want
+        assert len(chosen[shots].unique()) == sum(want)
+        assert set(chosen[1].tolist()) <= set(chosen[shots].tolist())
+    assert not chosen[5].equal(shot_indices(labels, 5, 4))
+    unlabelled = torch.cat([labels, torch.tensor([-1, -1])])
+    assert chosen[5].equal(shot_indices(unlabelled, 5, 3))
+    for bad, shots in ((labels, 0), (labels[labels != 1], 5)):
+        with pytest.raises(ValueError, match=f"--shots {shots} of 4 classes: must be"):
+            shot_indices(bad, shots, 0)
+
+
+class Own:
+    """A map-style data set; `reads` counts how often an image was asked for."""
+
+    def __init__(self, labels, **attributes):
+        self.values, self.reads = labels, 0
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, i):
+        self.reads += 1
+        if self.values[i] == "bad":
+            raise OSError("truncated")
+        return noise(40, 40, i).convert("L" if i % 2 else "RGB"), self.values[i]
+
+
+def test_data_sets_from_python(tmp_path, capsys):
+    own = Own([2, 0, 1, "bad", -1])
+    data = open_data(own, size=32, augment=True, seed=1)
+    assert own.reads == 1 and data.labelled and open_data(own, "test") is None
+    assert len(data) == 5 and data[3, 4].image.shape == (3, 32, 32)
+    write(tmp_path / "0.png", noise(40, 40, 0))
+    assert data[0].image.equal(open_data(tmp_path, size=32)[0].image)
+    assert data.num_classes == 3 and data.labels.tolist() == [2, 0, 1, -1, -1]
+    assert "data/train/000003 (truncated)" in capsys.readouterr().err
+    batch = next(iter(make_loader(data, 5, workers=1)))
+    assert batch.label.tolist() == [2, 0, 1, -1, -1] and batch.index[3] == 4
+    # Attributes spare reading.
+    own = Own([2, 0], targets=[2, 0], classes=["a", "b", "c", "d"])
+    known = open_data({"train": own, "test": Own([None])}, size=32)
+    assert (known.num_classes, known.labels.tolist(), own.reads) == (4, [2, 0], 1)
+    test = open_data({"train": own, "test": Own([None])}, "test")
+    assert not test.labelled and test[0].label == -1
+    assert known.fingerprint != open_data(Own([0, 0, 0])).fingerprint
+    assert (
+        open_data([(noise(90, 90), 0), (noise(9, 9), 1)], max_pixels=8000)[0].index == 1
+    )
+    assert open_data(Own(["bad", 3])).num_classes == 4
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        ((x for x in []), "generator .*must be a map-style"),
+        ([], "train split .*must be a map-style"),
+        ({"a": Own([1])}, r"\['a'\].*named 'train'"),
+        ([(torch.zeros(3, 8, 8), 0)], r"found a Tensor.*must be \(PIL image, label\)"),
+        (
+            [{"image": noise(9, 9), "label": 1}],
+            r"found a dict.*must be \(PIL image, lab",
+        ),
+    ],
+)
+def test_wrong_data_sets_from_python(data, words):
+    with pytest.raises(ValueError, match=f"data: .*{words}"):
+        open_data(data)
+
+
+def test_training_on_a_data_set_from_python(labelled, tmp_path):
+    """Images from a list give the run that their files give."""
+    settings = labelled | {"guidance": "none", "maps": None, "epochs": 1}
+    train(tmp_path / "files", **settings)
+    pairs = {}
+    for split in ("train", "test"):
+        files = open_data(labelled["data"], split)
+        pairs[split] = [files.read(i) for i in range(len(files))]
+    settings |= TINY | {"epochs": 1, "data": "mine", "out": str(tmp_path / "list")}
+    result = attg_mae.train(attg_mae.Config(**settings), pairs)
+    assert losses(tmp_path / "list") == losses(tmp_path / "files")
+    assert result["knn"] == records(tmp_path / "files", "knn")[-1]["knn"]
+    # A training set alone, in gray.
+    settings |= {"in_chans": 1, "mean": (0.5,), "std": (0.25,), "resume": "none"}
+    alone = [(image, None) for image, _ in pairs["test"]]
+    assert attg_mae.train(attg_mae.Config(**settings), alone)["knn"] == {}
+    with pytest.raises(ValueError, match="other than toy: --data NAME"):
+        attg_mae.train(attg_mae.Config(**settings | {"data": "toy"}), alone)
+
+
+def painted(value):
+    return Image.new("RGB", (32, 32), (value, 255 - value, value // 2))
+
+
+def test_evaluations_need_labels(folder):
+    val = str(folder / "val")
+    train_set, tests = open_labelled(folder / "train", [val], 32)
+    assert len(train_set) == 12 and len(tests[val]) == 3
+    pair = {"train": Own([0, -1, 1]), "test": Own([1, 0])}
+    assert open_labelled(pair, ["test"], 32)[0].labels.tolist() == [0, 1]
+    for data in (folder / "train", {"train": Own([0]), "test": Own([None])}):
+        with pytest.raises(ValueError, match="--data .*needs labelled images.*--val"):
+            open_labelled(data, ["test"], 32)
+
+
+def test_images_without_labels_are_not_in_the_bank():
+    """k-NN during training: unlabelled images are the queries themselves."""
+    pairs = {"train": [], "test": []}
+    for value in range(0, 256, 8):
+        label = int(value > 127) ^ int(value % 40 == 0)
+        pairs["train"] += [(painted(value), label)] * 2 + [(painted(value + 1), None)]
+        pairs["test"].append((painted(value + 1), label))
+    sets = [open_data(pairs, split, 32) for split in ("train", "test")]
+    model = attg_mae.MAE(attg_mae.Config(**SMALL)).eval()
+    got = knn_accuracy(model, *sets, {"batch_size": 16}, None, 0, 1)
+    *banks, labels = extract_features(model, make_loader(sets[0], 16))
+    *queries, truth = extract_features(model, make_loader(sets[1], 16))
+    assert (labels < 0).sum() == 32 and len(labels) == 96
+    for name, bank, x in zip(FEATURES, banks, queries, strict=True):
+        rows = (labels >= 0).nonzero().flatten()
+        guess = attg_mae.knn_classify(bank[rows], labels[rows], x)[:, 0]
+        assert got[name] == pytest.approx(100 * (guess == truth).float().mean().item())
+        assert 50 < got[name] < 100
+
+
+def test_features_without_labels_are_not_in_the_bank(tmp_path):
+    """eval_knn.py --features gives the results of a file that never had them."""
+    x, labels = blobs(90, 3, spread=0.5)
+    queries, truth = blobs(60, 3, spread=0.5, seed=7)
+    # Each unlabelled one is the nearest neighbor of a query.
+    order = torch.randperm(150)
+    mixed = torch.cat([x, 1.001 * queries])[order]
+    unknown = torch.cat([labels, torch.full((60,), -1)])[order]
+    results = []
+    for bank, known in ((x, labels), (mixed, unknown)):
+        file = str(tmp_path / f"{len(bank)}.pt")
+        save_features(file, bank, known, queries, truth)
+        results.append(eval_knn.main(["--features", file, "--k", "3", "20"]))
+    assert results[0] == results[1] and len(results[0]) == 4
+    assert 40 < results[0][0]["top-1"] < 100

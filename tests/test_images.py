@@ -1,0 +1,265 @@
+"""
+Decoding, conversion to 8 bits and crops: against torchvision, numpy and by hand.
+"""
+
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import v2
+
+import attg.images
+from attg.datasets import open_data
+from attg.images import eval_view, load_image, rand_augment, to_8_bits, train_view
+from tests.fuzz import RANDOM, largest_memory, odd_image, png, within
+from tests.helpers import LUMA, noise, ramp, write
+
+BICUBIC = v2.InterpolationMode.BICUBIC
+SEEDS = st.integers(0, 2**64 - 1)
+MODES = {
+    "png": ("RGB", "L", "1", "RGBA", "LA", "P", "I;16"),
+    "tif": ("RGB", "L", "1", "P", "CMYK", "I;16", "I", "F"),
+}
+
+
+# -- Modes -----------------------------------------------------------------------------
+
+
+def image_of(mode, random):
+    """An image of a mode, and the RGB (h, w, 3) that it must become."""
+    shape = random.integers(1, 12, 2)
+    values = random.integers(0, 256, (*shape, 4), dtype=np.uint8)
+    rgb, gray = values[..., :3], values[..., 3]
+    if mode == "RGB":
+        return Image.fromarray(rgb), rgb
+    if mode == "RGBA":
+        return Image.fromarray(values), rgb
+    if mode == "P":
+        image = Image.fromarray(gray).convert("P")
+        palette = random.integers(0, 256, (256, 3), dtype=np.uint8)
+        image.putdata(gray.ravel())
+        image.putpalette(palette.ravel().tolist())
+        return image, palette[gray]
+    if mode == "CMYK":
+        # Full ink or none, where no rounding matters.
+        ink = values // 128 * 255
+        return Image.fromarray(ink, "CMYK"), 255 - np.maximum(
+            ink[..., :3], ink[..., 3:]
+        )
+    if mode == "1":
+        return Image.fromarray(gray > 127), np.repeat(
+            (gray > 127)[..., None] * 255, 3, 2
+        )
+    if mode == "F":
+        white = random.choice((1, 255, 65535, 10**6))
+        wide = np.float32(white * random.uniform(0.3, 1, shape))
+        image, white = Image.fromarray(wide), wide.max() if white > 65535 else white
+        gray = np.floor(wide.astype(float) * 255 / white + 0.5)
+    elif mode in ("I", "I;16"):
+        wide = random.integers(0, 65536, shape)
+        image = Image.fromarray(wide.astype(np.int32 if mode == "I" else np.uint16))
+        gray = np.floor(wide / 257 + 0.5)
+    else:
+        alpha = Image.fromarray(values[..., 0])
+        image = Image.fromarray(gray)
+        image = Image.merge("LA", (image, alpha)) if mode == "LA" else image
+    return image, np.repeat(gray[..., None], 3, 2)
+
+
+@pytest.mark.parametrize("suffix, mode", [(s, m) for s in MODES for m in MODES[s]])
+@given(seed=SEEDS)
+def test_every_mode_becomes_8_bits(tmp_path, suffix, mode, seed):
+    image, expected = image_of(mode, np.random.default_rng(seed))
+    options = (
+        {"transparency": bytes([0, 128])} if (suffix, mode) == ("png", "P") else {}
+    )
+    path = write(tmp_path / f"0.{suffix}", image, **options)
+    stored = load_image(path)
+    assert stored.mode == mode
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rgb, gray = np.array(to_8_bits(stored, "RGB")), np.array(to_8_bits(stored, "L"))
+    np.testing.assert_array_equal(rgb, expected)
+    assert rgb.dtype == gray.dtype == np.uint8
+    assert abs(gray - expected @ LUMA).max() <= 1
+
+
+def test_floats_without_a_value_are_black(tmp_path):
+    wide = np.float32([[np.nan, np.inf], [-3, 100]])
+    image = load_image(write(tmp_path / "0.tif", Image.fromarray(wide)))
+    assert np.array(to_8_bits(image, "L")).tolist() == [[0, 0], [0, 100]]
+
+
+def test_exif_rotation_is_ignored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = write(tmp_path / "0.png", noise(6, 4), exif=exif)
+    np.testing.assert_array_equal(load_image(path), noise(6, 4))
+
+
+# -- Crops -----------------------------------------------------------------------------
+
+
+@given(SEEDS, *[st.integers(8, 300)] * 2, *[st.integers(8, 64)] * 2)
+def test_training_crop_is_torchvisions(seed, width, height, h, w):
+    image = noise(width, height)
+    state = torch.get_rng_state()
+    crop, box, flip = train_view(image, (h, w), seed)
+    assert torch.get_rng_state().equal(state)
+    ratio = (3 / 4 * w / h, 4 / 3 * w / h)
+    peer = v2.RandomResizedCrop((h, w), (0.2, 1), ratio, interpolation=BICUBIC)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        np.testing.assert_array_equal(crop, peer(image))
+        assert flip == (torch.rand(()).item() < 0.5)
+    region = np.array(box) * (width, height, width, height)
+    assert abs(region - region.round()).max() < 1e-9
+    cut = image.crop(region.round().astype(int).tolist())
+    np.testing.assert_array_equal(crop, cut.resize((w, h), Image.Resampling.BICUBIC))
+
+
+@given(*[st.integers(33, 300)] * 2, st.integers(8, 112))
+def test_evaluation_is_torchvisions_resize_and_center_crop(width, height, size):
+    image = noise(width, height)
+    crop, box, flip = eval_view(image, (size, size))
+    resized = v2.Resize(round(size * 256 / 224), BICUBIC)(image)
+    np.testing.assert_array_equal(crop, v2.CenterCrop(size)(resized))
+    region = np.array(box) * (*resized.size, *resized.size)
+    assert abs(region - region.round()).max() < 1e-9 and not flip
+    np.testing.assert_array_equal(
+        crop, resized.crop(region.round().astype(int).tolist())
+    )
+
+
+@pytest.mark.parametrize(
+    "size, box",
+    [
+        # The shorter side becomes 128: 192 x 128, center 112 x 112.
+        ((112, 112), (40 / 192, 8 / 128, 152 / 192, 120 / 128)),
+        # 128 x 64 must be covered: 128 x 85, center 112 x 56.
+        ((56, 112), (8 / 128, 14 / 85, 120 / 128, 70 / 85)),
+    ],
+)
+def test_evaluation_box_by_hand(size, box):
+    assert eval_view(noise(300, 200), size)[1:] == (pytest.approx(box), False)
+
+
+@pytest.mark.parametrize(
+    "image, whole", [((32, 32), True), ((90, 32), True), ((33, 33), False)]
+)
+def test_tiny_images_are_only_resized(image, whole):
+    crop, box, _ = eval_view(noise(*image), (28, 28))
+    resized = noise(*image).resize((28, 28), Image.Resampling.BICUBIC)
+    assert (box == (0, 0, 1, 1)) is whole is np.array_equal(crop, resized)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_middle_of_strips(axis):
+    """Resizing only the middle changes nothing but the rounding."""
+    y, x = np.mgrid[:40, :1200]
+    waves = np.uint8(127 + 60 * np.sin(x / 8) + 60 * np.sin(y / 5))
+    image = Image.fromarray(waves.T if axis else waves)
+    crop, box, _ = eval_view(image, (28, 28))
+    expected = v2.CenterCrop(28)(v2.Resize(32, BICUBIC)(image))
+    got, want = np.array(crop, dtype=int), np.array(expected)
+    assert abs(got - want).max() <= 1 and (got != want).mean() < 0.05
+    # A region one pixel aside is not taken for it.
+    assert abs(got[1:-1, 2:] - want[1:-1, 1:-1]).max() > 5
+    assert abs(got[2:, 1:-1] - want[1:-1, 1:-1]).max() > 5
+    sides = np.subtract(box[2:], box[:2])
+    assert np.allclose(sides[:: -1 if axis else 1], [28 / 960, 28 / 32])
+
+
+def test_rand_augment_is_a_function_of_the_seed():
+    view = partial(train_view, scale=(0.08, 1.0))
+    augmented = partial(view, after=rand_augment((0.5, 0.5, 0.5)))
+    areas, unchanged = [], []
+    for seed in range(100):
+        crop, box, _ = augmented(ramp(48, 40), (32, 32), seed)
+        np.testing.assert_array_equal(crop, augmented(ramp(48, 40), (32, 32), seed)[0])
+        plain, same_box, _ = view(ramp(48, 40), (32, 32), seed)
+        assert box == same_box
+        areas.append((box[2] - box[0]) * (box[3] - box[1]))
+        unchanged.append(np.array_equal(crop, plain))
+    assert min(areas) < 0.15 and max(areas) > 0.8
+    # Neither of two operations has a probability of 0.25; some have no effect.
+    assert 0.15 < np.mean(unchanged) < 0.5
+
+
+# -- Large, damaged and odd files ------------------------------------------------------
+
+
+def test_odd_images(tmp_path, capsys):
+    """Each is seen, or replaced by the sound one beside it, and nothing else happens."""
+    limit = 50_000
+    base = largest_memory(reset=True)
+
+    @given(RANDOM, st.sampled_from([1, 3]), SEEDS)
+    def check(rng, channels, seed):
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        write(folder / "1.bmp", noise(9, 9))
+        path, (width, height), sound = odd_image(folder, rng)
+        options = {"augment": True, "channels": channels, "max_pixels": limit}
+        data = open_data(folder, size=16, seed=seed, **options)
+        with within(20):
+            samples = data[0], data[seed, 0], data[0, 1]
+        for sample in samples:
+            assert sample.image.shape == (channels, 16, 16)
+            assert 0 <= sample.box.min() and sample.box.max() <= 1.00001
+        replaced = samples[0].index
+        assert replaced == samples[1].index
+        if sound:
+            assert replaced == int(width * height > limit)
+        # Reported once, by its full path.
+        assert capsys.readouterr().err.count(f"replaces it: {path} (") == replaced
+
+    check()
+    assert largest_memory() - base < 200e6
+
+
+def test_decompression_bombs(tmp_path):
+    """Small files of many pixels take bounded memory and time."""
+    (tmp_path / "0.png").write_bytes(png(500_000, 33))
+    (tmp_path / "1.png").write_bytes(png(33, 500_000))
+    (tmp_path / "2.png").write_bytes(png(13_000, 13_000, 16, 0, bytes(2 * 13_000)))
+    write(tmp_path / "3.png", noise(9, 9))
+    data = open_data(tmp_path, size=224, augment=True)
+    base = largest_memory(reset=True)
+    for i in range(3):
+        began = time.process_time()
+        with warnings.catch_warnings():
+            # Pillow's own, about the third.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            assert {data[i].index, data[0, i].index} == {3 if i == 2 else i}
+        assert time.process_time() - began < 4
+    # Resized as a whole, the strips would take 4.5 GB.
+    assert largest_memory() - base < 400e6
+
+
+def test_pixels_are_counted_before_decoding(tmp_path):
+    path = write(tmp_path / "0.png", noise(60, 50))
+    # Cut off after the header: decoding would fail with another error.
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match="60 x 50 pixels, above --max_pixels 2999"):
+        load_image(path, 2999)
+    with pytest.raises(OSError, match="truncated"):
+        load_image(path, 3000)
+
+
+def test_large_jpegs_are_decoded_smaller(tmp_path, monkeypatch):
+    monkeypatch.setattr(attg.images, "MIN_DRAFT_SIDE", 64)
+    images = []
+    for height, size in ((129, (64, 65)), (127, (128, 127))):
+        path = write(tmp_path / f"{height}.jpg", ramp(128, height), quality=95)
+        image = load_image(path)
+        assert image.size == size
+        images.append(np.array(eval_view(image, (40, 40))[0], dtype=int))
+    assert abs(images[0] - images[1]).max() <= 4

@@ -1,0 +1,122 @@
+"""
+Order and batches of training: the sampler, the loader, seeds.
+"""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attg.datasets import Sample, open_data
+from attg.loader import ResumableBatchSampler, make_loader
+from attg.seeding import seed_for
+from tests.helpers import ROOT, same
+
+
+def test_seeds_separate_lengths_and_values():
+    words = [(), (0,), (0, 0), (0, 0, 0), (1,), (1, 0), (0, 1), ("0",), (2**63,)]
+    seeds = {seed_for(*x) for x in words}
+    assert len(seeds) == len(words) and all(0 <= seed < 2**64 for seed in seeds)
+    assert seed_for(3, 4) == seed_for(np.int64(3), 4)
+
+
+@given(
+    b=st.integers(1, 4),
+    accum=st.integers(1, 4),
+    world=st.integers(1, 4),
+    extra=st.integers(0, 20),
+    start=st.integers(0, 30),
+    length=st.integers(1, 30),
+    seed=st.integers(0, 2**32),
+)
+def test_sampler(b, accum, world, extra, start, length, seed):
+    """Each epoch is a permutation; ranks and micro-batches tile the global batch."""
+    batch_size = b * accum * world
+    n = batch_size + extra
+    per_epoch = n // batch_size
+    whole = list(ResumableBatchSampler(n, batch_size, 0, start + length, seed=seed))
+    for step, keys in enumerate(whole):
+        assert [epoch for epoch, _ in keys] == [step // per_epoch] * batch_size
+    for first in range(0, len(whole), per_epoch):
+        indices = [i for keys in whole[first : first + per_epoch] for _, i in keys]
+        assert len(set(indices)) == len(indices) and set(indices) <= set(range(n))
+    options = {"seed": seed, "accum": accum, "world": world}
+    ranks = []
+    for rank in range(world):
+        args = (n, batch_size, start, start + length)
+        sampler = ResumableBatchSampler(*args, rank=rank, **options)
+        ranks.append(list(sampler))
+        assert len(sampler) == len(ranks[rank]) == length * accum
+    for step, keys in enumerate(whole[start:]):
+        micro_batches = range(step * accum, (step + 1) * accum)
+        tiled = [key for a in micro_batches for rank in ranks for key in rank[a]]
+        assert tiled == keys
+
+
+def test_order_depends_on_seed_and_epoch():
+    def order(seed, epoch):
+        sampler = ResumableBatchSampler(103, 20, 0, 10, seed=seed)
+        return torch.cat([sampler.indices(5 * epoch + i) for i in range(5)]).tolist()
+
+    orders = [order(4, 0), order(4, 1), order(5, 0), sorted(order(4, 0))]
+    assert len({tuple(x) for x in orders}) == 4
+
+
+@pytest.mark.parametrize(
+    "args, options, words",
+    [
+        ((8, 9, 0, 1), {}, "--batch_size 9: .*8 .*use 1 to 8"),
+        ((80, 10, 0, 1), {"accum": 2, "world": 2}, "--batch_size 10: .*multiple of 4"),
+    ],
+)
+def test_sampler_errors(args, options, words):
+    with pytest.raises(ValueError, match=words):
+        ResumableBatchSampler(*args, **options)
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_workers_change_nothing(folder, augment):
+    dataset = open_data(folder, size=16, augment=augment, seed=1)
+    state = torch.get_rng_state()
+    runs = []
+    for workers in (0, 2):
+        sampler = ResumableBatchSampler(len(dataset), 5, 1, 5, seed=3)
+        sampler = sampler if augment else None
+        runs.append(list(make_loader(dataset, 5, workers, sampler)))
+    assert same(*runs) and len(runs[0]) == (4 if augment else 3)
+    # Evaluation keeps the incomplete batch.
+    batch = runs[0][-1]
+    assert type(batch) is Sample and len(batch.image) == (5 if augment else 2)
+    assert torch.get_rng_state().equal(state)
+
+
+def test_workers_ignore_signals_and_exit():
+    """Stop signals reach the whole process group, but only the main process acts."""
+    # Workers start with the usual handlers; the second loader is left in mid-epoch.
+    code = """
+import os, signal
+from attg.datasets import open_data
+from attg.loader import ResumableBatchSampler, make_loader
+
+def batches():
+    steps = ResumableBatchSampler(len(data), 50, 0, 60)
+    return iter(make_loader(data, workers=2, batch_sampler=steps))
+
+data = open_data("toy", "test", augment=True)
+first = batches()
+next(first)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: None)
+    os.killpg(0, number)
+print("batches", 1 + sum(1 for _ in first))
+next(batches())
+raise SystemExit(3)
+"""
+    options = {"capture_output": True, "text": True, "start_new_session": True}
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, cwd=ROOT, timeout=100, **options)
+    assert (done.returncode, done.stdout) == (3, "batches 60\n"), done.stderr
