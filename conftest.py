@@ -51,8 +51,3 @@ def pytest_terminal_summary(terminalreporter, config):
     number, seed = config.getoption("--fuzz"), config.option.hypothesis_seed
     if number:
         terminalreporter.write_line(f"--fuzz {number} --hypothesis-seed {seed}")
-
-
-@pytest.fixture(scope="session")
-def fuzz(request):
-    return request.config.getoption("--fuzz") or 50
