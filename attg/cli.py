@@ -359,9 +359,7 @@ def ignore_sigint_during_import():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run_cli(
-    main, memory_hint="lower --batch_size", interrupted="interrupted", memory=None
-):
+def run_cli(main, memory_hint="lower --batch_size", interrupted="interrupted"):
     """Run main() and exit the process, with one line instead of a traceback for errors.
 
     Exit codes: 0; 1 after a ValueError, an OSError, or out of memory (the line ends with
@@ -371,7 +369,6 @@ def run_cli(
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    memory_hint = memory or memory_hint
     name = Path(sys.argv[0]).name
     try:
         try:
@@ -433,141 +430,3 @@ def is_out_of_memory(error):
     # Messages of PyTorch's allocators for CPU and MPS.
     message = str(error)
     return "can't allocate memory" in message or "out of memory" in message
-
-
-# -- Older names, until every program uses the functions above -------------------------
-
-# -- Ranges ----------------------------------------------------------------------------
-
-# (least, most) of the numeric flags, where both will do. An upper end keeps a slip of
-# the finger from taking all memory.
-WHOLE_NUMBERS = {
-    "epochs": (0, 10**6),
-    "batch_size": (1, 10**7),
-    "accum": (1, 10**7),
-    "img_size": (1, 8192),
-    "patch_size": (1, 1024),
-    "in_chans": (1, 1024),
-    "max_pixels": (1, 10**12),
-    "width": (4, 32768),
-    "depth": (1, 1024),
-    "heads": (1, 1024),
-    "decoder_width": (4, 32768),
-    "decoder_depth": (1, 1024),
-    "decoder_heads": (1, 1024),
-    "workers": (0, 1024),
-    "seed": (-(2**63), 2**63 - 1),
-    "eval_every": (0, 10**6),
-    "save_every": (1, 10**6),
-    "keep_ckpt_every": (0, 10**6),
-    "log_every": (1, 10**9),
-    "k": (1, 10**7),
-    "shots": (1, 10**7),
-    "objects": (1, 1000),
-    "grid": (1, 1024),
-    "show": (0, 10**4),
-    "jobs": (1, 1024),
-}
-NUMBERS = {
-    "tau": (1e-6, 1e6),
-    "tau_end": (1e-6, 1e6),
-    "mask_ratio": (0, 1),
-    "lr": (0, 1e38),
-    "blr": (0, 1e38),
-    "warmup_epochs": (0, 1e6),
-    "weight_decay": (0, 1e6),
-    "clip_grad": (0, 1e38),
-    "mean": (-1e6, 1e6),
-    "std": (1e-38, 1e6),
-    "fraction": (1e-6, 1),
-    "layer_decay": (1e-6, 1),
-    "drop_path": (0, 0.99),
-    "cut": (-1, 1),
-    "timeout": (0.01, 10**6),
-}
-
-
-def check_numbers(settings, **own):
-    """ValueError names the first flag whose number, or one of them, is out of range.
-
-    settings: {flag: value}, also with flags that are none of these; None is not given.
-    own: {flag: (least, most)} where a program differs from the tables above.
-    """
-    for name, value in settings.items():
-        limits = own.get(name) or WHOLE_NUMBERS.get(name) or NUMBERS.get(name)
-        if limits is None or value is None:
-            continue
-        kind = numbers.Integral if name in WHOLE_NUMBERS else numbers.Real
-        values = value if isinstance(value, list | tuple) else [value]
-        for number in values:
-            check_number(name, number, kind, *limits)
-
-
-def check_number(name, number, kind, least, most):
-    if name == "accum" and number == "auto":
-        return
-    right = isinstance(number, kind) and not isinstance(number, bool)
-    if right and least <= number <= most:
-        return
-    what = "a whole number" if kind is numbers.Integral else "a number"
-    words = f"must be {what} from {least:g} to {most:g}"
-    if right and number < least:
-        words = f"must be at least {least:g}"
-        if least == 0:
-            words = "must not be negative"
-        elif least <= 1e-6:
-            words = "must be above 0"
-    raise ValueError(f"--{name} {number}: {words}")
-
-
-# What else a value of a type may be, and the type in words.
-ALSO = {int: numbers.Integral, float: numbers.Real, str: os.PathLike, tuple: list}
-IN_WORDS = {int: "a whole number", float: "a number", str: "a text", tuple: "values"}
-IN_WORDS |= {bool: "true or false", type(None): "nothing"}
-
-
-def check_types(settings):
-    """ValueError names the first field of a dataclass whose value is not of its type.
-
-    The command line makes no others; a damaged file may hold any.
-    """
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        # int | None -> int, None
-        kinds = typing.get_args(field.type) or (field.type,)
-        allowed = kinds + tuple(ALSO.get(kind, kind) for kind in kinds)
-        # True is a number for Python.
-        right = isinstance(value, allowed) and (
-            type(value) is not bool or bool in kinds
-        )
-        if not right:
-            words = " or ".join(IN_WORDS[kind] for kind in kinds)
-            raise ValueError(f"--{field.name} {value!r}: must be {words}")
-
-
-# -- Flags -----------------------------------------------------------------------------
-
-
-def count_or_auto(text):
-    """The type of a flag, for argparse: a whole number or the word auto."""
-    return text if text == "auto" else int(text)
-
-
-def parse_settings(kind, description, argv=None):
-    """The dataclass `kind` of a command line, with a flag for each of its fields.
-
-    A field's metadata are the options of its flag; its type is the field's.
-    """
-    parser = Parser(description=description)
-    for field in dataclasses.fields(kind):
-        options = {"default": field.default, **field.metadata}
-        if field.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif "type" not in options:
-            # int | None -> int
-            options["type"] = (typing.get_args(field.type) or (field.type,))[0]
-        parser.add_argument(f"--{field.name}", **options)
-    return kind(**vars(parser.parse_args(argv)))
-
-
-end, say, out_of_memory, plain = run_cli, log_line, is_out_of_memory, underscored
