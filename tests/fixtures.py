@@ -170,8 +170,8 @@ def copy(trained, labelled, tmp_path):
 
 @pytest.fixture(scope="session")
 def distributed(ask, labelled, tmp_path_factory):
-    """On 2 processes, uninterrupted."""
+    """The folder of an uninterrupted run on 2 processes, with accumulation."""
     out = tmp_path_factory.mktemp("ranks") / "out"
-    runs = ranks(ask, out, TINY | labelled | {"eval_every": 2})
+    runs = ranks(ask, out, TINY | labelled | {"eval_every": 2, "accum": 2})
     assert [run.wait()[0] for run in runs] == [0, 0]
     return runs[0].out
