@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import attg.datasets
 import attg.features
+import attg.toy
 import attg_mae
 import eval_knn
 from attg.datasets import open_data
@@ -62,3 +64,13 @@ def test_shots_that_some_classes_do_not_have(encoder, labelled, capsys):
     all_labels = [row["top-1"] for row in eval_knn.main([*flags, "--k", "5"])]
     assert all_labels == [results[2]["top-1"], results[5]["top-1"]]
     assert results[2]["+-"] == 0
+
+
+def test_variants_of_toy_are_test_sets(encoder, monkeypatch):
+    """Other backgrounds give other results."""
+    names, toy = ["test", "only_fg", "mixed_rand"], attg.toy.toy
+    few = {split: [x[:500] for x in toy(split)] for split in ("train", *names)}
+    monkeypatch.setattr(attg.datasets, "toy", few.get)
+    results = eval_knn.main([encoder, "--val", *names, "--device", "cpu"])
+    assert [row["test"] for row in results] == names * 2
+    assert len({row["top-1"] for row in results[:3]}) == 3

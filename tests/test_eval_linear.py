@@ -13,8 +13,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import attg.datasets
-import attg.toy
 import attg_mae
 import eval_knn
 import eval_linear
@@ -22,7 +20,7 @@ from attg.datasets import open_data
 from attg.features import FEATURES, SOURCE
 from attg.loader import make_loader
 from attg.seeding import seed_for
-from tests.helpers import SMALL, blobs, close, randn
+from tests.helpers import blobs, close, randn
 
 COMMON = ["--device", "cpu", "--seed", "1"]
 
@@ -118,14 +116,7 @@ def test_probe_at_the_limits(quick):
         # The second learning rate diverges.
         wild = probe(x, y, {"t": test}, lrs=[0.01, 3e38])
     assert wild["lr"] == 0.01 and wild["held_out"][1] < wild["held_out"][0]
-    assert probe(x, y, {"t": test}, lrs=[0.01, 3e38]) == wild  # deterministic
-    # An image more than a batch, and classes 0 twice, 1, 2 and 3 once.
-    more, others = blobs(1025, 4), blobs(2000, 4, seed=3)
-    tops = []
-    for batch_size in (1024, 1025):
-        run = probe(*more, {"t": others}, lrs=[1.0], batch_size=batch_size)
-        tops.append(run["results"]["t"][0])
-    assert tops[0] == pytest.approx(tops[1], abs=1.5)
+    # Classes 0 twice, 1, 2 and 3 once.
     few = probe(x[:5], y[:5], {"t": test})
     assert 0 <= min(few["held_out"]) <= 40 and few["results"]["t"][1] == 100
     # Channels that never change, then a single class.
@@ -188,26 +179,6 @@ def test_weight_decay_of_lars_is_added_to_the_gradient():
     assert close(ours.weight, peer.weight, 1e-6) and close(ours.bias, peer.bias, 1e-6)
 
 
-def test_mae_probe_is_batchnorm_and_linear_on_the_frozen_encoder():
-    encoder = attg_mae.build_model(attg_mae.Config(**SMALL)).eval()
-    probe, imgs = eval_linear.Probe(encoder, 7).train(), randn(6, 3, 32, 32)
-    logits = probe(imgs)
-    tokens = encoder.forward_features(imgs)
-    features = tokens[:, 0], tokens[:, 1:].mean(1)
-    for got, head, x in zip(logits, probe.heads, features, strict=True):
-        norm = nn.BatchNorm1d(16, eps=1e-6, affine=False)
-        assert close(got, F.linear(norm(x), head.weight, head.bias), 1e-5)
-        assert 0.005 < head.weight.std() < 0.015 and not head.bias.any()
-    logits.sum().backward()
-    trained = {f"heads.{k}.{n}" for k in (0, 1) for n in ("weight", "bias")}
-    assert {n for n, p in probe.named_parameters() if p.grad is not None} == trained
-    assert all(p.grad is None for p in encoder.parameters())
-    statistics = probe.norm.running_mean.clone()
-    probe.eval()
-    assert probe(imgs).shape == (2, 6, 7) and not close(probe(imgs), logits, 1e-2)
-    assert probe.norm.running_mean.equal(statistics)
-
-
 # -- The program -----------------------------------------------------------------------
 
 
@@ -229,6 +200,7 @@ def test_results_of_a_data_set(quick, encoder, labelled, tmp_path, capsys):
     )
     cases = [(row["feature"], row["test"]) for row in results]
     assert cases == [(f, t) for f in FEATURES for t in ("test", other)]
+    assert "+-" not in results[0]
     assert results[0]["top-1"] == results[1]["top-1"]
     assert all(row["top-5"] == 100 for row in results)  # 3 classes
     grid = settings["held_out"]["class_token, linear, seed 1"]
@@ -259,15 +231,3 @@ def test_results_of_a_data_set(quick, encoder, labelled, tmp_path, capsys):
     half = eval_linear.main([*from_file, "--label_fraction", "0.5"])
     assert [row["images"] for row in half] == [12] * 4
     assert eval_knn.main(["--features", kept, "--device", "cpu", "--k", "3"])
-
-
-def test_toy_variants_are_test_sets(quick, encoder, monkeypatch):
-    names, full = ["test", "only_fg", "mixed_rand"], attg.toy.toy
-
-    def few(split):
-        return tuple(x[:300] for x in full(split))
-
-    monkeypatch.setattr(attg.datasets, "toy", few)
-    results = eval_linear.main([encoder, "--val", *names, *COMMON])
-    assert [row["test"] for row in results] == names * 2
-    assert len({row["top-1"] for row in results[:3]}) > 1
