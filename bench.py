@@ -2,7 +2,7 @@
 Speed and memory, each beside its peers, which take turns in one run.
 
     python bench.py kernel            # the loss: PyTorch, torch.compile, fused kernels
-    python bench.py step              # training steps, beside HF's, lightly's and MAE's
+    python bench.py step              # training steps, beside HF's and MAE's
     python bench.py data              # decode, crop and collate, beside torchvision
     python bench.py maps              # TokenCut's normalized cut, beside scipy
     python bench.py knn               # k-NN, beside a one-hot vote and scikit-learn's
@@ -28,6 +28,11 @@ from attg.cli import flag, make_folder, parse, run_cli
 BENCHMARKS = ("kernel", "step", "data", "maps", "knn", "gpu")
 
 
+COUNT = {"low": 1, "high": 10**9}
+COUNTS = COUNT | {"type": int, "nargs": "+"}
+NAMES = {"type": str, "nargs": "+"}
+
+
 @dataclasses.dataclass(kw_only=True)
 class Settings:
     """Settings of all benchmarks."""
@@ -36,52 +41,25 @@ class Settings:
         None, "what to measure", choices=BENCHMARKS, positional=True
     )
     device: str | None = flag(None, "cuda or cpu [the GPU if there is one]")
-    out: Path = flag(Path("out/bench"), "folder of the tables", type=Path)
-    repeats: int | None = flag(None, "calls of each [50, CPU 7]", low=1, high=10**6)
+    out: str = flag("out/bench", "folder of the tables")
+    repeats: int | None = flag(None, "calls of each [50, CPU 7]", **COUNT)
     batches: tuple = flag(
-        (),
-        "batch sizes; kernel takes all [32 to 1024, CPU 32], others the first",
-        low=1,
-        high=10**6,
-        type=int,
-        nargs="+",
+        (), "batch sizes, all but kernel take the first [32 to 1024, CPU 32]", **COUNTS
     )
-    dtypes: tuple = flag(
-        (), "kernel, step: bfloat16, float32 [kernel: both]", type=str, nargs="+"
-    )
-    shapes: tuple = flag((), "kernel: some of its shapes [all]", type=str, nargs="+")
-    images: tuple = flag(
-        ("float32",), "kernel: float32, bfloat16, uint8", type=str, nargs="+"
-    )
+    dtypes: tuple = flag((), "kernel, step: bfloat16, float32 [kernel: both]", **NAMES)
+    shapes: tuple = flag((), "kernel: some of its shapes [all]", **NAMES)
+    images: tuple = flag(("float32",), "kernel: float32, bfloat16, uint8", **NAMES)
     sweep: tuple = flag(
-        (),
-        "kernel: constants of the kernel file to try, on a GPU",
-        type=str,
-        nargs="+",
-        metavar="NAME=VALUE,VALUE",
+        (), "kernel: NAME=VALUE,VALUE ... constants of the kernel file to try", **NAMES
     )
     size: int = flag(224, "images, in pixels", low=1, high=8192)
-    models: tuple = flag(
-        ("vit_base", "vit_large"), "step: presets", type=str, nargs="+"
-    )
-    impls: tuple = flag((), "step: ours, HF, lightly, mae [all]", type=str, nargs="+")
+    models: tuple = flag(("vit_base", "vit_large"), "step: presets", **NAMES)
+    impls: tuple = flag((), "step: some of ours, HF, mae [all]", **NAMES)
     compile: bool = flag(False, "step: with torch.compile as well")
-    mae_repo: Path | None = flag(
-        None, "step, gpu: a copy of facebookresearch/mae to measure", type=Path
-    )
-    workers: tuple = flag(
-        (0,), "data: loader workers", low=0, high=1024, type=int, nargs="+"
-    )
-    files: int = flag(64, "data: number of different images", low=1, high=10**6)
-    knn: tuple = flag(
-        (),
-        "knn: sizes",
-        low=1,
-        high=10**9,
-        type=int,
-        nargs=3,
-        metavar=("BANK", "QUERIES", "WIDTH"),
-    )
+    mae_repo: str | None = flag(None, "step, gpu: a copy of facebookresearch/mae")
+    workers: tuple = flag((0,), "data: loader workers", **COUNTS | {"low": 0})
+    files: int = flag(64, "data: number of different images", **COUNT)
+    knn: tuple = flag((), "knn: sizes of bank, queries and features", **COUNTS)
     minutes: float = flag(9, "gpu: stop after", low=0, high=10**6)
 
 
@@ -89,6 +67,7 @@ def main(argv=None):
     settings = parse(Settings, __doc__, argv)
     if settings.benchmark is None:
         raise ValueError(f"benchmark: name one of {', '.join(BENCHMARKS)}")
+    settings.out = Path(settings.out)
     make_folder("out", settings.out)
     benchmark = importlib.import_module(f"benchmarks.{settings.benchmark}")
     if settings.benchmark == "gpu":

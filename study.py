@@ -30,8 +30,8 @@ if __name__ == "__main__":
 
     ignore_sigint_during_import()
 
-import argparse
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -55,17 +55,12 @@ from attg.maps import save_maps
 
 ROOT = Path(__file__).resolve().parent
 USES = ("inverted", "foreground", "background", "input_masking")
-# Sources of maps without a file of --maps.
 SOURCES = ("none", "masks", "self", "gaussian")
 EVALUATIONS = ("knn", "shots", "linear", "transfer")
 
 
-def named_file(text):
-    """NAME=FILE -> (NAME, Path)"""
-    name, _, file = text.partition("=")
-    if not name or not file or "+" in name or "-seed" in name or name in SOURCES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE with a new NAME")
-    return name, Path(file)
+SEVERAL = {"type": str, "nargs": "+"}
+COUNTS = {"low": 0, "high": 2**63 - 1, "type": int, "nargs": "+"}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -74,42 +69,18 @@ class Settings:
 
     name: str = flag("toy", "name of the study and its folders")
     data: str = flag("toy", "data set with labels and a test split, see attg_mae.py")
-    variants: tuple = flag(("none", "masks"), "see above", type=str, nargs="+")
+    variants: tuple = flag(("none", "masks"), "see above", **SEVERAL)
     # A folder VARIANT-seedN ends with its seed, so it has no sign.
-    seeds: tuple = flag(
-        (0, 1, 2), "one run each", low=0, high=2**63 - 1, type=int, nargs="+"
-    )
-    maps: tuple = flag(
-        (),
-        "map files of the variants NAME",
-        type=named_file,
-        nargs="+",
-        metavar="N=FILE",
-    )
-    self_flags: tuple = flag(
-        (),
-        "flags of object_discovery.py for the variant self, in quotes",
-        type=shlex.split,
-    )
-    evaluate: tuple = flag(
-        EVALUATIONS, f"some of {' '.join(EVALUATIONS)}; knn first", type=str, nargs="+"
-    )
-    shots: tuple = flag(
-        (10,), "labeled images per class", low=1, high=10**7, type=int, nargs="+"
-    )
+    seeds: tuple = flag((0, 1, 2), "one run each", **COUNTS)
+    maps: tuple = flag((), "NAME=FILE ...: map files of the variants NAME", **SEVERAL)
+    self_flags: str = flag("", "flags of object_discovery.py for the variant self")
+    evaluate: tuple = flag(EVALUATIONS, "evaluations, knn first", **SEVERAL)
+    shots: tuple = flag((10,), "labeled images per class", **COUNTS)
     transfer: str | None = flag(None, "another data set, for k-NN of the same encoders")
-    out: Path | None = flag(None, "folder of the runs [out/study/NAME]", type=Path)
-    results: Path | None = flag(
-        None, "folder of logs, table and curves [results/study/NAME]", type=Path
-    )
-    table: Path | None = flag(
-        None, "only write table and curves of this folder", type=Path
-    )
+    out: str | None = flag(None, "folder of the runs [out/study/NAME]")
+    results: str | None = flag(None, "folder of logs and table [results/study/NAME]")
+    table: str | None = flag(None, "only write table and curves of this folder")
     train: tuple = ()
-
-    def __post_init__(self):
-        self.out = self.out or Path("out/study", self.name)
-        self.results = self.results or Path("results/study", self.name)
 
 
 # -- Variants --------------------------------------------------------------------------
@@ -147,9 +118,19 @@ def gaussian_maps(path, data):
     save_maps(path, maps, dataset, method="gaussian", sigma=0.25)
 
 
-def check(settings):
-    """Raise ValueError for settings that cannot work, before the first run."""
-    files = dict(settings.maps)
+def map_files(settings):
+    """{NAME: Path} of --maps. ValueError for settings that cannot work."""
+    files = {}
+    for text in settings.maps:
+        name, _, file = text.partition("=")
+        if (
+            not Path(file).is_file()
+            or "+" in name
+            or "-seed" in name
+            or name in SOURCES
+        ):
+            raise ValueError(f"--maps {text}: must be a new NAME=FILE, a map file")
+        files[name] = Path(file)
     for name in settings.variants:
         source, _ = variant_flags(name)
         if source not in (*SOURCES, *files):
@@ -161,9 +142,6 @@ def check(settings):
             raise ValueError(
                 f"--variants {name}: add none, whose encoder makes its maps"
             )
-    for name, file in files.items():
-        if not file.is_file():
-            raise ValueError(f"--maps {name}={file}: no such file")
     unknown = set(settings.evaluate) - set(EVALUATIONS)
     if unknown or "knn" not in settings.evaluate:
         raise ValueError(
@@ -176,6 +154,7 @@ def check(settings):
             raise ValueError(
                 f"{word} after --: set by the study; use the study's flags"
             )
+    return files
 
 
 # -- Runs ------------------------------------------------------------------------------
@@ -213,27 +192,30 @@ def run_program(log, program, *flags):
         )
 
 
-def train_run(settings, variant, seed, folder):
+def train_run(settings, files, variant, seed, out):
     """Make the maps of a run if needed, then train it; resumes by itself."""
+    folder = out / f"{variant}-seed{seed}"
+    folder.mkdir(exist_ok=True)
     source, flags = variant_flags(variant)
-    log = folder / "log.txt"
-    maps = dict(settings.maps).get(source)
+    maps = files.get(source)
     if source == "gaussian":
-        maps = settings.out / "gaussian.npy"
+        maps = out / "gaussian.npy"
         if not maps.with_suffix(".json").is_file():
             gaussian_maps(maps, settings.data)
     if source == "self":
         maps = folder / "maps.npy"
-        encoder = settings.out / f"none-seed{seed}" / "encoder.pt"
+        encoder = out / f"none-seed{seed}" / "encoder.pt"
         discovery = ["--backbone", encoder, "--data", settings.data, "--out", maps]
+        discovery += shlex.split(settings.self_flags)
         if not maps.with_suffix(".json").is_file():
-            run_program(log, "object_discovery.py", *discovery, *settings.self_flags)
+            run_program(folder / "log.txt", "object_discovery.py", *discovery)
     flags = ["--data", settings.data, *settings.train, "--seed", seed, *flags]
     if maps:
         flags += ["--maps", maps]
     # Written at the end of a run.
     if not (folder / "encoder.pt").exists():
-        run_program(log, "attg_mae.py", *flags, "--out", folder)
+        run_program(folder / "log.txt", "attg_mae.py", *flags, "--out", folder)
+    return folder
 
 
 def evaluate_run(settings, folder):
@@ -255,36 +237,39 @@ def evaluate_run(settings, folder):
 
 
 def run_study(settings):
-    """All runs, one after the other; a failed run does not stop the others.
+    """Run all runs, one after the other; a failed run does not stop the others.
 
-    Returns the messages of those that failed.
+    Raises ChildProcessError at the end if any has failed.
     """
-    make_folder("out", settings.out)
-    make_folder("results", settings.results)
-    kept = ["config.json", "log.jsonl", "log.txt", "eval.txt"]
-    kept += [f"{name}.jsonl" for name in EVALUATIONS]
+    files = map_files(settings)
+    out = Path(settings.out or f"out/study/{settings.name}")
+    results = Path(settings.results or f"results/study/{settings.name}")
+    make_folder("out", out)
+    make_folder("results", results)
     # All variants of a seed before the next seed; self needs the vanilla run's encoder.
     variants = sorted(settings.variants, key=lambda name: name.startswith("self"))
     failed = []
-    for seed in settings.seeds:
-        for variant in variants:
-            folder = settings.out / f"{variant}-seed{seed}"
-            copy = settings.results / folder.name
-            folder.mkdir(exist_ok=True)
-            try:
-                train_run(settings, variant, seed, folder)
-                evaluate_run(settings, folder)
-            except ChildProcessError as error:
-                log_line(f"failed: {error}")
-                failed.append(str(error))
-                continue
-            copy.mkdir(exist_ok=True)
-            for name in kept:
-                if (folder / name).is_file():
-                    shutil.copyfile(folder / name, copy / name)
-            write_table(settings.results)
-            log_line(f"{folder.name}: done, see {copy}")
-    return failed
+    for seed, variant in itertools.product(settings.seeds, variants):
+        try:
+            folder = train_run(settings, files, variant, seed, out)
+            evaluate_run(settings, folder)
+        except ChildProcessError as error:
+            log_line(f"failed: {error}")
+            failed.append(error)
+            continue
+        copy = results / folder.name
+        copy.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            if path.suffix in (".json", ".jsonl", ".txt") and path.stem != "maps":
+                shutil.copyfile(path, copy / path.name)
+        write_table(results)
+        log_line(f"{folder.name}: done, see {copy}")
+    if failed:
+        raise ChildProcessError(
+            f"{len(failed)} runs failed, the first: {failed[0]}; the same command tries "
+            "them again"
+        )
+    return results
 
 
 # -- Metrics of the runs ---------------------------------------------------------------
@@ -486,19 +471,12 @@ def main(argv=None):
     settings = parse(Settings, __doc__, argv)
     settings.train = tuple(train)
     if settings.table:
-        return report(settings.table)
-    check(settings)
+        return report(Path(settings.table))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failed = run_study(settings)
+        return report(run_study(settings))
     finally:
         signal.signal(signal.SIGTERM, before)
-    if failed:
-        raise ChildProcessError(
-            f"{len(failed)} runs failed, the first: {failed[0]}; the same command tries "
-            "them again"
-        )
-    return report(settings.results)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from benchmarks.measure import (
 )
 
 
-def knn_plain(bank, labels, queries, k, num_classes, chunks=100):
+def knn_one_hot(bank, labels, queries, k, num_classes, chunks=100):
     """k-NN as it is usually written: a vote through a one-hot (b, k, C), in chunks."""
     bank = F.normalize(bank, dim=1).T
     guesses = []
@@ -32,93 +32,60 @@ def knn_plain(bank, labels, queries, k, num_classes, chunks=100):
     return torch.cat(guesses)
 
 
-def noisy_copies(n, queries, width, classes, device):
-    """Random bank (n, width), labels (n,), queries (q, width) and labels (q,)."""
-    generator = torch.Generator(device).manual_seed(0)
-    where = {"generator": generator, "device": device}
-    points = torch.randn(classes, width, **where)
-    labels = torch.arange(n, device=device) % classes
-    truth = torch.arange(queries, device=device) % classes
-    # In place: a bank of ImageNet's size takes 5 GB.
-    bank = torch.randn(n, width, **where).mul_(1.5).add_(points[labels])
-    x = torch.randn(queries, width, **where).mul_(1.5).add_(points[truth])
-    return bank, labels, x, truth
-
-
-def knn_sklearn(bank, labels, x, k):
-    """A call of scikit-learn's classifier, which returns the best class (q, 1)."""
+def knn_sklearn(bank, labels, queries, k):
+    """scikit-learn's classifier; returns the best class (q, 1)."""
     from sklearn.neighbors import KNeighborsClassifier
 
     def votes(distances):
         return np.exp((1 - distances) / 0.07)
 
     peer = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=votes)
-    bank, labels, x = bank.numpy(), labels.numpy(), x.numpy()
-
-    def call(_=None):
-        return torch.from_numpy(peer.fit(bank, labels).predict(x))[:, None]
-
-    return call
+    guesses = peer.fit(bank.numpy(), labels.numpy()).predict(queries.numpy())
+    return torch.from_numpy(guesses)[:, None]
 
 
-def append_result(results, call):
-    results.append(call())
+def noisy_copies(points, count, device, seed):
+    """Features (count, width) around points (C, width) in turn, and their labels."""
+    generator = torch.Generator(device).manual_seed(seed)
+    labels = torch.arange(count, device=device) % len(points)
+    x = torch.randn(count, points.shape[1], generator=generator, device=device)
+    # In place: a bank of ImageNet's size takes 5 GB.
+    return x.mul_(1.5).add_(points[labels]), labels
 
 
 def run(args, device, out):
-    """Measure seconds and peak memory."""
-    if args.knn:
-        sizes = args.knn
-    elif device.type == "cuda":
-        sizes = 1_281_167, 50_000, 1024
-    else:
-        sizes = 128_117, 5_000, 102
-    rows = measure_knn(*sizes, device, min(args.repeats, 5))
-    table(rows, out, "knn", machine(device))
-
-
-def measure_knn(n, queries, width, device, repeats, k=20):
-    """A row for each vote on features that are noisy copies of 1,000 points."""
-    classes = min(1000, n)
-    bank, labels, x, truth = noisy_copies(n, queries, width, classes, device)
-
-    def ours(_=None):
-        return knn_classify(bank, labels, x, k, num_classes=classes)
-
-    def one_hot(_=None):
-        return knn_plain(bank, labels, x, k, classes)
-
-    calls = {"knn_classify": ours, "one-hot": one_hot}
+    """Measure seconds and peak memory for noisy copies of 1,000 points."""
+    large = (
+        (1_281_167, 50_000, 1024) if device.type == "cuda" else (128_117, 5_000, 102)
+    )
+    n, q, width = args.knn or large
+    classes, k = min(1000, n), 20
+    points, _ = noisy_copies(torch.zeros(1, width, device=device), classes, device, 0)
+    bank, labels = noisy_copies(points / 1.5, n, device, 1)
+    x, truth = noisy_copies(points / 1.5, q, device, 2)
+    calls = {
+        "knn_classify": partial(knn_classify, bank, labels, x, k, num_classes=classes),
+        "one-hot": partial(knn_one_hot, bank, labels, x, k, classes),
+    }
     if device.type == "cpu" and find_spec("sklearn"):
-        calls["scikit-learn"] = knn_sklearn(bank, labels, x, k)
+        calls["scikit-learn"] = partial(knn_sklearn, bank, labels, x, k)
 
     memory, correct = {}, {}
     for name, call in calls.items():
-        guesses = []
-        memory[name] = peak_memory(partial(append_result, guesses, call), device)
-        right = guesses[0][:, 0] == truth
-        correct[name] = 100 * right.double().mean().item()
-    turns = {name: (nothing, call) for name, call in calls.items()}
-    times = take_turns(turns, device, repeats)
-
-    ours_ms = percentiles(times["knn_classify"])[0]
-    rows = []
-    for name in calls:
-        median, p20, p80 = percentiles(times[name])
-        rows.append(
-            {
-                "k-NN": name,
-                "bank": n,
-                "queries": queries,
-                "width": width,
-                "classes": classes,
-                "k": k,
-                "s": median / 1e3,
-                "p20": p20 / 1e3,
-                "p80": p80 / 1e3,
-                "x knn_classify": median / ours_ms,
-                "peak MiB": memory[name],
-                "top-1 %": correct[name],
-            }
-        )
-    return rows
+        memory[name] = peak_memory(call, device)
+        correct[name] = 100 * (call()[:, 0] == truth).double().mean().item()
+    turns = {name: (nothing, lambda _, c=call: c()) for name, call in calls.items()}
+    times = take_turns(turns, device, min(args.repeats, 5))
+    base, rows = percentiles(times["knn_classify"])[0], []
+    for name, seconds in times.items():
+        median, p20, p80 = percentiles(seconds)
+        row = {"k-NN": name, "bank": n, "queries": q, "width": width, "k": k}
+        row |= {
+            "classes": classes,
+            "s": median / 1e3,
+            "p20": p20 / 1e3,
+            "p80": p80 / 1e3,
+        }
+        row |= {"x knn_classify": median / base, "peak MiB": memory[name]}
+        rows.append(row | {"top-1 %": correct[name]})
+    table(rows, out, "knn", machine(device))

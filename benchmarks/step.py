@@ -9,7 +9,6 @@ measures the unweighted mse and the gradient norm; `guided` has maps, `vanilla` 
 
 import importlib
 import math
-import os
 import sys
 from functools import partial
 from itertools import product
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -85,62 +83,6 @@ def hugging_face(cfg):
     return model, lambda model, imgs, noise: model(imgs, noise=noise).loss
 
 
-class Lightly(torch.nn.Module):
-    """lightly's encoder and decoder, composed as in its documentation."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        # Otherwise it asks its server for a newer version.
-        os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"
-        from lightly.models import utils
-        from lightly.models.modules import (
-            MaskedVisionTransformerDecoderTIMM,
-            MaskedVisionTransformerTIMM,
-        )
-        from timm.models.vision_transformer import VisionTransformer
-
-        self.utils = utils
-        self.patch_size = cfg.patch_size
-        vit = VisionTransformer(
-            cfg.img_size,
-            cfg.patch_size,
-            embed_dim=cfg.width,
-            depth=cfg.depth,
-            num_heads=cfg.heads,
-            num_classes=0,
-        )
-        self.encoder = MaskedVisionTransformerTIMM(vit)
-        width = cfg.decoder_width
-        self.embed = torch.nn.Linear(cfg.width, width)
-        self.decoder = MaskedVisionTransformerDecoderTIMM(
-            num_patches=math.prod(cfg.grid),
-            embed_dim=width,
-            depth=cfg.decoder_depth,
-            num_heads=cfg.decoder_heads,
-        )
-        self.predict = torch.nn.Linear(width, cfg.patch_size**2 * cfg.in_chans)
-
-    def forward(self, imgs):
-        utils = self.utils
-        size = (len(imgs), self.encoder.sequence_length)
-        keep, hidden = utils.random_token_mask(size, 0.75, device=imgs.device)
-        latent = self.embed(self.encoder.encode(imgs, idx_keep=keep))
-        tokens = utils.repeat_token(self.decoder.mask_token, size)
-        tokens = utils.set_at_index(tokens, keep, latent.type_as(tokens))
-        decoded = self.decoder(tokens)
-        pred = self.predict(utils.get_at_index(decoded, hidden))
-        # The class token has no patch.
-        patches = utils.patchify(imgs, self.patch_size)
-        target = utils.get_at_index(patches, hidden - 1)
-        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        return F.mse_loss(pred, (target - mean) / (variance + 1e-6).sqrt())
-
-
-def lightly(cfg):
-    """lightly's modules; they draw their own masks."""
-    return Lightly(cfg), lambda model, imgs, noise: model(imgs)
-
-
 def facebook(repo, cfg):
     """models_mae.py of a copy of facebookresearch/mae; it draws its own masks.
 
@@ -179,7 +121,7 @@ def available_impls(cfg, device, mae_repo=None, wanted=()):
 
     wanted: beginnings of names; () is all.
     """
-    makers = {"ours": ours, "HF sdpa": hugging_face, "lightly": lightly}
+    makers = {"ours": ours, "HF sdpa": hugging_face}
     if mae_repo:
         makers["mae"] = partial(facebook, Path(mae_repo))
     if wanted:

@@ -235,7 +235,7 @@ def test_an_interrupted_program_may_save(monkeypatch, tmp_path):
         ("--variants none+inverted", "--variants none+inverted vanilla"),
         ("--variants masks+upside", "--variants masks+upside +upside inverted"),
         ("--variants self", "--variants self none"),
-        ("--maps a=none.npy --variants a", "--maps a=none.npy no such file"),
+        ("--maps a=none.npy --variants a", "--maps a=none.npy file"),
         ("--evaluate linear", "--evaluate knn"),
         ("--table nowhere", "nowhere no results"),
         ("-- --seed 3", "--seed study"),
