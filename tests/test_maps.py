@@ -340,6 +340,10 @@ def red(imgs):
     return imgs[:, 0, ::8, ::8].float()
 
 
+def green(imgs):
+    return imgs[:, 1, ::8, ::8].float()
+
+
 def files_of(out):
     return [out.with_suffix(suffix).read_bytes() for suffix in (".npy", ".json")]
 
@@ -373,9 +377,12 @@ def test_interrupted_jobs_resume(images, tmp_path, capsys):
 
 @pytest.mark.parametrize("ending", ["npy", "json", "settings"])
 def test_job_interrupted_at_its_end(ending, images, tmp_path, monkeypatch):
-    """After one of the files, after both, while the folder is removed."""
-    job(tmp_path / "whole.npy", images, red)
-    out = tmp_path / "m.npy"
+    """After one of the files, after both, while the folder is removed.
+
+    Blocks without settings may be of another job: they are made again.
+    """
+    out, compute = tmp_path / "m.npy", green if ending == "settings" else red
+    job(tmp_path / "whole.npy", images, compute)
 
     def save(*args, **settings):
         save_maps(*args, **settings)
@@ -388,7 +395,7 @@ def test_job_interrupted_at_its_end(ending, images, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(attg.map_job, "save_maps", save)
         job(out, images, red)
-    job(out, images, red)
+    job(out, images, compute)
     assert files_of(out) == files_of(tmp_path / "whole.npy")
     assert not (tmp_path / "m.npy.job").exists()
 
