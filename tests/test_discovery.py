@@ -4,6 +4,7 @@ The program object_discovery.py: maps of a folder, backbones, downloads, errors.
 
 import hashlib
 import math
+import shutil
 import urllib.error
 from dataclasses import asdict
 
@@ -117,6 +118,10 @@ def test_discovered_maps_guide_a_run(labelled, tmp_path):
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
         assert manifest["settings"]["sha256"] == sha256
         runs.append(train(tmp_path / method, **labelled | {"maps": out}, epochs=1))
+        # The weights count, not the name of their file.
+        flags[1] = str(shutil.copy(file, tmp_path / f"{method}.pt"))
+        again = object_discovery.main([*flags, "--method", method, "--out", out])
+        assert again["manifest"] == manifest
     assert len({str(losses(run["out"])) for run in runs}) == 3
     out = str(tmp_path / "o.npy")
     channels = ["--mean", *"000", "--std", *"111"]
