@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 import attg.images
 from attg.datasets import open_data
 from attg.images import eval_view, load_image, rand_augment, to_8_bits, train_view
-from tests.fuzz import RANDOM, largest_memory, odd_image, png, within
+from tests.fuzz import RANDOM, damage, largest_memory, png, within
 from tests.helpers import LUMA, noise, ramp, write
 
 BICUBIC = v2.InterpolationMode.BICUBIC
@@ -28,14 +28,15 @@ MODES = {
     "png": ("RGB", "L", "1", "RGBA", "LA", "P", "I;16"),
     "tif": ("RGB", "L", "1", "P", "CMYK", "I;16", "I", "F"),
 }
+ALL_MODES = sorted(set(MODES["png"] + MODES["tif"]))
 
 
 # -- Modes -----------------------------------------------------------------------------
 
 
-def image_of(mode, random):
+def image_of(mode, random, shape=None):
     """An image of a mode, and the RGB (h, w, 3) that it must become."""
-    shape = random.integers(1, 12, 2)
+    shape = random.integers(1, 12, 2) if shape is None else shape
     values = random.integers(0, 256, (*shape, 4), dtype=np.uint8)
     rgb, gray = values[..., :3], values[..., 3]
     if mode == "RGB":
@@ -195,6 +196,32 @@ def test_rand_augment_is_a_function_of_the_seed():
 
 
 # -- Large, damaged and odd files ------------------------------------------------------
+
+
+SIDES = (1, 2, 31, 33, 70, 300)
+
+
+def odd_image(folder, rng):
+    """Write an image. Returns its path, (w, h), and whether it is sound."""
+    width, height = rng.choice(SIDES), rng.choice(SIDES)
+    if rng.random() < 0.15:
+        # A header that promises more, or less, than there is.
+        height = rng.choice((*SIDES, 10**6, 2**31 - 1))
+        path = folder / "0.png"
+        path.write_bytes(png(width, height, row=bytes(30), rows=3))
+        return path, (width, height), False
+    random = np.random.default_rng(rng.randrange(2**32))
+    image, _ = image_of(rng.choice(ALL_MODES), random, (height, width))
+    path = folder / f"0{rng.choice(('.png', '.jpg', '.tif', '.bmp', '.webp', '.ppm'))}"
+    try:
+        image.save(path)
+    # This format has no such mode.
+    except (OSError, KeyError):
+        image.convert("RGB").save(path)
+    sound = rng.random() < 0.3
+    if not sound:
+        path.write_bytes(damage(path.read_bytes(), rng))
+    return path, (width, height), sound
 
 
 def test_odd_images(tmp_path, capsys):
