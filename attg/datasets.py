@@ -33,7 +33,8 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -54,20 +54,10 @@ from attg.images import (
     train_view,
 )
 from attg.seeding import generator_for, seed_for
-from attg.sources import (
-    LAYOUTS,
-    TORCHVISION,
-    Names,
-    Pairs,
-    check_split,
-    find_images,
-    load_from,
-    open_torchvision,
-)
-from attg.toy import TOY_VARIANTS, toy
+from attg.sources import Names, check_pair, open_source
 
 # Unreadable images that are reported one by one; further ones are counted.
-LINES = 10
+MAX_REPORTED = 10
 
 
 class Sample(NamedTuple):
@@ -89,7 +79,7 @@ class ImageData(Dataset):
     the first few are reported, further ones only counted. ValueError if there is none.
     """
 
-    source: Sequence  # of (PIL image, label): any map-style data set
+    pairs: Sequence  # of (PIL image, label): any map-style data set
     names: Sequence[str]  # one per image: order and identity of the rows of a map file
     known_labels: Sequence[int] | None  # None: only the source knows them
     known_classes: int | None  # 0 = no labels; None = the largest label + 1
@@ -142,7 +132,7 @@ class ImageData(Dataset):
 
     def read(self, i):
         """(PIL image of any mode, label) of image i. Raises what its decoder raises."""
-        image, label = check_pair(self.source[i])
+        image, label = check_pair(self.pairs[i])
         check_pixels(image, self.max_pixels)
         return image, label
 
@@ -156,8 +146,8 @@ class ImageData(Dataset):
             return
         self.unreadable[i] = True
         count = int(self.unreadable.sum())
-        if count <= LINES:
-            more = "; further ones are only counted" if count == LINES else ""
+        if count <= MAX_REPORTED:
+            more = "; further ones are only counted" if count == MAX_REPORTED else ""
             print(
                 f"unreadable, the next image replaces it: {self.path(i)} ({error}){more}",
                 file=sys.stderr,
@@ -194,7 +184,8 @@ class ImageData(Dataset):
         """The images of these rows, an int tensor (m,), as another ImageData."""
         return replace(
             self,
-            source=Subset(self.source, rows.numpy()),
+            # An array gives Python ints, as users' data sets may expect, in little memory.
+            pairs=Subset(self.pairs, array("q", rows.tolist())),
             names=[self.names[i] for i in rows],
             known_labels=self.labels[rows].numpy(),
             known_classes=self.num_classes,
@@ -239,19 +230,6 @@ def sha256_of(strings):
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
-def check_pair(pair):
-    """(PIL image, label, -1 = none) of an item of a data set, or ValueError."""
-    if isinstance(pair, tuple | list) and len(pair) == 2:
-        image, label = pair
-        if isinstance(image, Image.Image):
-            return image, -1 if label is None else int(label)
-        pair = image
-    raise ValueError(
-        f"data: found a {type(pair).__name__}; every [i] must be (PIL image, label), the "
-        "label an int or None"
-    )
-
-
 # -- Opening a data set ----------------------------------------------------------------
 
 
@@ -288,78 +266,17 @@ def open_data(
     """
     if channels not in MODES:
         raise ValueError(f"--in_chans {channels}: must be 3 (RGB) or 1 (gray)")
-    view = {
-        "size": (size, size) if isinstance(size, int) else tuple(size),
-        "augment": train_view if augment is True else augment,
-        "seed": seed,
-        "channels": channels,
-        "max_pixels": max_pixels,
-    }
-    if not isinstance(name, str | os.PathLike):
-        return open_python(name, split, classes, view)
-    name = str(name)
-    # Path.expanduser raises an error for unknown users.
-    path = Path(os.path.expanduser(name))
-    if name == "toy":
-        check_split(name, split, classes, ("train", "test", *TOY_VARIANTS))
-        images, masks, labels = toy(split)
-        names = [f"toy/{split}/{i:05d}" for i in range(len(images))]
-        source = Pairs(Image.fromarray, images, labels)
-        num_classes = int(labels.max()) + 1
-        return ImageData(source, names, labels, num_classes, masks=masks, **view)
-    if name in TORCHVISION:
-        check_split(name, split, classes)
-        root = Path(root or os.environ.get("ATTG_DATA") or "~/.cache/attg_mae")
-        source = open_torchvision(name, split, root.expanduser())
-        names = [f"{name}/{split}/{i:06d}" for i in range(len(source))]
-        return ImageData(source, names, None, TORCHVISION[name][1], **view)
-    if not path.exists():
-        raise ValueError(
-            f"--data {name}: neither a folder, an image nor one of toy, "
-            f"{', '.join(TORCHVISION)}. {LAYOUTS}"
-        )
-    found = find_images(path, split, classes)
-    if found is None:
+    opened = open_source(name, split, classes, root, max_pixels)
+    if opened is None:
         return None
-    folder, names, labels = found
-    names = Names(names)
-    source = Pairs(functools.partial(load_from, folder, max_pixels), names, labels)
-    return ImageData(source, names, labels, int(labels.max()) + 1, folder, **view)
-
-
-def open_python(data, split, classes, view):
-    """open_data of a map-style data set, or of a dict of them by split."""
-    if classes:
-        raise ValueError(f"--classes {classes}: only for --data of class folders")
-    if not isinstance(data, Mapping):
-        data = {"train": data}
-    source = data.get(split)
-    if source is None and split == "train":
-        raise ValueError(f"data: has {list(data)}; one must be named 'train'")
-    if source is None:
-        return None
-    map_style = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-    if not map_style or not len(source):
-        raise ValueError(
-            f"data: the {split} split is a {type(source).__name__} without images; must "
-            "be a map-style data set, with [i] and len(), of (PIL image, label)"
-        )
-    try:
-        first = source[0]
-    # Unreadable: it will be replaced.
-    except Exception:
-        first = None
-    label = 0 if first is None else check_pair(first)[1]
-    labels = getattr(source, "targets", None)
-    if labels is not None:
-        labels = [-1 if label is None else int(label) for label in labels]
-    num_classes = None
-    if getattr(source, "classes", None) is not None:
-        num_classes = len(source.classes)
-    elif labels is None and label < 0:
-        num_classes = 0
-    names = [f"data/{split}/{i:06d}" for i in range(len(source))]
-    return ImageData(source, names, labels, num_classes, **view)
+    return ImageData(
+        *opened,
+        size=(size, size) if isinstance(size, int) else tuple(size),
+        augment=train_view if augment is True else augment,
+        seed=seed,
+        channels=channels,
+        max_pixels=max_pixels,
+    )
 
 
 # -- Helpers of training and evaluation ------------------------------------------------
