@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-import attg.datasets
 import attg.features
+import attg.sources
 import attg.toy
 import attg_mae
 import eval_knn
@@ -70,7 +70,7 @@ def test_variants_of_toy_are_test_sets(encoder, monkeypatch):
     """Other backgrounds give other results."""
     names, toy = ["test", "only_fg", "mixed_rand"], attg.toy.toy
     few = {split: [x[:500] for x in toy(split)] for split in ("train", *names)}
-    monkeypatch.setattr(attg.datasets, "toy", few.get)
+    monkeypatch.setattr(attg.sources, "toy", few.get)
     results = eval_knn.main([encoder, "--val", *names, "--device", "cpu"])
     assert [row["test"] for row in results] == names * 2
     assert len({row["top-1"] for row in results[:3]}) == 3
