@@ -244,9 +244,9 @@ class ViT(nn.Module):
 
     def patchify(self, imgs):
         """(B, C, H, W) -> (B, L, P). ValueError for another image size."""
-        expected = (self.cfg.in_chans, *self.cfg.size)
-        if imgs.shape[1:] != expected:
-            raise ValueError(f"imgs: got {tuple(imgs.shape)}; pass (B, *{expected})")
+        C, H, W = self.cfg.in_chans, *self.cfg.size
+        if imgs.shape[1:] != (C, H, W):
+            raise ValueError(f"imgs: got {tuple(imgs.shape)}; pass (B, {C}, {H}, {W})")
         return patchify(imgs, self.cfg.patch_size)
 
     def embed(self, patches, ids_keep=None):

@@ -1,7 +1,7 @@
 """
-Training against the same written out. Runs that are compared with each other (stopped and
-continued, on two processes, with workers, with --save) do not show what is wrong in both:
-here is what they must come to.
+Whole runs against the same written out. Runs that are compared with each other (stopped
+and resumed, on two processes, with workers) do not show a fault that both have; here is
+what they must come to.
 """
 
 import copy
@@ -25,23 +25,27 @@ from tests.helpers import TINY, after_step, last, recorded_passes, records, trai
 STEPS = 24  # of TINY: 4 epochs of 6
 
 
+def stop():
+    raise KeyboardInterrupt
+
+
 def half_cosine(step, steps, warmup):
-    """The factor of the learning rate: up in a line, down to 0 by half a cosine."""
+    """Factor of the learning rate: linear up, then half a cosine down to 0."""
     if step < warmup:
         return step / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
 
 
-def loss_of(model, seen, tau):
-    """Eq. 1 and 2 for what a recorded pass was given."""
-    # Of the mask's zeros and ones the zeros are lowest, so that they stay visible.
+def loss_of(model, seen, m_norm, tau):
+    """Eq. 1 and 2 for the inputs of a recorded pass."""
+    # As noise, the mask itself keeps its zeros visible.
     _, pred, mask = model(seen.imgs, noise=seen.mask)
     assert mask.equal(seen.mask)
     patches = model.patchify(seen.imgs)
     deviation = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     x_norm = (patches - patches.mean(-1, keepdim=True)) / deviation
     error = (pred - x_norm).square().mean(-1)
-    return (mask * seen.weight * error).sum() / mask.sum()
+    return (mask * (m_norm / tau).exp() * error).sum() / mask.sum()
 
 
 def adamw(parameter, moments, step, lr, decay):
@@ -63,146 +67,80 @@ def features_of(encoder, imgs):
 
 @pytest.fixture(scope="module")
 def written_out(labelled, tmp_path_factory):
-    """(folder of a run, its passes, what it comes to: figures of each step, the model)."""
-    out = tmp_path_factory.mktemp("run")
-    with recorded_passes() as passes:
+    """Folder of a run; (loss, norm of the gradient) of its steps and its model, written out.
+
+    M_norm is what patch_weights receives; tau, weights and all else are computed here.
+    """
+    out, maps = tmp_path_factory.mktemp("run"), []
+    patch_weights = attg_mae.patch_weights
+
+    def record(m_norm, *args):
+        maps.append(m_norm.clone())
+        return patch_weights(m_norm, *args)
+
+    with pytest.MonkeyPatch.context() as patch, recorded_passes() as passes:
+        patch.setattr(attg_mae, "patch_weights", record)
         train(out, **labelled)
     torch.manual_seed(seed_for("weights", 0))
     model = attg_mae.MAE(attg_mae.Config(**TINY))
     trained = [p for p in model.parameters() if p.requires_grad]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in trained]
-    figures = []  # loss, norm of the gradient
-    for step, seen in enumerate(passes):
+    steps = []
+    for step, (seen, m_norm) in enumerate(zip(passes, maps, strict=True)):
         tau = 0.75 + 0.25 * (1 - math.cos(math.pi * step / STEPS)) / 2
-        loss = loss_of(model, seen, tau)
+        loss = loss_of(model, seen, m_norm, tau)
         model.zero_grad()
         loss.backward()
         squares = sum(p.grad.square().sum() for p in trained)
-        figures.append((loss.item(), squares.sqrt().item()))
+        steps.append((loss.item(), squares.sqrt().item()))
         lr = 1e-3 * half_cosine(step, STEPS, 6)
-        for parameter, own in zip(trained, moments, strict=True):
+        for parameter, state in zip(trained, moments, strict=True):
             decay = 0.05 if parameter.dim() > 1 else 0.0
-            adamw(parameter, own, step, lr, decay)
-    return out, passes, figures, model
+            adamw(parameter, state, step, lr, decay)
+    assert len(steps) == STEPS
+    return out, steps, model
 
 
-def assert_written_out(out, figures, model):
+def assert_written_out(out, steps, model):
     """Losses, norms and weights of the run in `out` are these."""
     got = [(row["loss"], row["grad_norm"]) for row in records(out)]
-    np.testing.assert_allclose(got, figures, rtol=1e-3)
-    np.testing.assert_allclose(got[0], figures[0], rtol=1e-5)
+    np.testing.assert_allclose(got, steps, rtol=1e-3)
+    np.testing.assert_allclose(got[0], steps[0], rtol=1e-5)
     weights = last(out)["model"]
     torch.manual_seed(seed_for("weights", 0))
     start = attg_mae.MAE(model.cfg).state_dict()
     for name, value in model.state_dict().items():
         moved = (value - start[name]).norm()
-        # The key's bias has a gradient of rounding errors, of which Adam makes steps.
+        # The gradient of the key's bias is rounding, of which Adam makes steps.
         if moved and not name.endswith("qkv.bias"):
             assert (weights[name] - value).norm() < 0.01 * moved, name
 
 
-def test_a_run(written_out):
-    out, _, figures, model = written_out
-    assert_written_out(out, figures, model)
-    # A step more or less is seen.
+def test_a_run(written_out, distributed):
+    """In one process and in two."""
+    out, steps, model = written_out
+    assert_written_out(out, steps, model)
+    assert_written_out(distributed, steps, model)
     with pytest.raises(AssertionError):
-        assert_written_out(out, figures[1:] + figures[:1], model)
+        assert_written_out(out, steps[1:] + steps[:1], model)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_was_stopped(workers, written_out, labelled, tmp_path):
-    _, _, figures, model = written_out
-    settings = labelled | {"workers": workers}
-
-    def stop():
-        raise KeyboardInterrupt
-
+def test_a_run_that_was_interrupted(written_out, labelled, tmp_path):
+    """In mid-epoch, with workers; it goes on from the last epoch's checkpoint."""
+    settings = labelled | {"workers": 2}
     with after_step(15, stop), pytest.raises(KeyboardInterrupt):
         train(tmp_path, **settings)
     assert last(tmp_path)["step"] == 12
     train(tmp_path, **settings)
-    assert_written_out(tmp_path, figures, model)
+    assert_written_out(tmp_path, *written_out[1:])
 
 
-def test_a_run_on_two_processes(written_out, distributed):
-    _, _, figures, model = written_out
-    assert_written_out(distributed, figures, model)
-
-
-def knn_figure(bank, labels, queries, truth):
-    """Top-1 in percent of the k-NN with k = 20, image by image."""
-    right = 0
-    for x, label in zip(queries, truth, strict=True):
-        cosine = bank @ x / np.linalg.norm(bank, axis=1) / np.linalg.norm(x)
-        nearest = cosine.argsort()[-20:]
-        votes = np.bincount(labels[nearest], np.exp(cosine[nearest] / 0.07), 3)
-        right += votes.argmax() == label
-    return 100 * right / len(truth)
-
-
-def test_figures_of_a_run_on_two_processes(distributed, labelled):
-    """The k-NN of its weights; each process had half of the pictures."""
-    model = attg_mae.load_encoder(distributed / "last.pt")
-    sets = []
-    for split in ("train", "test"):
-        pictures = list(open_data(labelled["data"], split, 16))
-        imgs = model.normalize(torch.stack([sample.image for sample in pictures]))
-        labels = np.array([sample.label for sample in pictures])
-        sets.append((features_of(model, imgs), labels))
-    (banks, labels), (queries, truth) = sets
-    figures = records(distributed, "knn")[-1]["knn"]
-    for name, bank, x in zip(FEATURES, banks, queries, strict=True):
-        assert figures[name] == pytest.approx(knn_figure(bank, labels, x, truth))
-        # In another order they would be others.
-        half = np.argsort(np.arange(25) % 2, kind="stable")
-        assert knn_figure(bank, labels[half], x, truth) < figures[name] - 20
-
-
-def test_each_step_has_masks_and_crops_of_its_own(written_out):
-    """The same ones again would be the same in every run."""
-    _, passes, _, _ = written_out
-    masks = torch.stack([seen.mask for seen in passes])  # (24, 4, 16)
-    assert len(passes) == STEPS and len(masks.unique(dim=0)) == STEPS
-    assert len(masks.flatten(0, 1).unique(dim=0)) > 80  # of 96; 1,820 are possible
-    # Every patch is hidden in 3 of 4, within five deviations.
-    often = masks.mean(dim=(0, 1))
-    assert ((often - 0.75).abs() < 5 * math.sqrt(0.75 * 0.25 / 96)).all()
-    crops = torch.cat([seen.imgs for seen in passes])
-    assert len(crops.flatten(1).unique(dim=0)) == 4 * STEPS
-
-
-@pytest.mark.parametrize("accum", [1, 2])
-def test_gradients_are_clipped_before_the_step(accum, labelled, tmp_path):
-    """The logged norm is that before; without the flag nothing is clipped."""
-    norms = []
-
-    def measure(optimizer, *_):
-        squares = 0.0
-        for group in optimizer.param_groups:
-            squares += sum(p.grad.square().sum().item() for p in group["params"])
-        norms.append(math.sqrt(squares))
-
-    hook = register_optimizer_step_pre_hook(measure)
-    settings = labelled | {"epochs": 1, "accum": accum}
-    train(tmp_path / "free", **settings)
-    train(tmp_path / "clipped", **settings, clip_grad=0.5)
-    hook.remove()
-    free = [row["grad_norm"] for row in records(tmp_path / "free")]
-    before = [row["grad_norm"] for row in records(tmp_path / "clipped")]
-    assert min(free + before) > 0.6
-    assert norms[:6] == pytest.approx(free, rel=1e-4)
-    assert norms[6:] == pytest.approx([0.5] * 6, rel=1e-4)
-
-
-# -- Training on labelled pictures -----------------------------------------------------
+# -- Training on labeled images --------------------------------------------------------
 
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """What attg.finetuning.fit trains on: .batches, (images, labels) of each call.
-
-    .start: the weights before the first of them.
-    """
+    """.batches: (images, labels) of each backward pass; .start: weights before the first."""
     seen = SimpleNamespace(batches=[], start=None)
     backward = attg.finetuning.backward
 
@@ -216,12 +154,16 @@ def recorded(monkeypatch):
     return seen
 
 
-def cut_and_continued(program, flags):
-    """The rows of a run that was stopped in its step 8 of 12, two after it was saved."""
+@pytest.fixture
+def flags(encoder, labelled):
+    """Flags of a run of 12 steps, 3 an epoch."""
+    data = [encoder, "--data", labelled["data"], "--device", "cpu"]
+    return data + "--epochs 4 --batch_size 8".split()
 
-    def stop():
-        raise KeyboardInterrupt
 
+def interrupt_and_resume(program, flags, tmp_path):
+    """Results of a run that was interrupted in step 8 of 12, two after it was saved."""
+    flags = [*flags, "--save", str(tmp_path / "w.pt")]
     with after_step(8, stop), pytest.raises(KeyboardInterrupt):
         program.main(flags)
     return program.main(flags)
@@ -263,19 +205,10 @@ class Head:
         return x @ self.weight.T + self.bias
 
 
-def test_mae_probe(recorded, encoder, labelled, tmp_path):
-    """Its weights, its statistics and its figures, also where --save continued it."""
-    flags = [
-        encoder,
-        "--data",
-        labelled["data"],
-        "--device",
-        "cpu",
-        "--protocol",
-        "mae",
-    ]
-    flags += "--epochs 4 --batch_size 8 --blr 10 --seed 1".split()
-    rows = cut_and_continued(eval_linear, [*flags, "--save", str(tmp_path / "w.pt")])
+def test_mae_probe(recorded, encoder, flags, labelled, tmp_path):
+    """Weights, statistics and accuracy, of a run that was interrupted."""
+    flags = flags + "--protocol mae --blr 10 --seed 1".split()
+    rows = interrupt_and_resume(eval_linear, flags, tmp_path)
     # Steps 7 and 8 were made twice.
     batches = recorded.batches[:6] + recorded.batches[8:]
     assert len(batches) == 12
@@ -294,14 +227,16 @@ def test_mae_probe(recorded, encoder, labelled, tmp_path):
     truth = np.array([sample.label for sample in tests])
     others = []
     for number, x in enumerate(features_of(vit, imgs)):
-        head, own = heads[number], slice(16 * number, 16 * number + 16)
+        head, columns = heads[number], slice(16 * number, 16 * number + 16)
         start = recorded.start[f"heads.{number}.weight"].double().numpy()
         got = weights[f"heads.{number}.weight"].double().numpy()
         moved = np.linalg.norm(head.weight - start)
         assert np.linalg.norm(got - head.weight) < 1e-4 * moved
         bias = weights[f"heads.{number}.bias"]
         np.testing.assert_allclose(bias, head.bias, 1e-3)
-        mean, variance = (weights[f"norm.running_{x}"][own] for x in ("mean", "var"))
+        mean, variance = (
+            weights[f"norm.running_{x}"][columns] for x in ("mean", "var")
+        )
         np.testing.assert_allclose(mean, head.mean, 1e-3, 1e-5)
         np.testing.assert_allclose(variance, head.variance, 1e-3)
         right = head.logits(x).argmax(1) == truth
@@ -309,73 +244,47 @@ def test_mae_probe(recorded, encoder, labelled, tmp_path):
         assert rows[number]["top-1"] == pytest.approx(100 * right.mean())
         head.mean, head.variance = x.mean(0), x.var(0)
         others.append((head.logits(x).argmax(1) == truth).sum() - right.sum())
-    # The statistics of the test pictures themselves give other figures.
+    # Statistics of the test images themselves give another accuracy.
     assert any(others)
 
 
-def test_fine_tuning_draws_anew_at_each_step(encoder, labelled, tmp_path, monkeypatch):
-    """Also in each micro-batch; the same again where a run goes on; others by --seed."""
-    draws = []
+def test_fine_tuning(recorded, flags, tmp_path, monkeypatch):
+    """Random numbers, learning rates and smoothed labels of a run that was interrupted."""
+    draws, rates, gradients = [], [], []
 
     def draw(imgs, labels, classes):
-        draws.append(torch.rand(3).tolist())
+        draws.append(tuple(torch.rand(3).tolist()))
         return imgs, labels
 
+    def note(optimizer, *_):
+        groups = optimizer.param_groups
+        rates.append({group["scale"]: group["lr"] for group in groups})
+        biases = [p for g in groups for p in g["params"] if p.shape == (3,)]
+        gradients.extend(p.grad.clone() for p in biases)
+
     monkeypatch.setattr(eval_finetune, "mix", draw)
-    flags = [encoder, "--data", labelled["data"], "--device", "cpu"]
-    flags += "--epochs 4 --batch_size 8 --accum 2".split()
-    cut_and_continued(eval_finetune, [*flags, "--save", str(tmp_path / "w.pt")])
-    # 8 steps, then again from the seventh of 12 on: two draws each.
+    hook = register_optimizer_step_pre_hook(note)
+    flags = flags + "--accum 2 --min_lr 1e-4 --blr 0.05".split()
+    interrupt_and_resume(eval_finetune, flags, tmp_path)
+    hook.remove()
+    # 8 steps, then from the seventh of 12 on: two draws each, the same again on resume.
     assert len(draws) == 16 + 12 and draws[12:16] == draws[16:20]
-    first = {tuple(draw) for draw in draws}
+    first = set(draws)
     assert len(first) == 24
     draws.clear()
     eval_finetune.main([*flags, "--seed", "1"])
-    assert len(first | {tuple(draw) for draw in draws}) == 48
+    assert len(first | set(draws)) == 48
 
-
-def test_learning_rates_of_fine_tuning(encoder, labelled):
-    """Down to min_lr, times the scale of the layer."""
-    used = []
-
-    def note(optimizer, *_):
-        used.append({group["scale"]: group["lr"] for group in optimizer.param_groups})
-
-    hook = register_optimizer_step_pre_hook(note)
-    flags = [encoder, "--data", labelled["data"], "--device", "cpu"]
-    flags += "--batch_size 8 --min_lr 1e-4 --epochs 4 --blr 0.05".split()
-    eval_finetune.main(flags)
-    hook.remove()
-    peak = 0.05 * 8 / 256
-    assert len(used) == 12
-    for step, rates in enumerate(used):
-        lr = 1e-4 + (peak - 1e-4) * half_cosine(step, 12, 0.8 * 3)
-        # Of an encoder with one block: embeddings, block, head.
+    # Half a cosine down to min_lr, times the scale of embeddings, block and head.
+    assert len(rates) == 14
+    for step, got in enumerate(rates[:6] + rates[8:]):
+        lr = 1e-4 + (0.05 * 8 / 256 - 1e-4) * half_cosine(step, 12, 0.8 * 3)
         want = {0.65**2: 0.65**2 * lr, 0.65: 0.65 * lr, 1.0: lr}
-        assert rates == pytest.approx(want, rel=1e-6)
-    # After the last step the rate would be min_lr itself, and no less.
-    nothing = torch.optim.SGD([torch.zeros(1)])
-    settings = eval_finetune.arguments([*flags, "--warmup_epochs", "0.8"])
-    end = attg.finetuning.set_lr(nothing, 12, 3, settings, attg_mae.lr_at)
-    assert end == pytest.approx(1e-4)
+        assert got == pytest.approx(want, rel=1e-6)
 
-
-def test_labels_of_fine_tuning_are_smoothed(recorded, encoder, labelled, monkeypatch):
-    """By a tenth, as the first gradient of the head tells: it begins without a guess."""
-    gradients = []
-    monkeypatch.setattr(eval_finetune, "mix", lambda imgs, labels, _: (imgs, labels))
-
-    def note(optimizer, *_):
-        biases = [p for g in optimizer.param_groups for p in g["params"] if len(p) == 3]
-        gradients.append([p.grad.clone() for p in biases if p.dim() == 1])
-
-    hook = register_optimizer_step_pre_hook(note)
-    flags = [encoder, "--data", labelled["data"], "--device", "cpu"]
-    eval_finetune.main([*flags, *"--epochs 1 --batch_size 8".split()])
-    hook.remove()
-    (gradient,) = gradients[0]
-    _, labels = recorded.batches[0]
+    # The head starts near zero, so its first gradient shows labels smoothed by a tenth.
+    labels = torch.cat([labels for _, labels in recorded.batches[:2]])
     share = labels.bincount(minlength=3) / 8
     want = 1 / 3 - (0.9 * share + 0.1 / 3)
-    torch.testing.assert_close(gradient, want, rtol=0, atol=1e-3)
+    torch.testing.assert_close(gradients[0], want, rtol=0, atol=1e-3)
     assert (1 / 3 - share - want).abs().max() > 0.01
