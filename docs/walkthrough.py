@@ -32,7 +32,6 @@ from attg_mae import (
     crop_maps,
     mask_noise,
     model_inputs,
-    patch_weights,
     resolve,
     tau_at,
 )
@@ -75,7 +74,7 @@ def first_image(dataset, total_steps, cfg):
     generator = generator_for("masks", cfg.seed, 0)
     noise = mask_noise(cfg.batch_size, cfg.grid, generator)[:1]
     maps = torch.from_numpy(dataset.masks[sample.index.numpy()]).float()
-    batch = SimpleNamespace(**sample._asdict(), maps=maps, noise=noise)
+    batch = SimpleNamespace(**sample._asdict(), maps=maps, noise=noise, ties=None)
     return key[1], batch
 
 
@@ -87,9 +86,8 @@ def take_step(model, batch, tau):
     loss is not that of MAE.forward.
     """
     cfg, step = model.cfg, SimpleNamespace(noise=batch.noise)
-    step.imgs, _, _ = model_inputs(batch, cfg, tau)
+    step.imgs, step.weight, _ = model_inputs(batch, cfg, tau)
     step.m_norm, _ = crop_maps(batch.maps, batch.box, batch.flip, cfg)
-    step.weight = patch_weights(step.m_norm, tau)
     step.patches = model.patchify(step.imgs)
     step.ids_keep, step.mask = model.random_masking(step.noise, cfg.mask_ratio)
     latent = model.forward_encoder(step.patches, step.ids_keep)
@@ -112,90 +110,77 @@ def take_step(model, batch, tau):
 
 def print_numbers(step, cfg, tau, total_steps):
     """Print the numbers that docs/walkthrough.md quotes."""
-
-    def limits(values):
-        return f"{values.min():.2f} to {values.max():.2f}"
-
     L, P = step.patches.shape[1:]
-    K = step.ids_keep.shape[1]
-    hidden, total = step.mask.sum().item(), step.product.sum().item()
+    visible = step.ids_keep[0].tolist()
+    hidden, total, plain = step.mask.sum(), step.product.sum(), step.plain.sum()
     halfway, end = (tau_at(total_steps * x, total_steps, cfg) for x in (0.5, 1))
     print(f"patches            L = {L}, of P = {P} values")
-    print(f"visible            K = {K}: {step.ids_keep[0].tolist()}")
-    print(f"tokens             encoder {1 + K}, decoder {1 + L}")
+    print(f"visible            K = {len(visible)}: {visible}")
     print(f"tau                {tau:.3f}, half-way {halfway:.3f}, at the end {end:.3f}")
-    print(f"M_norm             {limits(step.m_norm)}")
-    print(f"w                  {limits(step.weight)}")
-    print(f"l                  {limits(step.error)}")
+    for name in ("m_norm", "weight", "error"):
+        values = getattr(step, name)
+        print(f"{name:18} {values.min():.2f} to {values.max():.2f}")
     print(f"sum(mask)          {hidden:.0f}")
-    print(f"sum(mask * w * l)  {total:.4f}")
-    print(f"loss               {step.loss:.6f}")
-    print(f"sum(mask * l)      {step.plain.sum():.4f}")
-    print(f"vanilla loss       {step.mse:.6f}")
+    print(f"sum(mask * w * l)  {total:.4f}, loss {step.loss:.6f}")
+    print(f"sum(mask * l)      {plain:.4f}, vanilla loss {step.mse:.6f}")
     # How much more the object counts, which is the point of the method.
     on_object = step.m_norm > 0.5
-    counted = (on_object & step.mask.bool()).sum().item()
-    share = step.product[on_object].sum().item() / total
-    plain_share = (step.plain[on_object].sum() / step.plain.sum()).item()
+    counted = (on_object & step.mask.bool()).sum()
     print(
         f"M_norm > 0.5       {counted} of the {hidden:.0f} hidden patches: "
-        f"{share:.0%} of the loss, {plain_share:.0%} of the vanilla loss"
+        f"{step.product[on_object].sum() / total:.0%} of the loss, "
+        f"{step.plain[on_object].sum() / plain:.0%} of the vanilla loss"
     )
 
 
 def draw(path, step, batch, image, model, tau):
     """Draw twelve panels: inputs, masking, prediction, weighting."""
-    cfg, grid = model.cfg, model.cfg.grid
+    cfg, box = model.cfg, batch.box[0].tolist()
     numbers = [str(i) for i in range(step.mask.shape[1])]
     kept = set(step.ids_keep[0].tolist())
     visible = unpatchify(step.patches * (1 - step.mask[..., None]), cfg)
-    box = batch.box[0].tolist()
-    total, hidden = step.product.sum().item(), step.mask.sum().item()
-
-    def values(x, title, note, form=".2f", largest=None):
-        texts = [format(value, form) for value in x.flatten().tolist()]
-        shades = x.view(grid) / (x.max() if largest is None else largest)
-        return {"image": shades, "title": title, "note": note, "texts": texts}
-
-    def picture(x, title, note, **more):
-        return {"image": x, "title": title, "note": note, **more}
-
-    panels = [
-        picture(image, "1  image", "32 x 32 px; red: the random crop", frame=box),
-        picture(batch.maps[0], "2  map M", "of the whole image, 0 to 1", frame=box),
-        picture(
-            denormalize(step.imgs, cfg)[0],
-            "3  patches",
-            "the crop, resized" + (" and flipped" if batch.flip.item() else ""),
-            texts=numbers,
-        ),
-        values(step.noise, "4  noise", "a random number for each patch", largest=1),
-        picture(
+    flipped = " and flipped" if batch.flip.item() else ""
+    total, hidden = step.product.sum(), step.mask.sum()
+    images = {
+        1: ("image", "32 x 32 px; red: the random crop", image),
+        2: ("map M", "of the whole image, 0 to 1", batch.maps[0]),
+        3: ("patches", f"the crop, resized{flipped}", denormalize(step.imgs, cfg)[0]),
+        5: (
+            "ids_keep",
+            f"the {len(kept)} of lowest noise",
             denormalize(visible, cfg)[0],
-            "5  ids_keep",
-            f"the {len(kept)} with the lowest noise stay visible",
-            texts=[x if int(x) in kept else "" for x in numbers],
         ),
-        values(step.mask, "6  mask", "1 = hidden = predicted", ".0f"),
         # Normalized values are mostly within 2.5 of 0.
-        picture(
+        7: (
+            "x_norm",
+            "by mean and deviation",
             0.5 + unpatchify(step.x_norm, cfg)[0] / 5,
-            "7  x_norm",
-            "each patch by its mean and deviation",
         ),
-        picture(0.5 + unpatchify(step.pred, cfg)[0] / 5, "8  pred", "of all patches"),
-        values(step.error, "9  l", "mean of (pred - x_norm)^2 over a patch"),
-        values(step.m_norm, "10  M_norm", "mean of the map over each patch", largest=1),
-        values(step.weight, f"11  w = exp(M_norm / {tau:g})", "Eq. 1"),
-        values(
-            step.product,
-            "12  mask * w * l",
+        8: ("pred", "of all patches", 0.5 + unpatchify(step.pred, cfg)[0] / 5),
+    }
+    texts = {3: numbers, 5: [x if int(x) in kept else "" for x in numbers]}
+    values = {
+        4: ("noise", "a random number for each patch", step.noise),
+        6: ("mask", "1 = hidden = predicted", step.mask),
+        9: ("l", "mean of (pred - x_norm)^2 over a patch", step.error),
+        10: ("M_norm", "mean of the map over each patch", step.m_norm),
+        11: (f"w = exp(M_norm / {tau:g})", "Eq. 1", step.weight),
+        12: (
+            "mask * w * l",
             f"sum {total:.2f} / {hidden:.0f} hidden = loss {step.loss:.3f}",
+            step.product,
         ),
-    ]
+    }
+    for number, (title, note, x) in values.items():
+        images[number] = (title, note, x.view(cfg.grid) / x.max())
+        form = ".0f" if number == 6 else ".2f"
+        texts[number] = [format(value, form) for value in x.flatten().tolist()]
     figure, axes = new_figure(4, 3)
-    for one, panel in zip(axes.flat, panels, strict=True):
-        draw_panel(one, grid=grid, **panel)
+    for number, one in enumerate(axes.flat, start=1):
+        title, note, x = images[number]
+        options = {"texts": texts.get(number, ()), "grid": cfg.grid}
+        frame = box if number < 3 else None
+        draw_panel(one, x, f"{number}  {title}", note, frame=frame, **options)
     figure.savefig(path, dpi=110)
 
 
