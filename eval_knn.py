@@ -20,7 +20,6 @@ if __name__ == "__main__":
 import dataclasses
 
 import torch
-import torch.distributed as dist
 
 from attg.cli import DataFlags, RunFlags, flag, parse, run_cli
 from attg.datasets import shot_indices
@@ -68,43 +67,31 @@ def arguments(argv=None):
 # -- k-NN ------------------------------------------------------------------------------
 
 
-def accuracy(bank, labels, queries, truth, ks, num_classes, device, rank=0, world=1):
-    """(K, 2) top-1 and top-5 in percent for each k of ks.
+def accuracy(bank, labels, queries, truth, ks, num_classes, device):
+    """[[top-1, top-5] in percent for each k of ks].
 
-    bank (n, D), labels (n,), queries (B, D), truth (B,). Each rank classifies a shard of
-    the queries.
+    bank (n, D), labels (n,), queries (B, D), truth (B,).
     """
-    shard = slice(rank, None, world)
-    classes = knn_rankings(
-        bank.to(device),
-        labels.to(device),
-        queries[shard].to(device),
-        ks,
-        num_classes=num_classes,
-    )
-    correct = classes == truth[shard].to(device)[:, None]  # (K, b, min(5, C))
-    top1 = correct[..., 0].sum(dim=1)
-    top5 = correct.any(dim=2).sum(dim=1)
-    topk_correct = torch.stack([top1, top5], dim=1).float()
-    if world > 1:
-        dist.all_reduce(topk_correct)
-    return 100 * topk_correct.cpu().double() / len(truth)
+    bank, labels, queries = (x.to(device) for x in (bank, labels, queries))
+    classes = knn_rankings(bank, labels, queries, ks, num_classes=num_classes)
+    correct = classes.cpu() == truth[:, None]  # (K, B, min(5, C))
+    counts = torch.stack([correct[..., 0].sum(dim=1), correct.any(dim=2).sum(dim=1)])
+    return (100 * counts.T.double() / len(truth)).tolist()
 
 
-def knn_results(x, labels, queries, truth, settings, dist_info):
+def knn_results(x, labels, queries, truth, settings, device):
     """Results of one feature x (n, D) on one test set, queries (B, D)."""
-    options = (settings.k, int(labels.max()) + 1, *dist_info)
+    options = settings.k, int(labels.max()) + 1, device
     results = []
     if not settings.shots:
-        percent = accuracy(x, labels, queries, truth, *options).tolist()
+        percent = accuracy(x, labels, queries, truth, *options)
         for k, (top1, top5) in zip(settings.k, percent, strict=True):
             results.append({"protocol": "k-NN", "k": k, "top-1": top1, "top-5": top5})
     for shots in settings.shots:
         percent = []
         for seed in range(settings.seeds):
             rows = shot_indices(labels, shots, seed)
-            run = accuracy(x[rows], labels[rows], queries, truth, *options)
-            percent.append(run.tolist())  # (seeds, K, 2) in all
+            percent.append(accuracy(x[rows], labels[rows], queries, truth, *options))
         counts = {"seeds": settings.seeds, "images": len(rows)}
         for k, *runs in zip(settings.k, *percent, strict=True):
             result = {"protocol": f"{shots} shots", "k": k}
@@ -122,7 +109,7 @@ def evaluate_knn(settings, data, dist_info):
         bank = train[feature], train["labels"]
         for name, test in parts.items():
             queries = test[feature], test["labels"]
-            for result in knn_results(*bank, *queries, settings, dist_info):
+            for result in knn_results(*bank, *queries, settings, dist_info[0]):
                 labels = {"feature": feature, "protocol": result.pop("protocol")}
                 # A column of its own if there is a choice.
                 if list(parts) != ["test"]:

@@ -82,8 +82,8 @@ ERRORS = {
         ("--features encoder.pt", "--features encoder.pt --save_features"),
         ("x --features y", "checkpoint --features leave it out"),
         ("--features x --val y", "--val --features leave it out"),
-        ("encoder.pt --data flat", "--data flat labelled train/CLASS"),
-        ("encoder.pt --data trainonly", "--data trainonly labelled val/CLASS"),
+        ("encoder.pt --data flat", "--data flat train/CLASS"),
+        ("encoder.pt --data trainonly", "--data trainonly val/CLASS"),
         ("encoder.pt --data empty", "--data empty classes r"),
         ("encoder.pt --data other", "other different another_class"),
         ("encoder.pt --val other/test", "other/test different --classes"),
@@ -183,7 +183,7 @@ def test_data_sets_in_python(evaluate, labelled, tmp_path):
     assert first["results"] == "are appended" and last["settings"]["data"] == "mine"
     with pytest.raises(ValueError, match="--data NAME"):
         evaluate(data=data)
-    with pytest.raises(ValueError, match="--data .*: needs labelled"):
+    with pytest.raises(ValueError, match="--data .*: needs"):
         evaluate("--data", "mine", data=data["train"])
 
 
@@ -194,7 +194,7 @@ def test_folders_of_classes_as_test_sets(evaluate, labelled):
     results = evaluate("--data", f"{labelled['data']}/train", "--val", test)
     assert {row.pop("test") for row in results} == {test}
     assert results == [{k: v for k, v in row.items() if k != "test"} for row in want]
-    with pytest.raises(ValueError, match="needs labelled images.* for --val"):
+    with pytest.raises(ValueError, match="needs .* for --val"):
         evaluate("--data", test)
 
 
