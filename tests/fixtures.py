@@ -1,5 +1,5 @@
 """
-The fixtures; conftest.py makes them known to all tests.
+Fixtures of several test files; conftest.py loads them.
 """
 
 import json
@@ -19,7 +19,7 @@ from tests.helpers import (
     TINY,
     after_step,
     make_data,
-    make_pictures,
+    make_images,
     noise,
     recorded_passes,
     save_small,
@@ -36,7 +36,7 @@ def seeded():
 
 @pytest.fixture(autouse=True, scope="session")
 def few_drawings():
-    """Runs draw no curves, but in the test of them: that takes longer than they do."""
+    """Runs draw no curves: that takes longer than they do."""
     patch = pytest.MonkeyPatch()
     patch.setattr(trainer, "save_curves", lambda *_: None)
     yield
@@ -51,7 +51,7 @@ def labelled(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def guided(labelled):
-    """guided(guidance) -> settings as labelled; guidance none takes no maps."""
+    """guided(guidance) -> settings like labelled; without maps for guidance none."""
 
     def settings(guidance):
         maps = None if guidance == "none" else labelled["maps"]
@@ -62,9 +62,9 @@ def guided(labelled):
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
-    """A flat folder of 13 pictures, without maps."""
+    """A flat folder of 13 images, without maps."""
     folder = tmp_path_factory.mktemp("plain") / "plain"
-    make_pictures(folder, 13, size=(40, 40), suffix=".jpg")
+    make_images(folder, 13, size=(40, 40), suffix=".jpg")
     return str(folder)
 
 
@@ -92,10 +92,7 @@ def passes():
 
 @pytest.fixture
 def folder(tmp_path):
-    """ImageFolder root: classes a, b, c, each of 4 training pictures and 1 in val.
-
-    One of the four is in a sub-folder.
-    """
+    """A folder with classes a, b, c: 4 training images, one of them nested, and 1 in val."""
     for c in "cab":
         for i, name in enumerate(("0.png", "1.png", "sub/2.png", "3.png")):
             write(tmp_path / "train" / c / name, noise(50, 40, i))
@@ -105,13 +102,13 @@ def folder(tmp_path):
 
 @pytest.fixture
 def encoder(tmp_path):
-    """The file of a small untrained encoder, alone in its folder."""
+    """A small untrained encoder.pt, alone in its folder."""
     return save_small(tmp_path / "run" / "encoder.pt")
 
 
 @pytest.fixture
 def wrong(encoder, plain, monkeypatch):
-    """The working directory: encoder.pt, files that are none, a flat folder."""
+    """The working directory holds encoder.pt, files that are no encoder, a flat folder."""
     monkeypatch.chdir(Path(encoder).parent)
     Path("text.pt").write_text("no weights")
     torch.save({"decoder_embed.weight": torch.zeros(2, 2)}, "decoder.pt")
@@ -120,9 +117,9 @@ def wrong(encoder, plain, monkeypatch):
 
 @pytest.fixture(scope="session")
 def ask():
-    """ask(request) of the server of processes, see processes.serve."""
+    """ask(request) sends a request to the server of processes, see processes.serve."""
     environment = os.environ | {"MASTER_ADDR": "localhost"}
-    # None of the forked processes is in the repository's folder.
+    # The forked processes run in other folders.
     environment["PYTHONPATH"] = str(ROOT)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     argv = [sys.executable, "-m", "tests.processes"]
@@ -154,7 +151,7 @@ def finished(ask, long, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(labelled, tmp_path_factory):
-    """A run of 12 steps, stopped after the 6th, the first epoch; to be copied."""
+    """A run of 12 steps, stopped after the 6th, at the end of the first epoch."""
     out = tmp_path_factory.mktemp("trained") / "out"
     with after_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         assert train(out, **labelled, epochs=2)["step"] == 6
@@ -163,7 +160,7 @@ def trained(labelled, tmp_path_factory):
 
 @pytest.fixture
 def copy(trained, labelled, tmp_path):
-    """Its copy, and settings that continue it."""
+    """A copy of `trained`, and settings that resume it."""
     out = shutil.copytree(trained, tmp_path / "out")
     return out, labelled | {"out": str(out), "epochs": 2}
 

@@ -1,6 +1,6 @@
 """
-What several test files use: numbers and how they are compared, models of others, data
-sets and runs on them. Every tolerance is shown to reject a fault.
+Shared by several test files: random tensors and their comparison, reference models, small
+data sets and runs on them. Every tolerance is shown to reject a fault.
 """
 
 import contextlib
@@ -34,15 +34,16 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
 def transformers():
-    """The package; without it the test is skipped.
+    """Import transformers, or skip the test.
 
-    Beside Hugging Face's package `kernels` too: it is hidden by the folder of that name.
+    It is also skipped if Hugging Face's package `kernels` is installed, which the folder of
+    that name hides from transformers.
     """
     with contextlib.suppress(PackageNotFoundError):
         installed = version("kernels")
         pytest.skip(
-            f"the package kernels {installed} is installed: transformers imports it, and "
-            "finds this repository's folder kernels/",
+            f"the package kernels {installed} is installed, but transformers would import "
+            "this repository's folder kernels/",
             allow_module_level=True,
         )
     return pytest.importorskip("transformers")
@@ -86,9 +87,9 @@ def close(a, ref, tol):
 
 
 def check_grad(grad, ref, tol):
-    """grad is ref to tol, and tol is small enough to be of worth.
+    """Compare grad with ref to tol, which must be tight enough to reject faults.
 
-    It rejects a zero gradient, and one whose rows are shifted by one.
+    The faults are a zero gradient and one whose rows are shifted by one.
     """
     width = ref.shape[-1] if ref.dim() > 1 else 1
     grad = grad.detach().double().reshape(-1, width)
@@ -110,10 +111,7 @@ def oracle(
     patch_size=None,
     normalize_attn=True,
 ):
-    """mask * w * l (B, L), its gradient (B, L, P) and sum(mask).
-
-    In float64, by loops over images and patches.
-    """
+    """mask * w * l (B, L), its gradient (B, L, P) and sum(mask), by loops in float64."""
     y = pred.detach().double().numpy()
     x = target.double().numpy() / (255 if target.dtype == torch.uint8 else 1)
     if target.dim() == 4:
@@ -146,7 +144,7 @@ def oracle(
 
 
 def on_device(x):
-    """A copy on the kernel's device with the same strides, gaps and overlaps."""
+    """Copy to the kernel's device with the same strides, gaps and overlaps."""
     if not isinstance(x, torch.Tensor):
         return x
     size = x.untyped_storage().nbytes() // x.element_size()
@@ -155,10 +153,7 @@ def on_device(x):
 
 
 def run(pred, target, mask=None, attn=None, upstream=1.0, impl="torch", **kw):
-    """Loss and gradient for pred.
-
-    Inputs are never written to, and the dtypes are the promised ones.
-    """
+    """Loss and gradient for pred. Checks their dtypes, and that inputs are unchanged."""
     inputs = [pred.detach(), target, mask, attn, upstream, kw.pop("tau", 0.75)]
     inputs = [on_device(x) for x in inputs]
     before = [x.clone() for x in inputs if isinstance(x, torch.Tensor)]
@@ -167,13 +162,10 @@ def run(pred, target, mask=None, attn=None, upstream=1.0, impl="torch", **kw):
     loss = kernel.attg_loss(leaf, x, m, a, tau=tau, impl=impl, **kw)
     loss.backward(torch.as_tensor(up, dtype=loss.dtype, device=loss.device))
     after = [x.detach() for x in inputs if isinstance(x, torch.Tensor)]
-    assert all(
-        ((x == y) | (x.isnan() & y.isnan())).all()
-        for x, y in zip(after, before, strict=True)
-    )
-    assert loss.dtype == (
-        torch.float64 if pred.dtype == torch.float64 else torch.float32
-    )
+    for x, y in zip(after, before, strict=True):
+        assert x.nan_to_num(1.5).equal(y.nan_to_num(1.5))
+    double = pred.dtype == torch.float64
+    assert loss.dtype == (torch.float64 if double else torch.float32)
     assert leaf.grad.dtype == pred.dtype and leaf.grad.shape == pred.shape
     return loss.detach().cpu(), leaf.grad.cpu()
 
@@ -192,11 +184,10 @@ REDUCTIONS = ("mean", "sum", "none")
 def check_loss(
     pred, target, mask=None, attn=None, impl="torch", reductions=REDUCTIONS, **kw
 ):
-    """Loss and gradient against the loop.
+    """Compare loss and gradient with the oracle.
 
-    The upstream makes gradients that fp16 can hold. The kernel's error is at most twice
-    that of PyTorch, too (2.5 times for 16-bit gradients in the interpreter, which
-    truncates).
+    The upstream gradient makes gradients that fp16 can hold. The kernel's error is at most
+    twice PyTorch's (2.5 times for 16-bit gradients in the interpreter, which truncates).
     """
     rows, grad, count = oracle(pred, target, mask, attn, **kw)
     truncates = impl == "triton" and kernel.INTERPRETED and pred.dtype.itemsize == 2
@@ -226,10 +217,7 @@ def check_loss(
 
 
 def some_loss(impl, dtype=torch.float32, L=9, P=48, **kw):
-    """A loss of images with patches of 4 x 4 pixels, its leaf and other arguments.
-
-    On the kernel's device.
-    """
+    """A loss of images with 4 x 4 patches on the kernel's device, its leaf, other inputs."""
     side = math.isqrt(L) * 4
     imgs = on_device(randn(2, P // 16, side, side, seed=1))
     mask, attn = on_device(rand(2, L, seed=2) < 0.7), on_device(rand(2, L, seed=3))
@@ -238,8 +226,8 @@ def some_loss(impl, dtype=torch.float32, L=9, P=48, **kw):
     return loss, leaf, (imgs, mask, attn)
 
 
-# Patch, image, width, depth, heads, decoder width, depth, heads; millions of parameters
-# published for MAE
+# Patch, image, width, depth, heads, decoder width, depth, heads; MAE's published number of
+# parameters in millions.
 PRESETS = {
     "vit_micro": (4, 32, 128, 4, 4, 64, 2, 4, None),
     "vit_tiny": (16, 224, 192, 12, 3, 192, 4, 3, None),
@@ -251,7 +239,7 @@ PRESETS = {
 
 
 def shake(model, std=0.03):
-    """Random values everywhere: fresh biases, norms and tokens would hide mistakes."""
+    """Randomize all parameters: fresh biases, norms and tokens would hide mistakes."""
     for i, p in enumerate(q for q in model.parameters() if q.requires_grad):
         p.data += std * randn(*p.shape, seed=i)
     return model.eval()
@@ -338,44 +326,39 @@ def encoder_only(state):
 
 
 def ramp(width, height):
-    """Red grows with x, green with y, blue is 7: any crop tells where it comes from."""
-    x, y = np.linspace(0, 255, width), np.linspace(0, 255, height)
-    planes = (
-        np.tile(x, (height, 1)),
-        np.tile(y[:, None], (1, width)),
-        np.full((height, width), 7),
-    )
-    return Image.fromarray(np.stack(planes, -1).round().astype(np.uint8))
+    """Red grows with x, green with y, blue is 7: a crop shows where it comes from."""
+    green, red = np.mgrid[0 : 255 : height * 1j, 0 : 255 : width * 1j]
+    pixels = np.stack([red, green, np.full_like(red, 7)], axis=-1)
+    return Image.fromarray(pixels.round().astype(np.uint8))
 
 
 def noise(width, height, seed=0):
-    return Image.fromarray(
-        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    )
+    random = np.random.default_rng(seed)
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def write(path, picture, **options):
+def write(path, image, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **options)
+    image.save(path, **options)
     return path
 
 
-LUMA = (0.299, 0.587, 0.114)  # of RGB, in Pillow's grey
+LUMA = (0.299, 0.587, 0.114)  # weights of RGB in Pillow's gray
 
 
-def colourful(folder, count, bad=(), size=(40, 32)):
-    """A flat folder of pictures with a bright disc, and their masks."""
+def disc_images(folder, count, bad=(), size=(40, 32)):
+    """Write folder/data, images with a bright disc, and folder/masks. bad: unreadable."""
     y, x = np.mgrid[: size[1], : size[0]]
     for i in range(count):
         rng = np.random.default_rng(i)
         cx, cy = rng.uniform(10, size[0] - 10), rng.uniform(10, size[1] - 10)
         disc = (x - cx) ** 2 + (y - cy) ** 2 < 60
-        colours = np.where(disc[..., None], (230, 60, 40), (20, 60, 120))
-        pixels = colours + rng.integers(0, 25, (*disc.shape, 3))
+        colors = np.where(disc[..., None], (230, 60, 40), (20, 60, 120))
+        pixels = colors + rng.integers(0, 25, (*disc.shape, 3))
         write(folder / "data" / f"{i:02d}.png", Image.fromarray(np.uint8(pixels)))
         write(folder / "masks" / f"{i:02d}.png", Image.fromarray(np.uint8(disc) * 255))
     for i in bad:
-        (folder / "data" / f"{i:02d}.png").write_bytes(b"no picture")
+        (folder / "data" / f"{i:02d}.png").write_bytes(b"not an image")
     return folder
 
 
@@ -431,42 +414,38 @@ TINY |= dict(
 )
 
 
-def make_pictures(folder, count, hue=0, size=(48, 40), suffix=".png"):
-    """Coloured noise with a bright spot at a random place."""
+def make_images(folder, count, hue=0, size=(48, 40), suffix=".png"):
+    """Write images of colored noise with a bright spot at a random position."""
     folder.mkdir(parents=True, exist_ok=True)
     y, x = np.mgrid[: size[1], : size[0]]
     for i in range(count):
         rng = np.random.default_rng([hue, i, *folder.name.encode()])
-        spot = np.exp(
-            -((x - rng.uniform(0, size[0])) ** 2 + (y - rng.uniform(0, size[1])) ** 2)
-            / 128
-        )
-        colour = np.roll([0.8, 0.3, 0.3], hue) * rng.uniform(0.6, 1)
-        pixels = (
-            0.55 * colour + 0.25 * rng.random((*y.shape, 3)) + 0.2 * spot[..., None]
-        )
+        dx, dy = x - rng.uniform(0, size[0]), y - rng.uniform(0, size[1])
+        spot = np.exp(-(dx**2 + dy**2) / 128)[..., None]
+        color = np.roll([0.8, 0.3, 0.3], hue) * rng.uniform(0.6, 1)
+        pixels = 0.55 * color + 0.25 * rng.random((*y.shape, 3)) + 0.2 * spot
         Image.fromarray(np.uint8(255 * pixels)).save(folder / f"{i:03d}{suffix}")
 
 
 def make_maps(path, data, flat=False):
-    """The maps of a data set: the brightness of its pictures."""
+    """Write maps for a data set: the brightness of its images."""
     dataset = open_data(str(data))
-    grey = [dataset.read(i)[0].convert("L") for i in range(len(dataset))]
-    maps = np.stack([np.asarray(picture, dtype=np.float32) for picture in grey])
+    gray = [dataset.read(i)[0].convert("L") for i in range(len(dataset))]
+    maps = np.stack([np.asarray(image, dtype=np.float32) for image in gray])
     save_maps(path, 0 * maps if flat else maps, dataset, "brightness")
     return str(path)
 
 
 def make_data(root):
-    """Settings of a data set with labels and maps.
+    """Write a data set with maps and return its settings.
 
-    25 pictures and 15 test pictures of 3 classes, 6 steps an epoch.
+    25 training and 15 test images of 3 classes, 6 steps per epoch.
     """
     folder = root / "data"
     for hue, name in enumerate("rgb"):
-        make_pictures(folder / "train" / name, 8, hue)
-        make_pictures(folder / "test" / name, 5, hue + 3)
-    make_pictures(folder / "train" / "r", 9)
+        make_images(folder / "train" / name, 8, hue)
+        make_images(folder / "test" / name, 5, hue + 3)
+    make_images(folder / "train" / "r", 9)
     return {"data": str(folder), "maps": make_maps(root / "maps.npy", folder)}
 
 
@@ -481,7 +460,7 @@ def records(out, key="loss"):
 
 
 def losses(out):
-    """What must be the same in two equal runs, a tuple for each line."""
+    """What two equal runs log, a tuple per line."""
     keys = ("step", "epoch", "loss", "mse", "grad_norm", "lr", "tau")
     return [tuple(row[key] for key in keys) for row in records(out)]
 
@@ -491,7 +470,7 @@ def last(out):
 
 
 def same(a, b):
-    """The same bits."""
+    """Whether two values are equal bit for bit, with all they contain."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and a.equal(b)
     if isinstance(a, dict):
@@ -502,7 +481,7 @@ def same(a, b):
 
 
 def assert_same_run(out, reference):
-    """Weights, optimiser, scaler, steps and losses; config differs in the folder only."""
+    """Weights, optimizer, scaler, steps and losses are equal; configs but for the folder."""
     a, b = last(out), last(reference)
     changed = {k for k, v in a["config"].items() if b["config"][k] != v}
     assert changed <= {"out", "resume"}
@@ -513,10 +492,7 @@ def assert_same_run(out, reference):
 
 @contextlib.contextmanager
 def recorded_passes():
-    """A list of what went into and came out of the model, a namespace for each pass.
-
-    Those of training alone.
-    """
+    """A list that receives inputs and outputs of each training pass of the model."""
     seen, forward = [], attg_mae.MAE.forward
 
     def spy(self, *args, **options):
@@ -539,7 +515,7 @@ def recorded_passes():
 
 @contextlib.contextmanager
 def after_step(number, action):
-    """Calls action() when an optimiser has made its step of this number, from 1 on."""
+    """Call action() after the optimizer step of this number, counted from 1."""
     steps = itertools.count(1)
 
     def count(*_):
@@ -554,7 +530,7 @@ def after_step(number, action):
 
 
 def save_small(path, change=None):
-    """Writes an untrained model of SMALL's size; change(model) comes before."""
+    """Save an untrained model of SMALL's size, after change(model)."""
     model = attg_mae.build_model(attg_mae.Config(**SMALL))
     if change:
         change(model)
@@ -565,10 +541,7 @@ def save_small(path, change=None):
 
 
 def blobs(n, classes, width=16, spread=1.5, seed=0):
-    """Overlapping classes: correlated features (n, width) of all scales, labels (n,).
-
-    They are narrow along some directions.
-    """
+    """Overlapping classes: correlated features (n, width) of all scales, labels (n,)."""
     labels = torch.arange(n) % classes
     spreads = spread * torch.logspace(-0.8, 0.8, width)
     x = randn(classes, width)[labels] + spreads * randn(n, width, seed=seed + 1)
@@ -577,7 +550,7 @@ def blobs(n, classes, width=16, spread=1.5, seed=0):
 
 
 def save_features(path, x, labels, queries, truth):
-    """A file as eval_knn.py --save_features writes it, both features the same."""
+    """Write a file as by --save_features, both features the same."""
     parts = {"settings": dict.fromkeys(SOURCE)}
     for name, features, y in (("train", x, labels), ("test", queries, truth)):
         parts[name] = dict.fromkeys(FEATURES, features) | {"labels": y}
@@ -585,7 +558,7 @@ def save_features(path, x, labels, queries, truth):
 
 
 class Evil:
-    """Unpickled, it opens the file for writing: it must never be."""
+    """Opens a file for writing when it is unpickled, which must never happen."""
 
     def __init__(self, path):
         self.path = str(path)

@@ -20,7 +20,7 @@ from attg.datasets import open_data
 from attg.kernels import normalize_map
 from attg.maps import load_maps
 from attg_mae import IMAGENET_MEAN
-from tests.helpers import SMALL, colourful, losses, rand, train
+from tests.helpers import SMALL, disc_images, losses, rand, train
 
 
 def discover(folder, out, *flags, method="tokencut", data="data"):
@@ -43,7 +43,7 @@ def save_encoder(path, change=None, **settings):
 
 def test_maps_of_a_folder(tmp_path, capsys):
     out, masks = tmp_path / "maps" / "m.npy", ("--masks", tmp_path / "masks")
-    result = discover(colourful(tmp_path, 10, bad=[3]), out, *masks, "--show", 4)
+    result = discover(disc_images(tmp_path, 10, bad=[3]), out, *masks, "--show", 4)
     dataset = open_data(str(tmp_path / "data"))
     maps, manifest = load_maps(out, dataset)
     assert maps.shape == (10, 6, 6) and manifest == result["manifest"]
@@ -77,7 +77,7 @@ def test_maps_of_a_folder(tmp_path, capsys):
 
 
 def test_maps_from_masks(tmp_path):
-    colourful(tmp_path, 6)
+    disc_images(tmp_path, 6)
     (tmp_path / "masks" / "04.png").unlink()
     flags = ("--masks", tmp_path / "masks", "--grid", 16)
     result = discover(tmp_path, tmp_path / "m.npy", *flags, method="masks")
@@ -130,7 +130,7 @@ def test_discovered_maps_guide_a_run(labelled, tmp_path):
 
 
 def test_a_grayscale_backbone_sees_grayscale_images(tmp_path):
-    colourful(tmp_path, 3)
+    disc_images(tmp_path, 3)
     file = tmp_path / "gray.pt"
     model = save_encoder(file, in_chans=1, mean=(0.5,), std=(0.25,))
     flags = ("--backbone", file)
@@ -148,7 +148,7 @@ def test_a_grayscale_backbone_sees_grayscale_images(tmp_path):
 
 def test_a_data_set_from_python(tmp_path):
     """Its maps are those of the same images in files."""
-    colourful(tmp_path, 6)
+    disc_images(tmp_path, 6)
     discover(tmp_path, tmp_path / "files.npy")
     files = open_data(str(tmp_path / "data"))
     data = [files.read(i) for i in range(6)]
@@ -199,8 +199,8 @@ def test_weights_are_downloaded_once(tmp_path, monkeypatch):
 def folder(tmp_path, monkeypatch):
     """The working directory: three images; files that are no weights; a map file."""
     monkeypatch.chdir(tmp_path)
-    colourful(tmp_path, 3)
-    colourful(tmp_path / "more", 4)
+    disc_images(tmp_path, 3)
+    disc_images(tmp_path / "more", 4)
     (tmp_path / "empty").mkdir()
     weights = torchvision.models.get_model("mobilenet_v2").state_dict()
     torch.save(weights, "mobilenet.pt")

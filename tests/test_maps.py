@@ -33,7 +33,7 @@ from attg.map_quality import (
 )
 from attg.maps import load_maps, save_maps
 from tests.fuzz import damage, png, within
-from tests.helpers import make_pictures, noise, write
+from tests.helpers import make_images, noise, write
 from tests.processes import Process, command, ranks
 
 seeds = st.integers(0, 2**32 - 1)
@@ -227,14 +227,14 @@ def test_other_manifests_are_refused(images, tmp_path, words):
 
 
 def test_maps_of_other_images_are_refused(tmp_path):
-    make_pictures(tmp_path / "data", 5)
+    make_images(tmp_path / "data", 5)
     dataset = open_data(tmp_path / "data")
     save_maps(tmp_path / "m.npy", some_maps(), dataset, "x")
     # The same names, another size.
     with open(tmp_path / "data" / "003.png", "ab") as file:
         file.write(b"x")
     assert refused(tmp_path / "m.npy", open_data(tmp_path / "data"), "5 images")
-    make_pictures(tmp_path / "data", 6)
+    make_images(tmp_path / "data", 6)
     assert refused(tmp_path / "m.npy", open_data(tmp_path / "data"), "has 6")
 
 
@@ -434,7 +434,7 @@ def test_memory_of_a_job_does_not_grow(tmp_path):
 def maps_job(tmp_path_factory):
     """Settings of a job of 40 blocks, and the files of an uninterrupted run of it."""
     folder = tmp_path_factory.mktemp("job")
-    make_pictures(folder / "data", 120)
+    make_images(folder / "data", 120)
     settings = {"data": str(folder / "data"), "backbone": "pixels", "img_size": 224}
     settings |= {"batch_size": 3, "device": "cpu"}
     object_discovery.main(command(settings | {"out": folder / "maps.npy"}))

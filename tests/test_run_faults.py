@@ -28,7 +28,7 @@ from tests.helpers import (
     assert_same_run,
     last,
     losses,
-    make_pictures,
+    make_images,
     records,
     same,
     train,
@@ -172,7 +172,7 @@ def test_fp16_counts_skipped_steps(labelled, tmp_path, capsys):
 def test_unreadable_images(bad, workers, ask, tmp_path):
     """1 % of 200 images are replaced; more stop the run."""
     folder = tmp_path / "images"
-    make_pictures(folder, 200, size=(12, 12))
+    make_images(folder, 200, size=(12, 12))
     names = [f"{i:03d}.png" for i in (7, 70, 170)[:bad]]
     for i, name in enumerate(names):
         content = (folder / name).read_bytes()
