@@ -8,6 +8,7 @@ the worker. torchvision's v2 in 8 bits does as much as ours, and the flip.
 """
 
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,6 @@ from benchmarks.measure import (
     quiet_clock,
     table,
     take_turns,
-    time_alone,
 )
 
 # The most frequent size of ImageNet's images; they have 110 KB on average.
@@ -95,29 +95,19 @@ def torchvision_batches(transform, folder, size, batch_size, workers):
         yield from loader
 
 
+BICUBIC = v2.InterpolationMode.BICUBIC
+
+
 def mae_transform(size):
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(
-                size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC
-            ),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
+    crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=BICUBIC)
+    normalize = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    flip = transforms.RandomHorizontalFlip()
+    return transforms.Compose([crop, flip, transforms.ToTensor(), normalize])
 
 
 def v2_transform(size):
-    return v2.Compose(
-        [
-            v2.PILToTensor(),
-            v2.RandomResizedCrop(
-                size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC
-            ),
-            v2.RandomHorizontalFlip(),
-        ]
-    )
+    crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=BICUBIC)
+    return v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip()])
 
 
 def decoded_batches(folder, size, batch_size, workers):
@@ -145,75 +135,49 @@ PIPELINES = {
 # -- The table -------------------------------------------------------------------------
 
 
-def rate_row(name, workers, batch_size, batches, seconds, base):
-    """A row; seconds: of calls that take `batches` batches, base: those of ours."""
-    median, p20, p80 = percentiles(seconds)
-    images = 1e3 * batches * batch_size
-    return {
-        "pipeline": name,
-        "workers": workers,
-        "batch": batch_size,
-        "img/s": images / median,
-        "p20": images / p80,
-        "p80": images / p20,
-        "x ours": percentiles(base)[0] / median,
-    }
-
-
-def measure_core(folder, size, batch_size, repeats):
-    """Rows of all pipelines in one process with one thread, alternating."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    calls = {}
-    for name, open_pipeline in PIPELINES.items():
-        batches = open_pipeline(folder, size, batch_size, 0)
-        calls[name] = (partial(iter, batches), next)
-    times = take_turns(calls, torch.device("cpu"), repeats, quiet_clock())
-    torch.set_num_threads(threads)
-    base = times["ours"]
-    return [rate_row(name, 0, batch_size, 1, t, base) for name, t in times.items()]
-
-
-def measure_workers(folder, size, batch_size, workers, repeats):
-    """Rows with loader workers, one pipeline after the other; a call takes a batch each."""
+def measure(folder, size, batch_size, workers, repeats):
+    """Rows of all pipelines, alternating; with workers a call takes a batch of each."""
+    names = list(PIPELINES) if workers == 0 else ["ours", "torchvision, MAE's"]
+    count = max(1, workers)
 
     def take(batches):
-        for _ in range(workers):
+        for _ in range(count):
             next(batches)
 
-    times = {}
-    for name in ("ours", "torchvision, MAE's"):
+    calls = {}
+    for name in names:
         batches = PIPELINES[name](folder, size, batch_size, workers)
-        # Use up the prefetched batches.
-        take(batches)
-        take(batches)
-        call = (partial(iter, batches), take)
-        times[name] = time_alone(call, torch.device("cpu"), repeats)
-        # Ends its workers.
-        del batches
-    base = times["ours"]
-    return [
-        rate_row(name, workers, batch_size, workers, t, base)
-        for name, t in times.items()
-    ]
+        if workers:
+            # Use up the prefetched batches.
+            take(batches)
+            take(batches)
+        calls[name] = (partial(iter, batches), take)
+    clock = quiet_clock() if workers == 0 else time.perf_counter
+    times = take_turns(calls, torch.device("cpu"), repeats, clock)
+    base, rows = percentiles(times["ours"])[0], []
+    for name, seconds in times.items():
+        median, p20, p80 = percentiles(seconds)
+        images = 1e3 * count * batch_size
+        row = {"pipeline": name, "workers": workers, "batch": batch_size}
+        row |= {"img/s": images / median, "p20": images / p80, "p80": images / p20}
+        rows.append(row | {"x ours": base / median})
+        print_row(rows[-1])
+    return rows
 
 
 def run(args, device, out):
     """Measure images per second of one core, and with loader workers."""
     batch_size = (args.batches or [64])[0]
-    rows = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         write_images(folder, max(args.files, batch_size), args.files)
         sizes = [path.stat().st_size for path in Path(folder, "train", "a").iterdir()]
+        rows = []
         for workers in args.workers:
-            if workers:
-                repeats = max(1, args.repeats // 5)
-                more = measure_workers(folder, args.size, batch_size, workers, repeats)
-            else:
-                more = measure_core(folder, args.size, batch_size, args.repeats)
-            for row in more:
-                print_row(row)
-            rows += more
+            repeats = max(1, args.repeats // 5) if workers else args.repeats
+            rows += measure(folder, args.size, batch_size, workers, repeats)
+    torch.set_num_threads(threads)
     title = f"{machine(device)}; JPEG files of {WIDTH} x {HEIGHT}, "
     title += f"{sum(sizes) / len(sizes) / 1e3:.0f} KB, cropped to {args.size}; "
     title += "CPU time of one core without workers, else wall time"

@@ -14,7 +14,7 @@ from benchmarks.measure import (
     copy_bandwidth,
     machine,
     nothing,
-    peak_memory_on_gpu,
+    peak_memory,
     percentiles,
     print_row,
     table,
@@ -26,12 +26,7 @@ from benchmarks.measure import (
 K = importlib.import_module("attg.kernels.attg_loss")
 
 # Patch sizes, of 224 px images unless --size says otherwise.
-SHAPES = {
-    "ViT-B/L 16": 16,
-    "ViT-H 14": 14,
-    "patch 8": 8,
-    "patch 4": 4,
-}
+SHAPES = {"ViT-B/L 16": 16, "ViT-H 14": 14, "patch 8": 8, "patch 4": 4}
 PASSES = ("forward", "backward", "both")
 IMAGES = ("float32", "bfloat16", "uint8")
 
@@ -145,7 +140,11 @@ def measure_case(losses, case, device, repeats, bandwidth):
     for name, loss in losses.items():
         try:
             passes[name] = loss_passes(loss, case, device)
-            memory[name] = warm_up(passes[name], device)
+            forward, both = passes[name]["forward"][1], passes[name]["both"][1]
+            # Compiles; then another forward pass clears the gradient.
+            both()
+            forward()
+            memory[name] = peak_memory(both, device)
         # Compilers raise errors of many kinds.
         except Exception as error:
             if name == "eager":
@@ -160,41 +159,13 @@ def measure_case(losses, case, device, repeats, bandwidth):
         eager_ms = percentiles(times["eager"])[0]
         for name in passes:
             median, p20, p80 = percentiles(times[name])
-            bytes_moved = passes[name][which][2]
-            # Bytes in a millisecond, as GB/s.
-            rate = bytes_moved / median / 1e6
-            rows.append(
-                {
-                    "shape": case.shape,
-                    "pred": case.pred,
-                    "images": case.images,
-                    "batch": case.batch,
-                    "pass": which,
-                    "loss": name,
-                    "ms": median,
-                    "p20": p20,
-                    "p80": p80,
-                    "x eager": eager_ms / median,
-                    "GB/s": rate,
-                    # The bandwidth is in bytes a second.
-                    "% of copy": 1e11 * rate / bandwidth,
-                    "peak MiB": memory[name],
-                }
-            )
+            # Bytes per millisecond, as GB/s.
+            rate = passes[name][which][2] / median / 1e6
+            row = case._asdict() | {"pass": which, "loss": name}
+            row |= {"ms": median, "p20": p20, "p80": p80, "x eager": eager_ms / median}
+            row |= {"GB/s": rate, "% of copy": 1e11 * rate / bandwidth}
+            rows.append(row | memory[name])
     return rows
-
-
-def warm_up(passes, device):
-    """Run forward and backward, which compiles them; returns their peak MiB."""
-    _, forward, _ = passes["forward"]
-    _, both, _ = passes["both"]
-    both()
-    if device.type != "cuda":
-        return None
-    # Another forward pass clears the gradient.
-    forward()
-    torch.cuda.synchronize()
-    return peak_memory_on_gpu(both)
 
 
 def sweep(args, device, out):
@@ -224,8 +195,9 @@ def sweep(args, device, out):
             vars(K).update(chosen)
             seconds = time_alone((prepare, call), device, args.repeats)
             median, p20, p80 = percentiles(seconds)
-            row = {"shape": shape, "pred": dtype, "images": images, "batch": batch}
-            rows.append(row | chosen | {"ms": median, "p20": p20, "p80": p80})
+            rows.append(
+                case._asdict() | chosen | {"ms": median, "p20": p20, "p80": p80}
+            )
     vars(K).update(before)
     rows.sort(key=lambda row: (row["shape"], row["pred"], row["images"], row["ms"]))
     table(rows, out, "sweep", machine(device))

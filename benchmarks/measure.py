@@ -2,15 +2,12 @@
 Timing, peak memory and tables of all benchmarks.
 """
 
-import ctypes
 import json
 import platform
-import re
 import statistics
 import time
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
@@ -106,32 +103,14 @@ def copy_bandwidth(device, repeats=20):
 
 
 def peak_memory(call, device):
-    """Peak MiB of a call beyond what was allocated before; None without Linux or CUDA."""
-    if device.type == "cuda":
-        return peak_memory_on_gpu(call)
-    try:
-        # Return free memory of the heap to the system, or the call would reuse it unseen.
-        ctypes.CDLL(None).malloc_trim(0)
-        # Reset the peak.
-        Path("/proc/self/clear_refs").write_text("5")
-        before = peak_of_process()
-        call()
-        return (peak_of_process() - before) / 2**10
-    except (AttributeError, OSError):
-        return None
-
-
-def peak_memory_on_gpu(call):
+    """{"peak MiB": of a call beyond what was allocated before}; {} if not on a GPU."""
+    if device.type != "cuda":
+        return {}
+    torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def peak_of_process():
-    """Peak resident memory of this process in KiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    return {"peak MiB": (torch.cuda.max_memory_allocated() - before) / 2**20}
 
 
 # -- Tables ----------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from benchmarks.measure import (
     clock_name,
     machine,
     nothing,
-    peak_memory_on_gpu,
+    peak_memory,
     percentiles,
     print_row,
     quiet_clock,
@@ -276,8 +276,7 @@ def measure_steps(impls, inputs, modes, repeats):
                 continue
             steps[name] = step
             rows_of[name] = dict(costs) if name.startswith(impl.name) else {}
-            if device.type == "cuda":
-                rows_of[name]["peak MiB"] = peak_memory_on_gpu(step)
+            rows_of[name] |= peak_memory(step, device)
     calls = {name: (nothing, step) for name, step in steps.items()}
     times = take_turns(calls, device, repeats, quiet_clock())
     B, rows = len(inputs.imgs), []
