@@ -155,7 +155,7 @@ class ImageData(Dataset):
             )
 
     @property
-    def labelled(self):
+    def labeled(self):
         """Whether there are labels. Single images may still have none, as in stl10."""
         return self.known_classes != 0
 
@@ -296,7 +296,7 @@ def resolve_dataset(data, name):
     return name if data is None else data
 
 
-def open_labelled(name, tests, size, augment=False, seed=0, **options):
+def open_labeled(name, tests, size, augment=False, seed=0, **options):
     """Open the training split and the splits `tests`: (train_set, {test: test_set}).
 
     options: of open_data. All must have labels, or ValueError.
@@ -305,9 +305,9 @@ def open_labelled(name, tests, size, augment=False, seed=0, **options):
     test_sets = {test: open_data(name, test, size, **options) for test in tests}
     from_python = not isinstance(name, str | os.PathLike)
     for dataset in (train_set, *test_sets.values()):
-        if not dataset or not dataset.labelled:
+        if not dataset or not dataset.labeled:
             raise ValueError(
-                f"--data {'passed from Python' if from_python else name}: needs labelled "
+                f"--data {'passed from Python' if from_python else name}: needs labeled "
                 "images, train/CLASS and val/CLASS or test/CLASS, or another folder of "
                 "the same classes for --val"
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from attg.cli import check_unused, flag, log_line, make_folder, print_table
-from attg.datasets import open_labelled, resolve_dataset, shot_indices
+from attg.datasets import open_labeled, resolve_dataset, shot_indices
 from attg.distributed import exclusive_run, processes
 from attg.features import make_features, read_features
 from attg.loader import default_workers
@@ -97,10 +97,10 @@ def check_source(settings):
 
 
 def open_sets(settings, data, cfg, **options):
-    """The training set and {name: test set} for an encoder's Config; see open_labelled."""
+    """The training set and {name: test set} for an encoder's Config; see open_labeled."""
     options |= {"classes": settings.classes, "max_pixels": settings.max_pixels}
     options |= {"channels": cfg.in_chans}
-    return open_labelled(data, settings.val, cfg.size, **options)
+    return open_labeled(data, settings.val, cfg.size, **options)
 
 
 def labeled_features(load_encoder, settings, data, dist_info):

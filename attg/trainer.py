@@ -383,7 +383,7 @@ class Trainer:
             "val_mse": reconstruction_mse(self.model, test_set, run, self.workers)
         }
         line = f"step {step}: test split: mse {metrics['val_mse']:.4f}"
-        if run.train_set.labelled and test_set.labelled:
+        if run.train_set.labeled and test_set.labeled:
             metrics["knn"] = knn_accuracy(
                 self.model,
                 run.train_set,

@@ -404,10 +404,10 @@ def test_val_mse(labelled, tmp_path, monkeypatch):
     # Without learning, only other masks could tell the evaluations apart.
     assert still == [result["val_mse"]] * 2
 
-    def unlabelled(*args, **options):
+    def unlabeled(*args, **options):
         return dataclasses.replace(open_data(*args, **options), known_classes=0)
 
-    monkeypatch.setattr(trainer, "open_data", unlabelled)
+    monkeypatch.setattr(trainer, "open_data", unlabeled)
     result = train(tmp_path / "out", **settings | {"lr": 1e-3, "workers": 2})
     rows = records(tmp_path / "out", "val_mse")
     assert [r["step"] for r in rows] == [6, 12] and result["knn"] == {}
