@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.ops import box_iou
 
 from attg.images import load_image, to_rgb
 
@@ -79,13 +80,12 @@ def is_localized(m, mask):
 
     m (h, w): its box is that of the component that holds the maximum. mask: bool (H, W).
     """
+    part = peak_component(m, m.mean())
+    if not part.any():
+        return False
     scale = np.array(mask.shape) / m.shape
-    low, high = bounding_box(peak_component(m, m.mean())) * scale
-    true_low, true_high = bounding_box(mask)
-    sides = np.minimum(high, true_high) - np.maximum(low, true_low)
-    intersection = np.prod(np.clip(sides, 0, None))
-    areas = np.prod(high - low) + np.prod(true_high - true_low)
-    return intersection > 0.5 * (areas - intersection)
+    boxes = bounding_box(part) * scale, bounding_box(mask)
+    return box_iou(*[torch.from_numpy(box.reshape(1, 4)) for box in boxes]).item() > 0.5
 
 
 def auroc(values, mask):
@@ -114,8 +114,6 @@ def peak_component(m, threshold):
 
 
 def bounding_box(region):
-    """Corners ((y0, x0), (y1, x1)) of a region, bool (h, w); zeros if it is empty."""
+    """Corners ((y0, x0), (y1, x1)) of a region, bool (h, w), that is not empty."""
     cells = np.argwhere(region)
-    if len(cells) == 0:
-        return np.zeros((2, 2))
-    return np.stack([cells.min(0), cells.max(0) + 1])
+    return np.stack([cells.min(0), cells.max(0) + 1.0])

@@ -17,15 +17,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from attg.files import replacing, sha256
+from attg.kernels import normalize_map
 
 VERSION = 2
 # Settings of manifests without a version, by their present names.
 RENAMED = {"cut": "affinity_threshold"}
-
-# A map with max - min <= FLAT * max|M| is flat.
-FLAT = 1e-5
 
 
 def chunks(maps, values=2**22):
@@ -41,15 +40,13 @@ def normalize_maps(chunk):
     chunk: (rows, h, w) of any real type. Returns float16 (rows, h, w), flat and failed:
     bool (rows,).
     """
-    m = np.array(chunk, dtype=np.float64, order="C")
-    failed = ~np.isfinite(m).all((1, 2))
+    m = torch.from_numpy(np.array(chunk, dtype=np.float64, order="C")).flatten(1)
+    failed = ~m.isfinite().all(dim=1)
     m[failed] = 0
-    low = m.min((1, 2), keepdims=True)
-    high = m.max((1, 2), keepdims=True)
-    flat = high - low <= FLAT * abs(m).max((1, 2), keepdims=True)
-    # A flat map has no range to divide by: 1 takes its place.
-    m = np.where(flat, 0, (m - low) / np.where(flat, 1, high - low))
-    return m.astype("<f2"), flat[:, 0, 0] & ~failed, failed
+    m = normalize_map(m)
+    # Any other map has a 1.
+    flat = ~m.any(dim=1) & ~failed
+    return m.numpy().astype("<f2").reshape(chunk.shape), flat.numpy(), failed.numpy()
 
 
 def save_maps(path, maps, dataset, method, **settings):
