@@ -13,13 +13,11 @@ arXiv 2402.15172): by TokenCut, DINO's class attention or Grad-CAM, or from mask
 The first command needs no weights and no data: the embedded toy set takes about half a
 minute on one CPU core. tokencut and dino take any checkpoint of this project, MAE, timm
 or Hugging Face as their backbone; dino_vits16 is downloaded. resnet50 and mobilenet_v2
-are classifiers, trained with ImageNet's labels. DATA is a folder or a name, as for
-attg_mae.py.
+are classifiers, trained with ImageNet's labels. DATA: see attg_mae.py.
 
 Maps cover the whole image, squashed to the input size; attg_mae.py --maps pools them over
 each crop. The same command resumes an interrupted job. --show N saves a sheet of examples
-beside the map file. --masks DIR (or the toy set, which has masks) measures how good the
-maps are.
+beside the map file; --masks DIR (toy brings its masks) measures the quality of the maps.
 
 Shapes: B images, H heads, L patches of a grid (h, w), d or D channels.
 """
@@ -204,10 +202,9 @@ def tokencut(features, tau=0.2, eps=1e-5):
 def border_sign(maps):
     """Maps (B, h, w) in [0, 1], or 1 - M if the border of M has the higher mean.
 
-    Alternative sign rule: the object is the side with the lower mean on the outermost
-    cells, because what touches the image border is background. MaskCut has a similar rule
-    about the four corners (Wang et al., CutLER, arXiv 2301.11320). NaN cells are ignored;
-    grids without inner cells are left unchanged.
+    Alternative sign rule: the object is the side with the lower mean on the image border.
+    MaskCut has a similar rule about the four corners. NaN cells are ignored; grids without
+    inner cells are left unchanged.
     """
     border = torch.ones(maps.shape[1:], dtype=torch.bool, device=maps.device)
     border[1:-1, 1:-1] = False
@@ -259,7 +256,6 @@ def cut_once(features, removed, grid, settings):
     patches = (~removed).sum(dim=1)
     all_or_none = (edges == patches**2) | (edges <= patches)
     m = m.masked_fill(all_or_none[:, None], 0.0)
-
     if settings.sign == "border":
         m = border_sign(m.masked_fill(removed, torch.nan).unflatten(1, grid)).flatten(1)
     return m.masked_fill(removed, 0.0).unflatten(1, grid)
@@ -323,21 +319,16 @@ def patch_statistics(imgs, p):
 
 # -- Backbones: one function for each kind, (settings, device) -> Backbone -------------
 
-# facebookresearch/dino's released weights
-DINO_URL = "https://dl.fbaipublicfiles.com/dino/"
-DINO = {
-    "dino_vits16": "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
-    "dino_vits8": "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
-    "dino_vitb16": "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-    "dino_vitb8": "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
-}
+# facebookresearch/dino's released weights, by their names in the URL.
+DINO = {"dino_vits16": "dino_deitsmall16", "dino_vits8": "dino_deitsmall8"}
+DINO |= {"dino_vitb16": "dino_vitbase16", "dino_vitb8": "dino_vitbase8"}
+DINO_URL = "https://dl.fbaipublicfiles.com/dino/{0}_pretrain/{0}_pretrain.pth"
 
 
 class Backbone(NamedTuple):
     """A function from images to maps, and its properties."""
 
-    # uint8 (B, C, H, W) of the input size -> float (B, *grid), NaN if it failed
-    maps: Callable
+    maps: Callable  # uint8 (B, C, H, W) -> float (B, *grid), NaN if it failed
     size: tuple  # (H, W) of the input, in pixels
     grid: tuple  # (h, w) of a map, in cells
     about: dict  # further entries of the manifest, plain types
@@ -379,8 +370,8 @@ def vit(settings, device):
     """A Vision Transformer: the cut of its last keys, or its last class attention."""
     path = Path(settings.backbone)
     if settings.backbone in DINO:
-        remedy = "pass --backbone CHECKPOINT, or --backbone pixels"
-        path = download(DINO_URL + DINO[settings.backbone], remedy)
+        url = DINO_URL.format(DINO[settings.backbone])
+        path = download(url, "pass --backbone CHECKPOINT, or --backbone pixels")
     if not path.is_file():
         raise ValueError(
             f"--backbone {path}: no such file; choose from {', '.join(DINO)}, pixels, or "
@@ -622,11 +613,11 @@ def read_maps(path, flag_name, dataset):
         maps, manifest = load_maps(path, dataset)
     except ValueError as error:
         raise ValueError(f"--{flag_name}: {error}; or delete it") from error
-    method, flat, failed = (manifest[key] for key in ("method", "flat", "failed"))
+    flat, failed = manifest["flat"], manifest["failed"]
     large = sum(((m > 0.5).mean((1, 2)) > 0.9).sum() for _, m in chunks(maps))
     log_line(
-        f"{path}: {len(maps)} maps of {manifest['shape'][1:]} by {method}, {len(flat)} "
-        f"flat, {len(failed)} failed, {large} larger than 90 % of the image"
+        f"{path}: {len(maps)} maps of {manifest['shape'][1:]} by {manifest['method']}, "
+        f"{len(flat)} flat, {len(failed)} failed, {large} larger than 90 % of the image"
     )
     if failed:
         first = ", ".join(dataset.path(i) for i in failed[:10])
@@ -654,8 +645,7 @@ def main(argv=None, data=None):
     data: a data set of your own, which --data then names; see open_data.
     """
     settings = resolve(parse(Settings, __doc__, argv))
-    out = settings.out
-    data = resolve_dataset(data, settings.data)
+    out, data = settings.out, resolve_dataset(data, settings.data)
     view = {"classes": settings.classes, "max_pixels": settings.max_pixels}
     with processes(settings.device, settings.timeout) as dist_info:
         _, rank, world = dist_info
