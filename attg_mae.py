@@ -520,9 +520,9 @@ try:
     from attg.distributed import processes, stop_signals
     from attg.features import extract_features, knn_classify
     from attg.figures import save_examples
+    from attg.images import seed_for
     from attg.kernels import attg_loss
     from attg.pretraining import TrainFlags, check_config, resolve
-    from attg.seeding import seed_for
     from attg.trainer import Trainer, auto_accum, result, setup
     from attg.weights import load_initial, load_weights, read_encoder
 except ModuleNotFoundError as error:

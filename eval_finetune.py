@@ -34,8 +34,7 @@ from attg.cli import DataFlags, RunFlags, flag, parse, run_cli
 from attg.evaluation import EvalFlags, LabelFlags, check_source, evaluate
 from attg.files import sha256
 from attg.finetuning import TrainFlags, fit, open_training, score
-from attg.images import rand_augment
-from attg.seeding import seed_for
+from attg.images import rand_augment, seed_for
 from attg_mae import ViT, load_encoder, lr_at
 
 

@@ -56,7 +56,7 @@ from attg.evaluation import (
 from attg.features import FEATURES
 from attg.files import sha256
 from attg.finetuning import TrainFlags, fit, open_training, score, topk_correct
-from attg.seeding import seed_for
+from attg.images import seed_for
 from attg_mae import load_encoder, lr_at
 
 # 1e-4 to 3, for SGD with momentum 0.9 on standardized features.

@@ -27,10 +27,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from attg.cli import DataFlags, RunFlags, check_unused, flag, parse, run_cli
-from attg.datasets import Sample
 from attg.evaluation import EvalFlags, FeatureFlags, check_source, evaluate
 from attg.features import FEATURES, make_features, read_features
-from attg.images import MAX_PIXELS, MODES, load_image, to_8_bits
+from attg.images import MAX_PIXELS, MODES, Sample, load_image, to_8_bits
 from attg.weights import resize_positions
 from attg_mae import load_encoder
 

@@ -30,205 +30,36 @@ workers, changes nothing. EXIF rotation is ignored, as it is when maps are made.
 """
 
 import functools
-import hashlib
 import os
-import sys
-from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset, Subset
-from torchvision.transforms.functional import pil_to_tensor
+from PIL import Image
 
 from attg.images import (
     MAX_PIXELS,
     MODES,
-    check_pixels,
-    eval_view,
-    to_8_bits,
+    Checked,
+    ImageData,
+    Names,
+    Pairs,
+    check_pair,
+    generator_for,
+    load_image,
     train_view,
 )
-from attg.seeding import generator_for, seed_for
-from attg.sources import Names, check_pair, open_source
-
-# Unreadable images that are reported one by one; further ones are counted.
-MAX_REPORTED = 10
-
-
-class Sample(NamedTuple):
-    """One item of a data set. default_collate makes a Sample of batched tensors."""
-
-    image: torch.Tensor  # uint8 (C, h, w), RGB or gray, not flipped yet
-    label: int  # -1 = none
-    index: int  # row of the map file; the next readable one if the image is unreadable
-    box: torch.Tensor  # float32 (4,): x0, y0, x1, y1 in fractions of width and height
-    flip: bool  # whether to mirror image and map
-
-
-@dataclass(eq=False)
-class ImageData(Dataset):
-    """One split of a data set.
-
-    data[epoch, index] is a Sample made by `augment`, if there is one; otherwise, and for
-    data[index], by eval_view. An unreadable image is replaced by the next readable one:
-    the first few are reported, further ones only counted. ValueError if there is none.
-    """
-
-    pairs: Sequence  # of (PIL image, label): any map-style data set
-    names: Sequence[str]  # one per image: order and identity of the rows of a map file
-    known_labels: Sequence[int] | None  # None: only the source knows them
-    known_classes: int | None  # 0 = no labels; None = the largest label + 1
-    root: Path | None = None  # the folder of the images, if names are names of files
-    masks: np.ndarray | None = None  # of toy alone: uint8 (n, h, w), 1 = object
-    # See open_data.
-    size: tuple[int, int] = (32, 32)
-    augment: Callable | None = None
-    seed: int = 0
-    channels: int = 3
-    max_pixels: int = MAX_PIXELS
-
-    def __post_init__(self):
-        if not isinstance(self.names, Names):
-            self.names = Names(self.names)
-        # Shared memory: what a worker marks, its parent and the other workers see.
-        self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, key):
-        epoch, requested = key if isinstance(key, tuple) else (None, key)
-        # The IndexError of an index too large ends `for sample in data`.
-        requested = range(len(self))[requested]
-        index, image, label = self.decode(requested)
-        if self.augment and epoch is not None:
-            seed = seed_for("crop", self.seed, epoch, requested)
-            image, box, flip = self.augment(image, self.size, seed)
-        else:
-            image, box, flip = eval_view(image, self.size)
-        return Sample(pil_to_tensor(image), label, index, torch.tensor(box), flip)
-
-    def decode(self, start):
-        """(index, 8-bit PIL image, label) of the first readable image from start on."""
-        first = None
-        for step in range(len(self)):
-            index = (start + step) % len(self)
-            try:
-                image, label = self.read(index)
-                return index, to_8_bits(image, MODES[self.channels]), label
-            # Decoders raise OSError, SyntaxError, ValueError and others.
-            except Exception as error:
-                first = first or f"{self.path(index)} ({error})"
-                self.report_unreadable(index, error)
-        raise ValueError(
-            f"--data: none of the {len(self)} images can be decoded, the first is "
-            f"{first}; repair them or choose another folder"
-        )
-
-    def read(self, i):
-        """(PIL image of any mode, label) of image i. Raises what its decoder raises."""
-        image, label = check_pair(self.pairs[i])
-        check_pixels(image, self.max_pixels)
-        return image, label
-
-    def path(self, i):
-        """The path of image i, or its name if it is not a file."""
-        return os.path.join(self.root or "", self.names[i])
-
-    def report_unreadable(self, i, error):
-        """Mark image i, and report it once in all workers of this rank."""
-        if self.unreadable[i]:
-            return
-        self.unreadable[i] = True
-        count = int(self.unreadable.sum())
-        if count <= MAX_REPORTED:
-            more = "; further ones are only counted" if count == MAX_REPORTED else ""
-            print(
-                f"unreadable, the next image replaces it: {self.path(i)} ({error}){more}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    @property
-    def labeled(self):
-        """Whether there are labels. Single images may still have none, as in stl10."""
-        return self.known_classes != 0
-
-    @functools.cached_property
-    def num_classes(self):
-        if self.known_classes is not None:
-            return self.known_classes
-        return int(self.labels.max()) + 1
-
-    @functools.cached_property
-    def labels(self):
-        """int64 (n,), -1 = none. Some data sets have to be read once to find them."""
-        labels = self.known_labels
-        if labels is None:
-            labels = [self.read_label(i) for i in range(len(self))]
-        return torch.as_tensor(labels, dtype=torch.int64)
-
-    def read_label(self, i):
-        try:
-            return self.read(i)[1]
-        except Exception as error:
-            self.report_unreadable(i, error)
-            return -1
-
-    def subset(self, rows):
-        """The images of these rows, an int tensor (m,), as another ImageData."""
-        return replace(
-            self,
-            # An array gives Python ints, as users' data sets may expect, in little memory.
-            pairs=Subset(self.pairs, array("q", rows.tolist())),
-            names=[self.names[i] for i in rows],
-            known_labels=self.labels[rows].numpy(),
-            known_classes=self.num_classes,
-            masks=None if self.masks is None else self.masks[rows.numpy()],
-        )
-
-    def file_sizes(self):
-        """Sizes in bytes, as strings; none if the images are not files."""
-        if self.root is None:
-            return []
-        return [str(os.stat(self.path(i)).st_size) for i in range(len(self))]
-
-    @functools.cached_property
-    def fingerprint(self):
-        """Identity of the data set in map files: "v2:" and a sha256.
-
-        The hash is over the version, the number of images, their names and, if they are
-        files, their sizes. Another version takes another prefix.
-        """
-        number = str(len(self))
-        return "v2:" + sha256_of(["v2", number, *self.names, *self.file_sizes()])
-
-    def matches(self, fingerprint):
-        """How the fingerprint stored in a map file fits this data set.
-
-        "exact"; "names" for the oldest map files, which did not record file sizes; or
-        None for other data.
-        """
-        if fingerprint == self.fingerprint:
-            return "exact"
-        # Before v2 there was no prefix, and at first there were no sizes.
-        names_only = sha256_of([str(len(self)), *self.names])
-        sizes = self.file_sizes()
-        if sizes and fingerprint == names_only:
-            return "names"
-        with_sizes = sha256_of([names_only, *sizes]) if sizes else names_only
-        return "exact" if fingerprint == with_sizes else None
-
-
-def sha256_of(strings):
-    text = "\0".join(strings)
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-
+from attg.sources import (
+    LAYOUTS,
+    TORCHVISION,
+    check_split,
+    find_images,
+    open_torchvision,
+)
+from attg.toy import TOY_CLASSES, TOY_VARIANTS, toy
 
 # -- Opening a data set ----------------------------------------------------------------
 
@@ -275,8 +106,92 @@ def open_data(
         augment=train_view if augment is True else augment,
         seed=seed,
         channels=channels,
-        max_pixels=max_pixels,
     )
+
+
+class Source(NamedTuple):
+    """One split as it was found, before any crop; the fields are those of ImageData."""
+
+    pairs: Sequence
+    names: Sequence[str]
+    labels: Sequence[int] | None
+    num_classes: int | None
+    root: Path | None = None
+    masks: np.ndarray | None = None
+
+
+def open_source(name, split, classes, root, max_pixels):
+    """Find one split; the arguments are those of open_data. None if there is none."""
+    if not isinstance(name, str | os.PathLike):
+        if classes:
+            raise ValueError(f"--classes {classes}: only for --data with class folders")
+        return open_python(name, split, max_pixels)
+    name = str(name)
+    if name == "toy":
+        splits = ("train", "test", *TOY_VARIANTS)
+        if classes or split not in splits:
+            check_split(name, split, classes, splits)
+        images, masks, labels = toy(split)
+        names = [f"toy/{split}/{i:05d}" for i in range(len(images))]
+        pairs = Pairs(Image.fromarray, images, labels)
+        return Source(pairs, names, labels, len(TOY_CLASSES), masks=masks)
+    if name in TORCHVISION:
+        check_split(name, split, classes)
+        root = Path(root or os.environ.get("ATTG_DATA") or "~/.cache/attg_mae")
+        pairs = Checked(open_torchvision(name, split, root.expanduser()), max_pixels)
+        names = [f"{name}/{split}/{i:06d}" for i in range(len(pairs))]
+        return Source(pairs, names, None, TORCHVISION[name][1])
+    # Path.expanduser raises an error for unknown users.
+    path = Path(os.path.expanduser(name))
+    if not path.exists():
+        raise ValueError(
+            f"--data {name}: neither a folder, an image nor one of toy, "
+            f"{', '.join(TORCHVISION)}. {LAYOUTS}"
+        )
+    found = find_images(path, split, classes)
+    if found is None:
+        return None
+    folder, names, labels = found
+    names = Names(names)
+    pairs = Pairs(functools.partial(load_from, folder, max_pixels), names, labels)
+    return Source(pairs, names, labels, int(labels.max()) + 1, folder)
+
+
+def load_from(folder, max_pixels, name):
+    return load_image(os.path.join(folder, name), max_pixels)
+
+
+def open_python(data, split, max_pixels):
+    """The Source of a map-style data set, or of a dict of them by split."""
+    if not isinstance(data, Mapping):
+        data = {"train": data}
+    source = data.get(split)
+    if source is None and split == "train":
+        raise ValueError(f"data: has {list(data)}; one must be named 'train'")
+    if source is None:
+        return None
+    map_style = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+    if not map_style or not len(source):
+        raise ValueError(
+            f"data: the {split} split is a {type(source).__name__} without images; must "
+            "be a map-style data set, with [i] and len(), of (PIL image, label)"
+        )
+    try:
+        first = source[0]
+    # Unreadable: it will be replaced.
+    except Exception:
+        first = None
+    label = 0 if first is None else check_pair(first)[1]
+    labels = getattr(source, "targets", None)
+    if labels is not None:
+        labels = [-1 if label is None else int(label) for label in labels]
+    num_classes = None
+    if getattr(source, "classes", None) is not None:
+        num_classes = len(source.classes)
+    elif labels is None and label < 0:
+        num_classes = 0
+    names = [f"data/{split}/{i:06d}" for i in range(len(source))]
+    return Source(Checked(source, max_pixels), names, labels, num_classes)
 
 
 # -- Helpers of training and evaluation ------------------------------------------------
@@ -317,13 +232,8 @@ def open_labeled(name, tests, size, augment=False, seed=0, **options):
     return train_set, test_sets
 
 
-def max_unreadable(number):
-    """Maximum number of unreadable images tolerated: 1 %, and at least one."""
-    return max(1, number / 100)
-
-
 def refuse_unreadable(dataset):
-    """ValueError if more images are unreadable than max_unreadable allows.
+    """ValueError if more images are unreadable than dataset.max_unreadable.
 
     Collective: all ranks call it at once.
     """
@@ -332,7 +242,7 @@ def refuse_unreadable(dataset):
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, rows)
         rows = sorted(set().union(*parts))
-    if len(rows) > max_unreadable(len(dataset)):
+    if len(rows) > dataset.max_unreadable:
         raise ValueError(
             f"--data: {len(rows)} of {len(dataset)} images are unreadable, over 1 %; "
             f"repair or remove them, the first is {dataset.path(rows[0])}"

@@ -11,8 +11,9 @@ from torch.utils.data import Subset
 
 from attg.checkpoint import load_checkpoint, read_settings, save_checkpoint
 from attg.cli import progress
-from attg.datasets import ImageData, refuse_unreadable
+from attg.datasets import refuse_unreadable
 from attg.files import sha256
+from attg.images import ImageData
 from attg.loader import make_loader
 
 FEATURES = ("class_token", "patch_mean")

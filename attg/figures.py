@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch.utils.data import default_collate
 from torchvision.transforms.functional import to_pil_image
 
-from attg.seeding import generator_for
+from attg.images import generator_for
 
 
 @torch.no_grad()

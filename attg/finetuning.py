@@ -30,9 +30,8 @@ from attg.cli import flag, log_line, progress, resume_class
 from attg.datasets import refuse_unreadable, shot_indices
 from attg.evaluation import open_sets
 from attg.files import sha256
-from attg.images import train_view
+from attg.images import seed_for, train_view
 from attg.loader import ResumableBatchSampler, make_loader
-from attg.seeding import seed_for
 
 # -- Settings --------------------------------------------------------------------------
 

@@ -1,9 +1,24 @@
-"""Images: decoding, conversion to 8 bits, and the crops of training and evaluation."""
+"""
+Samples of images: decoding, conversion to 8 bits, random crops as functions of seeds, and
+data sets of them.
+"""
+
+import functools
+import hashlib
+import os
+import sys
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import Dataset, Subset
 from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms.functional import pil_to_tensor
 
 # Area fraction and aspect ratio of a random crop, as in MAE's pre-training.
 CROP_SCALE = (0.2, 1.0)
@@ -16,6 +31,29 @@ MAX_PIXELS = 100_000_000
 MIN_DRAFT_SIDE = 2048
 # PIL's mode by number of channels.
 MODES = {1: "L", 3: "RGB"}
+
+
+# -- Seeds -----------------------------------------------------------------------------
+# Random numbers are functions of what they depend on: there is no generator state to save.
+
+
+def seed_for(*parts):
+    """64-bit seed hashed from ints and strings, the same on every machine.
+
+    The first part names the stream: "crop", "order", "masks" ...
+    """
+    # NumPy's and torch's integers have another repr than Python's.
+    plain = [part if isinstance(part, str) else int(part) for part in parts]
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def generator_for(*parts):
+    """A torch.Generator on the CPU, seeded with seed_for(*parts)."""
+    return torch.Generator().manual_seed(seed_for(*parts))
+
+
+# -- Decoding --------------------------------------------------------------------------
 
 
 def load_image(path, max_pixels=MAX_PIXELS):
@@ -88,6 +126,9 @@ def gray_rows(image, values=2**20):
         yield top, np.nan_to_num(rows, posinf=0, neginf=0)
 
 
+# -- Views -----------------------------------------------------------------------------
+
+
 def train_view(image, size, seed, scale=CROP_SCALE, after=None):
     """Random crop, resized to size (h, w): (PIL image, box, flip), see Sample.
 
@@ -110,7 +151,8 @@ def train_view(image, size, seed, scale=CROP_SCALE, after=None):
         crop = after(crop)
     torch.set_rng_state(state)
 
-    return crop, box_of(x, y, w, h, image.width, image.height), flip
+    width, height = image.size
+    return crop, (x / width, y / height, (x + w) / width, (y + h) / height), flip
 
 
 def eval_view(image, size):
@@ -134,7 +176,7 @@ def eval_view(image, size):
     x = round((resized_w - w) / 2)
     y = round((resized_h - h) / 2)
 
-    box = box_of(x, y, w, h, resized_w, resized_h)
+    box = (x / resized_w, y / resized_h, (x + w) / resized_w, (y + h) / resized_h)
     # Resizing a strip of 2,000,000 x 40 pixels would take gigabytes. Resizing its middle
     # gives the same up to rounding.
     if resized_w * resized_h > 16 * w * h:
@@ -144,11 +186,6 @@ def eval_view(image, size):
         resized = image.resize((resized_w, resized_h), Image.Resampling.BICUBIC)
         crop = resized.crop((x, y, x + w, y + h))
     return crop, box, False
-
-
-def box_of(x, y, w, h, width, height):
-    """A region in pixels -> (x0, y0, x1, y1) as fractions of width and height."""
-    return x / width, y / height, (x + w) / width, (y + h) / height
 
 
 def rand_augment(mean):
@@ -166,3 +203,248 @@ def rand_augment(mean):
         fill=[round(255 * x) for x in mean],
     )
     return v2.Compose([v2.RandomApply([one], 0.5), v2.RandomApply([one], 0.5)])
+
+
+# -- Data sets -------------------------------------------------------------------------
+
+
+class Names(Sequence):
+    """A list of strings, stored in one array of bytes.
+
+    Forked workers share the parent's memory until someone writes to it, and Python
+    writes a reference count whenever a string is read: a list of a million names would
+    soon be copied into every worker.
+    """
+
+    def __init__(self, names):
+        # File names need not be valid UTF-8.
+        encoded = [name.encode(errors="surrogateescape") for name in names]
+        self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.offsets = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i):
+        # range accepts negative indices and raises the IndexError that ends a loop.
+        i = range(len(self))[i]
+        name = self.text[self.offsets[i] : self.offsets[i + 1]].tobytes()
+        return name.decode(errors="surrogateescape")
+
+
+@dataclass(eq=False)
+class Pairs(Dataset):
+    """Map-style data set of (load(items[i]), labels[i])."""
+
+    load: Callable
+    items: Sequence
+    labels: Sequence[int]
+
+    def __getitem__(self, i):
+        return self.load(self.items[i]), int(self.labels[i])
+
+
+def check_pair(pair):
+    """(PIL image, label, -1 = none) of an item of a data set, or ValueError."""
+    if isinstance(pair, tuple | list) and len(pair) == 2:
+        image, label = pair
+        if isinstance(image, Image.Image):
+            return image, -1 if label is None else int(label)
+        pair = image
+    raise ValueError(
+        f"data: found a {type(pair).__name__}; every [i] must be (PIL image, label), the "
+        "label an int or None"
+    )
+
+
+class Checked(Dataset):
+    """A map-style data set of a user or of torchvision, its items checked when read."""
+
+    def __init__(self, source, max_pixels):
+        self.source = source
+        self.max_pixels = max_pixels
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        image, label = check_pair(self.source[i])
+        check_pixels(image, self.max_pixels)
+        return image, label
+
+
+# Unreadable images that are reported one by one; further ones are counted.
+MAX_REPORTED = 10
+
+
+class Sample(NamedTuple):
+    """One item of a data set. default_collate makes a Sample of batched tensors."""
+
+    image: torch.Tensor  # uint8 (C, h, w), RGB or gray, not flipped yet
+    label: int  # -1 = none
+    index: int  # row of the map file; the next readable one if the image is unreadable
+    box: torch.Tensor  # float32 (4,): x0, y0, x1, y1 in fractions of width and height
+    flip: bool  # whether to mirror image and map
+
+
+@dataclass(eq=False)
+class ImageData(Dataset):
+    """One split of a data set.
+
+    data[epoch, index] is a Sample made by `augment`, if there is one; otherwise, and for
+    data[index], by eval_view. An unreadable image is replaced by the next readable one:
+    the first few are reported, further ones only counted. ValueError if there is none.
+    """
+
+    pairs: Dataset  # map-style, of (PIL image of any mode, int label)
+    names: Sequence[str]  # one per image: order and identity of the rows of a map file
+    known_labels: Sequence[int] | None  # None: only the source knows them
+    known_classes: int | None  # 0 = no labels; None = the largest label + 1
+    root: Path | None = None  # the folder of the images, if names are names of files
+    masks: np.ndarray | None = None  # of toy alone: uint8 (n, h, w), 1 = object
+    # See open_data.
+    size: tuple[int, int] = (32, 32)
+    augment: Callable | None = None
+    seed: int = 0
+    channels: int = 3
+
+    def __post_init__(self):
+        if not isinstance(self.names, Names):
+            self.names = Names(self.names)
+        # Shared memory: what a worker marks, its parent and the other workers see.
+        self.num_images = len(self.names)
+        self.unreadable = torch.zeros(self.num_images, dtype=torch.bool).share_memory_()
+
+    def __len__(self):
+        return self.num_images
+
+    def __getitem__(self, key):
+        epoch, requested = key if isinstance(key, tuple) else (None, key)
+        # The IndexError of an index too large ends `for sample in data`.
+        requested = range(self.num_images)[requested]
+        index, image, label = self.decode(requested)
+        if self.augment and epoch is not None:
+            seed = seed_for("crop", self.seed, epoch, requested)
+            image, box, flip = self.augment(image, self.size, seed)
+        else:
+            image, box, flip = eval_view(image, self.size)
+        return Sample(pil_to_tensor(image), label, index, torch.tensor(box), flip)
+
+    def decode(self, start):
+        """(index, 8-bit PIL image, label) of the first readable image from start on."""
+        first = None
+        for step in range(self.num_images):
+            index = (start + step) % self.num_images
+            try:
+                image, label = self.pairs[index]
+                return index, to_8_bits(image, MODES[self.channels]), label
+            # Decoders raise OSError, SyntaxError, ValueError and others.
+            except Exception as error:
+                first = first or f"{self.path(index)} ({error})"
+                self.report_unreadable(index, error)
+        raise ValueError(
+            f"--data: none of the {self.num_images} images can be decoded, the first is "
+            f"{first}; repair them or choose another folder"
+        )
+
+    def read(self, i):
+        """(PIL image of any mode, label) of image i. Raises what its decoder raises."""
+        return self.pairs[i]
+
+    def path(self, i):
+        """The path of image i, or its name if it is not a file."""
+        return os.path.join(self.root or "", self.names[i])
+
+    def report_unreadable(self, i, error):
+        """Mark image i, and report it once in all workers of this rank."""
+        if self.unreadable[i]:
+            return
+        self.unreadable[i] = True
+        count = int(self.unreadable.sum())
+        if count <= MAX_REPORTED:
+            more = "; further ones are only counted" if count == MAX_REPORTED else ""
+            print(
+                f"unreadable, the next image replaces it: {self.path(i)} ({error}){more}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    @property
+    def max_unreadable(self):
+        """Maximum number of unreadable images tolerated: 1 %, and at least one."""
+        return max(1, self.num_images / 100)
+
+    @property
+    def labeled(self):
+        """Whether there are labels. Single images may still have none, as in stl10."""
+        return self.known_classes != 0
+
+    @functools.cached_property
+    def num_classes(self):
+        if self.known_classes is not None:
+            return self.known_classes
+        return int(self.labels.max()) + 1
+
+    @functools.cached_property
+    def labels(self):
+        """int64 (n,), -1 = none. Some data sets have to be read once to find them."""
+        labels = self.known_labels
+        if labels is None:
+            labels = [self.read_label(i) for i in range(len(self))]
+        return torch.as_tensor(labels, dtype=torch.int64)
+
+    def read_label(self, i):
+        try:
+            return self.read(i)[1]
+        except Exception as error:
+            self.report_unreadable(i, error)
+            return -1
+
+    def subset(self, rows):
+        """The images of these rows, an int tensor (m,), as another ImageData."""
+        return replace(
+            self,
+            # An array gives Python ints, as users' data sets may expect, in little memory.
+            pairs=Subset(self.pairs, array("q", rows.tolist())),
+            names=[self.names[i] for i in rows],
+            known_labels=self.labels[rows].numpy(),
+            known_classes=self.num_classes,
+            masks=None if self.masks is None else self.masks[rows.numpy()],
+        )
+
+    def file_sizes(self):
+        """Sizes in bytes, as strings; none if the images are not files."""
+        if self.root is None:
+            return []
+        return [str(os.stat(self.path(i)).st_size) for i in range(len(self))]
+
+    @functools.cached_property
+    def fingerprint(self):
+        """Identity of the data set in map files: "v2:" and a sha256.
+
+        The hash is over the version, the number of images, their names and, if they are
+        files, their sizes. Another version takes another prefix.
+        """
+        number = str(len(self))
+        return "v2:" + sha256_of(["v2", number, *self.names, *self.file_sizes()])
+
+    def matches(self, fingerprint):
+        """How the fingerprint stored in a map file fits this data set.
+
+        "exact"; "names" for the oldest map files, which did not record file sizes; or
+        None for other data.
+        """
+        if fingerprint == self.fingerprint:
+            return "exact"
+        # Before v2 there was no prefix, and at first there were no sizes.
+        names_only = sha256_of([str(len(self)), *self.names])
+        sizes = self.file_sizes()
+        if sizes and fingerprint == names_only:
+            return "names"
+        with_sizes = sha256_of([names_only, *sizes]) if sizes else names_only
+        return "exact" if fingerprint == with_sizes else None
+
+
+def sha256_of(strings):
+    text = "\0".join(strings)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

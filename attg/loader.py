@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from attg.seeding import generator_for
+from attg.images import generator_for
 
 
 class ResumableBatchSampler(Sampler):

@@ -1,115 +1,21 @@
 """
-Where images come from: the toy set, torchvision's data sets, folders, and Python.
+Where images come from: files in folders, and torchvision's data sets.
 
 In a class folder, folders may be nested and links are followed, but no folder is entered
 twice. Only regular files with an image suffix count.
 """
 
 import contextlib
-import functools
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch.distributed as dist
 import torchvision
-from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
-
-from attg.images import load_image
-from attg.toy import TOY_CLASSES, TOY_VARIANTS, toy
-
-
-class Names(Sequence):
-    """A list of strings, stored in one array of bytes.
-
-    Forked workers share the parent's memory until someone writes to it, and Python
-    writes a reference count whenever a string is read: a list of a million names would
-    soon be copied into every worker.
-    """
-
-    def __init__(self, names):
-        # File names need not be valid UTF-8.
-        encoded = [name.encode(errors="surrogateescape") for name in names]
-        self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self.offsets = np.cumsum([0, *map(len, encoded)])
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i):
-        # range accepts negative indices and raises the IndexError that ends a loop.
-        i = range(len(self))[i]
-        name = self.text[self.offsets[i] : self.offsets[i + 1]].tobytes()
-        return name.decode(errors="surrogateescape")
-
-
-class Pairs(Dataset):
-    """Map-style data set of (load(items[i]), labels[i])."""
-
-    def __init__(self, load, items, labels):
-        self.load = load
-        self.items = items
-        self.labels = labels
-
-    def __getitem__(self, i):
-        return self.load(self.items[i]), self.labels[i]
-
-
-def load_from(folder, max_pixels, name):
-    return load_image(os.path.join(folder, name), max_pixels)
-
-
-class Source(NamedTuple):
-    """One split as it was found, before any crop; the fields are those of ImageData."""
-
-    pairs: Sequence
-    names: Sequence[str]
-    labels: Sequence[int] | None
-    num_classes: int | None
-    root: Path | None = None
-    masks: np.ndarray | None = None
-
-
-def open_source(name, split, classes, root, max_pixels):
-    """Find one split; the arguments are those of open_data. None if there is none."""
-    if not isinstance(name, str | os.PathLike):
-        if classes:
-            raise ValueError(f"--classes {classes}: only for --data with class folders")
-        return open_python(name, split)
-    name = str(name)
-    if name == "toy":
-        check_split(name, split, classes, ("train", "test", *TOY_VARIANTS))
-        images, masks, labels = toy(split)
-        names = [f"toy/{split}/{i:05d}" for i in range(len(images))]
-        pairs = Pairs(Image.fromarray, images, labels)
-        return Source(pairs, names, labels, len(TOY_CLASSES), masks=masks)
-    if name in TORCHVISION:
-        check_split(name, split, classes)
-        root = Path(root or os.environ.get("ATTG_DATA") or "~/.cache/attg_mae")
-        pairs = open_torchvision(name, split, root.expanduser())
-        names = [f"{name}/{split}/{i:06d}" for i in range(len(pairs))]
-        return Source(pairs, names, None, TORCHVISION[name][1])
-    # Path.expanduser raises an error for unknown users.
-    path = Path(os.path.expanduser(name))
-    if not path.exists():
-        raise ValueError(
-            f"--data {name}: neither a folder, an image nor one of toy, "
-            f"{', '.join(TORCHVISION)}. {LAYOUTS}"
-        )
-    found = find_images(path, split, classes)
-    if found is None:
-        return None
-    folder, names, labels = found
-    names = Names(names)
-    pairs = Pairs(functools.partial(load_from, folder, max_pixels), names, labels)
-    return Source(pairs, names, labels, int(labels.max()) + 1, folder)
-
 
 # -- Folders ---------------------------------------------------------------------------
 
@@ -330,52 +236,3 @@ def open_torchvision(name, split, root):
             f"folder that contains {folder}"
         ) from error
     return ConcatDataset(opened)
-
-
-# -- Data sets from Python -------------------------------------------------------------
-
-
-def open_python(data, split):
-    """The Source of a map-style data set, or of a dict of them by split."""
-    if not isinstance(data, Mapping):
-        data = {"train": data}
-    source = data.get(split)
-    if source is None and split == "train":
-        raise ValueError(f"data: has {list(data)}; one must be named 'train'")
-    if source is None:
-        return None
-    map_style = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-    if not map_style or not len(source):
-        raise ValueError(
-            f"data: the {split} split is a {type(source).__name__} without images; must "
-            "be a map-style data set, with [i] and len(), of (PIL image, label)"
-        )
-    try:
-        first = source[0]
-    # Unreadable: it will be replaced.
-    except Exception:
-        first = None
-    label = 0 if first is None else check_pair(first)[1]
-    labels = getattr(source, "targets", None)
-    if labels is not None:
-        labels = [-1 if label is None else int(label) for label in labels]
-    num_classes = None
-    if getattr(source, "classes", None) is not None:
-        num_classes = len(source.classes)
-    elif labels is None and label < 0:
-        num_classes = 0
-    names = [f"data/{split}/{i:06d}" for i in range(len(source))]
-    return Source(source, names, labels, num_classes)
-
-
-def check_pair(pair):
-    """(PIL image, label, -1 = none) of an item of a data set, or ValueError."""
-    if isinstance(pair, tuple | list) and len(pair) == 2:
-        image, label = pair
-        if isinstance(image, Image.Image):
-            return image, -1 if label is None else int(label)
-        pair = image
-    raise ValueError(
-        f"data: found a {type(pair).__name__}; every [i] must be (PIL image, label), the "
-        "label an int or None"
-    )

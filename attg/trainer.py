@@ -21,10 +21,11 @@ from attg.checkpoint import (
     save_checkpoint,
 )
 from attg.cli import is_out_of_memory, progress
-from attg.datasets import ImageData, max_unreadable, open_data, resolve_dataset
+from attg.datasets import open_data, resolve_dataset
 from attg.distributed import all_reduce_sum, exclusive_run
 from attg.features import knn_accuracy
 from attg.figures import can_draw_curves, save_curves
+from attg.images import ImageData, generator_for
 from attg.loader import (
     BatchIterator,
     ResumableBatchSampler,
@@ -34,7 +35,6 @@ from attg.loader import (
 from attg.log import Log, Meter, read_log
 from attg.maps import open_maps
 from attg.pretraining import resolve
-from attg.seeding import generator_for
 from attg.weights import DECODER
 
 # -- Setup -----------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def setup(cfg, data, dist_info):
         )
 
     num_images = len(train_set)
-    limit = max_unreadable(num_images)
+    max_unreadable = train_set.max_unreadable
     cfg = resolve(cfg, num_images)
     maps = None
     # Drawing examples (--epochs 0) works without maps, guided training does not.
@@ -114,7 +114,7 @@ def setup(cfg, data, dist_info):
             test_set=test_set,
             maps=maps,
             num_images=num_images,
-            max_unreadable=limit,
+            max_unreadable=max_unreadable,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
             dtype=DTYPES[cfg.precision],

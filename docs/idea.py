@@ -26,8 +26,8 @@ from torch.utils.data import default_collate
 from attg.cli import flag, parse, run_cli
 from attg.datasets import open_data
 from attg.figures import denormalize, reconstruct
+from attg.images import generator_for
 from attg.maps import open_maps
-from attg.seeding import generator_for
 from attg_mae import mask_noise, normalize, pool_maps
 from docs.drawing import draw_panel, load_model, new_figure
 

@@ -24,8 +24,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from attg.cli import flag, parse, run_cli
 from attg.datasets import open_data
 from attg.figures import denormalize, unpatchify
+from attg.images import generator_for, seed_for
 from attg.loader import ResumableBatchSampler
-from attg.seeding import generator_for, seed_for
 from attg_mae import (
     MAE,
     Config,

@@ -24,17 +24,15 @@ import attg.toy
 import attg_mae
 import eval_knn
 from attg.datasets import (
-    Sample,
     open_data,
     open_labeled,
     refuse_unreadable,
     shot_indices,
 )
 from attg.features import FEATURES, extract_features, knn_accuracy
-from attg.images import eval_view, train_view
+from attg.images import Names, Sample, eval_view, seed_for, train_view
 from attg.loader import ResumableBatchSampler, make_loader
-from attg.seeding import seed_for
-from attg.sources import TORCHVISION, Names
+from attg.sources import TORCHVISION
 from tests.fuzz import RANDOM, odd_tree, within
 from tests.helpers import (
     LUMA,

@@ -18,8 +18,8 @@ import eval_knn
 import eval_linear
 from attg.datasets import open_data
 from attg.features import FEATURES, SOURCE
+from attg.images import seed_for
 from attg.loader import make_loader
-from attg.seeding import seed_for
 from tests.helpers import blobs, close, randn
 
 COMMON = ["--device", "cpu", "--seed", "1"]

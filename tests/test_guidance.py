@@ -13,8 +13,8 @@ from torch import nn
 from torchvision.ops import roi_align
 
 import attg_mae
+from attg.images import generator_for
 from attg.loader import Batch
-from attg.seeding import generator_for
 from tests.helpers import close, rand
 
 WHOLE = torch.tensor([0.0, 0.0, 1.0, 1.0])

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attg.datasets import Sample, open_data
+from attg.datasets import open_data
+from attg.images import Sample, seed_for
 from attg.loader import ResumableBatchSampler, make_loader
-from attg.seeding import seed_for
 from tests.helpers import ROOT, same
 
 

@@ -23,10 +23,10 @@ from attg import figures, trainer
 from attg.checkpoint import check_settings, read_run, restore_settings
 from attg.cli import resume_class
 from attg.datasets import open_data
+from attg.images import generator_for
 from attg.loader import BatchIterator, ResumableBatchSampler, make_loader
 from attg.log import RENAMED_SETTINGS, read_log
 from attg.maps import save_maps
-from attg.seeding import generator_for
 from tests.helpers import (
     LUMA,
     TINY,

@@ -19,7 +19,7 @@ import eval_finetune
 import eval_linear
 from attg.datasets import open_data
 from attg.features import FEATURES
-from attg.seeding import seed_for
+from attg.images import seed_for
 from tests.helpers import TINY, after_step, last, recorded_passes, records, train
 
 STEPS = 24  # of TINY: 4 epochs of 6
