@@ -650,7 +650,8 @@ def train(cfg, data=None):
         cfg, device = run.cfg, run.device
         torch.manual_seed(seed_for("weights", cfg.seed))
         model = build_model(cfg).to(device)
-        load_initial(model, run, checkpoint, sincos_table)
+        if checkpoint or cfg.init:
+            load_initial(model, run, checkpoint, sincos_table)
         if cfg.epochs == 0:
             save_examples(model, run, mask_noise, pool_maps)
             return result(run, step=0)

@@ -198,12 +198,8 @@ def check_unused(settings, names, reason):
 class Parser(argparse.ArgumentParser):
     """Parser whose flags accept hyphens for underscores.
 
-    It answers a mistake in three lines, and --help prints the description as written.
+    It answers a mistake in three lines.
     """
-
-    def __init__(self, **options):
-        raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-        super().__init__(**(raw | options))
 
     def names(self):
         """{name with underscores: name} of all flags."""
@@ -258,7 +254,8 @@ def parse(kind, description, argv=None, prog=None):
     There is a flag for each field. --help groups inherited fields by their class.
     prog: how messages name the command [the file's name].
     """
-    parser = Parser(prog=prog, description=description)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=prog, description=description, formatter_class=formatter)
     groups = {}
     for base in kind.__mro__[1:-1]:
         title = (base.__doc__ or base.__name__).partition(".")[0].lower()
@@ -273,7 +270,9 @@ def parse(kind, description, argv=None, prog=None):
         if isinstance(value, list):
             values[name] = tuple(value)
     settings = kind(**values)
-    validate(settings)
+    # A dataclass with __post_init__ validates itself there.
+    if not hasattr(kind, "__post_init__"):
+        validate(settings)
     return settings
 
 

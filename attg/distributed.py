@@ -35,7 +35,23 @@ def processes(name, timeout=TIMEOUT):
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(name)
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    try:
+        device = torch.device(name or available[0])
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in available:
+        raise ValueError(
+            f"--device {name}: not available here; choose from {', '.join(available)}"
+        )
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     members = []
     if world > 1:
         members = init_group(device, world, timeout)
@@ -54,28 +70,6 @@ def processes(name, timeout=TIMEOUT):
         # it and destroy_process_group then deadlock (pytorch PR 154976).
         time.sleep(0.2)
         dist.destroy_process_group()
-
-
-def pick_device(name):
-    """The torch.device of --device, on a GPU that of this rank."""
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
-    try:
-        device = torch.device(name or available[0])
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in available:
-        raise ValueError(
-            f"--device {name}: not available here; choose from {', '.join(available)}"
-        )
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    return device
 
 
 def init_group(device, world, timeout):
@@ -145,21 +139,19 @@ def broadcast_from_rank0(function, rank, world):
 
 
 @contextlib.contextmanager
-def exclusive_run(lock, output, rank, world, read=None):
+def exclusive_run(lock, output, rank, world, read=lambda: None):
     """Hold a lock file on rank 0 for the duration of the block; see files.locked.
 
-    Every rank raises what rank 0 raises, and gets the result of read(), if given, which
-    rank 0 calls while it holds the lock.
+    Every rank raises what rank 0 raises, and gets the result of read(), which rank 0
+    calls while it holds the lock.
     """
     # torchrun restarts a killed run before all of its processes have exited.
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     with contextlib.ExitStack() as stack:
-
-        def begin():
-            stack.enter_context(locked(lock, output, timeout=30 if restarted else 0))
-            return read() if read else None
-
-        yield broadcast_from_rank0(begin, rank, world)
+        held = locked(lock, output, timeout=30 if restarted else 0)
+        # enter_context returns None here, so the result is that of read().
+        enter_and_read = lambda: stack.enter_context(held) or read()  # noqa: E731
+        yield broadcast_from_rank0(enter_and_read, rank, world)
 
 
 @contextlib.contextmanager

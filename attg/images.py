@@ -309,10 +309,12 @@ class ImageData(Dataset):
     channels: int = 3
 
     def __post_init__(self):
+        self.num_images = len(self.names)
         if not isinstance(self.names, Names):
             self.names = Names(self.names)
+        # 1 % may be unreadable, and at least one.
+        self.max_unreadable = max(1, self.num_images / 100)
         # Shared memory: what a worker marks, its parent and the other workers see.
-        self.num_images = len(self.names)
         self.unreadable = torch.zeros(self.num_images, dtype=torch.bool).share_memory_()
 
     def __len__(self):
@@ -368,11 +370,6 @@ class ImageData(Dataset):
                 file=sys.stderr,
                 flush=True,
             )
-
-    @property
-    def max_unreadable(self):
-        """Maximum number of unreadable images tolerated: 1 %, and at least one."""
-        return max(1, self.num_images / 100)
 
     @property
     def labeled(self):

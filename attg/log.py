@@ -41,16 +41,6 @@ def revision():
     return text if status == 0 else "unknown"
 
 
-def describe_machine(device):
-    """One line of versions, git revision, device and threads."""
-    name = device.type
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    python = sys.version.split()[0]
-    versions = f"attg_mae {revision()}, python {python}, torch {torch.__version__}"
-    return f"{versions}, {name}, {torch.get_num_threads()} threads"
-
-
 def parse_record(line):
     """A line of log.jsonl, bytes, as a dict; None if it is damaged."""
     try:
@@ -88,7 +78,9 @@ class Log:
             log_line(line)
 
     def begin(self, cfg, step, device, header):
-        """Write config.json, print the header and drop the records that will be repeated.
+        """Write config.json, drop the records that will be repeated, print versions.
+
+        header: further lines to print.
 
         A run that resumes after `step` repeats all later steps, and the evaluation after
         `step` itself. A killed run may leave an incomplete last line, which is dropped;
@@ -102,7 +94,14 @@ class Log:
             self.path.write_bytes(b"")
         config = json.dumps(dataclasses.asdict(cfg), indent=1)
         self.path.with_name("config.json").write_text(config)
-        log_line(f"{describe_machine(device)}, {cfg.precision}\n{header}")
+        name = device.type
+        if name == "cuda":
+            name = torch.cuda.get_device_name(device)
+        log_line(
+            f"attg_mae {revision()}, python {sys.version.split()[0]}, torch "
+            f"{torch.__version__}, {name}, {torch.get_num_threads()} threads, "
+            f"{cfg.precision}\n{header}"
+        )
 
     def truncate(self, step):
         """Drop what a run that resumes after `step` repeats; see begin."""

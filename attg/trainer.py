@@ -54,8 +54,6 @@ class Setup:
     train_set: ImageData
     test_set: ImageData | None
     maps: np.ndarray | None  # (n, h, w) on the host
-    num_images: int  # of train_set
-    max_unreadable: float
     steps_per_epoch: int
     total_steps: int
     dtype: torch.dtype | None  # of autocast, None for fp32
@@ -69,7 +67,7 @@ def setup(cfg, data, dist_info):
     """
     device, rank, world = dist_info
     given, precision = cfg, fastest_precision(device, cfg.width)
-    name = resolve_dataset(data, cfg.data)
+    name = cfg.data if data is None else resolve_dataset(data, cfg.data)
     view = {"size": cfg.img_size, "classes": cfg.classes}
     view |= {"channels": cfg.in_chans, "max_pixels": cfg.max_pixels}
     train_set = open_data(name, "train", augment=True, seed=cfg.seed, **view)
@@ -80,17 +78,16 @@ def setup(cfg, data, dist_info):
             "evaluate on; leave it out"
         )
 
-    num_images = len(train_set)
-    max_unreadable = train_set.max_unreadable
-    cfg = resolve(cfg, num_images)
-    maps = None
+    cfg = resolve(cfg, train_set.num_images)
+    maps = train_set.masks
+    if cfg.guidance == "none":
+        maps = None
     # Drawing examples (--epochs 0) works without maps, guided training does not.
-    has_maps = cfg.maps or train_set.masks is not None
-    if cfg.guidance != "none" and (has_maps or cfg.epochs > 0):
+    elif cfg.maps or (maps is None and cfg.epochs > 0):
         maps = open_maps(cfg.maps, train_set, cfg.data)
 
     log = Log(Path(cfg.out, "log.jsonl"), rank == 0)
-    steps_per_epoch = max(1, num_images // cfg.batch_size)
+    steps_per_epoch = max(1, train_set.num_images // cfg.batch_size)
     total_steps = cfg.epochs * steps_per_epoch
     lock, output = Path(cfg.out, ".lock"), f"--out {cfg.out}"
     # Rank 0 reads the checkpoint: other machines need not share the folder.
@@ -113,8 +110,6 @@ def setup(cfg, data, dist_info):
             train_set=train_set,
             test_set=test_set,
             maps=maps,
-            num_images=num_images,
-            max_unreadable=max_unreadable,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
             dtype=DTYPES[cfg.precision],
@@ -247,7 +242,7 @@ class Trainer:
         self.workers = cfg.workers
         if cfg.workers is None:
             self.workers = default_workers(run.device)
-        shape = (run.num_images, cfg.batch_size, start, run.total_steps)
+        shape = (run.train_set.num_images, cfg.batch_size, start, run.total_steps)
         self.sampler = ResumableBatchSampler(
             *shape, cfg.seed, cfg.accum, run.rank, run.world
         )
@@ -283,7 +278,7 @@ class Trainer:
         micro = cfg.batch_size // (cfg.accum * run.world)
         return (
             f"training {kind}: {cfg.model}, {sum(trained) / 1e6:.1f} M parameters, on "
-            f"{run.num_images} images of {cfg.data}, {height} x {width} pixels in "
+            f"{run.train_set.num_images} images of {cfg.data}, {height} x {width} pixels in "
             f"patches of {cfg.patch_size} x {cfg.patch_size}\n"
             f"epochs {cfg.epochs}, steps {run.total_steps}, batch size {cfg.batch_size} "
             f"= {micro} x {run.world} (processes) x {cfg.accum} (--accum)\n"
@@ -331,7 +326,7 @@ class Trainer:
         *flat, signals, unreadable = sums.tolist()
         rows = [flat[i : i + 3] for i in range(0, len(flat), 3)]
 
-        if unreadable > run.max_unreadable:
+        if unreadable > run.train_set.max_unreadable:
             raise ValueError(
                 f"--data {run.cfg.data}: over 1 % of the images are unreadable, "
                 f"{unreadable:.0f} so far; repair or remove them"
