@@ -315,11 +315,8 @@ def checkpoint_path(cfg):
     return path
 
 
-def read_run(cfg):
-    """The parts of the checkpoint to resume, with its path; None if there is none."""
-    path = checkpoint_path(cfg)
-    if path is None:
-        return None
+def read_run(path):
+    """The parts of a training checkpoint, with its path; ValueError if it is not one."""
     parts = load_checkpoint(path)
     missing = {"model", "optimizer", "scaler", "step", "config"} - set(parts)
     missing |= {name for name in ("model", "optimizer") if not parts.get(name)}

@@ -16,6 +16,7 @@ from torch.utils.data import Subset
 
 from attg.checkpoint import (
     check_settings,
+    checkpoint_path,
     read_run,
     restore_settings,
     save_checkpoint,
@@ -90,8 +91,9 @@ def setup(cfg, data, dist_info):
     steps_per_epoch = max(1, train_set.num_images // cfg.batch_size)
     total_steps = cfg.epochs * steps_per_epoch
     lock, output = Path(cfg.out, ".lock"), f"--out {cfg.out}"
-    # Rank 0 reads the checkpoint: other machines need not share the folder.
-    with exclusive_run(lock, output, rank, world, lambda: read_run(cfg)) as checkpoint:
+    # Called on rank 0: other machines need not share the folder.
+    read = lambda: (path := checkpoint_path(cfg)) and read_run(path)  # noqa: E731
+    with exclusive_run(lock, output, rank, world, read) as checkpoint:
         if checkpoint:
             cfg = restore_settings(cfg, given, checkpoint)
             changed = check_settings(cfg, checkpoint, total_steps)

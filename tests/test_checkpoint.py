@@ -46,7 +46,7 @@ from tests.processes import Process, ranks
 def resumed(path, cfg):
     """[weights, moments] with which a run resumes."""
     cfg = replace(cfg, resume=str(path))
-    parts = read_run(cfg)
+    parts = read_run(path)
     cfg = restore_settings(cfg, cfg, parts)
     check_settings(cfg, parts, 10**6)
     model = attg_mae.build_model(cfg)

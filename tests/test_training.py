@@ -672,7 +672,7 @@ def test_resume_class_decides_what_may_change(copy):
     """Every setting, in the middle and at the end of a run."""
     out, settings = copy
     cfg = attg_mae.resolve(attg_mae.Config(**TINY | settings))
-    checkpoint = read_run(cfg)
+    checkpoint = read_run(out / "last.pt")
     cfg = restore_settings(cfg, cfg, checkpoint)
     checkpoint["config"]["out"] = cfg.out
     fixed, free = (resume_class(attg_mae.Config, name) for name in ("fixed", "free"))
