@@ -26,10 +26,10 @@ class EvalFlags:
     checkpoint: str | None = flag(
         None, "file with an encoder", positional=True, resume="free"
     )
-    img_size: int | None = flag(None, "[the checkpoint's]", low=1, high=8192)
+    img_size: int | None = flag(None, "in pixels [the checkpoint's]", low=1, high=8192)
     precision: str | None = flag(
         None,
-        "[fp32; if images are trained on, bf16 where the GPU has it]",
+        "[fp32; in training bf16 on GPUs that support it]",
         choices=("fp32", "bf16"),
     )
     out: str | None = flag(
@@ -45,13 +45,13 @@ class LabelFlags:
 
     val: tuple = flag(
         ("test",),
-        "test sets: test, folders of the same classes, or variants of toy",
+        "test sets: test, other folders of the same classes, or variants of toy",
         nargs="+",
         type=str,
         resume="free",
     )
     batch_size: int | None = flag(
-        None, "[256; if images are trained on, the recipe's]", low=1, high=10**7
+        None, "[256; in training by the recipe above]", low=1, high=10**7
     )
 
 
@@ -59,7 +59,7 @@ class LabelFlags:
 class FeatureFlags:
     """Features."""
 
-    features: str | None = flag(None, "file of --save_features to use, no checkpoint")
+    features: str | None = flag(None, "use this file of --save_features")
     save_features: str | None = flag(None, "write the features to this file")
 
 
@@ -68,17 +68,12 @@ class ShotFlags:
     """Few labels."""
 
     shots: tuple = flag(
-        (),
-        "labels per class to use, if it has them",
-        nargs="+",
-        type=int,
-        low=1,
-        high=10**7,
+        (), "labeled images per class", nargs="+", type=int, low=1, high=10**7
     )
     seeds: int = flag(5, "number of draws of the --shots", low=1, high=10**6)
 
 
-# Flags of how features are made, which a file of features has settled.
+# Flags of how features are made; --features fixes them.
 SOURCE_FLAGS = ("checkpoint", "data", "classes", "val", "img_size", "max_pixels")
 SOURCE_FLAGS += ("save_features",)
 

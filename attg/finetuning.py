@@ -40,21 +40,23 @@ from attg.loader import ResumableBatchSampler, make_loader
 class TrainFlags:
     """Training a classifier."""
 
-    label_fraction: float = flag(1.0, "labels per class to use", low=1e-6, high=1.0)
+    label_fraction: float = flag(
+        1.0, "fraction of each class to train on", low=1e-6, high=1.0
+    )
     seed: int = flag(
-        0, "of --label_fraction, order, augmentation", low=-(2**63), high=2**63 - 1
+        0, "for --label_fraction, order, augmentation", low=-(2**63), high=2**63 - 1
     )
     save: str | None = flag(
         None,
-        "file for the trained weights, written after each epoch; the same command resumes",
+        "save the weights to this file after each epoch, or resume from it",
         resume="free",
     )
-    epochs: int | None = flag(None, "[the recipe's]", low=1, high=10**6)
-    accum: int | None = flag(None, "micro-batches [by size]", low=1, high=10**7)
+    epochs: int | None = flag(None, "[by the recipe above]", low=1, high=10**6)
+    accum: int | None = flag(None, "micro-batches per step", low=1, high=10**7)
     blr: float | None = flag(None, "lr = blr * batch_size / 256", low=0, high=1e38)
     min_lr: float | None = flag(None, "lowest learning rate", low=0, high=1e38)
-    warmup_epochs: float | None = flag(None, "[the recipe's]", low=0, high=1e6)
-    weight_decay: float | None = flag(None, "[the recipe's]", low=0, high=1e6)
+    warmup_epochs: float | None = flag(None, "[up to --epochs / 5]", low=0, high=1e6)
+    weight_decay: float | None = flag(None, "[by the recipe above]", low=0, high=1e6)
 
 
 def open_training(cfg, settings, data, recipes, micro_batch, dist_info, after=None):
@@ -78,9 +80,8 @@ def open_training(cfg, settings, data, recipes, micro_batch, dist_info, after=No
 def resolve(settings, recipe, images, micro_batch, device, world):
     """Settings with defaults for the flags that were not given.
 
-    recipe: {flag: MAE's value}. Of few training images a batch is a tenth, and warm-up is
-    a fifth of few epochs. micro_batch: number of images per micro-batch and rank from
-    which on steps are split, unless --accum is given.
+    recipe: {flag: MAE's value}. With few training images a batch is a tenth of them, with
+    few epochs warm-up is a fifth. micro_batch: images per rank that need no accumulation.
     """
 
     def given(name, default):

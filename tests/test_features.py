@@ -27,6 +27,7 @@ def votes_of_scikit_learn(train, labels, test, k):
     return torch.from_numpy(knn.predict_proba(test.double().numpy()))
 
 
+@pytest.mark.filterwarnings("ignore:The number of unique classes")
 @given(
     classes=st.integers(1, 100),
     more=st.integers(0, 900),
