@@ -34,7 +34,7 @@ from attg.cli import DataFlags, RunFlags, flag, parse, run_cli
 from attg.evaluation import EvalFlags, LabelFlags, check_source, evaluate
 from attg.files import sha256
 from attg.finetuning import TrainFlags, fit, open_training, score
-from attg.images import rand_augment, seed_for
+from attg.images import seed_for
 from attg_mae import ViT, load_encoder, lr_at
 
 
@@ -120,6 +120,23 @@ def layer_groups(model, weight_decay, layer_decay):
             groups[layer, decay] = group
         groups[layer, decay]["params"].append(parameter)
     return list(groups.values())
+
+
+def rand_augment(mean):
+    """RandAugment for train_view's `after`; mean: fractions (C,), the fill color.
+
+    timm's rand-m9-mstd0.5-inc1, which MAE fine-tunes with, as closely as torchvision
+    allows: two operations at magnitude 9 of 10, each with probability 0.5. Invert,
+    SolarizeAdd and the noise of the magnitudes are missing.
+    """
+    one = v2.RandAugment(
+        num_ops=1,
+        magnitude=9,
+        num_magnitude_bins=11,
+        interpolation=v2.InterpolationMode.BICUBIC,
+        fill=[round(255 * x) for x in mean],
+    )
+    return v2.Compose([v2.RandomApply([one], 0.5), v2.RandomApply([one], 0.5)])
 
 
 def mix(imgs, labels, num_classes):

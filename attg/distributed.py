@@ -13,20 +13,10 @@ import torch
 import torch.distributed as dist
 
 from attg.files import locked
-from attg.loader import default_workers  # noqa: F401
-
-# Minutes that ranks wait for each other.
-TIMEOUT = 30
-
-
-def add_timeout(flag):
-    """flag: add_argument of a parser."""
-    text = "distributed timeout in minutes [%(default)s]"
-    flag("--timeout", type=float, default=TIMEOUT, help=text)
 
 
 @contextlib.contextmanager
-def processes(name, timeout=TIMEOUT):
+def processes(name, timeout=30):
     """(device, rank, world) for the duration of the block.
 
     name: --device, or None for the first of cuda, mps and cpu that is available. Under

@@ -14,12 +14,6 @@ except ImportError:  # Windows
     fcntl = None
 
 
-def require(condition, message):
-    """Raise ValueError(message) unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
 def sha256(path):
     """Hex digest of a file's content."""
     with open(path, "rb") as file:

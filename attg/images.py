@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Subset
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
 # Area fraction and aspect ratio of a random crop, as in MAE's pre-training.
@@ -186,23 +186,6 @@ def eval_view(image, size):
         resized = image.resize((resized_w, resized_h), Image.Resampling.BICUBIC)
         crop = resized.crop((x, y, x + w, y + h))
     return crop, box, False
-
-
-def rand_augment(mean):
-    """RandAugment for train_view's `after`; mean: fractions (C,), the fill color.
-
-    timm's rand-m9-mstd0.5-inc1, which MAE fine-tunes with, as closely as torchvision
-    allows: two operations at magnitude 9 of 10, each with probability 0.5. Invert,
-    SolarizeAdd and the noise of the magnitudes are missing.
-    """
-    one = v2.RandAugment(
-        num_ops=1,
-        magnitude=9,
-        num_magnitude_bins=11,
-        interpolation=v2.InterpolationMode.BICUBIC,
-        fill=[round(255 * x) for x in mean],
-    )
-    return v2.Compose([v2.RandomApply([one], 0.5), v2.RandomApply([one], 0.5)])
 
 
 # -- Data sets -------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from torchvision.transforms import v2
 
 import attg.images
 from attg.datasets import open_data
-from attg.images import eval_view, load_image, rand_augment, to_8_bits, train_view
+from attg.images import eval_view, load_image, to_8_bits, train_view
+from eval_finetune import rand_augment
 from tests.fuzz import RANDOM, damage, largest_memory, png, within
 from tests.helpers import LUMA, noise, ramp, write
 
