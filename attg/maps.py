@@ -153,8 +153,7 @@ def load_maps(path, dataset):
     except Exception as error:
         raise refusal(path, f"truncated or not a .npy file ({error})") from error
     shape = manifest["shape"]
-    right_type = maps.dtype == np.float16 and maps.flags.c_contiguous
-    if not right_type or maps.ndim != 3 or list(maps.shape) != shape:
+    if maps.dtype != np.float16 or maps.ndim != 3 or list(maps.shape) != shape:
         reason = f"holds {maps.dtype} {maps.shape}, must be float16 {tuple(shape)}"
         raise refusal(path, reason)
     for first, chunk in chunks(maps):
