@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from torch import nn
 import attg_mae
 import eval_finetune
 import eval_linear
-from attg.datasets import open_data
+from attg.datasets import open_data, shot_indices
 from attg.features import FEATURES
+from attg.finetuning import open_training, to_device
+from attg.images import Sample
 from attg.loader import make_loader
-from tests.helpers import after_step, same
+from tests.helpers import SMALL, after_step, same
 
 PROGRAMS = {
     "mae": (eval_linear, ["--protocol", "mae", "--blr", "20"], FEATURES),
@@ -104,18 +107,51 @@ def test_resumed_training_equals_uninterrupted(protocol, flags, tmp_path):
 
 
 def test_accumulation_gives_the_same_gradients(flags, encoder, tmp_path, monkeypatch):
+    """AdamW and LARS, but for its biases, do not depend on the scale of a gradient."""
     # Micro-batches would be mixed differently.
     monkeypatch.setattr(eval_finetune, "mix", lambda imgs, labels, _: (imgs, labels))
-    flags += "--epochs 2 --batch_size 8 --drop_path 0".split()
-    weights = []
+    flags += ["--epochs", "2", "--batch_size", "8"]
+    tuned, probed = [], []
     for accum in ("1", "4"):
-        eval_finetune.main([*flags, "--accum", accum, "--save", str(tmp_path / accum)])
-        weights.append(torch.load(tmp_path / accum)["model"])
+        file, more = str(tmp_path / "w.pt"), ["--accum", accum]
+        eval_finetune.main([*flags, *more, "--drop_path", "0", "--save", file])
+        tuned.append(torch.load(file)["model"])
+        Path(file).unlink()
+        eval_linear.main([*flags, *more, "--protocol", "mae", "--save", file])
+        probed.append(torch.load(file)["model"]["heads.0.bias"])
+        Path(file).unlink()
     start = attg_mae.load_encoder(encoder).state_dict()
     for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "pos_embed"):
-        moved = weights[0][name] - start[name]
+        moved = tuned[0][name] - start[name]
         assert moved.norm() > 0
-        assert (weights[1][name] - weights[0][name]).norm() < 0.02 * moved.norm()
+        assert (tuned[1][name] - tuned[0][name]).norm() < 0.02 * moved.norm()
+    # BatchNorm's statistics are those of a micro-batch.
+    assert 0 < (probed[1] - probed[0]).norm() < 0.1 * probed[0].norm()
+
+
+def test_images_are_flipped_and_normalized():
+    imgs = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    flip = torch.tensor([True, False, True])
+    sample = Sample(imgs, torch.arange(3), torch.arange(3), torch.zeros(3, 4), flip)
+    model = attg_mae.build_model(attg_mae.Config(**SMALL))
+    got, labels = to_device(sample, model, torch.device("cpu"))
+    for image, result, flipped in zip(imgs, got, flip, strict=True):
+        want = image.flip(2) if flipped else image
+        assert result.equal(model.normalize(want[None])[0])
+    assert labels.tolist() == [0, 1, 2]
+
+
+def test_fraction_of_the_labels(labelled):
+    """Half of each class of 9, 8 and 8 images, in the order of the data set."""
+    whole, cfg = open_data(labelled["data"]), attg_mae.Config(**SMALL)
+    settings = eval_finetune.Settings(label_fraction=0.5, seed=3)
+    options = labelled["data"], eval_finetune.RECIPES, 128, (torch.device("cpu"), 0, 1)
+    train_set, tests, settings = open_training(cfg, settings, *options)
+    rows = shot_indices(whole.labels, 0.5, 3).sort().values.tolist()
+    assert len(rows) == len(train_set) == 12 and settings.batch_size == 1
+    paths = [train_set.path(i) for i in range(12)]
+    assert paths == [whole.path(i) for i in rows]
+    assert len(tests["test"]) == 15
 
 
 @pytest.mark.parametrize(
