@@ -97,10 +97,9 @@ def setup(cfg, data, dist_info):
         if checkpoint:
             cfg = restore_settings(cfg, given, checkpoint)
             changed = check_settings(cfg, checkpoint, total_steps)
-            log.say(
-                f"resuming {checkpoint['path']} after step {checkpoint['step']}"
-                + (f" with {', '.join(changed)}" if changed and cfg.epochs else "")
-            )
+            where = f"{checkpoint['path']} after step {checkpoint['step']}"
+            changes = f" with {', '.join(changed)}" if changed else ""
+            log.say(f"resuming {where}{changes}" if cfg.epochs else f"from {where}")
         if cfg.precision == "auto":
             cfg.precision = precision
         run = Setup(
