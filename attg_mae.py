@@ -32,7 +32,8 @@ and reconstructions.png. The same command resumes an interrupted run.
 # Shapes: B images, C channels, L patches in an image, K of them visible, N = 1 + L tokens
 # (the class token first), D width of encoder or decoder, p patch size in pixels,
 # P = p*p*C values in a patch. mask is (B, L): 1 = hidden = predicted = in the loss.
-# (mae writes N for our B and says removed for hidden.)
+# Where this file says hidden, mae says removed.
+
 import contextlib
 import dataclasses
 import functools
@@ -64,18 +65,16 @@ DROPS_PATCHES = ("foreground", "background")
 
 
 def is_flat(attn):
-    """Maps (B, L) -> (B,) bool: max - min <= 1e-5 max|M|, a map without an object."""
+    """Maps (B, L) -> (B,) bool: max - min <= 1e-5 max|M|, so there is no object."""
     low, high = attn.aminmax(dim=1)
     largest = torch.maximum(high.abs(), low.abs())
     return (high - low <= 1e-5 * largest) & (high - low < math.inf)
 
 
 def normalize_map(attn):
-    """M_norm: min-max normalizes each map (B, L) over all its patches, hidden or not.
-
-    A flat map becomes zeros, which is weight 1. Without this rule, a map of noise around
-    1e-7 would be stretched to the full range.
-    """
+    """M_norm (B, L): each map min-max normalized over all its patches, hidden or not."""
+    # A flat map becomes zeros, which is weight 1. Without this rule, a map that is flat up
+    # to rounding would be stretched to the full range.
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
     low, high = attn.aminmax(dim=1, keepdim=True)
     return torch.where(is_flat(attn)[:, None], 0.0, (attn - low) / (high - low))
@@ -209,8 +208,11 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        fc1, fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
+        layers = OrderedDict()
+        layers["fc1"] = nn.Linear(dim, 4 * dim)
+        layers["act"] = nn.GELU()
+        layers["fc2"] = nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(layers)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -228,8 +230,8 @@ class ViT(nn.Module):
         # applies it as a matrix product.
         projection = nn.Conv2d(cfg.in_chans, D, kernel_size=p, stride=p)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
-        # The class token has no loss of its own. It is trained because the patches attend
-        # to it in both parts, and the evaluations read it as the image's feature.
+        # The class token has no loss of its own: it learns because patches attend to it in
+        # encoder and decoder. The evaluations read it as the feature of the image.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         # A parameter only to be in checkpoints under mae's and timm's name, (1, N, D).
         self.pos_embed = nn.Parameter(
@@ -257,8 +259,8 @@ class ViT(nn.Module):
         B = len(patches)
         positions = self.pos_embed[:, 1:].expand(B, -1, -1)  # (B, L, D)
         if ids_keep is not None:
-            # No mask tokens in the encoder: it sees as many tokens as K says, a quarter of
-            # the work, and never an input that images lack after pre-training.
+            # No mask tokens in the encoder: a quarter of the work, and no input that whole
+            # images do not have after pre-training (MAE, Table 1c).
             patches = gather_tokens(patches, ids_keep)  # (B, K, P)
             positions = gather_tokens(positions, ids_keep)  # (B, K, D)
         # timm: PatchEmbed is this matrix product. mae embeds all patches, then drops most;
@@ -274,10 +276,7 @@ class ViT(nn.Module):
         return self.norm(self.blocks(self.embed(patches, ids_keep)))
 
     def forward_features(self, imgs):
-        """Images (B, C, H, W) -> tokens (B, N, D), nothing masked (timm's name).
-
-        [:, 0] is the class token.
-        """
+        """Images (B, C, H, W) -> tokens (B, N, D), class token first, nothing masked."""
         return self.forward_encoder(self.patchify(imgs))
 
     def last_qkv(self, imgs):
@@ -292,7 +291,7 @@ class MAE(ViT):
 
     def __init__(self, cfg):
         super().__init__(cfg)
-        # The decoder is thrown away after pre-training. A narrow one is cheap, and leaves
+        # The decoder is dropped after pre-training. A narrow one is cheap, and leaves
         # recognition to the encoder (MAE, Table 1a and b).
         D = cfg.decoder_width
         self.decoder_embed = nn.Linear(cfg.width, D)
@@ -306,7 +305,7 @@ class MAE(ViT):
         self.initialize_weights()
 
     def initialize_weights(self):
-        """Initializes encoder and decoder as mae does."""
+        """Initialize encoder and decoder as mae does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -318,8 +317,8 @@ class MAE(ViT):
 
     def random_masking(self, noise, mask_ratio):
         """noise (B, L): its lowest values stay visible -> ids_keep (B, K), mask (B, L)."""
-        # Why 75 %: neighbors tell a hidden patch so well that a smaller part would be
-        # filled in without knowing what the image shows (MAE, Figure 5).
+        # Why 75 %: images are redundant. Fewer hidden patches can be interpolated from their
+        # neighbors, without learning what the image shows (MAE, Figure 5).
         K = int(noise.shape[1] * (1 - mask_ratio))
         ids_keep = noise.argsort(dim=1)[:, :K]
         # HF: bool_masked_pos of ViTForMaskedImageModeling is this mask as bool.
@@ -337,8 +336,8 @@ class MAE(ViT):
         places = ids_keep[..., None].expand(-1, -1, D)  # (B, K, D)
         tokens = tokens.scatter(1, places, x[:, 1:])
         x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed  # (B, N, D)
-        # The class token ends here: predicting with it, and slicing after, would copy the
-        # gradient of pred to pad it with zeros.
+        # The class token ends here. If it were sliced off after decoder_pred, backward would
+        # copy the gradient of pred to pad it with zeros.
         x = self.decoder_blocks(x)[:, 1:]  # (B, L, D)
         return self.decoder_pred(self.decoder_norm(x))  # (B, L, P)
 
@@ -354,10 +353,9 @@ class MAE(ViT):
     ):
         """Loss (Eq. 2), pred (B, L, P) and mask (B, L) of normalized imgs (B, C, H, W).
 
-        attn (B, L): the map M, of which Eq. 1 makes weights with tau, a float or 0-d
-        tensor; or weight (B, L), the weights themselves. Without both this is MAE.
-        mask_ratio None: the config's. noise (B, L): its lowest stay visible; None is random.
-        return_mse appends the unweighted loss, detached.
+        attn (B, L): the map M, for weights by Eq. 1 with tau, a float or 0-d tensor; or
+        weight (B, L) itself. Without both this is MAE. mask_ratio None: the config's. noise
+        (B, L): its lowest stay visible, None is random. return_mse appends the detached mse.
         """
         patches = self.patchify(imgs)  # (B, L, P)
         B, L, _ = patches.shape
@@ -395,8 +393,8 @@ def pool_maps(maps, box, flip, grid):
     index = torch.arange(B, device=maps.device)  # which map a box belongs to
     x0, y0, x1, y1 = box.unbind(1)
     rois = torch.stack([index, x0 * w, y0 * h, x1 * w, y1 * h], dim=1).float()
-    # aligned: without it all is off by half a cell. roi_align takes as many samples as a
-    # patch covers cells of the map, so this is the mean under it, not one interpolation.
+    # Without aligned=True everything is off by half a cell. roi_align takes as many samples
+    # as a patch covers cells of the map, so this is the mean under the patch.
     pooled = roi_align(maps.float()[:, None], rois, grid, aligned=True)  # (B, 1, h, w)
     mirrored = pooled.flip(-1)
     return torch.where(flip[:, None, None, None], mirrored, pooled).flatten(1)
@@ -414,8 +412,8 @@ def crop_maps(maps, box, flip, cfg):
 
 def patch_order(m, ties=None):
     """Rank of each patch by m (B, L), 0 the lowest; equal ones by ties, None is random."""
-    # ties must not be the mask noise if the ranks decide weights: of patches that tie, it
-    # would drop the visible ones, which are in no loss anyway.
+    # For weights, ties must not be the mask noise: of patches that tie, it would drop the
+    # visible ones, which are not in the loss anyway.
     if ties is None:
         ties = torch.rand_like(m)
     order = ties.argsort(dim=1)
@@ -472,7 +470,7 @@ def model_inputs(batch, cfg, tau):
         return imgs, None, noise
     m_norm, flat = crop_maps(batch.maps, batch.box, batch.flip, cfg)  # (B, L), (B,)
     if cfg.guidance == "input_masking":
-        # The highest patches are hidden, and count the same; flat maps hide at random.
+        # Hides the patches with the highest M_norm; at random if the map is flat.
         m_norm = m_norm.masked_fill(flat[:, None], 0.0)
         noise = patch_order(m_norm, noise).to(noise.dtype)
     weight = patch_weights(m_norm, tau, cfg.guidance, flat, batch.ties)
@@ -480,15 +478,14 @@ def model_inputs(batch, cfg, tau):
 
 
 def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
-    """Takes one optimizer step over cfg.accum micro-batches: Algorithm 1 of the paper.
+    """Take one optimizer step over cfg.accum micro-batches: Algorithm 1 of the paper.
 
     batches: see model_inputs. tau: 0-d tensor. dtype: of autocast, None is fp32. scaler:
-    for fp16, else disabled. Returns (3,) on the device: loss, unweighted mse, gradient
-    norm.
+    enabled for fp16. Returns (3,) on the device: loss, mse without weights, gradient norm.
     """
     losses = torch.zeros(2, device=tau.device)
     for number, batch in enumerate(batches, start=1):
-        # Crop and flip images and maps alike; M_norm and w = exp(M_norm / tau) (Eq. 1).
+        # Crop and flip images and maps alike; M_norm, and w = exp(M_norm / tau) (Eq. 1).
         imgs, weight, noise = model_inputs(batch, cfg, tau)
         # DDP: exchange gradients once a step, with the last micro-batch.
         wait = number < cfg.accum and isinstance(model, DistributedDataParallel)
@@ -500,7 +497,7 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
             scaler.scale(loss / cfg.accum).backward()
         losses += torch.stack([loss.detach(), mse]) / cfg.accum
 
-    # Norm and clipping are those of the gradient without fp16's scale.
+    # Norm and clipping are for the gradient without fp16's scale.
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or math.inf)
     scaler.step(optimizer)
@@ -624,11 +621,9 @@ class Config(TrainFlags):
 # -- Runs ------------------------------------------------------------------------------
 # Data, log, checkpoints and evaluation are in attg/trainer.py, the loop is here.
 def mask_noise(batch_size, grid, generator):
-    """Uniform noise (batch_size, L) of a global batch, which decides its masks.
-
-    The loader seeds the generator with (seed, step): any number of processes draws the
-    same, and there is no generator state to save.
-    """
+    """Uniform noise (batch_size, L) of a global batch, which decides its masks."""
+    # The loader seeds the generator with (seed, step): any number of processes draws the
+    # same, and there is no generator state to save.
     return torch.rand(batch_size, math.prod(grid), generator=generator)
 
 
@@ -710,12 +705,14 @@ def demo():
     cfg = Config(accum=1)
     # What the loader yields: uint8 crops, maps of whole images, boxes, flips, mask noise.
     image = torch.randint(0, 256, (8, 3, *cfg.size), dtype=torch.uint8)
-    maps, noise = torch.rand(8, *cfg.size), torch.rand(8, math.prod(cfg.grid))
-    box, flip = torch.tensor([0.1, 0.2, 0.8, 0.9]).expand(8, 4), torch.rand(8) < 0.5
-    crops = {"image": image, "maps": maps, "box": box, "flip": flip}
-    batch = SimpleNamespace(**crops, noise=noise, ties=None)
+    batch = SimpleNamespace(image=image, ties=None)
+    batch.maps = torch.rand(8, *cfg.size)
+    batch.box = torch.tensor([0.1, 0.2, 0.8, 0.9]).expand(8, 4)
+    batch.flip = torch.rand(8) < 0.5
+    batch.noise = torch.rand(8, math.prod(cfg.grid))
     model, tau = MAE(cfg), torch.tensor(cfg.tau)
-    optimizer = torch.optim.AdamW(param_groups(model, 0.05), 1e-3, betas=(0.9, 0.95))
+    groups = param_groups(model, cfg.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
     scaler = torch.amp.GradScaler(enabled=False)
     imgs, weight, noise = model_inputs(batch, cfg, tau)
     _, pred, mask = model(imgs, noise=noise, weight=weight)
