@@ -21,8 +21,8 @@ has weight 1, as in MAE. tau starts at 0.75 and rises, so guidance is strongest 
     torchrun --nproc_per_node=8 attg_mae.py --model vit_large --data DIR --maps maps.npy
 
 The second command ends near loss 0.78, mse 0.64, k-NN 62 % (class token) and 60 % (patch
-mean). With --guidance none: loss = mse = 0.64, k-NN 54 % and 50 %. These are of --seed 0;
-they differ by several points between seeds (README.md).
+mean). With --guidance none: loss = mse = 0.64, k-NN 54 % and 50 %. k-NN differs by several
+points between seeds; README.md has three.
 The run folder (--out) receives config.json, log.jsonl, last.pt, encoder.pt, curves.png
 and reconstructions.png. The same command resumes an interrupted run.
 """
@@ -667,7 +667,6 @@ def train(cfg, data=None):
             model.compile()
         ddp = DistributedDataParallel(model) if run.world > 1 else model
         warmup_steps = cfg.warmup_epochs * run.steps_per_epoch
-        # A tensor, because under torch.compile a float would recompile at every step.
         tau = torch.zeros((), device=device)
 
         for step in trainer.steps:

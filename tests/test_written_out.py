@@ -1,7 +1,6 @@
 """
-Whole runs against the same written out. Runs that are compared with each other (stopped
-and resumed, on two processes, with workers) do not show a fault that both have; here is
-what they must come to.
+Whole runs against the same written out. Runs that are compared with each other (resumed,
+on two processes, with workers) do not show a fault that both have.
 """
 
 import copy
