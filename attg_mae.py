@@ -554,8 +554,7 @@ SHAPE += ("decoder_width", "decoder_depth", "decoder_heads")
 # Range and resume class that several flags share; see attg.cli.flag.
 COUNT = {"low": 1, "high": 1024, "resume": "fixed"}
 WIDTH = {"low": 4, "high": 32768, "resume": "fixed"}
-FLOATS = {"type": float, "nargs": "+"}
-SIDE = {"low": 1, "high": 8192, "resume": "fixed", "type": int, "nargs": "+"}
+SIDE = {"low": 1, "high": 8192, "resume": "fixed"}
 TAU = {"low": 1e-6, "high": 1e6}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -575,9 +574,9 @@ class Config(TrainFlags):
     tau: float = flag(0.75, "initial temperature (paper)", **TAU)
     tau_end: float = flag(1.0, "final temperature (ours; the paper names none)", **TAU)
     tau_schedule: str = flag("cosine", "of tau", choices=("cosine", "constant"))
-    mask_ratio: float = flag(0.75, "fraction of patches to hide", low=0, high=1)
+    mask_ratio: float = flag(0.75, "fraction of patches to hide", 0, 1)
     norm_pix: bool = flag(True, "predict patches normalized by their mean and variance")
-    img_size: int | tuple | None = flag(
+    img_size: int | tuple[int, ...] | None = flag(
         None, "side in pixels, or height, width", **SIDE
     )
     patch_size: int | None = flag(None, "patch size in pixels", **COUNT)
@@ -588,13 +587,11 @@ class Config(TrainFlags):
     decoder_width: int | None = flag(None, "decoder width", **WIDTH)
     decoder_depth: int | None = flag(None, "decoder blocks", **COUNT)
     decoder_heads: int | None = flag(None, "decoder heads", **COUNT)
-    mean: tuple = flag(IMAGENET_MEAN, "channel means", low=-1e6, high=1e6, **FLOATS)
-    std: tuple = flag(IMAGENET_STD, "channel stds", low=1e-38, high=1e6, **FLOATS)
-    accum: int | str | None = flag(
-        None, "micro-batches [1; GPU auto]", low=1, high=10**7
-    )
-    weight_decay: float = flag(0.05, "except for biases and norms", low=0, high=1e6)
-    clip_grad: float = flag(0.0, "maximum gradient norm, 0 = off", low=0, high=1e38)
+    mean: tuple[float, ...] = flag(IMAGENET_MEAN, "channel means", -1e6, 1e6)
+    std: tuple[float, ...] = flag(IMAGENET_STD, "channel stds", 1e-38, 1e6)
+    accum: int | str | None = flag(None, "micro-batches [1; GPU auto]", 1, 10**7)
+    weight_decay: float = flag(0.05, "except for biases and norms", 0, 1e6)
+    clip_grad: float = flag(0.0, "maximum gradient norm, 0 = off", 0, 1e38)
 
     def __post_init__(self):
         if not MISSING:

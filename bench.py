@@ -29,8 +29,6 @@ BENCHMARKS = ("kernel", "step", "data", "maps", "knn", "gpu")
 
 
 COUNT = {"low": 1, "high": 10**9}
-COUNTS = COUNT | {"type": int, "nargs": "+"}
-NAMES = {"type": str, "nargs": "+"}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,24 +41,24 @@ class Settings:
     device: str | None = flag(None, "cuda or cpu [the GPU if there is one]")
     out: str = flag("out/bench", "folder of the tables")
     repeats: int | None = flag(None, "calls of each [50, CPU 7]", **COUNT)
-    batches: tuple = flag(
-        (), "batch sizes, all but kernel take the first [32 to 1024, CPU 32]", **COUNTS
+    batches: tuple[str, ...] = flag(
+        (), "batch sizes, all but kernel take the first [32 to 1024, CPU 32]", **COUNT
     )
-    dtypes: tuple = flag((), "kernel, step: bfloat16, float32 [kernel: both]", **NAMES)
-    shapes: tuple = flag((), "kernel: some of its shapes [all]", **NAMES)
-    images: tuple = flag(("float32",), "kernel: float32, bfloat16, uint8", **NAMES)
-    sweep: tuple = flag(
-        (), "kernel: NAME=VALUE,VALUE ... constants of the kernel file to try", **NAMES
+    dtypes: tuple = flag((), "kernel, step: bfloat16, float32 [kernel: both]")
+    shapes: tuple[str, ...] = flag((), "kernel: some of its shapes [all]")
+    images: tuple[str, ...] = flag(("float32",), "kernel: float32, bfloat16, uint8")
+    sweep: tuple[str, ...] = flag(
+        (), "kernel: NAME=VALUE,VALUE ... constants of the kernel file to try"
     )
-    size: int = flag(224, "images, in pixels", low=1, high=8192)
-    models: tuple = flag(("vit_base", "vit_large"), "step: presets", **NAMES)
-    impls: tuple = flag((), "step: some of ours, HF, mae [all]", **NAMES)
+    size: int = flag(224, "images, in pixels", 1, 8192)
+    models: tuple[str, ...] = flag(("vit_base", "vit_large"), "step: presets")
+    impls: tuple[str, ...] = flag((), "step: some of ours, HF, mae [all]")
     compile: bool = flag(False, "step: with torch.compile as well")
     mae_repo: str | None = flag(None, "step, gpu: a copy of facebookresearch/mae")
-    workers: tuple = flag((0,), "data: loader workers", **COUNTS | {"low": 0})
+    workers: tuple[int, ...] = flag((0,), "data: loader workers", 0, 1024)
     files: int = flag(64, "data: number of different images", **COUNT)
-    knn: tuple = flag((), "knn: sizes of bank, queries and features", **COUNTS)
-    minutes: float = flag(9, "gpu: stop after", low=0, high=10**6)
+    knn: tuple[int, ...] = flag((), "knn: sizes of bank, queries and features", **COUNT)
+    minutes: float = flag(9, "gpu: stop after", 0, 10**6)
 
 
 def main(argv=None):

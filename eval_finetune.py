@@ -41,9 +41,9 @@ from attg_mae import ViT, load_encoder, lr_at
 @dataclasses.dataclass(kw_only=True)
 class Settings(EvalFlags, DataFlags, LabelFlags, TrainFlags, RunFlags):
     layer_decay: float | None = flag(
-        None, "of the learning rate, per layer below the head", low=1e-6, high=1.0
+        None, "of the learning rate, per layer below the head", 1e-6, 1.0
     )
-    drop_path: float | None = flag(None, "stochastic depth", low=0, high=0.99)
+    drop_path: float | None = flag(None, "stochastic depth", 0, 0.99)
 
 
 # -- The model -------------------------------------------------------------------------

@@ -42,14 +42,7 @@ __all__ = ["accuracy", "knn_classify", "main", "retrieval_map"]
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(EvalFlags, DataFlags, LabelFlags, FeatureFlags, ShotFlags, RunFlags):
-    k: tuple = flag(
-        (),
-        "numbers of neighbors [20; 5 with --shots]",
-        nargs="+",
-        type=int,
-        low=1,
-        high=10**7,
-    )
+    k: tuple[int, ...] = flag((), "numbers of neighbors [20; 5 with --shots]", 1, 10**7)
 
 
 def arguments(argv=None):

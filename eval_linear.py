@@ -72,13 +72,8 @@ class Settings(
         "probe on fixed features, or MAE's on random crops",
         choices=("features", "mae"),
     )
-    lrs: tuple = flag(
-        (),
-        "learning rates of --protocol features [ten from 1e-4 to 3]",
-        nargs="+",
-        type=float,
-        low=1e-38,
-        high=1e38,
+    lrs: tuple[float, ...] = flag(
+        (), "learning rates of --protocol features [ten from 1e-4 to 3]", 1e-38, 1e38
     )
 
 

@@ -492,7 +492,6 @@ METHODS = {
     "gradcam": MODEL_FLAGS | {"weights", "grid"},
     "masks": {"grid"},
 }
-FLOATS = {"type": float, "nargs": "+"}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -509,7 +508,7 @@ class Settings(DataFlags, RunFlags):
         None, f"file with weights of {', '.join(CNNS)} [downloaded from torchvision]"
     )
     affinity_threshold: float = flag(
-        0.2, "cosine above which two patches are connected", low=-1, high=1
+        0.2, "cosine above which two patches are connected", -1, 1
     )
     binary: bool = flag(False, "TokenCut's bipartition instead of the eigenvector")
     sign: str | None = flag(
@@ -519,27 +518,27 @@ class Settings(DataFlags, RunFlags):
         choices=("max", "border"),
     )
     objects: int = flag(
-        1, "number of cuts, each without the objects so far (MaskCut)", low=1, high=1000
+        1, "number of cuts, each without the objects so far (MaskCut)", 1, 1000
     )
     masks: str | None = flag(
         None, "folder of PNG masks: the maps of --method masks, else the ground truth"
     )
     out: Path = flag(Path("maps.npy"), "map file")
     img_size: int | None = flag(
-        None, "input size in pixels [the checkpoint's, else 224]", low=1, high=8192
+        None, "input size in pixels [the checkpoint's, else 224]", 1, 8192
     )
     grid: int | None = flag(
-        None, "cells per side of a map of gradcam [14] or masks [56]", low=1, high=1024
+        None, "cells per side of a map of gradcam [14] or masks [56]", 1, 1024
     )
-    mean: tuple | None = flag(
-        None, "channel means [the backbone's]", low=-1e6, high=1e6, **FLOATS
+    mean: tuple[float, ...] | None = flag(
+        None, "channel means [the backbone's]", -1e6, 1e6
     )
-    std: tuple | None = flag(
-        None, "channel deviations [the backbone's]", low=1e-38, high=1e6, **FLOATS
+    std: tuple[float, ...] | None = flag(
+        None, "channel deviations [the backbone's]", 1e-38, 1e6
     )
-    batch_size: int = flag(64, "images in a block of work", low=1, high=10**7)
-    show: int = flag(0, "save a sheet of this many examples", low=0, high=10**4)
-    compare: tuple = flag((), "further map files to compare with", type=Path, nargs="+")
+    batch_size: int = flag(64, "images in a block of work", 1, 10**7)
+    show: int = flag(0, "save a sheet of this many examples", 0, 10**4)
+    compare: tuple[Path, ...] = flag((), "further map files to compare with")
 
 
 def resolve(settings):

@@ -59,23 +59,19 @@ SOURCES = ("none", "masks", "self", "gaussian")
 EVALUATIONS = ("knn", "shots", "linear", "transfer")
 
 
-SEVERAL = {"type": str, "nargs": "+"}
-COUNTS = {"low": 0, "high": 2**63 - 1, "type": int, "nargs": "+"}
-
-
 @dataclasses.dataclass(kw_only=True)
 class Settings:
     """Settings of a study; train holds the flags of attg_mae.py."""
 
     name: str = flag("toy", "name of the study and its folders")
     data: str = flag("toy", "data set with labels and a test split, see attg_mae.py")
-    variants: tuple = flag(("none", "masks"), "see above", **SEVERAL)
+    variants: tuple[str, ...] = flag(("none", "masks"), "see above")
     # A folder VARIANT-seedN ends with its seed, so it has no sign.
-    seeds: tuple = flag((0, 1, 2), "one run each", **COUNTS)
-    maps: tuple = flag((), "NAME=FILE ...: map files of the variants NAME", **SEVERAL)
+    seeds: tuple[int, ...] = flag((0, 1, 2), "one run each", 0, 2**63 - 1)
+    maps: tuple[str, ...] = flag((), "NAME=FILE ...: map files of the variants NAME")
     self_flags: str = flag("", "flags of object_discovery.py for the variant self")
-    evaluate: tuple = flag(EVALUATIONS, "evaluations, knn first", **SEVERAL)
-    shots: tuple = flag((10,), "labeled images per class", **COUNTS)
+    evaluate: tuple[str, ...] = flag(EVALUATIONS, "evaluations, knn first")
+    shots: tuple[int, ...] = flag((10,), "labeled images per class", 1, 10**7)
     transfer: str | None = flag(None, "another data set, for k-NN of the same encoders")
     out: str | None = flag(None, "folder of the runs [out/study/NAME]")
     results: str | None = flag(None, "folder of logs and table [results/study/NAME]")

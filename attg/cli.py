@@ -30,6 +30,7 @@ import os
 import re
 import signal
 import sys
+import types
 import typing
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,35 +38,17 @@ from pathlib import Path
 # -- Flags -----------------------------------------------------------------------------
 
 
-def flag(
-    default,
-    help,
-    *,
-    low=None,
-    high=None,
-    choices=None,
-    resume="open",
-    positional=False,
-    **options,
-):
+def flag(default, help, low=None, high=None, *, choices=None, resume="open", **options):
     """A dataclass field that is a flag of the command line, too.
 
     low, high: inclusive range of its number, or of each of its numbers. resume: whether a
     run that resumes may change it: "fixed" (never), "open" (until the run has ended) or
-    "free" (always). options: further ones of argparse's add_argument.
+    "free" (always). options: further ones of argparse's add_argument; positional=True: an
+    argument without a name.
     """
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "help": help,
-            "low": low,
-            "high": high,
-            "choices": choices,
-            "resume": resume,
-            "positional": positional,
-            "options": options,
-        },
-    )
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    metadata |= {"resume": resume, "positional": options.pop("positional", False)}
+    return dataclasses.field(default=default, metadata=metadata | {"options": options})
 
 
 def resume_class(kind, name):
@@ -82,35 +65,21 @@ class DataFlags:
         "toy", "toy, a torchvision name, or a folder of images", resume="fixed"
     )
     classes: str | None = flag(
-        None,
-        "file that lists the class folders to keep, one a line (ImageNet-100)",
-        resume="fixed",
+        None, "file that lists the class folders to keep, one a line", resume="fixed"
     )
-    max_pixels: int = flag(
-        100_000_000,
-        "skip images with more pixels than this",
-        low=1,
-        high=10**12,
-        resume="free",
-    )
+    max_pixels: int = flag(10**8, "skip larger images", 1, 10**12, resume="free")
 
 
 @dataclasses.dataclass(kw_only=True)
 class RunFlags:
     """Running."""
 
-    device: str | None = flag(
-        None, "cuda, mps or cpu [the first available]", resume="free"
-    )
+    device: str | None = flag(None, "cuda, mps or cpu [the first found]", resume="free")
     workers: int | None = flag(
-        None,
-        "loader workers per process [CPU 0, GPU up to 16]",
-        low=0,
-        high=1024,
-        resume="free",
+        None, "loader workers per process [CPU 0, GPU up to 16]", 0, 1024, resume="free"
     )
     timeout: float = flag(
-        30, "distributed timeout in minutes", low=0.01, high=10**6, resume="free"
+        30, "distributed timeout in minutes", 0.01, 10**6, resume="free"
     )
 
 
@@ -120,6 +89,18 @@ TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string"}
 TYPE_NAMES |= {tuple: "values", bool: "true or false", type(None): "None"}
 
 
+def field_types(field):
+    """(types that a field may have, type of one value).
+
+    int | tuple[int, ...] | None -> (int, tuple, NoneType), int.
+    """
+    union = (field.type,)
+    if isinstance(field.type, types.UnionType):
+        union = typing.get_args(field.type)
+    first = typing.get_args(union[0]) or union
+    return tuple(typing.get_origin(kind) or kind for kind in union), first[0]
+
+
 def validate(settings):
     """Check types, choices and ranges of all fields of a dataclass.
 
@@ -127,56 +108,29 @@ def validate(settings):
     """
     for field in dataclasses.fields(settings):
         name, value = field.name, getattr(settings, field.name)
-        check_type(name, value, field.type)
+        kinds, item = field_types(field)
+        accepted = kinds + tuple(ACCEPTED.get(kind, kind) for kind in kinds)
+        # bool is a subclass of int.
+        if not isinstance(value, accepted) or type(value) is bool and bool not in kinds:
+            names = " or ".join(TYPE_NAMES.get(kind, kind.__name__) for kind in kinds)
+            raise ValueError(f"--{name} {value!r}: must be {names}")
         choices = field.metadata.get("choices")
         if choices and value is not None and value not in choices:
             raise ValueError(f"--{name} {value}: must be one of {', '.join(choices)}")
-        for item in value if isinstance(value, tuple | list) else [value]:
-            check_range(name, item, field)
+        # A string such as "auto" has no range.
+        if field.metadata.get("low") is not None and not isinstance(value, str | None):
+            for number in value if isinstance(value, tuple | list) else [value]:
+                check_range(name, number, item, field.metadata)
 
 
-def check_type(name, value, annotation):
-    """Raise ValueError unless value is of the annotated type."""
-    kinds = typing.get_args(annotation) or (annotation,)
-    accepted = kinds + tuple(ACCEPTED.get(kind, kind) for kind in kinds)
-    # bool is a subclass of int.
-    right = isinstance(value, accepted) and (type(value) is not bool or bool in kinds)
-    if not right:
-        names = " or ".join(TYPE_NAMES.get(kind, kind.__name__) for kind in kinds)
-        raise ValueError(f"--{name} {value!r}: must be {names}")
-
-
-def check_range(name, value, field):
-    """Raise ValueError unless a number of a flag is within the flag's range."""
-    low, high = field.metadata.get("low"), field.metadata.get("high")
-    # None, and a string such as "auto", are checked as types.
-    if (
-        low is None
-        or value is None
-        or isinstance(value, str)
-        and str in kinds_of(field)
-    ):
-        return
-    whole = int in (value_type(field), *kinds_of(field))
-    kind = numbers.Integral if whole else numbers.Real
-    right = isinstance(value, kind) and not isinstance(value, bool)
+def check_range(name, value, kind, metadata):
+    """Raise ValueError unless a number of a flag is of the kind and within the range."""
+    low, high = metadata["low"], metadata["high"]
+    right = isinstance(value, ACCEPTED[kind]) and not isinstance(value, bool)
     if not right or not low <= value <= high:
         raise ValueError(
-            f"--{name} {value}: must be a {'whole number' if whole else 'number'} "
-            f"from {low:g} to {high:g}"
+            f"--{name} {value}: must be {TYPE_NAMES[kind]} from {low:g} to {high:g}"
         )
-
-
-def kinds_of(field):
-    """Types that a field's annotation allows: int | None -> (int, NoneType)."""
-    return typing.get_args(field.type) or (field.type,)
-
-
-def value_type(field):
-    """Type of a flag's value on the command line, of each value if it takes several."""
-    kinds = kinds_of(field)
-    default = int_or_word if {int, str} <= set(kinds) else kinds[0]
-    return field.metadata["options"].get("type", default)
 
 
 def int_or_word(text):
@@ -196,63 +150,26 @@ def check_unused(settings, names, reason):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose flags accept hyphens for underscores.
-
-    It answers a mistake in three lines.
-    """
-
-    def names(self):
-        """{name with underscores: name} of all flags."""
-        found = re.findall(r"--[\w-]+", self.format_usage())
-        return {underscored(name): name for name in found}
-
-    def parse_args(self, args=None, namespace=None):
-        names = self.names()
-        normalized = []
-        for arg in sys.argv[1:] if args is None else args:
-            name, equals, value = arg.partition("=")
-            normalized.append(names.get(underscored(name), name) + equals + value)
-        return super().parse_args(normalized, namespace)
+    """Parser that answers a mistake in three lines."""
 
     def error(self, message):
         lines = [f"{self.prog}: error: {message}"]
-        nearest = self.nearest(message)
-        if nearest:
-            lines.append(f"Did you mean {nearest}?")
+        unknown = re.match(r"unrecognized arguments: (?:[^-].*? )?(-[\w-]+)", message)
+        names = re.findall(r"--\w[\w-]*", self.format_usage())
+        close = difflib.get_close_matches(unknown[1], names, n=1) if unknown else []
+        if close:
+            lines.append(f"Did you mean {close[0]}?")
         # A module names its whole command, python -m MODULE.
-        command = self.prog
-        if not command.startswith("python"):
-            command = f"python {command}"
+        command = self.prog if self.prog.startswith("python") else f"python {self.prog}"
         lines.append(f"{command} --help lists every flag")
         self.exit(2, "\n".join(lines) + "\n")
-
-    def nearest(self, message):
-        """The flag most similar to the first unknown one in the message, or None."""
-        if not message.startswith("unrecognized"):
-            return None
-        names = self.names()
-        for arg in message.split():
-            unknown = underscored(arg.partition("=")[0])
-            if not arg.startswith("-") or unknown in names:
-                continue
-            close = difflib.get_close_matches(unknown, names, n=1)
-            if close:
-                return names[close[0]]
-        return None
-
-
-def underscored(name):
-    """--with-hyphens -> --with_hyphens; anything else is returned unchanged."""
-    if not name.startswith("--"):
-        return name
-    return "--" + name[2:].replace("-", "_")
 
 
 def parse(kind, description, argv=None, prog=None):
     """An instance of the dataclass `kind` from a command line, validated.
 
-    There is a flag for each field. --help groups inherited fields by their class.
-    prog: how messages name the command [the file's name].
+    There is a flag for each field, with underscores or hyphens. --help groups inherited
+    fields by their class. prog: how messages name the command [the file's name].
     """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog=prog, description=description, formatter_class=formatter)
@@ -265,7 +182,8 @@ def parse(kind, description, argv=None, prog=None):
         # A field without metadata is not a flag.
         if field.metadata:
             add_flag(groups.get(field.name, parser), field)
-    values = vars(parser.parse_args(argv))
+    argv = sys.argv[1:] if argv is None else argv
+    values = vars(parser.parse_args([with_underscores(x) for x in argv]))
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = tuple(value)
@@ -276,23 +194,35 @@ def parse(kind, description, argv=None, prog=None):
     return settings
 
 
+def with_underscores(arg):
+    """--batch-size=3 -> --batch_size=3; --no-norm-pix -> --no-norm_pix, as argparse's."""
+    name, equals, value = arg.partition("=")
+    if not name.startswith("--"):
+        return arg
+    name = "--" + name[2:].replace("-", "_")
+    return re.sub("^--no_", "--no-", name) + equals + value
+
+
 def add_flag(parser, field):
     """Add the flag of a dataclass field to a parser or argument group."""
-    metadata = field.metadata
-    options = {"help": metadata["help"], "choices": metadata["choices"]}
-    options |= metadata["options"]
+    metadata, (kinds, item) = field.metadata, field_types(field)
+    options = {"help": metadata["help"], "default": field.default}
     if isinstance(field.default, tuple) and field.default:
         options["help"] += f" [{' '.join(map(str, field.default))}]"
-    elif field.default not in (None, ()) and field.type is not bool:
+    elif field.default not in (None, ()) and item is not bool:
         options["help"] += " [%(default)s]"
-    if metadata["positional"]:
-        parser.add_argument(field.name, nargs="?", default=field.default, **options)
-        return
-    if field.type is bool:
-        options = {"help": options["help"], "action": argparse.BooleanOptionalAction}
+    if item is bool:
+        options["action"] = argparse.BooleanOptionalAction
     else:
-        options.setdefault("type", value_type(field))
-    parser.add_argument(f"--{field.name}", default=field.default, **options)
+        options["choices"] = metadata["choices"]
+        options["type"] = int_or_word if {int, str} <= set(kinds) else item
+        if tuple in kinds:
+            options["nargs"] = "+"
+    options |= metadata["options"]
+    if metadata["positional"]:
+        parser.add_argument(field.name, nargs="?", **options)
+    else:
+        parser.add_argument(f"--{field.name}", **options)
 
 
 def make_folder(name, path):

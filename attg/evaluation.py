@@ -26,7 +26,7 @@ class EvalFlags:
     checkpoint: str | None = flag(
         None, "file with an encoder", positional=True, resume="free"
     )
-    img_size: int | None = flag(None, "in pixels [the checkpoint's]", low=1, high=8192)
+    img_size: int | None = flag(None, "in pixels [the checkpoint's]", 1, 8192)
     precision: str | None = flag(
         None,
         "[fp32; in training bf16 on GPUs that support it]",
@@ -43,15 +43,13 @@ class EvalFlags:
 class LabelFlags:
     """Labeled images."""
 
-    val: tuple = flag(
+    val: tuple[str, ...] = flag(
         ("test",),
         "test sets: test, other folders of the same classes, or variants of toy",
-        nargs="+",
-        type=str,
         resume="free",
     )
     batch_size: int | None = flag(
-        None, "[256; in training by the recipe above]", low=1, high=10**7
+        None, "[256; in training by the recipe above]", 1, 10**7
     )
 
 
@@ -67,10 +65,8 @@ class FeatureFlags:
 class ShotFlags:
     """Few labels."""
 
-    shots: tuple = flag(
-        (), "labeled images per class", nargs="+", type=int, low=1, high=10**7
-    )
-    seeds: int = flag(5, "number of draws of the --shots", low=1, high=10**6)
+    shots: tuple[int, ...] = flag((), "labeled images per class", 1, 10**7)
+    seeds: int = flag(5, "number of draws of the --shots", 1, 10**6)
 
 
 # Flags of how features are made; --features fixes them.

@@ -40,23 +40,21 @@ from attg.loader import ResumableBatchSampler, make_loader
 class TrainFlags:
     """Training a classifier."""
 
-    label_fraction: float = flag(
-        1.0, "fraction of each class to train on", low=1e-6, high=1.0
-    )
+    label_fraction: float = flag(1.0, "fraction of each class to train on", 1e-6, 1.0)
     seed: int = flag(
-        0, "for --label_fraction, order, augmentation", low=-(2**63), high=2**63 - 1
+        0, "for --label_fraction, order, augmentation", -(2**63), 2**63 - 1
     )
     save: str | None = flag(
         None,
         "save the weights to this file after each epoch, or resume from it",
         resume="free",
     )
-    epochs: int | None = flag(None, "[by the recipe above]", low=1, high=10**6)
-    accum: int | None = flag(None, "micro-batches per step", low=1, high=10**7)
-    blr: float | None = flag(None, "lr = blr * batch_size / 256", low=0, high=1e38)
-    min_lr: float | None = flag(None, "lowest learning rate", low=0, high=1e38)
-    warmup_epochs: float | None = flag(None, "[up to --epochs / 5]", low=0, high=1e6)
-    weight_decay: float | None = flag(None, "[by the recipe above]", low=0, high=1e6)
+    epochs: int | None = flag(None, "[by the recipe above]", 1, 10**6)
+    accum: int | None = flag(None, "micro-batches per step", 1, 10**7)
+    blr: float | None = flag(None, "lr = blr * batch_size / 256", 0, 1e38)
+    min_lr: float | None = flag(None, "lowest learning rate", 0, 1e38)
+    warmup_epochs: float | None = flag(None, "[up to --epochs / 5]", 0, 1e6)
+    weight_decay: float | None = flag(None, "[by the recipe above]", 0, 1e6)
 
 
 def open_training(cfg, settings, data, recipes, micro_batch, dist_info, after=None):

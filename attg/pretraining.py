@@ -19,27 +19,20 @@ EPOCHS = {"high": 10**6, "resume": "free"}
 class TrainFlags(DataFlags, RunFlags):
     """Training. None in the schedule and out stays None until `resolve`."""
 
-    epochs: int | None = flag(
-        None, "passes over the data [800; vit_micro 8]", low=0, high=10**6
-    )
+    epochs: int | None = flag(None, "passes over the data [800; vit_micro 8]", 0, 10**6)
     batch_size: int | None = flag(
         None,
         "images per step over all processes [4096; vit_micro 64]",
-        low=1,
-        high=10**7,
+        1,
+        10**7,
         resume="fixed",
     )
     blr: float | None = flag(
-        None, "lr = blr * batch_size / 256 [1.5e-4; vit_micro 6e-3]", low=0, high=1e38
+        None, "lr = blr * batch_size / 256 [1.5e-4; vit_micro 6e-3]", 0, 1e38
     )
-    lr: float | None = flag(
-        None, "peak learning rate, instead of blr", low=0, high=1e38
-    )
+    lr: float | None = flag(None, "peak learning rate, instead of blr", 0, 1e38)
     warmup_epochs: float | None = flag(
-        None,
-        "epochs of linear warm-up [40 from 400 epochs on, 5 %% of fewer]",
-        low=0,
-        high=1e6,
+        None, "epochs of linear warm-up [40 from 400 epochs on, 5 %% of fewer]", 0, 1e6
     )
     precision: str = flag(
         "auto",
@@ -51,8 +44,8 @@ class TrainFlags(DataFlags, RunFlags):
     seed: int = flag(
         0,
         "seed of weights, order, augmentation and masks",
-        low=-(2**63),
-        high=2**63 - 1,
+        -(2**63),
+        2**63 - 1,
         resume="fixed",
     )
     out: str | None = flag(None, "run folder [out/DATA-MODEL-GUIDANCE]", resume="free")
@@ -77,9 +70,7 @@ class TrainFlags(DataFlags, RunFlags):
         low=0,
         **EPOCHS,
     )
-    log_every: int = flag(
-        20, "steps between log lines", low=1, high=10**9, resume="free"
-    )
+    log_every: int = flag(20, "steps between log lines", 1, 10**9, resume="free")
 
 
 def check_config(cfg):

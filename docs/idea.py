@@ -44,7 +44,7 @@ class Settings:
     data: str | None = flag(None, "data set [that of the guided run]")
     maps: str | None = flag(None, "maps of its images [toy: its masks]")
     split: str = flag("test", "train or test", choices=("train", "test"))
-    count: int = flag(3, "number of images", low=1, high=100)
+    count: int = flag(3, "number of images", 1, 100)
 
 
 def columns_of(sample, maps, vanilla, guided):
