@@ -65,6 +65,13 @@ LAYOUTS = [
     (f"{AB} more/a/7 more/b/8", "more", None, "root", ["a/7", "b/8"]),
     (f"{AB} more/val/a/7 more/val/b/8 more/x/9", "more", None, "root", ["a/7", "b/8"]),
     (f"{AB} more/test/a/7 more/test/b/8", "more", None, "root/train", ["a/7", "b/8"]),
+    (
+        "a/x/2 a/x/y/3 a/z/0 b/1",
+        "train",
+        None,
+        "root",
+        ["a/x/2", "a/x/y/3", "a/z/0", "b/1"],
+    ),
     (f"{AB} train/.cache/9", "train", None, "root", NAMES),
     (f"{AB} train/c/3", "train", "c\n\n a ", "root", ["a/0", "c/3"]),
     (f"{AB} val/b/3 val/d/4", "test", "b", "root", ["b/3"]),
@@ -137,6 +144,8 @@ def test_folders_of_the_data_set_come_before_links(folder):
     write(folder / "more" / "x" / "9.png", noise(40, 40))
     write(folder / "d" / "9.png", noise(40, 40))
     (folder / "more" / "d").symlink_to(folder / "d")
+    (train / "a" / "up").symlink_to("..")
+    (train / "b" / "root").symlink_to(folder)
     (train / "a" / "0link").symlink_to("sub")
     (train / "a" / "link").symlink_to(folder / "more")
     (train / "a" / "lost.png").symlink_to("nowhere.png")
@@ -485,6 +494,8 @@ def test_data_sets_from_python(tmp_path, capsys):
     own = Own([2, 0], targets=[2, 0], classes=["a", "b", "c", "d"])
     known = open_data({"train": own, "test": Own([None])}, size=32)
     assert (known.num_classes, known.labels.tolist(), own.reads) == (4, [2, 0], 1)
+    known = open_data(Own([None, 1], targets=[None, 1]))
+    assert known.labels.tolist() == [-1, 1] and known.num_classes == 2 and known.labeled
     test = open_data({"train": own, "test": Own([None])}, "test")
     assert not test.labeled and test[0].label == -1
     assert known.fingerprint != open_data(Own([0, 0, 0])).fingerprint
