@@ -1,6 +1,6 @@
 """
-Runs of the command line in processes of their own. Importing torch takes seconds, so
-`python -m tests.processes` imports it once and forks them off.
+Commands in processes of their own. Importing torch takes seconds, so `python -m
+tests.processes` imports it once and forks them.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ SCRIPT = attg_mae.__file__
 
 
 def serve():
-    """Forks a process for each line [folder, environment, argv], as `python argv`.
+    """Fork a process for each line [folder, environment, argv], as `python argv`.
 
-    It answers the pid; for a line that is a pid it waits, and answers the exit code.
+    Answers its pid; for a line that is a pid, waits and answers the exit code.
     """
-    # As in few_drawings: one that draws imports matplotlib first.
+    # As in the fixture few_drawings: drawing imports matplotlib first.
     trainer.save_curves = lambda *_: None
     print(0, flush=True)
     for line in sys.stdin:
@@ -41,7 +41,7 @@ def serve():
             for fd, name in enumerate((os.devnull, "stdout", "stderr")):
                 path = os.path.join(folder, name)  # folder is ignored before /dev/null
                 os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), fd)
-            # None hangs for ever: it says where, and dies
+            # A process that hangs prints where, and exits.
             faulthandler.register(signal.SIGALRM, chain=True)
             signal.alarm(120)
             os.environ.update(environment)
@@ -51,11 +51,8 @@ def serve():
 
 def command(settings):
     """Flags of the command line."""
-    words = []
-    for key, value in settings.items():
-        if value is not None:
-            words += [f"--{key}", str(value)]
-    return words
+    given = [(key, value) for key, value in settings.items() if value is not None]
+    return [word for key, value in given for word in (f"--{key}", str(value))]
 
 
 class Process:
@@ -72,7 +69,7 @@ class Process:
         return log.read_text().count('"loss"') if log.exists() else 0
 
     def until(self, condition):
-        """Waits for condition(); False if the process has ended before."""
+        """Wait for condition(); False if the process ends before."""
         while not condition():
             if state_and_session(f"/proc/{self.pid}/stat")[0] == "Z":
                 return False
@@ -86,13 +83,13 @@ class Process:
 
 
 def state_and_session(stat):
-    """Of the process whose file in /proc this is."""
+    """Of a process, from its file in /proc."""
     state, _, _, session = Path(stat).read_text().rsplit(")", 1)[1].split()[:4]
     return state, int(session)
 
 
 def members(session):
-    """The living processes of a session."""
+    """Pids of the processes of a session that are alive."""
     alive = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -103,7 +100,7 @@ def members(session):
 
 
 def free_port():
-    """Below those that the system gives to connections, one of which might take it."""
+    """Below the range from which the system takes ports of connections."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as trial, contextlib.suppress(OSError):
@@ -112,9 +109,9 @@ def free_port():
 
 
 def ranks(ask, out, settings, script=(SCRIPT,), elsewhere=None):
-    """The two processes of a launch, with the environment that torchrun gives them.
+    """Two Processes with the environment that torchrun gives to its ranks.
 
-    elsewhere: --out of the second, as on a machine that does not share the folder.
+    elsewhere: --out of rank 1, as on a machine that does not share the folder.
     """
     common = {"WORLD_SIZE": "2", "MASTER_PORT": str(free_port())}
     names = ((out, "0"), (f"{out}.rank1", "1"))  # each its own stdout

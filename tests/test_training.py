@@ -230,12 +230,9 @@ def test_accum_auto(labelled, tmp_path, monkeypatch, capsys):
         assert "--accum auto" not in capsys.readouterr().out
     assert last(auto)["config"]["accum"] == 4
     assert_same_run(auto, tmp_path / "given")
-
-    def broken(*_, **__):
-        raise RuntimeError("broken")
-
-    monkeypatch.setattr(attg_mae.MAE, "forward", broken)
-    with pytest.raises(RuntimeError, match="broken"):
+    # Other errors are not taken for a lack of memory.
+    monkeypatch.setattr(attg_mae.MAE, "forward", None)
+    with pytest.raises(TypeError):
         train(tmp_path / "out", **settings, accum="auto")
 
 
@@ -342,13 +339,11 @@ def test_knn_in_the_run(labelled, plain, tmp_path, monkeypatch):
     for split in ("train", "test"):
         loader = make_loader(open_data(labelled["data"], split, 16), 4)
         features.append(attg_mae.extract_features(model, loader))
-    (*banks, labels), (*queries, truth) = features
-    names = ("class_token", "patch_mean")
-    for name, bank, x in zip(names, banks, queries, strict=True):
-        right = attg_mae.knn_classify(bank, labels, x)[:, 0] == truth
-        accuracy = 100 * right.float().mean().item()
-        assert result["knn"][name] == pytest.approx(accuracy, abs=1e-4)
-    assert result["knn"]["patch_mean"] > 50  # the classes are colors
+    (_, bank, labels), (_, queries, truth) = features
+    right = attg_mae.knn_classify(bank, labels, queries)[:, 0] == truth
+    accuracy = 100 * right.float().mean().item()
+    assert result["knn"]["patch_mean"] == pytest.approx(accuracy, abs=1e-4)
+    assert accuracy > 50  # the classes are colors
 
     def fails(*_):
         raise ValueError("no k-NN today")
@@ -360,6 +355,8 @@ def test_knn_in_the_run(labelled, plain, tmp_path, monkeypatch):
     attg_mae.load_encoder(tmp_path / "out" / "encoder.pt")
     result = train(tmp_path / "plain", data=plain, guidance="none", epochs=1)
     assert (result["knn"], result["val_mse"], result["step"]) == ({}, None, 3)
+    with pytest.raises(ValueError, match="--eval_every 1: --data .* no test split"):
+        train(tmp_path / "other", data=plain, guidance="none", eval_every=1)
 
 
 def test_val_mse(labelled, tmp_path, monkeypatch):
@@ -516,15 +513,13 @@ def test_epochs_0_draws_the_images_of_a_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["last.pt", "encoder.pt"])
-def test_init(name, whole, labelled, tmp_path, capsys):
+def test_init(name, whole, labelled, tmp_path):
     """From a checkpoint, or an encoder with a new decoder; lr 0 keeps what it starts with."""
     settings = labelled | {"seed": 1, "lr": 0.0, "epochs": 1}
     train(tmp_path / "out", **settings, init=str(whole() / name))
-    assert f"--init {whole() / name}: " in capsys.readouterr().out
     train(tmp_path / "fresh", **settings)
-    given, fresh, ours = (
-        last(out)["model"] for out in (whole(), tmp_path / "fresh", tmp_path / "out")
-    )
+    folders = (whole(), tmp_path / "fresh", tmp_path / "out")
+    given, fresh, ours = (last(out)["model"] for out in folders)
     for key in ours:
         decoder = "decoder" in key or key == "mask_token"
         expected = fresh if decoder and name == "encoder.pt" else given
@@ -532,32 +527,18 @@ def test_init(name, whole, labelled, tmp_path, capsys):
     assert not same(fresh, given) and records(tmp_path / "out")[0]["step"] == 1
 
 
-def test_gray_and_oblong_images_with_mean_and_std(passes, tmp_path):
-    """--in_chans 1; --img_size takes height and width; mean and std go to the encoder."""
-    folder = tmp_path / "gray"
-    folder.mkdir()
-    for i in range(6):
-        pixels = np.random.default_rng(i).integers(0, 256, (40, 40), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    sizes = {k: v for k, v in TINY.items() if k not in ("img_size", "epochs")}
-    argv = [f"--{k}={v}" for k, v in sizes.items()]
+def test_gray_and_oblong_images(plain, passes, tmp_path):
+    """--in_chans 1, --img_size H W; mean and std go to the encoder's file."""
+    argv = [f"--{k}={v}" for k, v in TINY.items() if k not in ("img_size", "epochs")]
     argv += "--guidance none --epochs 1 --img-size 16 24 --in_chans 1".split()
-    argv += "--mean 0.5 --std 0.25 --seed 3".split()
-    out = tmp_path / "out"
-    argv += ["--data", str(folder), "--out", str(out)]
+    argv += f"--mean 0.5 --std 0.25 --data {plain} --out {tmp_path / 'out'}".split()
     attg_mae.main(argv)
-    imgs = passes[0].imgs
-    assert imgs.shape == (4, 1, 16, 24)
-    dataset = open_data(str(folder), "train", (16, 24), True, 3)
-    for i, index in enumerate(ResumableBatchSampler(6, 4, 0, 1, 3).indices(0).tolist()):
-        sample = dataset[0, index]
-        want = sample.image[0].flip(-1) if sample.flip else sample.image[0]
-        want = (want / 255 - 0.5) / 0.25
-        torch.testing.assert_close(imgs[i, 0], want, atol=1e-5, rtol=0)
-    cfg = attg_mae.load_encoder(out / "encoder.pt").cfg
+    assert passes[0].imgs.shape == (4, 1, 16, 24)
+    assert passes[0].imgs.min() >= -2 and passes[0].imgs.max() <= 2
+    cfg = attg_mae.load_encoder(tmp_path / "out" / "encoder.pt").cfg
     assert (cfg.size, cfg.mean, cfg.std) == ((16, 24), (0.5,), (0.25,))
     # The same command finds its own checkpoint.
-    assert attg_mae.main(argv)["step"] == 1
+    assert attg_mae.main(argv)["step"] == 3 and len(passes) == 3
 
 
 # -- Refused settings ------------------------------------------------------------------
@@ -585,12 +566,6 @@ def test_wrong_settings(settings, words, labelled, tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         train(tmp_path / "out", **labelled | settings)
     assert [word for word in words.split() if word not in str(error.value)] == []
-    assert not (tmp_path / "out").exists()
-
-
-def test_evaluations_need_a_test_split(plain, tmp_path):
-    with pytest.raises(ValueError, match="--eval_every 1: --data .* no test split"):
-        train(tmp_path / "out", data=plain, guidance="none", eval_every=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -702,46 +677,31 @@ class Evil:
         return (open, (os.environ["EVIL"], "w"))
 
 
-BAD = [
-    "empty",
-    "truncated",
-    "flipped",
-    "tensor",
-    "foreign",
-    "encoder",
-    "evil",
-    "folder",
-]
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_checkpoint_is_named_and_kept(kind, copy, whole, tmp_path, monkeypatch):
-    (out, settings), trap = copy, tmp_path / "trap"
+def test_bad_checkpoint_is_named_and_kept(copy, whole, tmp_path, monkeypatch):
+    """No code in it is executed; --resume none starts over. See also test_checkpoint.py."""
+    out, settings = copy
+    path, trap = out / "last.pt", tmp_path / "trap"
     monkeypatch.setenv("EVIL", str(trap))
-    path, content = out / "last.pt", (out / "last.pt").read_bytes()
-    path.unlink()
-    if kind == "folder":
-        path.mkdir()
-    elif kind in ("tensor", "foreign", "evil"):
-        content = {"tensor": torch.zeros(3), "foreign": {"state_dict": {}}}
-        torch.save(content.get(kind, {"model": Evil(), "step": 3}), path)
-    else:
-        contents = {"empty": b"", "truncated": content[: len(content) // 2]}
-        contents["flipped"] = content.replace(b"optimizer", b"optimizex")
-        contents["encoder"] = (whole() / "encoder.pt").read_bytes()
-        path.write_bytes(contents[kind])
-    if kind == "evil":
-        # Or this test would show nothing.
-        torch.load(path, weights_only=False)
-        assert trap.exists()
-        trap.unlink()
-    files = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    for resume in ("auto", str(path)):
-        with pytest.raises(ValueError, match=re.escape(str(path))):
-            train(**settings, resume=resume)
-    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == files
-    assert not trap.exists()
-    if kind == "truncated":
-        assert train(**settings, resume="none")["step"] == 12
-        train(**settings | {"out": tmp_path / "fresh"})
-        assert_same_run(out, tmp_path / "fresh")
+    content = path.read_bytes()
+
+    def refused():
+        kept = path.read_bytes()
+        for resume in ("auto", str(path)):
+            with pytest.raises(ValueError, match=re.escape(str(path))):
+                train(**settings, resume=resume)
+        return path.read_bytes() == kept
+
+    torch.save({"model": Evil(), "step": 3}, path)
+    assert refused() and not trap.exists()
+    # Or this would show nothing.
+    torch.load(path, weights_only=False)
+    assert trap.exists()
+    torch.save({"state_dict": {}}, path)
+    assert refused()
+    shutil.copy(whole() / "encoder.pt", path)
+    assert refused()
+    path.write_bytes(content[: len(content) // 2])
+    assert refused()
+    assert train(**settings, resume="none")["step"] == 12
+    train(**settings | {"out": tmp_path / "fresh"})
+    assert_same_run(out, tmp_path / "fresh")
