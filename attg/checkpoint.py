@@ -6,16 +6,14 @@ Checkpoints: written atomically, read only if unchanged; and the rules of resumi
     load_state(model, parts["model"], "last.pt")
 
 Files may hold tensors and plain types only (weights_only): no code in them is executed.
-torch.load does not notice bits that have changed on disk or in transfer, so a checkpoint
-carries the crc32 of each tensor and one of everything else. For other people's files, the
-checksums of the zip archive are verified and all weights must be finite. A changed but
-finite weight goes unnoticed in safetensors files, in torch.save's format before PyTorch
-1.6, and in archives that were rewritten with new checksums.
+torch.load does not notice changed bits, so a checkpoint carries the crc32 of each tensor
+and one of everything else. In other people's files, the checksums of the zip archive are
+verified and weights must be finite; safetensors files and torch.save's format before
+PyTorch 1.6 have no checksums.
 """
 
 import argparse
 import dataclasses
-import errno
 import json
 import math
 import re
@@ -50,12 +48,10 @@ def save_checkpoint(path, /, **parts):
     except (OSError, RuntimeError) as error:
         # torch.save may raise an error of its own while it handles the disk's.
         cause = error if isinstance(error, OSError) else error.__context__
-        message = f"{path} could not be written: {cause or error}"
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            message += "; the disk is full"
-        if Path(path).exists():
-            message += f"; the earlier {path} is intact"
-        raise OSError(message) from error
+        intact = f"; the earlier {path} is intact" if Path(path).exists() else ""
+        raise OSError(
+            f"{path} could not be written: {cause or error}{intact}"
+        ) from error
 
 
 def checksums(parts):
@@ -179,9 +175,9 @@ def check_storage(name, x):
     """ValueError for a tensor that is larger than its storage in the file."""
     if x.layout != torch.strided or x.device.type != "cpu":
         raise ValueError(f"{name} is a {x.layout} tensor on the device {x.device}")
-    stored = x.untyped_storage().nbytes()
-    if x.numel() * x.element_size() > stored:
-        raise ValueError(f"{name} has the shape {tuple(x.shape)}, but {stored} bytes")
+    size = x.untyped_storage().nbytes()
+    if x.numel() * x.element_size() > size:
+        raise ValueError(f"{name} has the shape {tuple(x.shape)}, but {size} bytes")
 
 
 def verify_archive(path):

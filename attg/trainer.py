@@ -266,11 +266,10 @@ class Trainer:
     def header(self):
         """Log lines that tell what will be trained."""
         run, cfg = self.run, self.run.cfg
-        kind = "a vanilla MAE"
-        tau = ""
+        kind, tau = "a vanilla MAE", ""
         if run.maps is not None:
             kind = f"an MAE guided by attention maps ({cfg.guidance})"
-            end = f" to {cfg.tau_end}" if cfg.tau_schedule != "constant" else ""
+            end = "" if cfg.tau_schedule == "constant" else f" to {cfg.tau_end}"
             tau = f", tau {cfg.tau}{end}"
         if cfg.data == "toy" and cfg.model != "vit_micro":
             kind += ", a smoke test on the enlarged toy set"
@@ -278,13 +277,13 @@ class Trainer:
         height, width = run.train_set.size
         micro = cfg.batch_size // (cfg.accum * run.world)
         return (
-            f"training {kind}: {cfg.model}, {sum(trained) / 1e6:.1f} M parameters, on "
-            f"{run.train_set.num_images} images of {cfg.data}, {height} x {width} pixels in "
-            f"patches of {cfg.patch_size} x {cfg.patch_size}\n"
-            f"epochs {cfg.epochs}, steps {run.total_steps}, batch size {cfg.batch_size} "
-            f"= {micro} x {run.world} (processes) x {cfg.accum} (--accum)\n"
-            f"lr {cfg.lr:.2e} (base lr {cfg.blr:.2e}), warm-up {cfg.warmup_epochs:g} "
-            f"epochs{tau}\n"
+            f"training {kind}: {cfg.model}, {sum(trained) / 1e6:.1f} M parameters\n"
+            f"{run.train_set.num_images} images of {cfg.data}, {height} x {width} pixels, "
+            f"patches {cfg.patch_size} x {cfg.patch_size}; {cfg.epochs} epochs of "
+            f"{run.steps_per_epoch} steps\n"
+            f"batch size {cfg.batch_size} = {micro} x {run.world} (processes) x "
+            f"{cfg.accum} (--accum), lr {cfg.lr:.2e} (base lr {cfg.blr:.2e}), warm-up "
+            f"{cfg.warmup_epochs:g} epochs{tau}\n"
             f"run folder {cfg.out}, all settings in its config.json"
         )
 
