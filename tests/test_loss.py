@@ -328,37 +328,35 @@ def test_a_map_that_is_not_finite(impl, L):
 
 # -- Errors ----------------------------------------------------------------------------
 
-IMGS, COMPLEX = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, dtype=torch.complex64)
-GOOD = {"pred": torch.zeros(2, 4, 12), "target": torch.zeros(2, 4, 12)}
-GOOD |= {"mask": torch.zeros(2, 4), "attn": torch.zeros(2, 4)}
+IMGS, ZEROS = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 12)
+GOOD = {"pred": ZEROS, "target": ZEROS, "mask": ZEROS[..., 0], "attn": ZEROS[..., 0]}
+WRONG = [np.zeros((2, 4)), ZEROS[..., 0].to_sparse(), torch.zeros(2, 4, device="meta")]
+WRONG += [torch.zeros(s, dtype=torch.cfloat) for s in ((2, 4), (2, 3), (2, 4, 1))]
+GRAD = torch.zeros(2, 4, requires_grad=True)
 BAD = {
-    "pred": [torch.zeros(2, 4), torch.zeros(2, 0, 12), torch.zeros(2, 4, 0)],
-    "target": [torch.zeros(s) for s in ((2, 4, 10), (2, 5, 12), (1, 4, 12), (4, 12))],
-    "mask": [COMPLEX, torch.zeros(2, 3), torch.zeros(2, 4, 1), np.zeros((2, 4))],
-    "attn": [COMPLEX, torch.zeros(2, 3), torch.zeros(2, 2, 2), np.zeros((2, 4))],
-    "tau": [0, -0.5, math.nan, "1", True, None, torch.ones(2), Fraction(3, 4), 10**400],
+    "pred": [
+        ZEROS[0],
+        ZEROS[:, :0],
+        ZEROS[..., :0],
+        ZEROS.long(),
+        np.zeros((2, 4, 12)),
+    ],
+    "target": [ZEROS[..., :10], ZEROS[:, :3], ZEROS[:1], ZEROS[0], ZEROS.long()],
+    "mask": [*WRONG, ZEROS[:, :3, 0]],
+    "attn": [*WRONG, ZEROS[:, :3, 0], GRAD, ZEROS[..., 0].long()],
+    "tau": [0, -0.5, math.nan, "1", True, None, Fraction(3, 4), 10**400, 1e39, 1e-50],
     "eps": [-1e-6, math.nan, None, 10**400, True],
     "reduction": ["avg", None],
     "impl": ["cuda", None],
-    "norm_pix": ["yes", 1],
-    "normalize_attn": [1],
-    "return_mse": [1, None],
 }
-BAD["pred"] += [torch.zeros(2, 4, 12).long(), np.zeros((2, 4, 12))]
-BAD["target"] += [torch.zeros(2, 4, 12).long(), torch.zeros(2, 4, 12).bool()]
-BAD["target"] += [torch.zeros(2, 4, 12, requires_grad=True), np.zeros((2, 4, 12))]
-BAD["mask"] += [torch.zeros(2, 4).to_sparse(), torch.zeros(2, 4, device="meta")]
-BAD["attn"] += [torch.zeros(2, 4, requires_grad=True), torch.zeros(2, 4).long()]
-BAD["tau"] += [1e39, 1e-50, torch.tensor(1j), torch.ones((), requires_grad=True)]
+BAD["target"] += [ZEROS.bool(), ZEROS.clone().requires_grad_(), np.zeros((2, 4, 12))]
+BAD["tau"] += [torch.ones(2), torch.tensor(1j), GRAD.sum()]
+BAD |= dict.fromkeys(("norm_pix", "normalize_attn", "return_mse"), ["yes", 1, None])
 ERRORS = [({name: x}, name) for name, values in BAD.items() for x in values]
 ERRORS += [({"target": IMGS, "patch_size": x}, "patch_size") for x in (None, 0, True)]
-ERRORS += [
-    ({"target": IMGS, "patch_size": 3}, "target"),
-    ({"target": torch.zeros(2, 3, 5, 4), "patch_size": 2}, "target"),
-    ({"target": torch.zeros(2, 3, 4, 6), "patch_size": 2}, "target"),
-    ({"target": torch.zeros(2, 1, 4, 4), "patch_size": 2}, "target"),
-    ({"pred": torch.zeros(2, 4, 1), "target": torch.zeros(2, 4, 1)}, "norm_pix"),
-]
+for shape, p in (((2, 3, 4, 4), 3), ((2, 3, 5, 4), 2), ((2, 3, 4, 6), 2)):
+    ERRORS.append(({"target": torch.zeros(shape), "patch_size": p}, "target"))
+ERRORS.append(({"pred": ZEROS[..., :1], "target": ZEROS[..., :1]}, "norm_pix"))
 
 
 @each_impl
