@@ -179,6 +179,16 @@ def test_weight_decay_of_lars_is_added_to_the_gradient():
     assert close(ours.weight, peer.weight, 1e-6) and close(ours.bias, peer.bias, 1e-6)
 
 
+def test_mae_probe_starts_small_on_a_frozen_encoder():
+    encoder = attg_mae.ViT(attg_mae.Config()).eval()
+    probe = eval_linear.Probe(encoder, 50)
+    probe(randn(6, 3, 32, 32)).sum().backward()
+    for head in probe.heads:
+        assert 0.008 < head.weight.std() < 0.012 and not head.bias.any()
+        assert head.weight.grad.any()
+    assert all(p.grad is None for p in encoder.parameters())
+
+
 # -- The program -----------------------------------------------------------------------
 
 

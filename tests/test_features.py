@@ -77,6 +77,9 @@ def test_faults_of_knn_are_seen():
     close = [torch.allclose(votes.gather(1, x), best, atol=1e-5) for x in wrong]
     assert torch.allclose(votes.gather(1, right), best, atol=1e-5) and not any(close)
     assert attg_mae.knn_classify(bank, labels, test, num_classes=9).equal(right)
+    # exp(1 / temperature) would overflow.
+    nearest = attg_mae.knn_classify(bank, labels, bank, temperature=0.004)[:, 0]
+    assert nearest.equal(labels)
 
 
 def test_knn_in_several_chunks():
