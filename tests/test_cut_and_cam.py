@@ -272,6 +272,23 @@ def test_grad_cam_equals_the_package(name, size, tmp_path):
     assert not torch.allclose(got.roll(1, 1), want, atol=1e-2)
 
 
+def test_grad_cam_clips_what_speaks_against_the_class():
+    """Features of both signs, the gradient in closed form."""
+    features, weight = randn(3, 5, 4, 6), randn(7, 5, seed=1)
+
+    def classify(x):
+        return x.mean((2, 3)).square() @ weight.T
+
+    got = object_discovery.grad_cam(features, classify, (4, 6), (4, 6))
+    pooled = features.mean((2, 3))
+    best = (pooled.square() @ weight.T).argmax(1)
+    # d score / d x, the same in each of the 24 cells.
+    alpha = 2 * pooled * weight[best] / 24
+    cam = torch.einsum("bc,bchw->bhw", alpha, features)
+    assert 0.2 < (cam < 0).float().mean() < 0.8
+    torch.testing.assert_close(got, cam.relu(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("name", "size"), [("resnet50", 96), ("mobilenet_v2", 104)])
 def test_cut_of_a_classifier_equals_scipy(name, size, tmp_path):
     ref = random_cnn(name, tmp_path / "cnn.pt")
