@@ -121,6 +121,24 @@ def test_that_tolerance_rejects_another_graph():
     assert distance(tokencut(onehot, tau=-0.1)[0].numpy(), want) > 0.1
 
 
+def test_a_graph_on_which_lanczos_does_not_converge():
+    """A path of 300 patches: its eigenvalues are close together."""
+    angle = torch.arange(300, dtype=torch.float64) * math.pi / 300
+    x = torch.stack([angle.cos(), angle.sin()], dim=1)
+    tau = math.cos(1.5 * math.pi / 300)
+    want = signed(generalized_eigen(cosines(x.numpy()) > tau, 1e-5)[1][:, 1])
+    y = tokencut(x[None], tau)[0].numpy()
+    # Both ends are peaks.
+    assert min(distance(y, want), distance(-y, want)) < 1e-6
+
+
+def test_which_peak_decides_the_sign():
+    """The largest magnitude; the first of those that are equal up to rounding."""
+    y = torch.tensor([[0.99, -1.0], [0.9999999, -1.0], [-1.0, 1.0]])
+    got = object_discovery.positive_peak(y)
+    assert got.equal(torch.tensor([[-0.99, 1.0], [0.9999999, -1.0], [1.0, -1.0]]))
+
+
 def test_tokencut_is_independent_of_the_batch_and_refuses_nan():
     features = F.interpolate(randn(60, 8, 4, 4), 14, mode="bilinear").flatten(2).mT
     features = features.clone()

@@ -49,6 +49,8 @@ def test_maps_of_a_folder(tmp_path, capsys):
     assert maps.shape == (10, 6, 6) and manifest == result["manifest"]
     assert manifest["failed"] == [3] and not maps[3].any() and manifest["flat"] == []
     want = {"backbone": "pixels", "input": [96, 96], "affinity_threshold": 0.2}
+    want |= {"sign": "border"}
+    assert object_discovery.resolve(object_discovery.Settings()).sign == "max"
     assert manifest["settings"].items() >= want.items()
     whole = dataset.read(5)[0].resize((96, 96), Image.Resampling.BICUBIC)
     imgs = torch.from_numpy(np.array(whole)).permute(2, 0, 1)[None] / 255

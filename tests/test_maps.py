@@ -253,7 +253,7 @@ def test_quality_equals_scipy_and_sklearn(seed, h, w, levels):
     m = np.float32(rng.integers(0, levels + 1, (h, w)) / levels)  # with ties
     mask = rng.random((h, w)) < 0.5
     mask[0, :2] = True, False
-    q = quality([m, m, m], [mask, None, ~mask & mask])
+    q = quality([m] * 4, [mask, None, ~mask & mask, mask | True])
     assert q["images"] == 1
     want = 100 * metrics.roc_auc_score(mask.ravel(), m.ravel())
     assert abs(q["AUROC"] - want) < 1e-9
