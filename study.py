@@ -279,21 +279,19 @@ def read_lines(path):
 
 
 def read_metrics(folder):
-    """{(metric, feature): top-1 in percent} of a run's evaluations.
-
-    The last line of each file counts.
-    """
+    """{(metric, feature): top-1 in percent} of a run's evaluations, of the last lines."""
     metrics = {}
     for name in EVALUATIONS:
-        for row in (read_lines(folder / f"{name}.jsonl") or [{"results": []}])[-1][
-            "results"
-        ]:
+        lines = read_lines(folder / f"{name}.jsonl")
+        for row in lines[-1]["results"] if lines else []:
             metric = {
                 "knn": f"k-NN, k = {row.get('k')}",
                 "shots": f"k-NN, {row['protocol']}",
                 "linear": "linear probe",
                 "transfer": f"transfer, k = {row.get('k')}",
             }[name]
+            if row.get("test", "test") != "test":
+                metric += f", {row['test']}"
             metrics[metric, row["feature"]] = row["top-1"]
     return metrics
 

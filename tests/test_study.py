@@ -49,7 +49,8 @@ def test_quantiles_and_intervals_equal_scipy():
 def saved(folder, variant, seed, top1):
     """Write a run's folder as the evaluations leave it; the last line counts."""
     row = {"feature": "class_token", "protocol": "k-NN", "k": 20, "top-5": 90.0}
-    lines = [{"results": [row | {"top-1": x}]} for x in (1.0, top1)]
+    other = row | {"test": "gray", "top-1": 7.0}
+    lines = [{"results": [row | {"top-1": x}, other]} for x in (1.0, top1)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     file = folder / f"{variant}-seed{seed}" / "knn.jsonl"
     file.parent.mkdir(parents=True)
@@ -65,7 +66,8 @@ def test_differences_are_those_of_the_same_seed(tmp_path):
     for seed in guided:
         saved(tmp_path, "cut+tau0.7", seed, guided[seed])
     (tmp_path / "cut+tau0.7-seed9").mkdir()  # not evaluated yet
-    first, second = study.table_rows(study.read_study(tmp_path))
+    first, gray, second, _ = study.table_rows(study.read_study(tmp_path))
+    assert (gray["metric"], gray["mean"]) == ("k-NN, k = 20, gray", 7)
     assert (first["variant"], first["n"], first["mean"]) == ("none", 4, 40)
     assert math.isclose(first["sd"], np.std([40, 50, 60, 10], ddof=1))
     assert "difference" not in first
@@ -83,7 +85,7 @@ def test_differences_are_those_of_the_same_seed(tmp_path):
     assert "| none | 4 | 40.00 ± 21.60 |" in text
     assert "| cut+tau0.7 | 3 | +2.00 [-0.48, +4.48] |" in text
     rows = [json.loads(x) for x in (tmp_path / "table.jsonl").read_text().splitlines()]
-    assert rows[1]["values"] == {"0": 41, "1": 52, "2": 63, "5": 99}
+    assert rows[2]["values"] == {"0": 41, "1": 52, "2": 63, "5": 99}
     assert not (tmp_path / "curves.png").exists()
 
 
