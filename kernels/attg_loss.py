@@ -59,6 +59,7 @@ WARP = 1024
 # The operators are registered under the module's name, so that two copies of this file
 # can live in one process.
 NAMESPACE = __name__.replace(".", "_")
+FP32 = torch.finfo(torch.float32)
 # Dtypes that the kernels read. Targets may also be uint8.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -1124,7 +1125,7 @@ def _check(rules, pred):
             got = _describe(value)
             if name != "pred" and isinstance(value, Tensor) and value.dim() > 0:
                 got += f" (pred: {_describe(pred)})"
-            raise ValueError(f"{name}: got {got}; {remedy}")
+            raise ValueError(f"{name}: got {got}; {remedy.format(name=name)}")
 
 
 def _describe(x):
@@ -1137,73 +1138,64 @@ def _describe(x):
 
 
 def _tensor_rules(pred, target, mask, attn, tau, patch_size):
-    tensors = [("pred", pred), ("target", target), ("mask", mask), ("attn", attn)]
-    tensors = [(k, x) for k, x in tensors if k in ("pred", "target") or x is not None]
-    for name, x in tensors:
+    rows = [(name, x) for name, x in (("mask", mask), ("attn", attn)) if x is not None]
+    for name, x in [("pred", pred), ("target", target), *rows]:
         yield name, x, isinstance(x, Tensor), "pass a torch.Tensor"
-        yield name, x, x.layout == torch.strided, f"pass {name}.to_dense()"
+        yield name, x, x.layout == torch.strided, "pass {name}.to_dense()"
         yield name, x, x.device == pred.device, "move it with .to(pred.device)"
 
-    is_right = pred.dim() == 3 and pred.is_floating_point() and 0 not in pred.shape[1:]
-    yield "pred", pred, is_right, "pass floats of shape (B, L, P), L and P above 0"
-    is_right = target.is_floating_point() or target.dtype == torch.uint8
-    yield "target", target, is_right, "pass floats, or uint8 (read as value / 255)"
+    is_valid = pred.dim() == 3 and pred.is_floating_point() and 0 not in pred.shape[1:]
+    yield "pred", pred, is_valid, "pass floats of shape (B, L, P), L and P above 0"
+    is_valid = target.is_floating_point() or target.dtype == torch.uint8
+    yield "target", target, is_valid, "pass floats, or uint8 (read as value / 255)"
     shape = tuple(target.shape)
     if target.dim() == 4:
         B, C, H, W = shape
         # bool is a subclass of int.
-        is_right = isinstance(patch_size, int) and not isinstance(patch_size, bool)
+        is_valid = isinstance(patch_size, int) and not isinstance(patch_size, bool)
         remedy = "target is images (B, C, H, W): pass their patch size, 1 or above"
-        yield "patch_size", patch_size, is_right and patch_size >= 1, remedy
-        is_right = H % patch_size == 0 and W % patch_size == 0
-        remedy = f"crop or resize the images to multiples of patch_size {patch_size}"
-        yield "target", target, is_right, remedy
+        yield "patch_size", patch_size, is_valid and patch_size >= 1, remedy
+        is_valid = H % patch_size == 0 and W % patch_size == 0
+        remedy = "crop or resize the images to multiples of patch_size"
+        yield "target", target, is_valid, remedy
         shape = B, (H // patch_size) * (W // patch_size), patch_size**2 * C
     remedy = "pass patches (B, L, P) like pred, or images (B, C, H, W) with patch_size"
     yield "target", target, shape == tuple(pred.shape), remedy
 
-    for name, x in tensors[2:]:
-        is_right = tuple(x.shape) == tuple(pred.shape[:2])
-        yield name, x, is_right, "pass one value per patch of pred, shape (B, L)"
-    is_right = mask is None or not mask.is_complex()
-    yield "mask", mask, is_right, "pass bool or 0/1, 1 = removed"
-    is_right = attn is None or attn.is_floating_point()
-    yield "attn", attn, is_right, "pass floats"
+    for name, x in rows:
+        is_valid = tuple(x.shape) == tuple(pred.shape[:2])
+        yield name, x, is_valid, "pass one value per patch of pred, shape (B, L)"
+    is_valid = mask is None or not mask.is_complex()
+    yield "mask", mask, is_valid, "pass bool or 0/1, 1 = removed"
+    is_valid = attn is None or attn.is_floating_point()
+    yield "attn", attn, is_valid, "pass floats"
     for name, x in (("target", target), ("attn", attn), ("tau", tau)):
-        is_right = not (isinstance(x, Tensor) and x.requires_grad)
-        yield name, x, is_right, f"pass {name}.detach(), only pred gets a gradient"
+        is_valid = not (isinstance(x, Tensor) and x.requires_grad)
+        yield name, x, is_valid, "pass {name}.detach(), only pred gets a gradient"
 
 
 def _option_rules(
     pred, tau, eps, reduction, impl, norm_pix, normalize_attn, return_mse
 ):
-    # Both paths must be able to hold the numbers in fp32.
-    fp32 = torch.finfo(torch.float32)
     if isinstance(tau, Tensor):
-        is_right = tau.dim() == 0 and not tau.is_complex()
-        yield "tau", tau, is_right, "pass a float or a 0-d tensor"
+        is_valid = tau.dim() == 0 and not tau.is_complex()
+        yield "tau", tau, is_valid, "pass a float or a 0-d tensor"
     else:
-        is_right = _is_number(tau) and fp32.tiny <= tau <= fp32.max
-        limits = f"{fp32.tiny:.2g} to {fp32.max:.2g}"
-        yield "tau", tau, is_right, f"pass a float above 0, from {limits}"
-    is_right = _is_number(eps) and 0 <= eps <= fp32.max
-    yield "eps", eps, is_right, f"pass a float from 0 to {fp32.max:.2g}"
+        is_valid = _is_number(tau) and FP32.tiny <= tau <= FP32.max
+        yield "tau", tau, is_valid, "pass a float above 0 that fp32 can hold"
+    is_valid = _is_number(eps) and 0 <= eps <= FP32.max
+    yield "eps", eps, is_valid, "pass a float, 0 or above, that fp32 can hold"
 
-    is_right = reduction in ("mean", "sum", "none")
-    yield "reduction", reduction, is_right, 'pass "mean", "sum" or "none"'
-    is_right = impl in ("auto", "torch", "triton")
-    yield "impl", impl, is_right, 'pass "auto", "torch" or "triton"'
-    yield "norm_pix", norm_pix, isinstance(norm_pix, bool), "pass True or False"
-    yield (
-        "normalize_attn",
-        normalize_attn,
-        isinstance(normalize_attn, bool),
-        "pass a bool",
-    )
-    yield "return_mse", return_mse, isinstance(return_mse, bool), "pass a bool"
-    is_right = not norm_pix or pred.shape[2] > 1
+    is_valid = reduction in ("mean", "sum", "none")
+    yield "reduction", reduction, is_valid, 'pass "mean", "sum" or "none"'
+    is_valid = impl in ("auto", "torch", "triton")
+    yield "impl", impl, is_valid, 'pass "auto", "torch" or "triton"'
+    switches = {"norm_pix": norm_pix, "normalize_attn": normalize_attn}
+    for name, x in (switches | {"return_mse": return_mse}).items():
+        yield name, x, isinstance(x, bool), "pass True or False"
+    is_valid = not norm_pix or pred.shape[2] > 1
     remedy = "patches of one value (P = 1) have no variance: pass False"
-    yield "norm_pix", norm_pix, is_right, remedy
+    yield "norm_pix", norm_pix, is_valid, remedy
 
 
 def _is_number(x):
