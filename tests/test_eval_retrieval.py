@@ -1,6 +1,7 @@
 """eval_retrieval.py against a plain reading of the protocol and Hugging Face's ViT."""
 
 import copy
+import json
 import math
 import pickle
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import attg_mae
 import eval_knn
 import eval_retrieval
+from attg.evaluation import report
 from attg.export import to_hugging_face
 from tests.helpers import (
     SMALL,
@@ -67,7 +69,7 @@ def test_metrics_equal_a_plain_reading_of_the_protocol():
         assert len(ap) == {"medium": 8, "hard": 7}[name]
 
 
-def test_metrics_of_perfect_features_and_without_positives():
+def test_metrics_of_perfect_features_and_without_positives(tmp_path):
     perfect = torch.eye(120)
     gnd = [{"easy": [q], "hard": [q + 1], "junk": [5]} for q in range(3)]
     queries = perfect[:3] + 0.5 * perfect[1:4]
@@ -77,6 +79,8 @@ def test_metrics_of_perfect_features_and_without_positives():
     gnd = [{"easy": [0], "hard": [], "junk": []}]
     none = eval_retrieval.retrieval_map(perfect, perfect[:1], gnd)["hard"]
     assert math.isnan(none["mAP"])
+    report([none], {}, tmp_path / "o.jsonl")  # JSON has no NaN
+    assert json.loads((tmp_path / "o.jsonl").read_text())["results"][0]["mAP"] is None
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
