@@ -88,6 +88,8 @@ def patch_weights(m_norm, tau, guidance="attg", flat=None, ties=None):
     tau: float or 0-d tensor. guidance: one of GUIDANCE. flat (B,): maps without an
     object, which get weight 1 in every mode. ties (B, L): see patch_order.
     """
+    if guidance not in GUIDANCE:
+        raise ValueError(f"guidance: got {guidance!r}; pass one of {GUIDANCE}")
     if guidance in ("none", "input_masking"):
         return None
     if guidance in ("inverted", "background"):

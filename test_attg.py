@@ -214,6 +214,8 @@ def test_weights_of_the_ablations():
     assert (weights["foreground"][0] == 0).tolist() == [True] * 2 + [False] * 18
     assert (weights["background"][0] == 0).tolist() == [False] * 18 + [True] * 2
     assert patch_weights(m, 0.75, "none") is None
+    with pytest.raises(ValueError, match="'typo'.*'inverted'"):
+        patch_weights(m, 0.75, "typo")
 
 
 def test_tau_rises_and_the_learning_rate_falls_by_half_a_cosine():
