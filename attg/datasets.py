@@ -6,22 +6,7 @@ Data sets: everything that --data accepts, as indexed samples of 8-bit images.
     sample = train[index]           # the evaluation view: whole image or center crop
     image, label, index, box, flip = sample
 
-Values of --data:
-    toy
-        generated in seconds, no download; see attg/toy.py
-    cifar10 cifar100 flowers102 dtd pets stl10 imagenette stanford_cars
-        torchvision's data sets, downloaded to $ATTG_DATA (default ~/.cache/attg_mae);
-        stanford_cars must be there already. flowers102 trains on train + val, stl10 on
-        train + unlabeled
-    DIR with train/CLASS/*.jpg
-        class folders; the test split is val/CLASS/ or, without val/, test/CLASS/
-    DIR with CLASS/*.jpg
-        torchvision's ImageFolder layout, without a test split
-    DIR with images, or with images in train/
-        a flat folder without labels, for pre-training only
-    FILE
-        a single image
-From Python, also any map-style data set of (PIL image, label), see open_data.
+docs/data.md lists the values of --data.
 
 Loader workers decode and crop in 8 bits. A Sample carries the box and the flip of its
 crop: the device normalizes and flips the image, and crops its attention map alike.
@@ -31,11 +16,9 @@ workers, changes nothing. EXIF rotation is ignored, as it is when maps are made.
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -43,7 +26,6 @@ from PIL import Image
 from attg.images import (
     MAX_PIXELS,
     MODES,
-    Checked,
     ImageData,
     Names,
     Pairs,
@@ -77,7 +59,7 @@ def open_data(
 ):
     """Open one split of a data set: ImageData, or None if there is no such split.
 
-        name        a value of --data, see the top of this file; or a map-style data set
+        name        a value of --data, see docs/data.md; or a map-style data set
                     of (PIL image, label), or a dict {"train": ..., "test": ...} of them
         split       "train" or "test"; for toy also one of TOY_VARIANTS; for class
                     folders also another folder of the same classes: DIR/CLASS/,
@@ -106,41 +88,32 @@ def open_data(
         augment=train_view if augment is True else augment,
         seed=seed,
         channels=channels,
+        max_pixels=max_pixels,
     )
 
 
-class Source(NamedTuple):
-    """One split as it was found, before any crop; the fields are those of ImageData."""
-
-    pairs: Sequence
-    names: Sequence[str]
-    labels: Sequence[int] | None
-    num_classes: int | None
-    root: Path | None = None
-    masks: np.ndarray | None = None
-
-
 def open_source(name, split, classes, root, max_pixels):
-    """Find one split; the arguments are those of open_data. None if there is none."""
-    if not isinstance(name, str | os.PathLike):
-        if classes:
-            raise ValueError(f"--classes {classes}: only for --data with class folders")
-        return open_python(name, split, max_pixels)
+    """Find one split, see open_data: the first fields of ImageData; None if there is none."""
+    named = isinstance(name, str | os.PathLike)
+    if classes and not (named and os.path.isdir(os.path.expanduser(name))):
+        raise ValueError(f"--classes {classes}: only for a folder of class folders")
+    if classes and not os.path.isfile(classes):
+        raise ValueError(f"--classes {classes}: must be a text file, one class a line")
+    if not named:
+        return open_python(name, split)
     name = str(name)
     if name == "toy":
-        splits = ("train", "test", *TOY_VARIANTS)
-        if classes or split not in splits:
-            check_split(name, split, classes, splits)
+        check_split(name, split, ("train", "test", *TOY_VARIANTS))
         images, masks, labels = toy(split)
         names = [f"toy/{split}/{i:05d}" for i in range(len(images))]
         pairs = Pairs(Image.fromarray, images, labels)
-        return Source(pairs, names, labels, len(TOY_CLASSES), masks=masks)
+        return pairs, names, labels, len(TOY_CLASSES), None, masks
     if name in TORCHVISION:
-        check_split(name, split, classes)
+        check_split(name, split)
         root = Path(root or os.environ.get("ATTG_DATA") or "~/.cache/attg_mae")
-        pairs = Checked(open_torchvision(name, split, root.expanduser()), max_pixels)
+        pairs = open_torchvision(name, split, root.expanduser())
         names = [f"{name}/{split}/{i:06d}" for i in range(len(pairs))]
-        return Source(pairs, names, None, TORCHVISION[name][1])
+        return pairs, names, None, TORCHVISION[name][1]
     # Path.expanduser raises an error for unknown users.
     path = Path(os.path.expanduser(name))
     if not path.exists():
@@ -154,27 +127,26 @@ def open_source(name, split, classes, root, max_pixels):
     folder, names, labels = found
     names = Names(names)
     pairs = Pairs(functools.partial(load_from, folder, max_pixels), names, labels)
-    return Source(pairs, names, labels, int(labels.max()) + 1, folder)
+    return pairs, names, labels, int(labels.max()) + 1, folder
 
 
 def load_from(folder, max_pixels, name):
     return load_image(os.path.join(folder, name), max_pixels)
 
 
-def open_python(data, split, max_pixels):
-    """The Source of a map-style data set, or of a dict of them by split."""
+def open_python(data, split):
+    """open_source for a map-style data set, or a dict of them by split."""
     if not isinstance(data, Mapping):
         data = {"train": data}
     source = data.get(split)
-    if source is None and split == "train":
-        raise ValueError(f"data: has {list(data)}; one must be named 'train'")
-    if source is None:
+    if source is None and split != "train":
         return None
     map_style = hasattr(source, "__getitem__") and hasattr(source, "__len__")
     if not map_style or not len(source):
         raise ValueError(
             f"data: the {split} split is a {type(source).__name__} without images; must "
-            "be a map-style data set, with [i] and len(), of (PIL image, label)"
+            "be a map-style data set, with [i] and len(), of (PIL image, label), or a "
+            'dict {"train": ..., "test": ...} of them'
         )
     try:
         first = source[0]
@@ -191,7 +163,7 @@ def open_python(data, split, max_pixels):
     elif labels is None and label < 0:
         num_classes = 0
     names = [f"data/{split}/{i:06d}" for i in range(len(source))]
-    return Source(Checked(source, max_pixels), names, labels, num_classes)
+    return source, names, labels, num_classes
 
 
 # -- Helpers of training and evaluation ------------------------------------------------

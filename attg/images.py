@@ -24,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor
 CROP_SCALE = (0.2, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
-# Images with more pixels are not decoded. So many take about 1 GB at worst.
+# Images with more pixels are not decoded. So many take about 1.5 GB at worst.
 MAX_PIXELS = 100_000_000
 # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as both sides keep this many
 # pixels: that takes a fraction of the time and suffices for crops of up to 1792 pixels.
@@ -80,12 +80,7 @@ def check_pixels(image, max_pixels):
         raise ValueError(f"{width} x {height} pixels, above --max_pixels {max_pixels}")
 
 
-def to_rgb(image):
-    """Convert a PIL image of any mode to 8-bit RGB, see to_8_bits."""
-    return to_8_bits(image, "RGB")
-
-
-def to_8_bits(image, mode):
+def to_8_bits(image, mode="RGB"):
     """Convert a PIL image of any mode to "RGB" or "L" (gray).
 
     Alpha is dropped, as torchvision does.
@@ -95,35 +90,23 @@ def to_8_bits(image, mode):
     if image.mode == "P" and "transparency" in image.info:
         # Without this detour PIL warns.
         image = image.convert("RGBA")
-    if image.mode == mode:
-        return image
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def wide_gray_to_8_bits(image):
     """Scale 16-bit and float gray to 8 bits; PIL's own conversion clips at 255."""
-    largest = max(rows.max() for _, rows in gray_rows(image))
-    # Older versions of Pillow open 16-bit PNGs in mode I (32 bits).
-    whites = (65535,)
-    if image.mode == "F":
-        # Float files do not record their white level: take the smallest that fits.
-        whites = (1, 255, 65535)
-    white = next((candidate for candidate in whites if largest <= candidate), largest)
-    gray = np.empty((image.height, image.width), dtype=np.uint8)
-    for top, rows in gray_rows(image):
-        rows = np.uint8(np.clip(rows / white, 0, 1) * 255 + 0.5)
-        gray[top : top + len(rows)] = rows
-    return Image.fromarray(gray)
-
-
-def gray_rows(image, values=2**20):
-    """Yield (first row, finite float64 (rows, width)), about `values` numbers at a time."""
-    width, height = image.size
-    step = max(1, values // width)
-    for top in range(0, height, step):
-        rows = image.crop((0, top, width, min(top + step, height)))
-        rows = np.asarray(rows, dtype=np.float64)
-        yield top, np.nan_to_num(rows, posinf=0, neginf=0)
+    # Older versions of Pillow open 16-bit PNGs in mode I (32 bits). Float files do not
+    # record their white level: take the smallest that fits.
+    whites = (1, 255, 65535) if image.mode == "F" else (65535,)
+    gray = np.array(image, dtype=np.float64)
+    np.nan_to_num(gray, copy=False, posinf=0, neginf=0)
+    largest = gray.max()
+    gray /= next((white for white in whites if largest <= white), largest)
+    np.clip(gray, 0, 1, out=gray)
+    # Adding 0.5 rounds to the nearest level. In place: gray may take 800 MB.
+    gray *= 255
+    gray += 0.5
+    return Image.fromarray(gray.astype(np.uint8))
 
 
 # -- Views -----------------------------------------------------------------------------
@@ -192,7 +175,7 @@ def eval_view(image, size):
 
 
 class Names(Sequence):
-    """A list of strings, stored in one array of bytes.
+    """A list of strings without NUL, stored in one array of bytes.
 
     Forked workers share the parent's memory until someone writes to it, and Python
     writes a reference count whenever a string is read: a list of a million names would
@@ -201,18 +184,13 @@ class Names(Sequence):
 
     def __init__(self, names):
         # File names need not be valid UTF-8.
-        encoded = [name.encode(errors="surrogateescape") for name in names]
-        self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self.offsets = np.cumsum([0, *map(len, encoded)])
+        self.encoded = np.array([os.fsencode(name) for name in names], dtype=bytes)
 
     def __len__(self):
-        return len(self.offsets) - 1
+        return len(self.encoded)
 
     def __getitem__(self, i):
-        # range accepts negative indices and raises the IndexError that ends a loop.
-        i = range(len(self))[i]
-        name = self.text[self.offsets[i] : self.offsets[i + 1]].tobytes()
-        return name.decode(errors="surrogateescape")
+        return os.fsdecode(self.encoded[i])
 
 
 @dataclass(eq=False)
@@ -224,7 +202,7 @@ class Pairs(Dataset):
     labels: Sequence[int]
 
     def __getitem__(self, i):
-        return self.load(self.items[i]), int(self.labels[i])
+        return self.load(self.items[i]), self.labels[i]
 
 
 def check_pair(pair):
@@ -238,22 +216,6 @@ def check_pair(pair):
         f"data: found a {type(pair).__name__}; every [i] must be (PIL image, label), the "
         "label an int or None"
     )
-
-
-class Checked(Dataset):
-    """A map-style data set of a user or of torchvision, its items checked when read."""
-
-    def __init__(self, source, max_pixels):
-        self.source = source
-        self.max_pixels = max_pixels
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, i):
-        image, label = check_pair(self.source[i])
-        check_pixels(image, self.max_pixels)
-        return image, label
 
 
 # Unreadable images that are reported one by one; further ones are counted.
@@ -279,7 +241,7 @@ class ImageData(Dataset):
     the first few are reported, further ones only counted. ValueError if there is none.
     """
 
-    pairs: Dataset  # map-style, of (PIL image of any mode, int label)
+    pairs: Dataset  # map-style, of (PIL image of any mode, label)
     names: Sequence[str]  # one per image: order and identity of the rows of a map file
     known_labels: Sequence[int] | None  # None: only the source knows them
     known_classes: int | None  # 0 = no labels; None = the largest label + 1
@@ -290,6 +252,7 @@ class ImageData(Dataset):
     augment: Callable | None = None
     seed: int = 0
     channels: int = 3
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self):
         self.num_images = len(self.names)
@@ -321,7 +284,7 @@ class ImageData(Dataset):
         for step in range(self.num_images):
             index = (start + step) % self.num_images
             try:
-                image, label = self.pairs[index]
+                image, label = self.read(index)
                 return index, to_8_bits(image, MODES[self.channels]), label
             # Decoders raise OSError, SyntaxError, ValueError and others.
             except Exception as error:
@@ -334,7 +297,9 @@ class ImageData(Dataset):
 
     def read(self, i):
         """(PIL image of any mode, label) of image i. Raises what its decoder raises."""
-        return self.pairs[i]
+        image, label = check_pair(self.pairs[i])
+        check_pixels(image, self.max_pixels)
+        return image, label
 
     def path(self, i):
         """The path of image i, or its name if it is not a file."""
@@ -348,11 +313,10 @@ class ImageData(Dataset):
         count = int(self.unreadable.sum())
         if count <= MAX_REPORTED:
             more = "; further ones are only counted" if count == MAX_REPORTED else ""
-            print(
-                f"unreadable, the next image replaces it: {self.path(i)} ({error}){more}",
-                file=sys.stderr,
-                flush=True,
+            message = (
+                f"unreadable, the next image replaces it: {self.path(i)} ({error})"
             )
+            print(message + more, file=sys.stderr, flush=True)
 
     @property
     def labeled(self):

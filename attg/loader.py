@@ -109,14 +109,9 @@ def make_loader(
         atexit.register(exiting.set)
         options["persistent_workers"] = True
         options["worker_init_fn"] = functools.partial(ignore_stop_signals, exiting)
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        # The loader draws a seed from it, by default from torch's global generator.
-        generator=torch.Generator(),
-        **options,
-    )
+    # The loader draws a seed, by default from torch's global generator.
+    options |= {"generator": torch.Generator(), "pin_memory": pin_memory}
+    return DataLoader(dataset, num_workers=workers, **options)
 
 
 class Batch(NamedTuple):
@@ -135,63 +130,53 @@ class Batch(NamedTuple):
     ties: torch.Tensor | None = None
 
 
-def to_device(samples, maps, device):
-    """Yield the Batch of each batched Sample, without noise.
-
-    maps: (n, h, w) on the host, or None.
-    """
-    for sample in samples:
-        tensors = [sample.image, sample.box, sample.flip]
-        if maps is not None:
-            tensors.append(torch.from_numpy(maps[sample.index.numpy()]))
-        if device.type == "cuda":
-            # The copy of pageable memory would wait for the GPU.
-            tensors = [x.pin_memory() for x in tensors]
-        image, box, flip, *rows = [x.to(device, non_blocking=True) for x in tensors]
-        yield Batch(image, rows[0].float() if rows else None, box, flip)
-
-
 class BatchIterator:
     """The Batches of a run on one rank, in the order of a ResumableBatchSampler.
 
-    draw(generator): uniform noise (batch_size, L) of a global batch. ties: whether batches
-    need them. Noise and ties are functions of seed and step, and are sharded as the images
-    are: a run depends on neither accum nor world, and has no generator state to save.
+    maps: (n, h, w) on the host, or None. draw(generator): uniform noise (batch_size, L) of
+    a global batch. ties: whether batches need them. Noise and ties are functions of seed
+    and step, and are sharded as the images are: a run depends on neither accum nor world,
+    and has no generator state to save.
 
     waited: seconds spent waiting for images, until the reader resets it. unreadable:
     number of images of this epoch that were replaced.
     """
 
     def __init__(self, dataset, sampler, device, maps, draw, ties=False, workers=0):
-        self.dataset, self.sampler, self.device = dataset, sampler, device
+        self.dataset, self.sampler = dataset, sampler
+        self.device, self.maps = device, maps
         self.draw, self.streams = draw, ("masks", "ties") if ties else ("masks",)
         self.waited, self.unreadable = 0.0, 0
-        self.pin_memory = device.type == "cuda"
-        samples = make_loader(
-            dataset,
-            workers=workers,
-            batch_sampler=sampler,
-            pin_memory=self.pin_memory,
-        )
-        self.batches = to_device(samples, maps, device)
+        options = {"batch_sampler": sampler, "pin_memory": device.type == "cuda"}
+        self.loader = make_loader(dataset, workers=workers, **options)
+
+    def to_device(self, x):
+        """Copy a tensor; the copy of pageable memory would wait for the GPU."""
+        x = x.pin_memory() if self.device.type == "cuda" else x
+        return x.to(self.device, non_blocking=True)
+
+    def batch(self, sample):
+        """The Batch of a batched Sample, without noise."""
+        image, box, flip = map(self.to_device, (sample.image, sample.box, sample.flip))
+        maps = None
+        if self.maps is not None:
+            rows = torch.from_numpy(self.maps[sample.index.numpy()])
+            maps = self.to_device(rows).float()
+        return Batch(image, maps, box, flip)
 
     def __iter__(self):
-        sampler = self.sampler
+        sampler, samples = self.sampler, iter(self.loader)
         for step in range(sampler.start, sampler.stop):
             if step % sampler.steps_per_epoch == 0:
                 self.unreadable = 0
             indices = sampler.indices(step)[sampler.rows]  # (accum, b)
+            draws = []
+            for stream in self.streams:
+                noise = self.draw(generator_for(stream, sampler.seed, step))
+                draws.append(self.to_device(noise[sampler.rows]))  # (accum, b, L)
             for micro in range(sampler.accum):
                 began = time.perf_counter()
-                batch = next(self.batches)
+                batch = self.batch(next(samples))
                 self.waited += time.perf_counter() - began
                 self.unreadable += int(self.dataset.unreadable[indices[micro]].sum())
-                if micro == 0:
-                    draws = []
-                    for stream in self.streams:
-                        noise = self.draw(generator_for(stream, sampler.seed, step))
-                        noise = noise[sampler.rows]  # (accum, b, L)
-                        if self.pin_memory:
-                            noise = noise.pin_memory()
-                        draws.append(noise.to(self.device, non_blocking=True))
                 yield Batch(*batch[:4], *[noise[micro] for noise in draws])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.ops import box_iou
 
-from attg.images import load_image, to_rgb
+from attg.images import load_image, to_8_bits
 
 
 def read_mask(folder, name):
@@ -25,7 +25,7 @@ def read_mask(folder, name):
     if image.mode == "P":
         gray = np.asarray(image) > 0
     else:
-        gray = np.asarray(to_rgb(image).convert("L"))
+        gray = np.asarray(to_8_bits(image).convert("L"))
     if gray.max() <= 1:
         gray = np.uint8(gray) * 255
     return Image.fromarray(gray)

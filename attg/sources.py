@@ -8,7 +8,6 @@ twice. Only regular files with an image suffix count.
 import contextlib
 import os
 from collections import deque
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,22 +25,16 @@ LAYOUTS = (
 )
 
 
-def check_split(name, split, classes, splits=("train", "test"), folders=()):
-    """ValueError unless --data `name` has this split and takes these --classes.
+def check_split(name, split, splits=("train", "test"), folders=()):
+    """ValueError unless --data `name` has this split.
 
-    splits: names of its splits; folders: its class folders, if any.
+    folders: its class folders, if any; then a split may be another folder.
     """
-    if classes and not (folders and Path(classes).is_file()):
+    if split not in splits and not (folders and Path(split).is_dir()):
         raise ValueError(
-            f"--classes {classes}: must be a text file with one class folder per line, "
-            f"and --data a folder with train/CLASS/ or CLASS/, not {name}"
+            f"split {split!r} of --data {name}: must be one of {', '.join(splits)}; or, "
+            "for class folders, another folder of the same classes"
         )
-    if split in splits or (folders and Path(split).is_dir()):
-        return
-    message = f"split {split!r} of --data {name}: must be one of {', '.join(splits)}"
-    if folders:
-        message += ", or a folder with the same class folders as train/"
-    raise ValueError(message)
 
 
 def find_images(path, split, classes):
@@ -54,30 +47,34 @@ def find_images(path, split, classes):
         if not is_image_file(path.name):
             suffixes = ", ".join(IMG_EXTENSIONS)
             raise ValueError(f"--data {path}: must be an image file, {suffixes}")
-        check_split(path, split, classes)
+        check_split(path, split)
         return (path.parent, [path.name], np.array([-1])) if split == "train" else None
 
     train = path / "train" if (path / "train").is_dir() else path
     class_names = find_class_folders(path, train, classes)
-    check_split(path, split, classes, folders=class_names)
+    check_split(path, split, folders=class_names)
+    candidates = [Path(split, "val"), Path(split, "test"), Path(split)]
     if split == "train":
         candidates = [train]
     elif split == "test":
         candidates = [path / "val", path / "test"] if train != path else []
-    else:
-        candidates = [Path(split, "val"), Path(split, "test"), Path(split)]
     folder = next(filter(Path.is_dir, candidates), None)
     if folder is None:
         return None
-    if class_names:
-        return folder, *list_classes(path, train, class_names, folder, classes)
-    _, names = list_folder(folder)
-    if not names:
+    below = {"": list_folder(folder)[1]}
+    if class_names or classes:
+        selected = select_classes(path, train, class_names, folder, classes)
+        below = walk_images(folder, selected)
+    empty = [c for c, names in below.items() if not names]
+    if empty:
+        what = f"of the classes {', '.join(empty[:5])} " if class_names else ""
         raise ValueError(
-            f"--data {path}: {train} is a flat folder of images, but {folder} contains "
-            f"none directly. {LAYOUTS}"
+            f"--data {path}: no images {what}in {folder}; add them, or list the classes "
+            f"that have some in a file for --classes. {LAYOUTS}"
         )
-    return folder, names, np.full(len(names), -1)
+    names = [name for names in below.values() for name in names]
+    labels = np.repeat(np.arange(len(below)), [len(names) for names in below.values()])
+    return folder, names, labels if class_names else labels - 1
 
 
 def find_class_folders(path, train, classes):
@@ -93,15 +90,15 @@ def find_class_folders(path, train, classes):
     filled = [c for c, below in walk_images(train, class_names).items() if below]
     if filled:
         raise ValueError(
-            f"--data {path}: {train} contains {len(images)} images, such as {images[0]}, "
-            f"beside {len(filled)} folders with images, such as {filled[0]}/; move one "
-            "or the other elsewhere, or list the class folders in a file for --classes"
+            f"--data {path}: {train} contains images, such as {images[0]}, beside folders "
+            f"with images, such as {filled[0]}/; move one or the other elsewhere, or list "
+            "the class folders in a file for --classes"
         )
     return []
 
 
-def list_classes(path, train, class_names, folder, classes):
-    """(names, labels) of the images in the class folders of `folder`, as by ImageFolder.
+def select_classes(path, train, class_names, folder, classes):
+    """The class folders of `folder`, which must be those of the training folder.
 
     class_names: the class folders in train; classes: the file that selects some of them.
     """
@@ -124,15 +121,7 @@ def list_classes(path, train, class_names, folder, classes):
             f"--data {path}: {train} and {folder} hold different classes, {odd} are in "
             "one only; make them equal or list the common ones with --classes"
         )
-    below = walk_images(folder, here)
-    empty = [c for c in here if not below[c]]
-    if empty:
-        raise ValueError(
-            f"--data {path}: no images of the classes {', '.join(empty[:5])} in "
-            f"{folder}; remove these folders or list the others with --classes. {LAYOUTS}"
-        )
-    names = [image for c in here for image in below[c]]
-    return names, np.repeat(np.arange(len(here)), [len(below[c]) for c in here])
+    return here
 
 
 def list_folder(folder, hidden=False):
@@ -159,31 +148,27 @@ def walk_images(root, classes):
     Links are followed, but no folder is entered twice, nor one above root: a link
     cannot lead in circles, or from one class into another.
     """
-
-    def inode(path):
-        status = os.stat(path)
-        return status.st_dev, status.st_ino
-
     real = root.resolve()
-    entered = {inode(path) for path in (real, *real.parents)}
+    entered = {(p.stat().st_dev, p.stat().st_ino) for p in (real, *real.parents)}
     found = {c: [] for c in classes}
     # Links come last: a folder that is reachable without them keeps its own path.
-    folders, links = deque((c, c) for c in classes), deque()
-    while folders or links:
-        c, folder = (folders or links).popleft()
-        if inode(root / folder) in entered:
-            continue
-        entered.add(inode(root / folder))
-        below, images = list_folder(root / folder, hidden=True)
-        found[c].append((folder, images))
-        for name in below:
-            path = f"{folder}/{name}"
-            (links if os.path.islink(root / path) else folders).append((c, path))
-    for c in classes:
-        found[c] = [
-            f"{folder}/{x}" for folder, names in sorted(found[c]) for x in names
-        ]
-    return found
+    queue = deque((c, c) for c in classes)
+    while queue:
+        c, folder = queue.popleft()
+        status = os.stat(root / folder)
+        inode = status.st_dev, status.st_ino
+        if inode not in entered:
+            entered.add(inode)
+            below, images = list_folder(root / folder, hidden=True)
+            found[c].append((folder, images))
+            for name in below:
+                path = f"{folder}/{name}"
+                add = queue.append if os.path.islink(root / path) else queue.appendleft
+                add((c, path))
+    return {
+        c: [f"{folder}/{name}" for folder, names in sorted(below) for name in names]
+        for c, below in found.items()
+    }
 
 
 # -- torchvision's data sets -----------------------------------------------------------
@@ -206,11 +191,6 @@ TORCHVISION = {
 def open_torchvision(name, split, root):
     """torchvision's data set of (PIL image, label), downloaded if it is missing."""
     kind, _, folder, train_parts, test_part = TORCHVISION[name]
-    if kind in ("Flowers102", "StanfordCars") and find_spec("scipy") is None:
-        raise ValueError(
-            f"--data {name}: its labels are MATLAB files, and scipy is missing; pip "
-            "install scipy"
-        )
     dataset = getattr(torchvision.datasets, kind)
     # Rank 0 may have to download, the others wait for it.
     distributed = dist.is_initialized()
@@ -227,10 +207,10 @@ def open_torchvision(name, split, root):
                 opened.append(dataset(str(root), part, download=True))
         if distributed and rank0:
             dist.barrier()
-    # No network, a full disk, a broken archive, a download that was withdrawn.
+    # No network, a full disk, a broken archive, scipy missing for MATLAB files.
     except Exception as error:
         raise ValueError(
-            f"--data {name}: not found in {root} and not downloaded "
+            f"--data {name}: not opened from {root} and not downloaded "
             f"({type(error).__name__}: {error}); put the files of "
             f"torchvision.datasets.{kind} into {root / folder}, or set ATTG_DATA to the "
             f"folder that contains {folder}"

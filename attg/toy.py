@@ -90,39 +90,29 @@ def toy_objects(x, y, r, t):
     are bool. All silhouettes lie within r < 1.
     """
     square = np.maximum(abs(x), abs(y))
-
     ball = r < 0.9
     ball_light = np.sin(3 * t) > 0
-
     box = square < 0.8
     box_light = np.sin(6 * x) * np.sin(6 * y) > 0
-
     # 0 between two of the five points, 1 at a point.
     point = abs(5 * t / np.pi % 2 - 1)
     star = r < 0.4 + 0.58 * point**1.3
     star_light = r < 0.45
-
     flower = r < 0.74 + 0.24 * np.cos(6 * t)
     flower_light = r > 0.36
-
     heart = np.hypot(x, 0.15 - 1.15 * y - 0.75 * np.sqrt(abs(x))) < 0.87
     heart_light = np.sin(9 * x + 0.6) > 0
-
     cross = (np.minimum(abs(x), abs(y)) < 0.3) & (square < 0.95)
     cross_light = np.sin(8 * (x + y)) > 0
-
     gear = r < 0.8 + 0.16 * np.sign(np.cos(8 * t))
     gear_light = abs(r - 0.44) < 0.17
-
     leaf = abs(y) < 0.55 * (1 - x * x)
     # Veins on both sides of a dark midrib.
     leaf_light = (abs(y) > 0.09) & (np.sin(11 * (x - abs(y))) > -0.5)
-
     body = np.hypot((x - 0.24) / 0.7, y / 0.5) < 1
     tail = (abs(x + 0.6) < 0.36) & (abs(y) < -0.75 * x - 0.1)
     fish = body | tail
     fish_light = (x < 0.3) & (np.sin(10 * x) < 0.5)
-
     clover = r < 0.2 + 0.76 * abs(np.sin(2 * t)) ** 0.6
     # A dark spot on each of the four leaves.
     clover_light = np.hypot(abs(x) - 0.45, abs(y) - 0.42) > 0.21
@@ -150,14 +140,11 @@ def toy_backgrounds(x, y):
     both directions.
     """
     wave = 2 * np.pi
-
     stripes = np.sin(2 * wave * x)
     checks = np.sin(wave * x) * np.sin(wave * y)
-
     # Two rows of bricks, one shifted by half a brick; the mortar is below 0.
     along = (x + (y > 0.5) / 2) % 1
     bricks = np.minimum(2 * y % 1, 1.6 * along) - 0.22
-
     dots = np.hypot(2 * x % 1 - 0.5, 2 * y % 1 - 0.5) - 0.26
     zigzag = (2 * y + 2 * abs(2 * x % 1 - 0.5)) % 1 - 0.5
     waves = np.sin(2 * wave * y + 2 * np.sin(wave * x))
@@ -165,7 +152,6 @@ def toy_backgrounds(x, y):
     plaid = np.sign(x - 0.5) + np.sign(y - 0.5)
     rings = np.sin(5 * wave * np.hypot(x - 0.5, y - 0.5))
     mesh = 0.93 - np.maximum(abs(np.sin(wave * x)), abs(np.sin(wave * y)))
-
     bent = np.sin(wave * (x + y) + 2 * np.sin(wave * y))
     blots = bent + np.sin(wave * (2 * x - y))
 
@@ -227,17 +213,14 @@ def toy_coordinates(cx, cy, turn, unit):
     and its unit is `unit` pixels long; all four are (n,).
     """
     cosines = toy_tables().cosines
+    cx, cy, turn, unit = (a[:, None, None] for a in (cx, cy, turn, unit))
     angle = (turn * DIRECTIONS).astype(int)
-    quarter = DIRECTIONS // 4
-    cos = cosines[angle % DIRECTIONS]
-    sin = cosines[(angle - quarter) % DIRECTIONS]
-    cos = cos[:, None, None] / unit[:, None, None]
-    sin = sin[:, None, None] / unit[:, None, None]
+    cos = cosines[angle % DIRECTIONS] / unit
+    sin = cosines[(angle - DIRECTIONS // 4) % DIRECTIONS] / unit
 
     center = np.arange(TOY_SIZE) + 0.5
     # dx (n, 1, 32) along the columns, dy (n, 32, 1) along the rows.
-    dx = center - cx[:, None, None]
-    dy = center[:, None] - cy[:, None, None]
+    dx, dy = center - cx, center[:, None] - cy
     return cos * dx + sin * dy, cos * dy - sin * dx
 
 
@@ -257,7 +240,6 @@ def render_objects(labels, numbers):
     """
     right, down, size, turn, jitter, light = numbers.T
     tables = toy_tables()
-
     radius = between(TOY_RADIUS, size)
     # The whole object is inside the image.
     inside = (radius, TOY_SIZE - radius)
@@ -282,13 +264,10 @@ def render_backgrounds(family, numbers):
     family (n,): classes of the patterns, -1 = black; numbers (n, 13), random in [0, 1),
     of which the last two choose the family.
     """
-    right, down, turn, period = numbers.T[0:4]
-    middle, contrast, brighter = numbers.T[4:7]
+    right, down, turn, period, middle, contrast, brighter = numbers.T[:7]
     hue, saturation, hue_step, other_saturation = numbers.T[7:11]
-
-    x, y = toy_coordinates(
-        TOY_SIZE * right, TOY_SIZE * down, turn, between(TOY_PERIOD, period)
-    )
+    corner = TOY_SIZE * right, TOY_SIZE * down
+    x, y = toy_coordinates(*corner, turn, between(TOY_PERIOD, period))
     # Patterns are periodic, unlike objects.
     column = np.floor(x * TABLE).astype(int) % TABLE
     row = np.floor(y * TABLE).astype(int) % TABLE
@@ -336,8 +315,7 @@ def toy(split):
     labels = np.arange(n) % classes
 
     # The variants share the objects of the test split, but not the backgrounds.
-    objects = min(stream, 1)
-    p = np.random.default_rng([TOY_SEED, 0, objects]).random((n, 6))
+    p = np.random.default_rng([TOY_SEED, 0, min(stream, 1)]).random((n, 6))
     q = np.random.default_rng([TOY_SEED, 1, stream]).random((n, 13))
     any_class, own = q[:, 11], q[:, 12]
 
