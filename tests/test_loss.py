@@ -85,7 +85,7 @@ def arguments(draw, impl, target_dim, layouts=tuple(LAYOUTS)):
     tau = pick(0.75, 0.25, 100.0)
     tau = pick(tau, torch.tensor(tau), torch.tensor(tau).double())
     options = {"patch_size": p, "normalize_attn": normalize, "tau": tau}
-    options["norm_pix"] = P > 1 and pick(True, False)
+    options |= {"norm_pix": P > 1 and pick(True, False), "eps": pick(1e-6, 0.1, 0.0)}
     tensors = pred, target, mask, attn
     return [x if x is None else LAYOUTS[pick(*layouts)](x) for x in tensors], options
 
