@@ -47,34 +47,41 @@ LAYOUTS = {
 
 
 @st.composite
-def arguments(draw, impl, target_dim, layouts=tuple(LAYOUTS)):
-    """Return [pred, target, mask, attn] and a dictionary of options."""
+def arguments(draw, impl, kind, layouts=tuple(LAYOUTS)):
+    """Return [pred, target, mask, attn] and a dictionary of options.
+
+    kind is "patches", "images", or "groups": images that the kernels read in register
+    groups.
+    """
 
     def pick(*values):
         return draw(st.sampled_from(values))
 
     B, gh, gw, seed = pick(1, 2), pick(1, 2, 3), pick(1, 2, 3), pick(*range(0, 100, 5))
-    L, P = gh * gw, pick(1, 3, 12, 47, 48, 588, 768, 1023)
-    shape, p = (B, L, P), None
-    if target_dim == 4:
-        p, C = pick(1, 2, 3, 4, 8, 16), pick(1, 3, 3, 4)
-        shape, P = (B, C, gh * p, gw * p), p * p * C
+    P, p = pick(1, 3, 12, 47, 48, 588, 768, 1023), None
+    if kind != "patches":
+        p, C = pick(2, 1, 3, 4, 8), pick(3, 1, 4)
+        if kind == "groups":
+            gw, p, C = 1, pick(8, 4, 16), 3
+        P = p * p * C
+    L = gh * gw
+    shape = (B, L, P) if p is None else (B, C, gh * p, gw * p)
     floats = kernel.FUSED_DTYPES + ((torch.float64,) if impl == "torch" else ())
     # Neighbours differ, so that no patch has a variance near 0.
     target = sum(torch.meshgrid(*map(torch.arange, shape), indexing="ij")) % 2
     target = target + 0.7 * rand(*shape, seed=seed)
     target = pick((150 * target).byte(), (3 * target - 1).to(pick(*floats)))
     pred = randn(B, L, P, seed=seed + 1).to(pick(*floats))
-    mask = rand(B, L, seed=seed + 2) < pick(0.6, 0.6, -1, 2)  # some, some, none, all
-    mask = pick(None, mask, mask.float(), mask.long(), mask.to(pred.dtype))
+    mask = rand(B, L, seed=seed + 2) < pick(0.6, 0.5, 0.7, 2, -1)  # some, all, none
+    mask = pick(mask, mask.float(), mask.long(), mask.to(pred.dtype), None)
 
     m = rand(B, L, seed=seed + 3)
     flat = torch.tensor([0.3, 0.9])[:B, None].expand(B, L)
     dropped = m.masked_fill(m < 0.4, -math.inf)
     attn, normalize = pick(
-        (None, True),
         (m, True),
         (m, False),
+        (None, True),
         (m * 40 - 7, True),
         (dropped, False),
         (flat, True),
@@ -86,6 +93,8 @@ def arguments(draw, impl, target_dim, layouts=tuple(LAYOUTS)):
     tau = pick(tau, torch.tensor(tau), torch.tensor(tau).double())
     options = {"patch_size": p, "normalize_attn": normalize, "tau": tau}
     options |= {"norm_pix": P > 1 and pick(True, False), "eps": pick(1e-6, 0.1, 0.0)}
+    if kind == "groups":  # The values of a row have stride 1.
+        layouts = [x for x in layouts if x in ("contiguous", "slice", "expanded")]
     tensors = pred, target, mask, attn
     return [x if x is None else LAYOUTS[pick(*layouts)](x) for x in tensors], options
 
@@ -127,11 +136,13 @@ def check_loss(pred, target, mask, attn, impl, reduction, return_mse=True, **opt
 # -- Properties ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target_dim", [3, 4])
+@pytest.mark.parametrize("kind", ["patches", "images", "groups"])
 @each_impl
 @given(data=st.data())
-def test_loss_equals_the_equations(impl, target_dim, data):
-    tensors, options = data.draw(arguments(impl, target_dim))
+def test_loss_equals_the_equations(impl, kind, data):
+    tensors, options = data.draw(arguments(impl, kind))
+    if impl == "triton" and kind == "groups" and kernel._has_tuples():
+        assert kernel._group(*tensors[:2], options["patch_size"])
     reduction = data.draw(st.sampled_from(["mean", "sum", "none"]))
     check_loss(*tensors, impl, reduction, data.draw(st.booleans()), **options)
 
@@ -141,7 +152,7 @@ def test_loss_equals_the_equations(impl, target_dim, data):
 @given(data=st.data())
 def test_loss_ignores_visible_patches(impl, data):
     """NaN and inf there change no bit of loss, mse and gradient."""
-    values = arguments(impl, 4, layouts=["contiguous"])
+    values = arguments(impl, "images", layouts=["contiguous"])
     (pred, imgs, mask, attn), options = data.draw(values)
     bad = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
     p = options["patch_size"]
@@ -166,7 +177,7 @@ def test_loss_ignores_visible_patches(impl, data):
 @fewer
 @given(data=st.data())
 def test_loss_of_a_flat_map_has_the_bits_of_no_map(impl, data):
-    (pred, target, mask, _), options = data.draw(arguments(impl, 3))
+    (pred, target, mask, _), options = data.draw(arguments(impl, "patches"))
     options |= {"normalize_attn": True, "impl": impl, "tau": 0.02}
     flat = torch.tensor([0.3, -5.0])[: len(pred), None].expand(pred.shape[:2])
     noise = flat * (1 + 1e-7 * rand(*flat.shape))
