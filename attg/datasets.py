@@ -53,7 +53,6 @@ def open_data(
     augment=False,
     seed=0,
     classes=None,
-    root=None,
     channels=3,
     max_pixels=MAX_PIXELS,
 ):
@@ -68,7 +67,6 @@ def open_data(
         augment     True = random crop and flip for keys (epoch, index); or another
                     function (PIL image, size, seed) -> (PIL image, box, flip)
         classes     --classes: a text file with the class folders to keep, one per line
-        root        folder of torchvision's data sets
         channels    3 = RGB, 1 = gray
         max_pixels  images with more pixels are treated as unreadable
 
@@ -79,7 +77,7 @@ def open_data(
     """
     if channels not in MODES:
         raise ValueError(f"--in_chans {channels}: must be 3 (RGB) or 1 (gray)")
-    opened = open_source(name, split, classes, root, max_pixels)
+    opened = open_source(name, split, classes, max_pixels)
     if opened is None:
         return None
     return ImageData(
@@ -92,7 +90,7 @@ def open_data(
     )
 
 
-def open_source(name, split, classes, root, max_pixels):
+def open_source(name, split, classes, max_pixels):
     """Find one split, see open_data: the first fields of ImageData; None if there is none."""
     named = isinstance(name, str | os.PathLike)
     if classes and not (named and os.path.isdir(os.path.expanduser(name))):
@@ -110,8 +108,8 @@ def open_source(name, split, classes, root, max_pixels):
         return pairs, names, labels, len(TOY_CLASSES), None, masks
     if name in TORCHVISION:
         check_split(name, split)
-        root = Path(root or os.environ.get("ATTG_DATA") or "~/.cache/attg_mae")
-        pairs = open_torchvision(name, split, root.expanduser())
+        root = os.environ.get("ATTG_DATA") or "~/.cache/attg_mae"
+        pairs = open_torchvision(name, split, Path(root).expanduser())
         names = [f"{name}/{split}/{i:06d}" for i in range(len(pairs))]
         return pairs, names, None, TORCHVISION[name][1]
     # Path.expanduser raises an error for unknown users.
@@ -238,9 +236,8 @@ def shot_indices(labels, shots, seed):
         )
     chosen = []
     for c, available in enumerate(counts):
-        count = shots
-        if isinstance(shots, float):
-            count = max(1, round(shots * available))
+        fraction = isinstance(shots, float)
+        count = max(1, round(shots * available)) if fraction else shots
         members = (labels == c).nonzero().flatten()
         # The order is the same for any number of shots.
         generator = generator_for("shots", seed, c)

@@ -313,10 +313,11 @@ class ImageData(Dataset):
         count = int(self.unreadable.sum())
         if count <= MAX_REPORTED:
             more = "; further ones are only counted" if count == MAX_REPORTED else ""
-            message = (
-                f"unreadable, the next image replaces it: {self.path(i)} ({error})"
+            print(
+                f"unreadable, the next image replaces it: {self.path(i)} ({error}){more}",
+                file=sys.stderr,
+                flush=True,
             )
-            print(message + more, file=sys.stderr, flush=True)
 
     @property
     def labeled(self):
@@ -332,17 +333,15 @@ class ImageData(Dataset):
     @functools.cached_property
     def labels(self):
         """int64 (n,), -1 = none. Some data sets have to be read once to find them."""
-        labels = self.known_labels
-        if labels is None:
-            labels = [self.read_label(i) for i in range(len(self))]
-        return torch.as_tensor(labels, dtype=torch.int64)
-
-    def read_label(self, i):
-        try:
-            return self.read(i)[1]
-        except Exception as error:
-            self.report_unreadable(i, error)
-            return -1
+        if self.known_labels is not None:
+            return torch.as_tensor(self.known_labels, dtype=torch.int64)
+        labels = torch.full((len(self),), -1)
+        for i in range(len(self)):
+            try:
+                labels[i] = self.read(i)[1]
+            except Exception as error:
+                self.report_unreadable(i, error)
+        return labels
 
     def subset(self, rows):
         """The images of these rows, an int tensor (m,), as another ImageData."""

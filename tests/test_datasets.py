@@ -203,23 +203,23 @@ class FakeSet:
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_names(name, tmp_path, monkeypatch):
     kind, classes, folder, parts, test_part = TORCHVISION[name]
+    monkeypatch.setenv("ATTG_DATA", str(tmp_path))
     offline = Mock(side_effect=urllib.error.URLError("no network"))
     with monkeypatch.context() as patch:
         patch.setattr("urllib.request.urlopen", offline)
         remedy = f"put the files of .*{tmp_path / folder}, or set ATTG_DATA"
         with pytest.raises(ValueError, match=f"--data {name}: .*{remedy}"):
-            open_data(name, root=tmp_path)
+            open_data(name)
 
     monkeypatch.setattr(torchvision.datasets, kind, FakeSet)
     monkeypatch.setattr(FakeSet, "calls", [])
-    monkeypatch.setenv("ATTG_DATA", str(tmp_path))
     train = open_data(name, size=8, augment=True)
     root = str(tmp_path)
     assert FakeSet.calls == [(root, part, x) for part in parts for x in (False, True)]
     assert len(train) == len(set(train.names)) == 4 * len(parts)
     assert train.num_classes == classes and train[3].image[1, 0, 0] == 3
     (tmp_path / "there").touch()
-    train_set, tests = open_labeled(name, ["test"], size=8, root=tmp_path)
+    train_set, tests = open_labeled(name, ["test"], size=8)
     test = tests["test"]
     assert FakeSet.calls[-1] == (root, test_part, False)
     assert test.fingerprint != train.fingerprint
