@@ -201,24 +201,15 @@ def shake(model, std=0.03):
 def hf_model(kind, name="vit_micro", **kw):
     hf = transformers()
     p, size, width, depth, heads, dw, dd, dh, _ = PRESETS[name]
-    kw |= dict(
-        image_size=size,
-        patch_size=p,
-        hidden_size=width,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-    )
-    kw = dict(num_hidden_layers=depth, layer_norm_eps=1e-6) | kw
+    sizes = dict(image_size=size, patch_size=p, hidden_size=width)
+    sizes |= dict(num_attention_heads=heads, intermediate_size=4 * width)
+    optional = dict(num_hidden_layers=depth, layer_norm_eps=1e-6)
     if "MAE" in kind:
-        kw |= dict(
-            decoder_hidden_size=dw,
-            decoder_num_attention_heads=dh,
-            decoder_intermediate_size=4 * dw,
-        )
-        kw = dict(decoder_num_hidden_layers=dd) | kw
-    model = getattr(hf, kind)(
-        (hf.ViTMAEConfig if "MAE" in kind else hf.ViTConfig)(**kw)
-    )
+        sizes |= dict(decoder_hidden_size=dw, decoder_num_attention_heads=dh)
+        sizes |= dict(decoder_intermediate_size=4 * dw)
+        optional |= dict(decoder_num_hidden_layers=dd)
+    config = hf.ViTMAEConfig if "MAE" in kind else hf.ViTConfig
+    model = getattr(hf, kind)(config(**optional | kw | sizes))
     # A fresh model of transformers 5 has tables of zeros
     if "MAE" in kind and model.device.type != "meta":
         body = getattr(model, "vit", model)
@@ -324,47 +315,16 @@ def some_truth(images, queries, seed=0):
             easy, hard = easy[:0], hard[:0]
         if q == 2:
             hard = hard[:0]
-        gnd.append(
-            {
-                "bbx": [2.0, 1.0, 30.0, 20.0],
-                "easy": easy.tolist(),
-                "hard": hard.tolist(),
-                "junk": junk.tolist(),
-            }
-        )
+        parts = {"easy": easy, "hard": hard, "junk": junk}
+        row = {name: rows.tolist() for name, rows in parts.items()}
+        gnd.append(row | {"bbx": [2.0, 1.0, 30.0, 20.0]})
     return gnd
 
 
-SMALL = {
-    "width": 16,
-    "depth": 1,
-    "heads": 2,
-    "decoder_width": 16,
-    "decoder_depth": 1,
-    "decoder_heads": 2,
-}
-SMALL |= {"img_size": 32, "patch_size": 16}
-
-
-TINY = dict(
-    img_size=16,
-    patch_size=4,
-    width=32,
-    depth=1,
-    heads=2,
-    decoder_width=16,
-    decoder_depth=1,
-    decoder_heads=2,
-)
-TINY |= dict(
-    epochs=4,
-    batch_size=4,
-    lr=1e-3,
-    warmup_epochs=1.0,
-    log_every=1,
-    workers=0,
-    device="cpu",
-)
+SIZE = dict(depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
+SMALL = SIZE | dict(width=16, img_size=32, patch_size=16)
+TINY = SIZE | dict(width=32, img_size=16, patch_size=4, epochs=4, batch_size=4, lr=1e-3)
+TINY |= dict(warmup_epochs=1.0, log_every=1, workers=0, device="cpu")
 
 
 def make_images(folder, count, hue=0, size=(48, 40), suffix=".png"):
