@@ -30,7 +30,6 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 
 from attg.checkpoint import load_checkpoint
 from attg.cli import DataFlags, RunFlags, check_unused, flag, log_line, parse, run_cli
@@ -48,10 +48,12 @@ from attg.distributed import exclusive_run, processes, wait
 from attg.figures import save_map_sheet
 from attg.files import sha256
 from attg.kernels import normalize_map
-from attg.map_job import SquashedImages, changed_settings, run_job
+from attg.map_job import SquashedImages, check_settings, run_job
 from attg.map_quality import peak_component, quality, true_masks
-from attg.maps import chunks, load_maps
+from attg.maps import load_maps
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD, load_encoder, normalize
+
+IMAGENET = SimpleNamespace(mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 # -- TokenCut --------------------------------------------------------------------------
 
@@ -133,6 +135,13 @@ def largest_pair(basis, images):
     return v[:, 0], residual <= 1e-12
 
 
+def dense_solver(S, trivial):
+    """The vectors of `lanczos` by a dense eigensolver: O(L^3) per image."""
+    # The trivial eigenvalue moves from 1 to -1, so that the second largest comes last.
+    deflated = S - 2 * trivial[:, :, None] * trivial[:, None]
+    return torch.linalg.eigh(deflated).eigenvectors[:, :, -1]
+
+
 def positive_peak(y):
     """y (B, L) with the sign that makes its entry of largest magnitude positive."""
     magnitude = y.abs()
@@ -140,18 +149,6 @@ def positive_peak(y):
     near_maximum = magnitude >= (1 - 1e-6) * magnitude.amax(dim=1, keepdim=True)
     first = near_maximum.int().argmax(dim=1, keepdim=True)
     return y * y.gather(1, first).sign()
-
-
-def tokencut_dense(edges, eps):
-    """The same as `tokencut` for graphs edges: bool (B, L, L), by a dense eigensolver.
-
-    Returns y (B, L), float64. O(L^3) per image; used if `lanczos` does not converge.
-    """
-    S, scale, trivial = normalized_affinity(edges, eps)
-    # The trivial eigenvalue moves from 1 to -1, so that the second largest comes last.
-    deflated = S - 2 * trivial[:, :, None] * trivial[:, None]
-    v = torch.linalg.eigh(deflated).eigenvectors[:, :, -1]
-    return positive_peak(scale * v)
 
 
 @torch.no_grad()
@@ -192,10 +189,9 @@ def tokencut(features, tau=0.2, eps=1e-5):
         edges = edges | edges.mT
         S, scale, trivial = normalized_affinity(edges, eps)
         v, converged = lanczos(S, trivial)
-        y = positive_peak(scale * v)
         if not converged.all():
-            y[~converged] = tokencut_dense(edges[~converged], eps)
-        vectors.append(y)
+            v[~converged] = dense_solver(S[~converged], trivial[~converged])
+        vectors.append(positive_peak(scale * v))
     return torch.cat(vectors).to(dtype).to(features.device)
 
 
@@ -234,24 +230,19 @@ def cut_maps(features, grid, settings):
 def cut_once(features, removed, grid, settings):
     """Maps (B, *grid) in [0, 1] of one cut, 0 on the patches removed: bool (B, L).
 
-    The eigenvector or, with settings.binary, TokenCut's bipartition; settings.sign decides
-    which end is the object. The map is flat if all patches are alike, or none, because
-    then any vector is a solution.
+    settings.sign decides which end of the eigenvector is the object. The map is flat if
+    all patches are alike, or none, because then any vector is a solution.
     """
     # Zero vectors have no edges, so this takes the patches out of the graph.
     features = features.masked_fill(removed[..., None], 0.0)
-    y = tokencut(features, settings.affinity_threshold)
+    threshold = settings.affinity_threshold
     # The peak may have been on a removed patch.
-    y = positive_peak(y.masked_fill(removed, 0.0))
-    if settings.binary:
-        mean = y.masked_fill(removed, torch.nan).nanmean(dim=1, keepdim=True)
-        y = (y > mean).float()
+    y = positive_peak(tokencut(features, threshold).masked_fill(removed, 0.0))
     lowest = y.masked_fill(removed, torch.inf).amin(dim=1, keepdim=True)
     m = normalize_map(torch.where(removed, lowest, y))
 
     # One image at a time saves memory. Each patch has an edge to itself.
     unit = F.normalize(features, dim=-1)
-    threshold = settings.affinity_threshold
     edges = torch.stack([(x @ x.mT > threshold).sum() for x in unit])  # (B,)
     patches = (~removed).sum(dim=1)
     all_or_none = (edges == patches**2) | (edges <= patches)
@@ -334,18 +325,6 @@ class Backbone(NamedTuple):
     about: dict  # further entries of the manifest, plain types
 
 
-def input_channels(settings, mean, std):
-    """Normalization of the input: --mean and --std, or those of the backbone."""
-    for name in ("mean", "std"):
-        values = getattr(settings, name)
-        if values and len(values) != len(mean):
-            raise ValueError(
-                f"--{name}: {len(values)} values, but --backbone {settings.backbone} "
-                f"takes images of {len(mean)} channels; give {len(mean)}"
-            )
-    return SimpleNamespace(mean=settings.mean or mean, std=settings.std or std)
-
-
 def download(url, remedy):
     """Path of the url's file in torch.hub's folder, downloaded once.
 
@@ -353,11 +332,9 @@ def download(url, remedy):
     with the digits in torchvision's file names. DINO publishes no checksums.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    digits = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    options = {"map_location": "cpu", "check_hash": True, "weights_only": True}
     try:
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), digits and digits[1])
+        torch.hub.load_state_dict_from_url(url, **options)
     # urllib raises many kinds.
     except Exception as error:
         raise ValueError(
@@ -378,20 +355,19 @@ def vit(settings, device):
             "a checkpoint of this project, MAE, DINO, timm or Hugging Face"
         )
     model = load_encoder(str(path), img_size=settings.img_size).to(device)
-    grid = model.cfg.grid
-    channels = input_channels(settings, model.cfg.mean, model.cfg.std)
+    cfg = model.cfg
 
     @torch.no_grad()
     def maps(imgs):
-        q, k, _ = model.last_qkv(normalize(imgs, channels))  # (B, H, 1 + L, d)
+        q, k, _ = model.last_qkv(normalize(imgs, cfg))  # (B, H, 1 + L, d)
         if settings.method == "dino":
-            return class_attention(q, k).unflatten(1, grid)
+            return class_attention(q, k).unflatten(1, cfg.grid)
         # Heads concatenated, without the class token.
         keys = k[:, :, 1:].transpose(1, 2).flatten(2)  # (B, L, H * d)
-        return cut_maps(keys, grid, settings)
+        return cut_maps(keys, cfg.grid, settings)
 
-    about = {"sha256": sha256(path), **vars(channels)}
-    return Backbone(maps, model.cfg.size, grid, about)
+    about = {"sha256": sha256(path), "mean": cfg.mean, "std": cfg.std}
+    return Backbone(maps, cfg.size, cfg.grid, about)
 
 
 def pixels(settings, device):
@@ -409,27 +385,16 @@ def pixels(settings, device):
     return Backbone(maps, (size, size), grid, {})
 
 
-def split_resnet50(model):
-    """Features of stride 16, those of the last stage, and the classifier, in sequence."""
-    stem = [model.conv1, model.bn1, model.relu, model.maxpool]
-    stages = [model.layer1, model.layer2, model.layer3]
-    head = torch.nn.Sequential(model.avgpool, torch.nn.Flatten(), model.fc)
-    return torch.nn.Sequential(*stem, *stages), model.layer4, head
-
-
-def split_mobilenet_v2(model):
-    """As split_resnet50. Block 14 halves the resolution for the last time."""
-    pool = torch.nn.AdaptiveAvgPool2d(1)
-    head = torch.nn.Sequential(pool, torch.nn.Flatten(), model.classifier)
-    return model.features[:14], model.features[14:], head
-
-
-CNNS = {"resnet50": split_resnet50, "mobilenet_v2": split_mobilenet_v2}
+# Torchvision's classifiers: how many of their layers lead to strides 16 and 32.
+CNNS = {"resnet50": (7, 8), "mobilenet_v2": (14, 19)}
 
 
 def cnn(settings, device):
     """A torchvision classifier: Grad-CAM of its last stage, or the cut at stride 16."""
     name, path = settings.backbone, settings.weights
+    side = settings.img_size or 224
+    if side < 32:
+        raise ValueError(f"--img_size {side}: {name} takes 32 pixels or more")
     model = torchvision.models.get_model(name)
     if not path:
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
@@ -441,19 +406,20 @@ def cnn(settings, device):
             f"--weights {path}: not torchvision's {name} ({error})"
         ) from error
     model = model.to(device).eval().requires_grad_(False)
-    to_stride_16, to_stride_32, classify = CNNS[name](model)
-    side, cells = settings.img_size or 224, settings.grid or 14
-    if side < 32:
-        raise ValueError(f"--img_size {side}: {name} takes 32 pixels or more")
-    if settings.method == "tokencut":
-        # Each of four halvings rounds up.
-        cells = math.ceil(side / 16)
+    # The layers of resnet50 are its children, then come the pooling and the classifier.
+    layers = list(model.features if name == "mobilenet_v2" else model.children())
+    middle, end = CNNS[name]
+    to_stride_16 = nn.Sequential(*layers[:middle])
+    to_stride_32 = nn.Sequential(*layers[middle:end])
+    head = list(model.children())[-1]
+    classify = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    # Each of four halvings rounds up.
+    cells = math.ceil(side / 16) if settings.method == "tokencut" else 14
     size, grid = (side, side), (cells, cells)
-    channels = input_channels(settings, IMAGENET_MEAN, IMAGENET_STD)
 
     def maps(imgs):
         with torch.no_grad():
-            x = to_stride_16(normalize(imgs, channels))  # (B, C, h, w)
+            x = to_stride_16(normalize(imgs, IMAGENET))  # (B, C, h, w)
             if settings.method == "tokencut":
                 x = x.flatten(2).mT  # (B, L, C)
                 # Without its mean, all patches would be alike.
@@ -461,21 +427,15 @@ def cnn(settings, device):
             x = to_stride_32(x)
         return grad_cam(x, classify, grid, size)
 
-    about = {"sha256": sha256(path), **vars(channels)}
-    return Backbone(maps, size, grid, about)
-
-
-def masks(settings, device):
-    """The images in --masks are the maps: SquashedImages reads them instead."""
-    grid = (settings.grid or 56, settings.grid or 56)
-    about = {"masks": str(Path(settings.masks))}
-    return Backbone(lambda imgs: imgs[:, 0].float(), grid, grid, about)
+    return Backbone(maps, size, grid, {"sha256": sha256(path), **vars(IMAGENET)})
 
 
 def open_backbone(settings, device):
     """The Backbone that the settings ask for."""
     if settings.method == "masks":
-        return masks(settings, device)
+        # SquashedImages reads the masks instead of the images.
+        about = {"masks": str(Path(settings.masks))}
+        return Backbone(lambda imgs: imgs[:, 0].float(), (56, 56), (56, 56), about)
     if settings.backbone == "pixels":
         return pixels(settings, device)
     return (cnn if settings.backbone in CNNS else vit)(settings, device)
@@ -483,22 +443,15 @@ def open_backbone(settings, device):
 
 # -- The command line ------------------------------------------------------------------
 
-MODEL_FLAGS = {"backbone", "img_size", "mean", "std"}
-CUT_FLAGS = {"affinity_threshold", "binary", "sign", "objects"}
-# Flags of each method, apart from those that all share.
-METHODS = {
-    "tokencut": MODEL_FLAGS | CUT_FLAGS,
-    "dino": MODEL_FLAGS,
-    "gradcam": MODEL_FLAGS | {"weights", "grid"},
-    "masks": {"grid"},
-}
+METHODS = ("tokencut", "dino", "gradcam", "masks")
+CUT_FLAGS = {"affinity_threshold", "sign", "objects"}
 
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(DataFlags, RunFlags):
     """Flags of the command line."""
 
-    method: str = flag("tokencut", "where the maps come from", choices=tuple(METHODS))
+    method: str = flag("tokencut", "where the maps come from", choices=METHODS)
     backbone: str | None = flag(
         None,
         f"{', '.join(DINO)}, a checkpoint; {', '.join(CNNS)} (tokencut, gradcam); "
@@ -510,7 +463,6 @@ class Settings(DataFlags, RunFlags):
     affinity_threshold: float = flag(
         0.2, "cosine above which two patches are connected", -1, 1
     )
-    binary: bool = flag(False, "TokenCut's bipartition instead of the eigenvector")
     sign: str | None = flag(
         None,
         "side of the eigenvector that is the object: with the largest magnitude, as in "
@@ -527,15 +479,6 @@ class Settings(DataFlags, RunFlags):
     img_size: int | None = flag(
         None, "input size in pixels [the checkpoint's, else 224]", 1, 8192
     )
-    grid: int | None = flag(
-        None, "cells per side of a map of gradcam [14] or masks [56]", 1, 1024
-    )
-    mean: tuple[float, ...] | None = flag(
-        None, "channel means [the backbone's]", -1e6, 1e6
-    )
-    std: tuple[float, ...] | None = flag(
-        None, "channel deviations [the backbone's]", 1e-38, 1e6
-    )
     batch_size: int = flag(64, "images in a block of work", 1, 10**7)
     show: int = flag(0, "save a sheet of this many examples", 0, 10**4)
     compare: tuple[Path, ...] = flag((), "further map files to compare with")
@@ -547,12 +490,11 @@ def resolve(settings):
     if method != "masks" and settings.backbone is None:
         settings.backbone = "resnet50" if method == "gradcam" else "dino_vits16"
     backbone = settings.backbone
-    used = set(METHODS[method])
-    if backbone in CNNS:
-        used.add("weights")
-    if backbone == "pixels":
-        used -= {"mean", "std"}
-    unused = set().union(*METHODS.values()) - used
+    unused = set() if method == "tokencut" else set(CUT_FLAGS)
+    if backbone not in CNNS:
+        unused.add("weights")
+    if method == "masks":
+        unused |= {"backbone", "img_size"}
     reason = f"--method {method} --backbone {backbone} does not use it"
     check_unused(settings, unused, reason)
     if settings.sign is None:
@@ -613,28 +555,14 @@ def read_maps(path, flag_name, dataset):
     except ValueError as error:
         raise ValueError(f"--{flag_name}: {error}; or delete it") from error
     flat, failed = manifest["flat"], manifest["failed"]
-    large = sum(((m > 0.5).mean((1, 2)) > 0.9).sum() for _, m in chunks(maps))
     log_line(
         f"{path}: {len(maps)} maps of {manifest['shape'][1:]} by {manifest['method']}, "
-        f"{len(flat)} flat, {len(failed)} failed, {large} larger than 90 % of the image"
+        f"{len(flat)} flat, {len(failed)} failed"
     )
     if failed:
-        first = ", ".join(dataset.path(i) for i in failed[:10])
-        log_line(
-            f"failed (unreadable or not finite; {path.with_suffix('.json')} lists all, "
-            f"delete it to try again): {first}"
-        )
+        names = ", ".join(dataset.path(i) for i in failed[:10])
+        log_line(f"failed, delete {path} to try again: {names}")
     return maps, manifest
-
-
-def save_sheet(path, dataset, files, number):
-    """Save a sheet of evenly spaced images with their maps; files: {name: maps}."""
-    spread = np.linspace(0, len(dataset) - 1, number)
-    ids = np.unique(spread.round().astype(int))
-    images = SquashedImages(dataset, (112, 112))
-    imgs = torch.stack([images[i][0] for i in ids]) / 255  # (n, 3, h, w)
-    save_map_sheet(path, imgs, {name: maps[ids] for name, maps in files.items()})
-    log_line(f"sheet: {path}")
 
 
 def main(argv=None, data=None):
@@ -657,11 +585,7 @@ def main(argv=None, data=None):
 
     maps, manifest = read_maps(out, "out", dataset)
     stored = {"method": manifest["method"], **manifest["settings"]}
-    changes = changed_settings(about, stored)
-    if changes:
-        raise ValueError(
-            f"--out {out}: was made with {changes}; delete it or rename it"
-        )
+    check_settings(out, about, stored)
     result["manifest"] = manifest
     files = {str(out): maps}
     for path in settings.compare:
@@ -678,7 +602,9 @@ def main(argv=None, data=None):
             )
             result["quality"][name] = q
     if settings.show:
-        save_sheet(out.with_suffix(".png"), dataset, files, settings.show)
+        sheet = out.with_suffix(".png")
+        save_map_sheet(sheet, dataset, files, settings.show)
+        log_line(f"sheet: {sheet}")
     return result
 
 

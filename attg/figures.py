@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import default_collate
 from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from attg.images import generator_for
+from attg.map_job import SquashedImages
 
 
 @torch.no_grad()
@@ -51,25 +53,11 @@ def denormalize(imgs, cfg):
     return (imgs * std + mean).clamp(0, 1)
 
 
-def save_reconstructions(path, model, imgs, m_norm, noise):
-    """Save a sheet: image | map | masked | reconstruction. m_norm (B, L) or None."""
-    cfg = model.cfg
-    masked, completed = reconstruct(model, imgs, noise)
-    columns = [("image", denormalize(imgs, cfg))]
-    if m_norm is not None:
-        shown = F.interpolate(m_norm.view(-1, 1, *cfg.grid), cfg.size)
-        columns.append(("map", shown.expand(-1, 3, -1, -1)))
-    title = "reconstruction"
-    if cfg.norm_pix:
-        title += " (true patch mean, std)"
-    columns += [("masked", masked), (title, completed)]
-    save_sheet(path, columns)
-
-
 def save_examples(model, run, draw_noise, pool_maps, count=8):
-    """Draw reconstructions.png: training images at even distances, with their maps if any.
+    """Draw reconstructions.png: image | map, if any | masked | reconstruction.
 
-    run: attg.trainer.Setup. draw_noise, pool_maps: attg_mae's.
+    The training images are evenly spaced. run: attg.trainer.Setup. draw_noise, pool_maps:
+    attg_mae's.
     """
     cfg, path = run.cfg, Path(run.cfg.out, "reconstructions.png")
     if run.rank == 0:
@@ -77,29 +65,38 @@ def save_examples(model, run, draw_noise, pool_maps, count=8):
         count = min(count, len(run.train_set))
         ids = torch.linspace(0, len(run.train_set) - 1, count).long()
         sample = default_collate([run.train_set[i] for i in ids.tolist()])
-        imgs, m_norm = model.normalize(sample.image.to(run.device)), None
+        imgs = model.normalize(sample.image.to(run.device))
+        noise = draw_noise(count, cfg.grid, generator_for("masks", cfg.seed, 0))
+        masked, completed = reconstruct(model, imgs, noise.to(run.device))
+        columns = [("image", denormalize(imgs, cfg))]
         if run.maps is not None:
             maps = torch.from_numpy(run.maps[sample.index.numpy()])
             not_flipped = torch.zeros(count, dtype=torch.bool)
-            m_norm = pool_maps(maps, sample.box, not_flipped, cfg.grid).to(run.device)
-        noise = draw_noise(count, cfg.grid, generator_for("masks", cfg.seed, 0))
-        save_reconstructions(path, model, imgs, m_norm, noise.to(run.device))
+            m_norm = pool_maps(maps, sample.box, not_flipped, cfg.grid)
+            cells = F.interpolate(m_norm.view(-1, 1, *cfg.grid), cfg.size)
+            columns.append(("map", cells.expand_as(imgs)))
+        note = " (true patch mean, std)" if cfg.norm_pix else ""
+        columns += [("masked", masked), (f"reconstruction{note}", completed)]
+        save_sheet(path, columns)
     run.log.say(f"examples: {path}")
 
 
-def save_map_sheet(path, imgs, maps, tau=0.75):
+def save_map_sheet(path, dataset, files, number, tau=0.75):
     """Save a sheet: image | map, weights exp(M / tau) and overlay | further maps.
 
-    imgs: floats (n, 3, H, W) in [0, 1]. maps: {file: (n, h, w) in [0, 1]}; the weights
-    and the overlay are those of the first.
+    The images are evenly spaced. files: {name: maps (n, h, w) in [0, 1]}; the weights and
+    the overlay are those of the first.
     """
-    size = imgs.shape[2:]
+    size, ids = (112, 112), torch.linspace(0, len(dataset) - 1, number).round().int()
+    ids = ids.unique().tolist()
+    images = SquashedImages(dataset, size)
+    imgs = torch.stack([images[i][0] for i in ids]) / 255  # (number, 3, *size)
     columns = [("image", imgs)]
-    for number, (name, m) in enumerate(maps.items()):
-        m = torch.from_numpy(m).float()[:, None]  # (n, 1, h, w)
+    for name, maps in files.items():
+        m = torch.from_numpy(maps[ids]).float()[:, None]  # (number, 1, h, w)
         cells = F.interpolate(m, size).expand_as(imgs)
         columns.append((Path(name).stem[:18], cells))
-        if number == 0:
+        if len(columns) == 2:
             largest = math.exp(1 / tau)
             weights = (torch.exp(cells / tau) - 1) / (largest - 1)
             columns.append((f"exp(M / {tau}), 1 to {largest:.2f}", weights))
@@ -157,28 +154,24 @@ def save_sheet(path, columns, rows=(), cell=96):
 
     columns: [(title, floats (n, 3, h, w) in [0, 1]), ...]; rows: a name per row.
     """
-    gap, title_height, name_width = 4, 20, 66  # px
-    number, _, height, width = columns[0][1].shape
+    gap, title_height, name_width = 4, 20, 66 if rows else 4  # px
+    images = torch.stack([images.cpu() for _, images in columns], dim=1).flatten(0, 1)
     # A whole factor, so that each pixel of a small image stays a square.
-    zoom = max(1, cell // height)
-    height, width = height * zoom, width * zoom
-    left = name_width if rows else gap
+    tiles = F.interpolate(images, scale_factor=max(1, cell // images.shape[2]))
+    grid = make_grid(tiles, nrow=len(columns), padding=gap, pad_value=1)
+    height, width = tiles.shape[2] + gap, tiles.shape[3] + gap
+    titles = {name_width + i * width: title for i, (title, _) in enumerate(columns)}
 
     # A title may be wider than its images.
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    title_width = max(draw.textlength(title) for title, _ in columns)
-    right = len(columns) * (width + gap) + max(0, title_width - width)
-    size = (int(left + right), title_height + number * (height + gap))
+    font = ImageFont.load_default()
+    right = max(x + max(width, font.getlength(title)) for x, title in titles.items())
+    size = (int(right), grid.shape[1] + title_height - gap)
     sheet = Image.new("RGB", size, "white")
+    sheet.paste(to_pil_image(grid), (name_width - gap, title_height - gap))
     draw = ImageDraw.Draw(sheet)
-    for row, name in enumerate(rows):
-        y = title_height + row * (height + gap) + height // 2 - 6
-        draw.text((6, y), name, fill="black")
-    for column, (title, images) in enumerate(columns):
-        x = left + column * (width + gap)
+    for x, title in titles.items():
         draw.text((x, 4), title, fill="black")
-        for row, image in enumerate(images):
-            tile = to_pil_image(image.cpu())
-            tile = tile.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(tile, (x, title_height + row * (height + gap)))
+    for row, name in enumerate(rows):
+        y = title_height + row * height + tiles.shape[2] // 2 - 6
+        draw.text((6, y), name, fill="black")
     sheet.save(path)

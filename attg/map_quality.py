@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, masks_to_boxes
 
 from attg.images import load_image, to_8_bits
 
@@ -22,13 +22,9 @@ def read_mask(folder, name):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     image = load_image(path)
-    if image.mode == "P":
-        gray = np.asarray(image) > 0
-    else:
-        gray = np.asarray(to_8_bits(image).convert("L"))
-    if gray.max() <= 1:
-        gray = np.uint8(gray) * 255
-    return Image.fromarray(gray)
+    palette = image.mode == "P"
+    gray = np.asarray(image) > 0 if palette else np.asarray(to_8_bits(image, "L"))
+    return Image.fromarray(np.uint8(gray) * (255 if gray.max() <= 1 else 1))
 
 
 def true_masks(dataset, folder=None):
@@ -83,9 +79,9 @@ def is_localized(m, mask):
     part = peak_component(m, m.mean())
     if not part.any():
         return False
-    scale = np.array(mask.shape) / m.shape
-    boxes = bounding_box(part) * scale, bounding_box(mask)
-    return box_iou(*[torch.from_numpy(box.reshape(1, 4)) for box in boxes]).item() > 0.5
+    h, w = (side / cells for side, cells in zip(mask.shape, m.shape, strict=True))
+    scale = torch.tensor([w, h, w, h], dtype=torch.float64)
+    return box_iou(bounding_box(part) * scale, bounding_box(mask)).item() > 0.5
 
 
 def auroc(values, mask):
@@ -102,18 +98,20 @@ def peak_component(m, threshold):
     """bool (h, w): the 4-connected component of m > threshold that holds the maximum."""
     region = m > threshold
     part = (np.arange(m.size).reshape(m.shape) == m.argmax()) & region
+    # Grow by the neighbors of each cell until nothing is added.
     while True:
-        # Grow by the neighbors of each cell until nothing is added.
-        padded = np.pad(part, 1)
-        horizontal = padded[1:-1, :-2] | padded[1:-1, 2:]
-        vertical = padded[:-2, 1:-1] | padded[2:, 1:-1]
-        grown = (part | horizontal | vertical) & region
+        grown = part.copy()
+        grown[1:] |= part[:-1]
+        grown[:-1] |= part[1:]
+        grown[:, 1:] |= part[:, :-1]
+        grown[:, :-1] |= part[:, 1:]
+        grown &= region
         if (grown == part).all():
             return part
         part = grown
 
 
 def bounding_box(region):
-    """Corners ((y0, x0), (y1, x1)) of a region, bool (h, w), that is not empty."""
-    cells = np.argwhere(region)
-    return np.stack([cells.min(0), cells.max(0) + 1.0])
+    """Box (x0, y0, x1, y1) of a region, bool (h, w), that is not empty: float64 (1, 4)."""
+    corners = masks_to_boxes(torch.from_numpy(region)[None]).double()
+    return corners + torch.tensor([0, 0, 1, 1])

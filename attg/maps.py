@@ -22,9 +22,10 @@ import torch
 from attg.files import replacing, sha256
 from attg.kernels import normalize_map
 
+# Manifests of version 1 have none, and call affinity_threshold cut.
 VERSION = 2
-# Settings of manifests without a version, by their present names.
-RENAMED = {"cut": "affinity_threshold"}
+MANIFEST = {"method": str, "fingerprint": str, "shape": list, "settings": dict}
+MANIFEST |= {"flat": list, "failed": list, "checksum": str}
 
 
 def chunks(maps, values=2**22):
@@ -99,40 +100,23 @@ def read_manifest(path):
     """Read the manifest of the map file `path`, a dict as save_maps writes it."""
     file = path.with_suffix(".json")
     if not file.is_file():
-        raise refusal(
-            path, f"the manifest {file} is missing", "keep it beside the .npy"
-        )
+        reason = f"the manifest {file} is missing"
+        raise refusal(path, reason, "keep it beside the .npy")
     try:
         manifest = json.loads(file.read_text())
-        check_manifest(manifest)
+        for key, kind in MANIFEST.items():
+            if not isinstance(manifest[key], kind):
+                raise ValueError(f"{key} is not a {kind.__name__}")
     # Not JSON, nested beyond Python's recursion limit, or JSON of something else.
-    except (ValueError, RecursionError) as error:
-        raise refusal(path, f"the manifest {file} is damaged ({error})") from error
-    if "version" not in manifest:
-        for old, new in RENAMED.items():
-            if old in manifest["settings"]:
-                manifest["settings"][new] = manifest["settings"].pop(old)
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise refusal(path, f"the manifest {file} is damaged ({error!r})") from error
+    version = manifest.setdefault("version", 1)
+    if version not in (1, VERSION):
+        raise refusal(path, f"version {version} instead of {VERSION}")
+    settings = manifest["settings"]
+    if version == 1 and "cut" in settings:
+        settings["affinity_threshold"] = settings.pop("cut")
     return manifest
-
-
-def check_manifest(manifest):
-    """ValueError unless each entry is present and has the right type."""
-    types = {"method": str, "fingerprint": str, "number": int, "shape": list}
-    types |= {"flat": list, "failed": list, "checksum": str, "settings": dict}
-    if not isinstance(manifest, dict):
-        raise ValueError(f"a {type(manifest).__name__} instead of an object")
-    if manifest.get("version", VERSION) != VERSION:
-        raise ValueError(f"version {manifest['version']} instead of {VERSION}")
-    for key, kind in types.items():
-        # isinstance would accept True as a number.
-        if type(manifest.get(key)) is not kind:
-            raise ValueError(f"{key} is missing or not a {kind.__name__}")
-    number = manifest["number"]
-    if manifest["shape"][:1] != [number]:
-        raise ValueError(f"shape {manifest['shape']} instead of [{number}, h, w]")
-    for key in ("flat", "failed"):
-        if not all(type(i) is int and 0 <= i < number for i in manifest[key]):
-            raise ValueError(f"{key} is not a list of rows below {number}")
 
 
 def load_maps(path, dataset):
@@ -145,40 +129,33 @@ def load_maps(path, dataset):
     if path.suffix != ".npy" or not path.is_file():
         raise refusal(path, "no such .npy file", "make it with object_discovery.py")
     manifest = read_manifest(path)
-    check_data(path, manifest, dataset)
+    shape, fingerprint = tuple(manifest["shape"]), manifest["fingerprint"]
+    if shape[:1] != (len(dataset),) or dataset.matches(fingerprint) != "exact":
+        reason = (
+            f"made for other data (maps of shape {shape}, fingerprint "
+            f"{fingerprint[:12]}, but --data has {len(dataset)} images, "
+            f"{dataset.fingerprint[:12]}; number, names and sizes of the files count)"
+        )
+        raise refusal(path, reason, "use the --data and --classes it was made with")
     try:
         # np.load would accept archives and pickles as well.
         maps = np.lib.format.open_memmap(path, mode="r")
     # The header is a Python expression: a damaged one raises anything.
     except Exception as error:
         raise refusal(path, f"truncated or not a .npy file ({error})") from error
-    shape = manifest["shape"]
-    if maps.dtype != np.float16 or maps.ndim != 3 or list(maps.shape) != shape:
-        reason = f"holds {maps.dtype} {maps.shape}, must be float16 {tuple(shape)}"
+    if maps.dtype != np.float16 or maps.ndim != 3 or maps.shape != shape:
+        reason = f"holds {maps.dtype} {maps.shape}, must be float16 {shape}"
         raise refusal(path, reason)
     for first, chunk in chunks(maps):
         # Written so that NaN, which fails every comparison, counts as bad.
         good = ((chunk >= 0) & (chunk <= 1)).all((1, 2))
         if not good.all():
             bad = first + int(np.argmin(good))
-            raise refusal(
-                path, f"NaN, inf or values outside [0, 1] in map number {bad}"
-            )
+            reason = f"NaN, inf or values outside [0, 1] in map number {bad}"
+            raise refusal(path, reason)
     if sha256(path) != manifest["checksum"]:
         raise refusal(path, "does not match the checksum in its manifest")
     return maps, manifest
-
-
-def check_data(path, manifest, dataset):
-    """ValueError unless the maps were made for these images, in this order."""
-    number, fingerprint = manifest["number"], manifest["fingerprint"]
-    if number != len(dataset) or dataset.matches(fingerprint) != "exact":
-        reason = (
-            f"made for other data ({number} images, fingerprint {fingerprint[:12]}, but "
-            f"--data has {len(dataset)}, {dataset.fingerprint[:12]}; number, names and "
-            "sizes of the files count)"
-        )
-        raise refusal(path, reason, "use the --data and --classes it was made with")
 
 
 def open_maps(path, dataset, name):

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import dataclasses
 import math
 
+import numpy as np
 import torch
 from torch.utils.data import default_collate
 
@@ -96,10 +97,10 @@ def main(argv=None):
 
     columns = columns_of(sample, maps, vanilla, guided)
     figure, axes = new_figure(len(ids), len(columns))
-    for row in range(len(ids)):
-        for column, (title, note, images) in enumerate(columns):
-            heading = (title, note) if row == 0 else ("", "")
-            draw_panel(axes[row, column], images[row], *heading)
+    for row, column in np.ndindex(axes.shape):
+        title, note, images = columns[column]
+        heading = (title, note) if row == 0 else ("", "")
+        draw_panel(axes[row, column], images[row], *heading)
     figure.savefig(settings.out, dpi=110)
     print(f"{settings.out}: images {ids.tolist()} of {data}, {settings.split}")
 

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch.utils.data import default_collate
 from torchvision.transforms.functional import pil_to_tensor
@@ -54,19 +55,17 @@ def open_model(checkpoint):
         return MAE(cfg)
     model = load_model(checkpoint)
     for name in ("data", "guidance", "grid", "norm_pix"):
-        value, default = getattr(model.cfg, name), getattr(cfg, name)
-        if value != default:
+        if getattr(model.cfg, name) != getattr(cfg, name):
             raise ValueError(
-                f"--checkpoint {checkpoint}: its {name} is {value}, must be {default}"
+                f"--checkpoint {checkpoint}: its {name} is {getattr(model.cfg, name)}, "
+                f"must be {getattr(cfg, name)}"
             )
     return model
 
 
-def first_image(dataset, total_steps, cfg):
+def first_image(dataset, cfg):
     """(index, inputs of train_step with only the first image of the first step)."""
-    batches = ResumableBatchSampler(
-        len(dataset), cfg.batch_size, 0, total_steps, cfg.seed
-    )
+    batches = ResumableBatchSampler(len(dataset), cfg.batch_size, 0, 1, cfg.seed)
     # A key is (epoch, index): the random crop is a function of both.
     key = next(iter(batches))[0]
     sample = default_collate([dataset[key]])
@@ -82,16 +81,15 @@ def first_image(dataset, total_steps, cfg):
 def take_step(model, batch, tau):
     """Intermediate values of MAE.forward and masked_loss by name, for a batch of one.
 
-    The lines of masked_loss are repeated to show what they add up; AssertionError if the
-    loss is not that of MAE.forward.
+    AssertionError if they do not add up to the loss of MAE.forward.
     """
     cfg, step = model.cfg, SimpleNamespace(noise=batch.noise)
     step.imgs, step.weight, _ = model_inputs(batch, cfg, tau)
     step.m_norm, _ = crop_maps(batch.maps, batch.box, batch.flip, cfg)
     step.patches = model.patchify(step.imgs)
     step.ids_keep, step.mask = model.random_masking(step.noise, cfg.mask_ratio)
-    latent = model.forward_encoder(step.patches, step.ids_keep)
-    step.pred = model.forward_decoder(latent, step.ids_keep)
+    options = {"noise": step.noise, "weight": step.weight, "return_mse": True}
+    loss, step.pred, _, mse = model(step.imgs, **options)
 
     variance, mean = torch.var_mean(step.patches, dim=-1, keepdim=True)
     step.x_norm = (step.patches - mean) / (variance + 1e-6).sqrt()
@@ -100,9 +98,6 @@ def take_step(model, batch, tau):
     step.product = step.mask * step.weight * step.error
     step.loss = step.product.sum() / step.mask.sum()
     step.mse = step.plain.sum() / step.mask.sum()
-    loss, _, _, mse = model(
-        step.imgs, noise=step.noise, weight=step.weight, return_mse=True
-    )
     torch.testing.assert_close(step.loss, loss)
     torch.testing.assert_close(step.mse, mse)
     return step
@@ -136,51 +131,40 @@ def print_numbers(step, cfg, tau, total_steps):
 def draw(path, step, batch, image, model, tau):
     """Draw twelve panels: inputs, masking, prediction, weighting."""
     cfg, box = model.cfg, batch.box[0].tolist()
-    numbers = [str(i) for i in range(step.mask.shape[1])]
-    kept = set(step.ids_keep[0].tolist())
-    visible = unpatchify(step.patches * (1 - step.mask[..., None]), cfg)
+    shown = unpatchify(step.patches * (1 - step.mask[..., None]), cfg)
+    crop, visible = denormalize(step.imgs, cfg)[0], denormalize(shown, cfg)[0]
+    # Normalized values are mostly within 2.5 of 0.
+    x_norm, pred = (0.5 + unpatchify(x, cfg)[0] / 5 for x in (step.x_norm, step.pred))
     flipped = " and flipped" if batch.flip.item() else ""
-    total, hidden = step.product.sum(), step.mask.sum()
-    images = {
-        1: ("image", "32 x 32 px; red: the random crop", image),
-        2: ("map M", "of the whole image, 0 to 1", batch.maps[0]),
-        3: ("patches", f"the crop, resized{flipped}", denormalize(step.imgs, cfg)[0]),
-        5: (
-            "ids_keep",
-            f"the {len(kept)} of lowest noise",
-            denormalize(visible, cfg)[0],
-        ),
-        # Normalized values are mostly within 2.5 of 0.
-        7: (
-            "x_norm",
-            "by mean and deviation",
-            0.5 + unpatchify(step.x_norm, cfg)[0] / 5,
-        ),
-        8: ("pred", "of all patches", 0.5 + unpatchify(step.pred, cfg)[0] / 5),
-    }
-    texts = {3: numbers, 5: [x if int(x) in kept else "" for x in numbers]}
-    values = {
-        4: ("noise", "a random number for each patch", step.noise),
-        6: ("mask", "1 = hidden = predicted", step.mask),
-        9: ("l", "mean of (pred - x_norm)^2 over a patch", step.error),
-        10: ("M_norm", "mean of the map over each patch", step.m_norm),
-        11: (f"w = exp(M_norm / {tau:g})", "Eq. 1", step.weight),
-        12: (
-            "mask * w * l",
-            f"sum {total:.2f} / {hidden:.0f} hidden = loss {step.loss:.3f}",
-            step.product,
-        ),
-    }
-    for number, (title, note, x) in values.items():
-        images[number] = (title, note, x.view(cfg.grid) / x.max())
-        form = ".0f" if number == 6 else ".2f"
-        texts[number] = [format(value, form) for value in x.flatten().tolist()]
+    visible_number, hidden = step.ids_keep.shape[1], step.mask.sum()
+    total = f"sum {step.product.sum():.2f} / {hidden:.0f} hidden = loss {step.loss:.3f}"
+    numbers = np.arange(step.mask.shape[1]).astype(str)
+    kept = np.where(step.mask[0] > 0, "", numbers)
+    # Title, note, an image or a value for each patch, what is written into the patches.
+    panels = [
+        ("image", "32 x 32 px; red: the random crop", image, None),
+        ("map M", "of the whole image, 0 to 1", batch.maps[0], None),
+        ("patches", f"the crop, resized{flipped}", crop, numbers),
+        ("noise", "a random number for each patch", step.noise, ".2f"),
+        ("ids_keep", f"the {visible_number} of lowest noise", visible, kept),
+        ("mask", "1 = hidden = predicted", step.mask, ".0f"),
+        ("x_norm", "by mean and deviation", x_norm, None),
+        ("pred", "of all patches", pred, None),
+        ("l", "mean of (pred - x_norm)^2 over a patch", step.error, ".2f"),
+        ("M_norm", "mean of the map over each patch", step.m_norm, ".2f"),
+        (f"w = exp(M_norm / {tau:g})", "Eq. 1", step.weight, ".2f"),
+        ("mask * w * l", total, step.product, ".2f"),
+    ]
     figure, axes = new_figure(4, 3)
-    for number, one in enumerate(axes.flat, start=1):
-        title, note, x = images[number]
-        options = {"texts": texts.get(number, ()), "grid": cfg.grid}
+    for number, (title, note, x, texts) in enumerate(panels, start=1):
+        if isinstance(texts, str):
+            texts = np.array([format(value, texts) for value in x.flatten().tolist()])
+            x = x.view(cfg.grid) / x.max()
+        if texts is not None:
+            texts = texts.reshape(cfg.grid)
         frame = box if number < 3 else None
-        draw_panel(one, x, f"{number}  {title}", note, frame=frame, **options)
+        panel = axes.flat[number - 1]
+        draw_panel(panel, x, f"{number}  {title}", note, texts, frame)
     figure.savefig(path, dpi=110)
 
 
@@ -190,14 +174,13 @@ def main(argv=None):
     cfg = model.cfg
     dataset = open_data(cfg.data, "train", cfg.size, augment=True, seed=cfg.seed)
     total_steps = cfg.epochs * (len(dataset) // cfg.batch_size)
-    index, batch = first_image(dataset, total_steps, cfg)
+    index, batch = first_image(dataset, cfg)
     tau = tau_at(0, total_steps, cfg)
     step = take_step(model, batch, tau)
     box = [round(x, 3) for x in batch.box[0].tolist()]
     print(f"image              {index}, crop {box}, flip {batch.flip.item()}")
     print_numbers(step, cfg, tau, total_steps)
-    image, _ = dataset.read(index)
-    image = pil_to_tensor(image) / 255
+    image = pil_to_tensor(dataset.read(index)[0]) / 255
     draw(settings.out, step, batch, image, model, tau)
     print(f"figure             {settings.out}")
 

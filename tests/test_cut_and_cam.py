@@ -28,6 +28,12 @@ def model_settings(**changes):
     return Settings(**{"sign": "max"} | changes)
 
 
+def smooth_features(number, grid):
+    """Features (number, L, 8) of images."""
+    x = F.interpolate(randn(number, 8, 4, 4), grid, mode="bilinear")
+    return x.flatten(2).mT.clone()
+
+
 # -- TokenCut --------------------------------------------------------------------------
 
 
@@ -79,13 +85,11 @@ def distance(a, b):
 def test_tokencut_equals_scipy(x, tau, eps):
     edges = cosines(x) > tau
     values, vectors, d, A = generalized_eigen(edges, eps)
-    dense = object_discovery.tokencut_dense(
-        torch.from_numpy(edges | edges.T)[None], eps
-    )
-    for y in (
-        tokencut(torch.from_numpy(x)[None], tau, eps)[0].numpy(),
-        dense[0].numpy(),
-    ):
+    graph = torch.from_numpy(edges | edges.T)[None]
+    S, scale, trivial = object_discovery.normalized_affinity(graph, eps)
+    dense = scale * object_discovery.dense_solver(S, trivial)
+    ours = tokencut(torch.from_numpy(x)[None], tau, eps)[0].numpy()
+    for y in (ours, signed(dense[0].numpy())):
         assert math.isclose(y @ (d * y), 1, rel_tol=1e-9)
         value = y @ (d * y - A @ y)
         assert abs(value - values[1]) < 1e-9
@@ -140,8 +144,7 @@ def test_which_peak_decides_the_sign():
 
 
 def test_tokencut_is_independent_of_the_batch_and_refuses_nan():
-    features = F.interpolate(randn(60, 8, 4, 4), 14, mode="bilinear").flatten(2).mT
-    features = features.clone()
+    features = smooth_features(60, 14)
     alone = torch.cat([tokencut(x[None]) for x in features])
     assert torch.allclose(tokencut(features), alone, atol=1e-7)
     assert len(alone.unique(dim=0)) == len(alone)
@@ -169,25 +172,21 @@ def test_border_sign(seed, h, w):
 # -- MaskCut ---------------------------------------------------------------------------
 
 
-def dense_maskcut(x, grid, objects=1, sign="max", binary=False):
+def dense_maskcut(x, grid, objects=1, sign="max"):
     """MaskCut of features (L, d) -> (h, w) in [0, 1], with scipy."""
     ndimage = pytest.importorskip("scipy.ndimage")
     left = np.full(len(x), True)
-    merged = np.zeros(grid)
+    merged, inside = np.zeros(grid), np.zeros(grid, bool)
+    inside[1:-1, 1:-1] = True
     for _ in range(objects):
         edges = cosines(np.where(left[:, None], x, 0)) > 0.2
         y = generalized_eigen(edges, 1e-5)[1][:, 1]
         y = y * np.sign(y[left][np.abs(y[left]).argmax()])
-        if binary:
-            y = np.where(y > y[left].mean(), 1.0, 0.0)
         low, high = y[left].min(), y[left].max()
         m = np.where(left, (y - low) / (high - low), 0).reshape(grid)
         there = left.reshape(grid)
-        if sign == "border":
-            inside = np.zeros(grid, bool)
-            inside[1:-1, 1:-1] = True
-            if m[there & ~inside].mean() > m[there & inside].mean():
-                m = np.where(there, 1 - m, 0)
+        if sign == "border" and m[there & ~inside].mean() > m[there & inside].mean():
+            m = np.where(there, 1 - m, 0)
         merged = np.maximum(merged, m)
         regions, _ = ndimage.label(m > m[there].mean())
         left = left & (regions != regions.flat[m.argmax()]).ravel()
@@ -195,17 +194,16 @@ def dense_maskcut(x, grid, objects=1, sign="max", binary=False):
 
 
 @pytest.mark.parametrize("objects", [1, 2, 3])
-@pytest.mark.parametrize("binary", [False, True])
-def test_cuts_equal_a_dense_maskcut(objects, binary):
-    features = F.interpolate(randn(8, 8, 4, 4), (12, 14), mode="bilinear").flatten(2).mT
+def test_cuts_equal_a_dense_maskcut(objects):
+    features = smooth_features(8, (12, 14))
     maps, others = {}, []
     for sign in ("max", "border"):
-        settings = model_settings(objects=objects, sign=sign, binary=binary)
+        settings = model_settings(objects=objects, sign=sign)
         maps[sign] = cut_maps(features, (12, 14), settings).numpy()
         for x, m in zip(features.double().numpy(), maps[sign], strict=True):
-            want = dense_maskcut(x, (12, 14), objects, sign, binary)
+            want = dense_maskcut(x, (12, 14), objects, sign)
             assert np.abs(m - want).max() < 1e-3
-            other = dense_maskcut(x, (12, 14), objects % 3 + 1, sign, binary)
+            other = dense_maskcut(x, (12, 14), objects % 3 + 1, sign)
             others.append(np.abs(m - other).max())
     assert np.mean(others) > 0.1
     assert (np.abs(maps["max"] - maps["border"]).max((1, 2)) > 0.1).any()
@@ -220,9 +218,7 @@ def test_cuts_without_a_solution():
     # Each half is all alike: nothing is left to be cut.
     assert cut_maps(halves, (4, 4), model_settings(objects=5)).equal(one)
     assert one.unique().tolist() == [0, 1]
-    features = (
-        F.interpolate(randn(3, 8, 4, 4), 14, mode="bilinear").flatten(2).mT.clone()
-    )
+    features = smooth_features(3, 14)
     features[1, 2, 0] = math.nan
     m = cut_maps(features, (14, 14), model_settings())
     assert m[1].isnan().all()
@@ -259,33 +255,29 @@ def test_class_attention_equals_hugging_face(size, tmp_path):
     assert close(got, want, 1e-5) and not close(got.roll(1, 1), want, 1e-3)
 
 
-def random_cnn(name, path, scale=False):
-    """An untrained classifier, saved to path; with scale, one that sees its input."""
+def random_cnn(name, size, path, method):
+    """An untrained classifier that sees its input, as a Backbone; 3 images."""
     torch.manual_seed(0)
     model = torchvision.models.get_model(name).eval()
     for module in model.modules():
-        if scale and isinstance(module, nn.BatchNorm2d):
+        if method == "gradcam" and isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.2, 0.6)
     torch.save(model.state_dict(), path)
-    return model
+    flags = {"method": method, "weights": str(path), "img_size": size}
+    backbone = object_discovery.cnn(model_settings(backbone=name, **flags), "cpu")
+    return model, backbone, F.interpolate(rand(3, 3, 8, 8) * 255, (size, size)).byte()
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet50", 96), ("mobilenet_v2", 160)])
 def test_grad_cam_equals_the_package(name, size, tmp_path):
     from pytorch_grad_cam import GradCAM
 
-    ref = random_cnn(name, tmp_path / "cnn.pt", scale=True)
-    weights = str(tmp_path / "cnn.pt")
-    settings = Settings(
-        method="gradcam", backbone=name, weights=weights, img_size=size, grid=5
-    )
-    backbone = object_discovery.cnn(settings, "cpu")
-    imgs = F.interpolate(rand(3, 3, 12, 12) * 255, (size, size)).byte()
+    ref, backbone, imgs = random_cnn(name, size, tmp_path / "cnn.pt", "gradcam")
     with GradCAM(ref, [ref.layer4 if name == "resnet50" else ref.features[-1]]) as cam:
         want = torch.from_numpy(cam(normalize(imgs, IMAGENET), targets=None))
-    want = normalize_map(F.adaptive_avg_pool2d(want[:, None], 5).flatten(1))
+    want = normalize_map(F.adaptive_avg_pool2d(want[:, None], 14).flatten(1))
     got = normalize_map(backbone.maps(imgs).flatten(1))
-    assert backbone.grid == (5, 5) and want.std(1).min() > 0.1
+    assert backbone.grid == (14, 14) and want.std(1).min() > 0.1
     assert torch.allclose(got, want, atol=1e-4)
     assert not torch.allclose(got.roll(1, 1), want, atol=1e-2)
 
@@ -309,11 +301,7 @@ def test_grad_cam_clips_what_speaks_against_the_class():
 
 @pytest.mark.parametrize(("name", "size"), [("resnet50", 96), ("mobilenet_v2", 104)])
 def test_cut_of_a_classifier_equals_scipy(name, size, tmp_path):
-    ref = random_cnn(name, tmp_path / "cnn.pt")
-    weights = str(tmp_path / "cnn.pt")
-    settings = model_settings(backbone=name, weights=weights, img_size=size)
-    backbone = object_discovery.cnn(settings, "cpu")
-    imgs = F.interpolate(rand(2, 3, 6, 6) * 255, (size, size)).byte()
+    ref, backbone, imgs = random_cnn(name, size, tmp_path / "cnn.pt", "tokencut")
     seen = []
     layer = ref.layer3 if name == "resnet50" else ref.features[13]
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
