@@ -372,20 +372,13 @@ class ImageData(Dataset):
         return "v2:" + sha256_of(["v2", number, *self.names, *self.file_sizes()])
 
     def matches(self, fingerprint):
-        """How the fingerprint stored in a map file fits this data set.
-
-        "exact"; "names" for the oldest map files, which did not record file sizes; or
-        None for other data.
-        """
+        """Whether a map file with this fingerprint was made for these images."""
         if fingerprint == self.fingerprint:
-            return "exact"
-        # Before v2 there was no prefix, and at first there were no sizes.
-        names_only = sha256_of([str(len(self)), *self.names])
+            return True
+        # Before v2 there was no prefix.
+        names = sha256_of([str(len(self)), *self.names])
         sizes = self.file_sizes()
-        if sizes and fingerprint == names_only:
-            return "names"
-        with_sizes = sha256_of([names_only, *sizes]) if sizes else names_only
-        return "exact" if fingerprint == with_sizes else None
+        return fingerprint == (sha256_of([names, *sizes]) if sizes else names)
 
 
 def sha256_of(strings):

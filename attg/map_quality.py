@@ -22,9 +22,11 @@ def read_mask(folder, name):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     image = load_image(path)
-    palette = image.mode == "P"
-    gray = np.asarray(image) > 0 if palette else np.asarray(to_8_bits(image, "L"))
-    return Image.fromarray(np.uint8(gray) * (255 if gray.max() <= 1 else 1))
+    if image.mode == "P":
+        gray = np.uint8(np.asarray(image) > 0)
+    else:
+        gray = np.asarray(to_8_bits(image).convert("L"))
+    return Image.fromarray(gray * 255 if gray.max() <= 1 else gray)
 
 
 def true_masks(dataset, folder=None):

@@ -130,7 +130,7 @@ def load_maps(path, dataset):
         raise refusal(path, "no such .npy file", "make it with object_discovery.py")
     manifest = read_manifest(path)
     shape, fingerprint = tuple(manifest["shape"]), manifest["fingerprint"]
-    if shape[:1] != (len(dataset),) or dataset.matches(fingerprint) != "exact":
+    if shape[:1] != (len(dataset),) or not dataset.matches(fingerprint):
         reason = (
             f"made for other data (maps of shape {shape}, fingerprint "
             f"{fingerprint[:12]}, but --data has {len(dataset)} images, "
