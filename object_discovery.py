@@ -460,8 +460,9 @@ class Settings(DataFlags, RunFlags):
     weights: str | None = flag(
         None, f"file with weights of {', '.join(CNNS)} [downloaded from torchvision]"
     )
+    # Not below 0: removed patches become zero vectors, whose cosine is 0.
     affinity_threshold: float = flag(
-        0.2, "cosine above which two patches are connected", -1, 1
+        0.2, "cosine above which two patches are connected", 0, 1
     )
     sign: str | None = flag(
         None,
@@ -510,9 +511,6 @@ def resolve(settings):
         raise ValueError(f"--backbone {backbone}: no attention; use --method tokencut")
     if (masks or method == "masks") and not Path(str(masks)).is_dir():
         raise ValueError(f"--masks {masks}: give the folder of the masks")
-    if settings.objects > 1 and settings.affinity_threshold < 0:
-        # Removed patches become zero vectors, whose cosine of 0 would connect them.
-        raise ValueError("--objects: needs an --affinity_threshold of 0 or more")
     for path in settings.compare:
         if not path.is_file():
             raise ValueError(f"--compare {path}: no such map file")
@@ -584,8 +582,7 @@ def main(argv=None, data=None):
         return result
 
     maps, manifest = read_maps(out, "out", dataset)
-    stored = {"method": manifest["method"], **manifest["settings"]}
-    check_settings(out, about, stored)
+    check_settings(out, about, manifest | manifest["settings"])
     result["manifest"] = manifest
     files = {str(out): maps}
     for path in settings.compare:

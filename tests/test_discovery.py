@@ -215,7 +215,6 @@ ERRORS = {  # flags: what the message names
     "--method masks": "--masks folder",
     f"{PIXELS} --masks nowhere": "--masks nowhere",
     f"{PIXELS} --out unlike.npy --masks empty": "--masks mask",
-    f"{PIXELS} --objects 2 --affinity_threshold=-0.1": "--objects --affinity_threshold",
     f"{PIXELS} --out m.pt": "--out m.pt .npy",
     f"{PIXELS} --out cut.pt/m.npy": "--out cut.pt/m.npy",
     f"{PIXELS} --out old.npy --data more/data": "--out old.npy other delete",
