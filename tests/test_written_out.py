@@ -115,23 +115,20 @@ def assert_written_out(out, steps, model):
             assert (weights[name] - value).norm() < 0.01 * moved, name
 
 
-def test_a_run(written_out, distributed):
-    """In one process and in two."""
-    out, steps, model = written_out
-    assert_written_out(out, steps, model)
-    assert_written_out(distributed, steps, model)
+def test_a_run(written_out, distributed, labelled, tmp_path):
+    """In one process, in two, and interrupted in mid-epoch, with workers."""
+    out, *want = written_out
+    assert_written_out(out, *want)
+    assert_written_out(distributed, *want)
     with pytest.raises(AssertionError):
-        assert_written_out(out, steps[1:] + steps[:1], model)
+        assert_written_out(out, want[0][1:] + want[0][:1], want[1])
 
-
-def test_a_run_that_was_interrupted(written_out, labelled, tmp_path):
-    """In mid-epoch, with workers; it goes on from the last epoch's checkpoint."""
     settings = labelled | {"workers": 2}
     with after_step(15, stop), pytest.raises(KeyboardInterrupt):
         train(tmp_path, **settings)
-    assert last(tmp_path)["step"] == 12
+    assert last(tmp_path)["step"] == 12  # of the last epoch's checkpoint
     train(tmp_path, **settings)
-    assert_written_out(tmp_path, *written_out[1:])
+    assert_written_out(tmp_path, *want)
 
 
 # -- Training on labeled images --------------------------------------------------------
