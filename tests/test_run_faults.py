@@ -170,14 +170,14 @@ def test_fp16_counts_skipped_steps(labelled, tmp_path, capsys):
 
 @pytest.mark.parametrize("bad, workers", [(2, 2), (3, 0)])
 def test_unreadable_images(bad, workers, ask, tmp_path):
-    """1 % of 200 images are replaced; more stop the run."""
+    """1 % of 200 images are replaced, in each epoch; more stop the run."""
     folder = tmp_path / "images"
     make_images(folder, 200, size=(12, 12))
     names = [f"{i:03d}.png" for i in (7, 70, 170)[:bad]]
     for i, name in enumerate(names):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(b"text" if i else content[: len(content) // 2])
-    settings = {"guidance": "none", "epochs": 1, "batch_size": 50, "workers": workers}
+    settings = {"guidance": "none", "epochs": 2, "batch_size": 50, "workers": workers}
     run = Process(ask, tmp_path / "out", TINY | settings | {"data": str(folder)})
     code, output, errors = run.wait()
     assert set(re.findall(r"\d+\.png", errors)) == set(names)

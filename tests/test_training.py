@@ -110,12 +110,16 @@ def test_checkpoints_of_a_killed_run_and_along_the_way(labelled, whole, tmp_path
         raise ConnectionError
 
     out, settings = tmp_path / "out", labelled | {"save_every": 3, "keep_ckpt_every": 2}
+    settings["eval_every"] = 3
     with after_step(20, crash), pytest.raises(ConnectionError):
         train(out, **settings)
     assert last(out)["step"] == 18 and len(records(out)) == 19
+    assert [r["step"] for r in records(out, "knn")] == [18]
     result = train(out, **settings)
     changed = [k for k, v in last(out)["config"].items() if v != settings.get(k, v)]
     assert changed == [] and losses(out) == losses(whole())
+    # The evaluation after step 18 comes again, and is in the log once.
+    assert [r["step"] for r in records(out, "knn")] == [18, 24]
     assert same(last(out)["model"], last(whole())["model"])
     # The same command after the end trains nothing, and logs nothing twice.
     log, parts = (out / "log.jsonl").read_text(), last(out)
@@ -259,7 +263,10 @@ def test_precision_auto(tmp_path, monkeypatch, labelled):
 @pytest.mark.parametrize("guidance", ["attg", "none"])
 def test_log(guidance, guided, tmp_path, capsys):
     """A record and a line for each step; config.json is the checkpoint's config."""
-    train(tmp_path, **guided(guidance), epochs=2)
+    # A stop signal in the last step changes nothing.
+    with stop_after(12):
+        result = train(tmp_path, **guided(guidance), epochs=2)
+    assert (result["step"], result["stopped"]) == (12, None)
     lines = capsys.readouterr().out.splitlines()
     lines = [line for line in lines if re.match("step .* loss", line)]
     rows, cfg = records(tmp_path), json.loads((tmp_path / "config.json").read_text())
