@@ -31,7 +31,7 @@ from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
 from attg.cli import DataFlags, RunFlags, flag, parse, run_cli
-from attg.evaluation import EvalFlags, LabelFlags, check_source, evaluate
+from attg.evaluation import EvalFlags, LabelFlags, evaluate
 from attg.files import sha256
 from attg.finetuning import TrainFlags, fit, open_training, score
 from attg.images import seed_for
@@ -68,13 +68,8 @@ class Classifier(ViT):
         nn.init.zeros_(self.head.bias)
         # Fixed in pre-training, trained here, as in MAE.
         self.pos_embed.requires_grad_()
-        self.add_stochastic_depth(drop_path)
-
-    def add_stochastic_depth(self, drop_path):
-        """Drop residual branches per image in training, more often in deeper blocks.
-
-        Hooks change neither the blocks nor the names of their weights.
-        """
+        # Stochastic depth: residual branches are dropped per image, more often in deeper
+        # blocks. Hooks change neither the blocks nor the names of their weights.
         last = max(1, len(self.blocks) - 1)
         for depth, block in enumerate(self.blocks):
             hook = drop_branch(drop_path * depth / last)
@@ -189,31 +184,16 @@ def finetune(settings, data, dist_info):
     model = model.to(dist_info[0])
     groups = layer_groups(model, settings.weight_decay, settings.layer_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
-    fit(
-        model,
-        optimizer,
-        train_set,
-        settings,
-        lr_at,
-        dist_info,
-        mix=mix,
-        label_smoothing=0.1,
-    )
+    options = {"mix": mix, "label_smoothing": 0.1}
+    fit(model, optimizer, train_set, settings, lr_at, dist_info, **options)
     results = score(model, tests, ["patch_mean"], "finetune", settings, dist_info)
     extra = {"protocol": "finetune", "sha256": sha256(settings.checkpoint)}
     return results, dataclasses.asdict(settings) | extra
 
 
-def arguments(argv=None):
-    """The Settings of a command line, checked."""
-    settings = parse(Settings, __doc__, argv)
-    check_source(settings)
-    return settings
-
-
 def main(argv=None, data=None):
     """Returns the results, a list of dicts; data: see attg.evaluation.evaluate."""
-    return evaluate("eval_finetune", arguments(argv), finetune, data)
+    return evaluate("eval_finetune", parse(Settings, __doc__, argv), finetune, data)
 
 
 if __name__ == "__main__":

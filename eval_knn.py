@@ -28,12 +28,11 @@ from attg.evaluation import (
     FeatureFlags,
     LabelFlags,
     ShotFlags,
-    check_source,
     evaluate,
     labeled_features,
     mean_and_deviation,
 )
-from attg.features import FEATURES, knn_classify, knn_rankings
+from attg.features import FEATURES, knn_classify
 from attg_mae import load_encoder
 from eval_retrieval import retrieval_map
 
@@ -45,18 +44,6 @@ class Settings(EvalFlags, DataFlags, LabelFlags, FeatureFlags, ShotFlags, RunFla
     k: tuple[int, ...] = flag((), "numbers of neighbors [20; 5 with --shots]", 1, 10**7)
 
 
-def arguments(argv=None):
-    """The Settings of a command line, checked, with defaults resolved."""
-    settings = parse(Settings, __doc__, argv)
-    check_source(settings)
-    return dataclasses.replace(
-        settings,
-        k=settings.k or ((5,) if settings.shots else (20,)),
-        batch_size=settings.batch_size or 256,
-        precision=settings.precision or "fp32",
-    )
-
-
 # -- k-NN ------------------------------------------------------------------------------
 
 
@@ -66,7 +53,7 @@ def accuracy(bank, labels, queries, truth, ks, num_classes, device):
     bank (n, D), labels (n,), queries (B, D), truth (B,).
     """
     bank, labels, queries = (x.to(device) for x in (bank, labels, queries))
-    classes = knn_rankings(bank, labels, queries, ks, num_classes=num_classes)
+    classes = knn_classify(bank, labels, queries, ks, num_classes=num_classes)
     correct = classes.cpu() == truth[:, None]  # (K, B, min(5, C))
     counts = torch.stack([correct[..., 0].sum(dim=1), correct.any(dim=2).sum(dim=1)])
     return (100 * counts.T.double() / len(truth)).tolist()
@@ -113,7 +100,9 @@ def evaluate_knn(settings, data, dist_info):
 
 def main(argv=None, data=None):
     """Returns the results, a list of dicts; data: see attg.evaluation.evaluate."""
-    return evaluate("eval_knn", arguments(argv), evaluate_knn, data)
+    settings = parse(Settings, __doc__, argv)
+    settings.k = settings.k or ((5,) if settings.shots else (20,))
+    return evaluate("eval_knn", settings, evaluate_knn, data)
 
 
 if __name__ == "__main__":

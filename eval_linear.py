@@ -48,7 +48,6 @@ from attg.evaluation import (
     FeatureFlags,
     LabelFlags,
     ShotFlags,
-    check_source,
     evaluate,
     labeled_features,
     mean_and_deviation,
@@ -65,37 +64,31 @@ LRS = tuple(10 ** (e / 2) for e in range(-8, 2))
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(
-    EvalFlags, DataFlags, LabelFlags, FeatureFlags, ShotFlags, TrainFlags, RunFlags
+    EvalFlags, DataFlags, LabelFlags, TrainFlags, FeatureFlags, ShotFlags, RunFlags
 ):
     protocol: str = flag(
         "features",
         "probe on fixed features, or MAE's on random crops",
         choices=("features", "mae"),
     )
-    lrs: tuple[float, ...] = flag(
-        (), "learning rates of --protocol features [ten from 1e-4 to 3]", 1e-38, 1e38
-    )
 
 
 # Flags that have an effect in one protocol only.
 FLAGS = {
-    "features": ("shots", "lrs", "features", "save_features"),
+    "features": ("shots", "features", "save_features"),
     "mae": ("accum", "blr", "min_lr", "warmup_epochs", "weight_decay", "save"),
 }
 
 
-def arguments(argv=None):
-    """The Settings of a command line, checked."""
-    settings = parse(Settings, __doc__, argv)
+def check(settings):
+    """ValueError for flags that have no effect, or contradict each other."""
     other = "mae" if settings.protocol == "features" else "features"
     check_unused(settings, FLAGS[other], f"has an effect in --protocol {other} only")
-    check_source(settings)
     if settings.shots and (min(settings.shots) < 2 or settings.label_fraction != 1):
         raise ValueError(
             f"--shots {settings.shots}: must be 2 or more, since one image per class is "
             "held out to select the learning rate, and excludes --label_fraction"
         )
-    return settings
 
 
 # -- The probe on fixed features -------------------------------------------------------
@@ -109,7 +102,6 @@ def linear_probe(
     epochs=100,
     batch_size=256,
     seed=0,
-    num_classes=None,
     device="cpu",
 ):
     """Train a linear layer on features (n, D) and labels (n,), and score it on tests.
@@ -120,7 +112,6 @@ def linear_probe(
     one, "held_out": [top-1 for each of lrs], "results": {name: [top-1, top-5]}}, in
     percent.
     """
-    num_classes = num_classes or int(labels.max()) + 1
     if labels.bincount().max() < 2:
         raise ValueError(
             "one image per class: two are needed to select a learning rate"
@@ -137,7 +128,7 @@ def linear_probe(
     x, y = standardize(features), labels.to(device)
     train = functools.partial(
         train_heads,
-        num_classes=num_classes,
+        num_classes=int(labels.max()) + 1,
         epochs=epochs,
         batch_size=batch_size,
         seed=seed,
@@ -146,7 +137,7 @@ def linear_probe(
     lr = lrs[held_out.argmax()]
     weights = train(x, y, [lr])
     if not weights.isfinite().all():
-        raise ValueError(f"--lrs {lr:g}: diverged; use lower ones")
+        raise ValueError(f"learning rate {lr:g}: diverged")
     results = {}
     for name, (test_features, truth) in tests.items():
         test = standardize(test_features)
@@ -214,7 +205,6 @@ def probe_features(settings, data, dist_info):
     device, rank, _ = dist_info
     settings = dataclasses.replace(
         settings,
-        lrs=settings.lrs or LRS,
         epochs=settings.epochs or 100,
         batch_size=settings.batch_size or 256,
         precision=settings.precision or "fp32",
@@ -229,13 +219,7 @@ def probe_features(settings, data, dist_info):
     if settings.shots:
         seeds = range(settings.seeds)
         cases = [(f"{shots} shots", shots, seeds) for shots in settings.shots]
-    probe = functools.partial(
-        linear_probe,
-        lrs=settings.lrs,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        device=device,
-    )
+    options = {name: getattr(settings, name) for name in ("epochs", "batch_size")}
     results = []
     for feature in FEATURES:
         tests = {name: (part[feature], part["labels"]) for name, part in parts.items()}
@@ -244,8 +228,11 @@ def probe_features(settings, data, dist_info):
             for seed in seeds:
                 rows = shot_indices(train["labels"], shots, seed)
                 x, labels = train[feature][rows], train["labels"][rows]
-                runs.append(probe(x, labels, tests, seed=seed))
-                pairs = zip(settings.lrs, runs[-1]["held_out"], strict=True)
+                run = linear_probe(
+                    x, labels, tests, seed=seed, device=device, **options
+                )
+                runs.append(run)
+                pairs = zip(LRS, run["held_out"], strict=True)
                 grid = {f"{lr:.2g}": round(top1, 2) for lr, top1 in pairs}
                 case = f"{feature}, {protocol}, seed {seed}"
                 record["held_out"][case] = grid
@@ -269,9 +256,9 @@ class LARS(torch.optim.Optimizer):
     You et al., arXiv 1708.03888, in the variant of facebookresearch/mae.
     """
 
-    def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0, trust=0.001):
+    def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"trust": trust})
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):
@@ -281,14 +268,12 @@ class LARS(torch.optim.Optimizer):
                 # Biases are neither decayed nor scaled.
                 if p.dim() > 1:
                     update = update + group["weight_decay"] * p
-                    scale = group["trust"] * p.norm() / update.norm()
+                    scale = 0.001 * p.norm() / update.norm()
                     # If a norm is 0, the step is SGD's.
                     usable = scale.isfinite() & (scale > 0)
                     update = update * torch.where(usable, scale, 1.0)
-                state = self.state[p]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(p)
-                average = state["momentum"].mul_(group["momentum"]).add_(update)
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                average.mul_(group["momentum"]).add_(update)
                 p -= group["lr"] * average
 
 
@@ -354,7 +339,8 @@ PROTOCOLS = {"features": probe_features, "mae": probe_mae}
 
 def main(argv=None, data=None):
     """Returns the results, a list of dicts; data: see attg.evaluation.evaluate."""
-    settings = arguments(argv)
+    settings = parse(Settings, __doc__, argv)
+    check(settings)
     return evaluate("eval_linear", settings, PROTOCOLS[settings.protocol], data)
 
 

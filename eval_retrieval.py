@@ -27,8 +27,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from attg.cli import DataFlags, RunFlags, check_unused, flag, parse, run_cli
-from attg.evaluation import EvalFlags, FeatureFlags, check_source, evaluate
-from attg.features import FEATURES, make_features, read_features
+from attg.evaluation import EvalFlags, evaluate
+from attg.features import FEATURES, extract_sharded
+from attg.files import sha256
 from attg.images import MAX_PIXELS, MODES, Sample, load_image, to_8_bits
 from attg.weights import resize_positions
 from attg_mae import load_encoder
@@ -37,18 +38,8 @@ __all__ = ["load_ground_truth", "main", "retrieval_map"]
 
 
 @dataclasses.dataclass(kw_only=True)
-class Settings(EvalFlags, DataFlags, FeatureFlags, RunFlags):
+class Settings(EvalFlags, DataFlags, RunFlags):
     gnd: str | None = flag(None, "the authors' gnd_roxford5k.pkl or gnd_rparis6k.pkl")
-
-
-def arguments(argv=None):
-    """The Settings of a command line, checked, with defaults resolved."""
-    settings = parse(Settings, __doc__, argv)
-    check_source(settings)
-    check_unused(settings, ["classes"], "has no effect on retrieval")
-    if not settings.gnd:
-        raise ValueError("--gnd: missing; give the ground truth, gnd_roxford5k.pkl")
-    return dataclasses.replace(settings, precision=settings.precision or "fp32")
 
 
 # -- Ground truth ----------------------------------------------------------------------
@@ -178,12 +169,6 @@ class Landmarks(Dataset):
         self.patch_size = cfg.patch_size
         self.mode = MODES[cfg.in_chans]
         self.max_pixels = max_pixels
-        missing = [path for path in self.paths if not path.is_file()]
-        if missing:
-            raise ValueError(
-                f"--data {folder}: {len(missing)} of {len(names)} photographs are "
-                f"missing, such as {missing[0]}"
-            )
 
     def __len__(self):
         return len(self.paths)
@@ -204,79 +189,69 @@ class Landmarks(Dataset):
         return Sample(pil_to_tensor(image), -1, i, torch.zeros(4), False)
 
 
-class AnySizeEncoder:
-    """Wrapper of a ViT that resizes its positions to the grid of each batch.
+def accept_any_size(model):
+    """Make a ViT resize its positions to the grid of each batch.
 
     Sin-cos positions, too, as in DINO's code: those of a landscape span the same range as
     a square's. The settings and positions of the model change with each batch.
     """
+    positions, grid = model.pos_embed.detach().clone(), model.cfg.grid
+    forward = model.forward_features
 
-    def __init__(self, model):
-        self.model = model
-        self.grid = model.cfg.grid
-        self.positions = model.pos_embed.detach().clone()  # (1, N, D) of that grid
-        # extract_features needs these two.
-        self.normalize = model.normalize
-        self.cls_token = model.cls_token
-
-    def forward_features(self, imgs):
-        """Images (B, C, H, W) -> tokens (B, N, D); see ViT.forward_features."""
-        model = self.model
+    def forward_features(imgs):
         model.cfg.img_size = tuple(imgs.shape[2:])
-        model.pos_embed.data = self.positions
-        if model.cfg.grid != self.grid:
-            resized = resize_positions(self.positions, self.grid, model.cfg.grid)
-            model.pos_embed.data = resized
-        return model.forward_features(imgs)
+        model.pos_embed.data = resize_positions(positions, grid, model.cfg.grid)
+        return forward(imgs)
+
+    model.forward_features = forward_features
 
 
 # -- The protocol ----------------------------------------------------------------------
 
 
-def retrieval_features(settings, truth, dist_info):
-    """make_features of the database, "train", and the queries, "test"."""
-    encoder = load_encoder(settings.checkpoint).to(dist_info[0])
-    cfg = encoder.cfg
+def retrieval_features(settings, names, dist_info):
+    """Features of the photographs of each list of names: class tokens, patch means (n, D)."""
+    device, rank, world = dist_info
+    encoder = load_encoder(settings.checkpoint).to(device)
+    # The Config of the encoder, before it changes with each batch.
+    cfg = dataclasses.replace(encoder.cfg)
     longest = settings.img_size or max(cfg.size)
     if longest < cfg.patch_size:
         raise ValueError(
             f"--img_size {longest}: smaller than a patch; use {cfg.patch_size} or more"
         )
-    sets = {}
-    for part, names in (("train", truth["imlist"]), ("test", truth["qimlist"])):
-        sets[part] = Landmarks(settings.data, names, longest, cfg, settings.max_pixels)
-    options = dataclasses.asdict(settings) | {"batch_size": 1, "val": None}
-    return make_features(AnySizeEncoder(encoder), sets, options, dist_info)
+    accept_any_size(encoder)
+    loader_args = {"batch_size": 1, "workers": settings.workers}
+    features = []
+    for part in names:
+        photos = Landmarks(settings.data, part, longest, cfg, settings.max_pixels)
+        *tensors, _ = extract_sharded(encoder, photos, loader_args, None, rank, world)
+        features.append(tensors)
+    return features
 
 
 def evaluate_retrieval(settings, data, dist_info):
     """Results of both features, and all settings."""
     truth = load_ground_truth(settings.gnd)
-    if settings.features:
-        parts = read_features(settings.features)
-    else:
-        parts = retrieval_features(settings, truth, dist_info)
-    for part, key in (("train", "imlist"), ("test", "qimlist")):
-        images = len(parts[part]["labels"]) if part in parts else 0
-        if images != len(truth[key]):
-            raise ValueError(
-                f"--features {settings.features}: {images} images in {part}, but "
-                f"{len(truth[key])} in {key} of --gnd {settings.gnd}"
-            )
+    names = truth["imlist"], truth["qimlist"]
+    database, queries = retrieval_features(settings, names, dist_info)
     name = Path(settings.gnd).stem.removeprefix("gnd_")
     results = []
-    for feature in FEATURES:
-        database, queries = parts["train"][feature], parts["test"][feature]
-        metrics = retrieval_map(database, queries, truth["gnd"])
-        for difficulty, values in metrics.items():
+    for feature, images, examples in zip(FEATURES, database, queries, strict=True):
+        for difficulty, values in retrieval_map(images, examples, truth["gnd"]).items():
             labels = {"feature": feature, "protocol": f"{name} {difficulty}"}
             results.append(labels | values)
-    return results, dataclasses.asdict(settings) | parts["settings"]
+    checksum = {"sha256": sha256(settings.checkpoint)}
+    return results, dataclasses.asdict(settings) | checksum
 
 
 def main(argv=None):
     """Returns the results, a list of dicts."""
-    return evaluate("eval_retrieval", arguments(argv), evaluate_retrieval)
+    settings = parse(Settings, __doc__, argv)
+    check_unused(settings, ["classes"], "has no effect on retrieval")
+    if not settings.gnd:
+        raise ValueError("--gnd: missing; give the ground truth, gnd_roxford5k.pkl")
+    return evaluate("eval_retrieval", settings, evaluate_retrieval)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from attg.cli import check_unused, flag, log_line, make_folder, print_table
+from attg.cli import check_unused, flag, make_folder, print_table
 from attg.datasets import open_labeled, resolve_dataset, shot_indices
 from attg.distributed import exclusive_run, processes
-from attg.features import make_features, read_features
+from attg.features import SOURCE, make_features, read_features
 from attg.loader import default_workers
 
 # -- Flags -----------------------------------------------------------------------------
@@ -27,11 +27,6 @@ class EvalFlags:
         None, "file with an encoder", positional=True, resume="free"
     )
     img_size: int | None = flag(None, "in pixels [the checkpoint's]", 1, 8192)
-    precision: str | None = flag(
-        None,
-        "[fp32; in training bf16 on GPUs that support it]",
-        choices=("fp32", "bf16"),
-    )
     out: str | None = flag(
         None,
         "append results to this file [PROGRAM.jsonl beside the input]",
@@ -48,15 +43,14 @@ class LabelFlags:
         "test sets: test, other folders of the same classes, or variants of toy",
         resume="free",
     )
-    batch_size: int | None = flag(
-        None, "[256; in training by the recipe above]", 1, 10**7
-    )
 
 
 @dataclasses.dataclass(kw_only=True)
 class FeatureFlags:
     """Features."""
 
+    batch_size: int = flag(256, "images per batch", 1, 10**7)
+    precision: str = flag("fp32", "of the encoder", choices=("fp32", "bf16"))
     features: str | None = flag(None, "use this file of --save_features")
     save_features: str | None = flag(None, "write the features to this file")
 
@@ -69,15 +63,11 @@ class ShotFlags:
     seeds: int = flag(5, "number of draws of the --shots", 1, 10**6)
 
 
-# Flags of how features are made; --features fixes them.
-SOURCE_FLAGS = ("checkpoint", "data", "classes", "val", "img_size", "max_pixels")
-SOURCE_FLAGS += ("save_features",)
-
-
 def check_source(settings):
     """ValueError unless the settings have one source of features, and no training set."""
     if getattr(settings, "features", None):
-        check_unused(settings, SOURCE_FLAGS, "has no effect with --features")
+        names = {*SOURCE, "max_pixels", "save_features"} - {"precision"}
+        check_unused(settings, names, "has no effect with --features")
     elif not settings.checkpoint:
         raise ValueError("checkpoint: missing; give the file of an encoder")
     if "train" in getattr(settings, "val", ()):
@@ -100,41 +90,24 @@ def labeled_features(load_encoder, settings, data, dist_info):
     They are read from --features, or computed with load_encoder(checkpoint, img_size=...).
     Returns the dict of make_features.
     """
-    device, rank, _ = dist_info
     if settings.features:
         parts = read_features(settings.features)
         train = parts["train"]
         labelled = train["labels"] >= 0
         if not labelled.any() or len(parts) < 3:
             raise ValueError(
-                f"--features {settings.features}: must hold labeled images and a test "
-                "set; for image retrieval use eval_retrieval.py"
+                f"--features {settings.features}: must hold labeled images and a test set"
             )
         parts["train"] = {name: x[labelled] for name, x in train.items()}
-        check_shots(parts["train"]["labels"], settings.shots, rank)
         return parts
-    encoder = load_encoder(settings.checkpoint, img_size=settings.img_size).to(device)
+    encoder = load_encoder(settings.checkpoint, img_size=settings.img_size)
     train_set, tests = open_sets(settings, data, encoder.cfg)
-    # Before the features, which take much longer.
-    check_shots(train_set.labels, settings.shots, rank)
+    for shots in settings.shots:
+        # An error here, before the features, which take much longer.
+        shot_indices(train_set.labels, shots, 0)
     sets = {"train": train_set, **tests}
-    return make_features(encoder, sets, dataclasses.asdict(settings), dist_info)
-
-
-def check_shots(labels, all_shots, rank):
-    """ValueError for shots that cannot be drawn from labels (n,).
-
-    Rank 0 logs which of them some classes do not have.
-    """
-    counts = labels[labels >= 0].bincount()
-    for shots in all_shots:
-        shot_indices(labels, shots, 0)
-        fewer = int((counts < shots).sum())
-        if fewer and rank == 0:
-            log_line(
-                f"--shots {shots}: {fewer} of {len(counts)} classes have fewer images, "
-                f"the smallest {counts.min()}; all of theirs are used"
-            )
+    options = dataclasses.asdict(settings)
+    return make_features(encoder.to(dist_info[0]), sets, options, dist_info)
 
 
 # -- From settings to results ----------------------------------------------------------
@@ -148,6 +121,7 @@ def evaluate(program, settings, protocol, data=None):
     of --data, which is its name then (see open_data).
     """
     start = time.perf_counter()
+    check_source(settings)
     source = Path(getattr(settings, "features", None) or settings.checkpoint)
     out = Path(settings.out or source.parent / f"{program}.jsonl")
     data = resolve_dataset(data, settings.data)
@@ -155,13 +129,11 @@ def evaluate(program, settings, protocol, data=None):
         device, rank, world = dist_info
         if rank == 0:
             check_outputs(out, settings)
-        save = getattr(settings, "save", None)
-        lock = contextlib.nullcontext()
+        lock, save = contextlib.nullcontext(), getattr(settings, "save", None)
         if save:
             lock = exclusive_run(f"{save}.lock", f"--save {save}", rank, world)
         if settings.workers is None:
-            workers = default_workers(device)
-            settings = dataclasses.replace(settings, workers=workers)
+            settings.workers = default_workers(device)
         with lock:
             results, record = protocol(settings, data, dist_info)
         if rank == 0:

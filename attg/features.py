@@ -9,7 +9,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import Subset
 
-from attg.checkpoint import load_checkpoint, read_settings, save_checkpoint
+from attg.checkpoint import (
+    check_like,
+    load_checkpoint,
+    read_settings,
+    save_checkpoint,
+)
 from attg.cli import progress
 from attg.datasets import refuse_unreadable
 from attg.files import sha256
@@ -89,42 +94,28 @@ MAX_CLASSES = 10**6
 def read_features(path):
     """The parts that make_features has written to a file; ValueError for other files."""
     parts = load_checkpoint(path)
-    if not {"train", "settings"} < set(parts):
+    try:
+        settings = read_settings(parts.pop("settings"), "settings")
+        width = parts["train"]["class_token"].shape[1]
+        for name, part in parts.items():
+            labels = part["labels"]
+            rows = torch.empty(len(labels), width)
+            for feature in FEATURES:
+                check_like(part[feature], rows, f"{feature} of {name}")
+            check_like(labels, rows[:, 0].long(), f"labels of {name}")
+            if not -1 <= labels.min() <= labels.max() < MAX_CLASSES:
+                raise ValueError(f"labels of {name}: out of range")
+    except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(
-            f"--features {path}: has {sorted(map(str, parts))[:5]}; "
-            "give a file of --save_features"
-        )
-    settings = read_settings(parts["settings"], f"--features {path}")
-    unknown = sorted(set(settings) - set(SOURCE))
-    if unknown:
-        raise ValueError(f"--features {path}: unknown settings: {unknown}")
-    widths = {part: check_features(parts[part]) for part in parts if part != "settings"}
-    wrong = [part for part, width in widths.items() if width != widths["train"]]
-    if not widths["train"] or wrong:
-        raise ValueError(f"--features {path}: damaged: {wrong or 'train'}")
-    return parts | {"settings": settings}
-
-
-def check_features(part):
-    """Widths of the features of a data set; None unless all its tensors agree."""
-    if not isinstance(part, dict) or set(part) != {*FEATURES, "labels"}:
-        return None
-    labels, *tensors = (part[name] for name in ("labels", *FEATURES))
-    if not all(isinstance(x, torch.Tensor) for x in (labels, *tensors)):
-        return None
-    if labels.dtype != torch.int64 or labels.dim() != 1 or len(labels) == 0:
-        return None
-    if labels.min() < -1 or labels.max() >= MAX_CLASSES:
-        return None
-    for x in tensors:
-        if not x.is_floating_point() or x.dim() != 2 or len(x) != len(labels):
-            return None
-    return [x.shape[1] for x in tensors]
+            f"--features {path}: not a file of --save_features ({error!r})"
+        ) from error
+    return parts | {"settings": {name: settings.get(name) for name in SOURCE}}
 
 
 # -- k-NN ------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def knn_classify(
     train_features,
     train_labels,
@@ -137,24 +128,9 @@ def knn_classify(
 
     train_features (n, D), train_labels (n,) int64, test_features (B, D); all on one
     device. Each of the k neighbors of highest cosine s votes exp(s / temperature) for
-    its class. Returns (B, min(5, C)).
+    its class. Returns (B, min(5, C)), or (K, B, min(5, C)) if k is a sequence of K values.
     """
-    rankings = knn_rankings(
-        train_features, train_labels, test_features, [k], temperature, num_classes
-    )
-    return rankings[0]
-
-
-@torch.no_grad()
-def knn_rankings(
-    train_features,
-    train_labels,
-    test_features,
-    ks,
-    temperature=0.07,
-    num_classes=None,
-):
-    """knn_classify for each k of ks in one pass: (len(ks), B, min(5, C))."""
+    ks = [k] if isinstance(k, int) else k
     num_classes = num_classes or int(train_labels.max()) + 1
     bank = F.normalize(train_features.float(), dim=1).T  # (D, n)
     queries = F.normalize(test_features.float(), dim=1)  # (B, D)
@@ -169,12 +145,13 @@ def knn_rankings(
         # A common factor changes no ranking, and subtracting 1 rules out an overflow.
         weights = ((similarity - 1) / temperature).exp()
         votes = torch.zeros(len(ks), len(x), num_classes, device=x.device)
-        for vote, k in zip(votes, ks, strict=True):
-            vote.scatter_add_(1, labels[:, :k], weights[:, :k])
+        for vote, n in zip(votes, ks, strict=True):
+            vote.scatter_add_(1, labels[:, :n], weights[:, :n])
         # stable: of classes with equal votes the lower number comes first
         ranking = votes.sort(dim=2, descending=True, stable=True).indices
         rankings.append(ranking[..., :5])
-    return torch.cat(rankings, dim=1)
+    rankings = torch.cat(rankings, dim=1)
+    return rankings[0] if isinstance(k, int) else rankings
 
 
 def knn_accuracy(model, train_set, test_set, loader_args, dtype, rank, world):

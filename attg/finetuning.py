@@ -50,6 +50,10 @@ class TrainFlags:
         resume="free",
     )
     epochs: int | None = flag(None, "[by the recipe above]", 1, 10**6)
+    batch_size: int | None = flag(None, "[by the recipe above]", 1, 10**7)
+    precision: str | None = flag(
+        None, "[bf16 on GPUs that support it]", choices=("fp32", "bf16")
+    )
     accum: int | None = flag(None, "micro-batches per step", 1, 10**7)
     blr: float | None = flag(None, "lr = blr * batch_size / 256", 0, 1e38)
     min_lr: float | None = flag(None, "lowest learning rate", 0, 1e38)

@@ -117,59 +117,48 @@ def count_blocks(state, name):
     return sum(bool(re.fullmatch(pattern, key)) for key in state)
 
 
-def infer_config(state, heads=None):
-    """Settings of an encoder's Config, from the shapes of its weights.
+def read_encoder(kind, source, heads=None, img_size=None):
+    """Config (of class `kind`), weights and name of the encoder in a file or state dict.
 
-    heads: required if the width is not that of a standard ViT (ValueError otherwise).
+    Without stored settings the Config follows from the shapes of the weights. heads:
+    required if the width is not that of a standard ViT. img_size: instead of the file's.
     """
-    sizes = weight_sizes(state)
-    width = sizes["width"]
-    heads = heads or HEADS.get(width)
-    if not heads:
-        raise ValueError(
-            f"width {width} is not a standard ViT's, so the number of heads is unknown; "
-            "pass heads="
-        )
-    side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    encoder = {key: value for key, value in sizes.items() if not DECODER.match(key)}
-    image = {"img_size": sizes["patch_size"] * side}
-    return {"model": "vit_base", "heads": heads} | encoder | image
-
-
-def config_from_checkpoint(kind, settings, state, name, heads=None):
-    """The Config (class `kind`) of an encoder.
-
-    settings: dict stored beside the weights, or None. heads: see infer_config. Settings
-    that contradict the weights raise ValueError (name: of the file) before anything of
-    their size is allocated.
-    """
+    weights, settings, name = read_weights(source)
+    sizes = weight_sizes(weights)
+    tokens = weights["pos_embed"].shape[1]
     if settings is None:
-        return kind(**infer_config(state, heads))
+        heads = heads or HEADS.get(sizes["width"])
+        if not heads:
+            raise ValueError(
+                f"{name}: width {sizes['width']} is not standard; pass heads="
+            )
+        encoder = {key: value for key, value in sizes.items() if not DECODER.match(key)}
+        side = sizes["patch_size"] * math.isqrt(tokens - 1)
+        cfg = kind(model="vit_base", heads=heads, img_size=side, **encoder)
+    else:
+        cfg = stored_config(kind, settings, sizes | {"positions": tokens}, name)
+    if img_size:
+        cfg = dataclasses.replace(cfg, img_size=img_size)
+    return cfg, weights, name
+
+
+def stored_config(kind, settings, sizes, name):
+    """The Config of stored settings; ValueError if they contradict the weights' sizes.
+
+    This comes before anything of the settings' size is allocated.
+    """
     known = {field.name for field in dataclasses.fields(kind)}
     try:
         cfg = kind(**{key: value for key, value in settings.items() if key in known})
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{name}: damaged settings ({error})") from error
     stored = dataclasses.asdict(cfg) | {"positions": math.prod(cfg.grid) + 1}
-    sizes = weight_sizes(state) | {"positions": state["pos_embed"].shape[1]}
     for key, value in sizes.items():
         if stored[key] != value:
             raise ValueError(
                 f"{name}: its settings have {key} {stored[key]}, its weights {value}"
             )
     return cfg
-
-
-def read_encoder(kind, source, heads=None, img_size=None):
-    """Config (of class `kind`), weights and name of the encoder in a file or state dict.
-
-    heads, img_size: see attg_mae.load_encoder.
-    """
-    weights, settings, name = read_weights(source)
-    cfg = config_from_checkpoint(kind, settings, weights, name, heads)
-    if img_size:
-        cfg = dataclasses.replace(cfg, img_size=img_size)
-    return cfg, weights, name
 
 
 # -- Positions -------------------------------------------------------------------------
@@ -240,20 +229,12 @@ def load_weights(model, state, name, sincos_table):
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         # A line for each weight of another shape, below a title.
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise ValueError(f"{mismatch}: {first_few(lines)}") from error
-
+        raise ValueError(f"{mismatch}: {' '.join(str(error).split())}") from error
     has_decoder = any(DECODER.match(key) for key in state)
-    wrong = []
-    for key in missing:
-        if has_decoder or not DECODER.match(key):
-            wrong.append(f"no {key}")
-    for key in unexpected:
-        if not CLASSIFIER.match(key):
-            wrong.append(f"unexpected {key}")
-    if wrong:
-        raise ValueError(f"{mismatch}: {first_few(wrong)}")
-
+    missing = [key for key in missing if has_decoder or not DECODER.match(key)]
+    surplus = [key for key in unexpected if not CLASSIFIER.match(key)]
+    if missing or surplus:
+        raise ValueError(f"{mismatch}: missing {missing[:4]}, unexpected {surplus[:4]}")
     notes = [f"{key} is not used" for key in unexpected]
     if not has_decoder:
         notes.insert(0, "no decoder in the file, it starts from random weights")
@@ -270,11 +251,3 @@ def check_sizes(cfg, state, name):
                 flags.append(f"--heads {HEADS.get(value, 'NUMBER')}")
     if flags:
         raise ValueError(f"{name} does not fit this {cfg.model}; use {' '.join(flags)}")
-
-
-def first_few(items, limit=4):
-    """The first items in a line, and how many more there are."""
-    line = ", ".join(items[:limit])
-    if len(items) > limit:
-        line += f" and {len(items) - limit} more"
-    return line

@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import attg.datasets
 import attg.features
-import attg.sources
 import attg.toy
 import attg_mae
 import eval_knn
-from attg.datasets import open_data
+from attg.datasets import open_data, shot_indices
+from attg.features import knn_classify
+from tests.helpers import blobs, save_features
 
 
 def test_results_of_a_data_set(encoder, labelled, tmp_path, capsys):
@@ -50,27 +53,36 @@ def test_results_of_a_data_set(encoder, labelled, tmp_path, capsys):
         assert last[name] == report["settings"][name]
 
 
-def test_shots_that_some_classes_do_not_have(encoder, labelled, capsys):
-    """Classes of 9, 8 and 8 images: 50 shots are all of them, which is logged once."""
+def test_shots_that_some_classes_do_not_have(encoder, labelled):
+    """Classes of 9, 8 and 8 images: 50 shots are all of them."""
     flags = [encoder, "--data", labelled["data"], "--device", "cpu", "--seeds", "2"]
     results = eval_knn.main([*flags, "--shots", "8", "9", "50"])
-    lines = capsys.readouterr().out.splitlines()
-    notes = [line.partition(",")[0] for line in lines if line.startswith("--shots")]
-    assert notes == [
-        "--shots 9: 2 of 3 classes have fewer images",
-        "--shots 50: 3 of 3 classes have fewer images",
-    ]
     assert [row["images"] for row in results] == [24, 25, 25] * 2
     all_labels = [row["top-1"] for row in eval_knn.main([*flags, "--k", "5"])]
     assert all_labels == [results[2]["top-1"], results[5]["top-1"]]
     assert results[2]["+-"] == 0
 
 
+def test_deviations_are_those_of_samples_over_the_seeds(tmp_path):
+    (x, labels), (queries, truth) = blobs(90, 3), blobs(60, 3, seed=7)
+    tops = []
+    for seed in range(3):
+        chosen = shot_indices(labels, 2, seed)
+        guess = knn_classify(x[chosen], labels[chosen], queries, k=5)[:, 0]
+        tops.append(100 * (guess == truth).double().mean().item())
+    file = str(tmp_path / "features.pt")
+    save_features(file, x, labels, queries, truth)
+    rows = eval_knn.main(["--features", file, "--seeds", "3", "--shots", "2"])
+    assert rows[0]["top-1"] == pytest.approx(np.mean(tops))
+    assert rows[0]["+-"] == pytest.approx(np.std(tops, ddof=1)) and rows[0]["+-"] > 1
+    assert not rows[0]["+-"] == pytest.approx(np.std(tops))
+
+
 def test_variants_of_toy_are_test_sets(encoder, monkeypatch):
     """Other backgrounds give other results."""
     names, toy = ["test", "only_fg", "mixed_rand"], attg.toy.toy
     few = {split: [x[:500] for x in toy(split)] for split in ("train", *names)}
-    monkeypatch.setattr(attg.sources, "toy", few.get)
+    monkeypatch.setattr(attg.datasets, "toy", few.get)
     results = eval_knn.main([encoder, "--val", *names, "--device", "cpu"])
     assert [row["test"] for row in results] == names * 2
     assert len({row["top-1"] for row in results[:3]}) == 3

@@ -130,7 +130,7 @@ def test_probe_at_the_limits(quick):
     for wrong, options, message in (
         ((x[:4], y[:4]), {}, "one image per class: two"),
         ((infinite, y), {}, "features are not finite"),
-        ((x, y), {"lrs": [1e38]}, r"--lrs 1e\+38: diverged"),
+        ((x, y), {"lrs": [1e38]}, r"rate 1e\+38: diverged"),
     ):
         with pytest.raises(ValueError, match=message):
             probe(*wrong, {"t": test}, **options)

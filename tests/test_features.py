@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attg_mae
@@ -28,6 +28,7 @@ def votes_of_scikit_learn(train, labels, test, k):
 
 
 @pytest.mark.filterwarnings("ignore:The number of unique classes")
+@settings(max_examples=20)
 @given(
     classes=st.integers(1, 100),
     more=st.integers(0, 900),
@@ -47,7 +48,7 @@ def test_knn_equals_scikit_learn(classes, more, ks, tests, seed):
     train = (centres[labels] + 1.5 * randn(len(labels), 16, seed=seed + 1)) * lengths
     test = centres[truth] + 1.5 * randn(tests, 16, seed=seed + 2)
 
-    rankings = features.knn_rankings(train, labels, test, ks)
+    rankings = features.knn_classify(train, labels, test, ks)
     assert rankings.shape == (len(ks), tests, min(5, classes))
     got = eval_knn.accuracy(train, labels, test, truth, ks, classes, "cpu")
     for k, ranking, (top1, top5) in zip(ks, rankings, got, strict=True):
@@ -114,31 +115,22 @@ def test_features_of_several_ranks_are_in_order(labelled, monkeypatch):
 
 
 BROKEN = {
-    "no test set": lambda parts: parts.pop("test"),
     "no train": lambda parts: parts.pop("train"),
-    "no feature": lambda parts: parts["train"].pop("patch_mean"),
-    "not a tensor": lambda parts: parts["test"].update(labels=[1, 2]),
+    "no test set": lambda parts: parts.pop("test"),
     "short": lambda parts: parts["test"].update(patch_mean=randn(3, 16)),
-    "narrow": lambda parts: parts["test"].update(patch_mean=randn(20, 8)),
-    "whole numbers": lambda parts: parts["train"].update(
-        class_token=torch.ones(30, 16).long()
-    ),
     "labels": lambda parts: parts["test"]["labels"].add_(10**6),
-    "negative labels": lambda parts: parts["train"]["labels"].sub_(9),
     "no labels": lambda parts: parts["train"]["labels"].fill_(-1),
-    "settings": lambda parts: parts["settings"].update(fraction=1),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_files_of_other_features_are_refused(kind, tmp_path):
+    """test_checkpoint.py damages them at random; these faults it seldom makes."""
     (x, labels), (queries, truth) = blobs(30, 3), blobs(20, 3, seed=7)
     path = tmp_path / "f.pt"
     save_features(path, x, labels, queries, truth)
-    flags = ["--features", str(path), "--device", "cpu", "--k", "3"]
-    assert len(eval_knn.main(flags)) == 2
     parts = attg_mae.load_checkpoint(path)
     BROKEN[kind](parts)
     attg_mae.save_checkpoint(path, **parts)
     with pytest.raises(ValueError, match=f"--features {path}: "):
-        eval_knn.main(flags)
+        eval_knn.main(["--features", str(path), "--device", "cpu"])

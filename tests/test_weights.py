@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import attg_mae
+from attg.weights import HEADS
 from tests.helpers import (
     Evil,
     close,
@@ -63,10 +64,9 @@ def test_load_encoder_of_mae_timm_dino(layout, tmp_path):
     assert not close(model.forward_features(imgs.flip(1)), want, 1e-3)
 
 
-@pytest.mark.parametrize(
-    ("width", "heads"), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16)]
-)
+@pytest.mark.parametrize(("width", "heads"), HEADS.items())
 def test_standard_widths_have_known_heads(width, heads):
+    assert width == 64 * heads or width == 80 * heads == 1280  # ViT-H
     ref, imgs = timm_model(width, 1, heads), randn(1, 3, 32, 32)
     got = attg_mae.load_encoder(ref.state_dict()).forward_features(imgs)
     assert close(got, ref.forward_features(imgs), 1e-5)
@@ -171,13 +171,12 @@ def refused(ran=""):
     first_key = re.compile(r"0\.attention\.(k_proj|attention\.key)")
     return {
         "resnet": ({"layer1.0.conv1.weight": randn(4, 4, 3, 3)}, "layer1.0.conv1"),
-        "numbers": ({"weird": 3}, "weird"),
         "nested": ({"net": {"cls_token": randn(1, 1, 8)}}, "net"),
         "sequence": ([1, 2], "list"),
         "evil": ({"model": state, "args": Evil(ran)}, "open"),
         "missing": ({k: v for k, v in state.items() if k != fc2}, fc2),
         "surplus": (state | {"surplus": randn(3)}, "surplus"),
-        "stray key": (state | {stray: randn(3, 3)}, f"unexpected {stray}"),
+        "stray key": (state | {stray: randn(3, 3)}, stray),
         "shape": (state | {norm: randn(3)}, norm),
         "not a tensor": (state | {norm: 3}, norm),
         "Hugging Face without a key": (
@@ -220,18 +219,12 @@ def test_files_that_are_not_checkpoints(tmp_path):
 # -- Checkpoints -----------------------------------------------------------------------
 
 
-def test_checkpoint_round_trip_and_atomicity(tmp_path, monkeypatch):
-    path, model = tmp_path / "last.pt", attg_mae.build_model(attg_mae.Config())
-    optimizer = torch.optim.AdamW(attg_mae.param_groups(model, 0.05))
-    model(randn(2, 3, 32, 32))[0].backward()
-    optimizer.step()
-    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    parts |= {"step": 3, "config": asdict(model.cfg), "scaler": {"scale": 65536.0}}
+def test_failed_writes_leave_the_earlier_file(tmp_path, monkeypatch):
+    path, parts = tmp_path / "last.pt", {"model": {"x": randn(5)}, "step": 3}
     attg_mae.save_checkpoint(path, **parts)
-    assert same(attg_mae.load_checkpoint(path), parts)
     plain = torch.load(path, weights_only=True)
     assert plain.pop("checksums") and same(plain, parts)
-    assert not same(parts | {"model": {}}, parts)
+    assert same(attg_mae.load_checkpoint(path), parts)
     old, save = path.read_bytes(), torch.save
 
     # Fails after a part is written, as on a full disk.
