@@ -48,8 +48,7 @@ def unpatchify(patches, cfg):
 
 def denormalize(imgs, cfg):
     """Normalized imgs (B, C, H, W) -> [0, 1]."""
-    mean = torch.tensor(cfg.mean, device=imgs.device).view(-1, 1, 1)
-    std = torch.tensor(cfg.std, device=imgs.device).view(-1, 1, 1)
+    mean, std = imgs.new_tensor([cfg.mean, cfg.std])[..., None, None]
     return (imgs * std + mean).clamp(0, 1)
 
 
@@ -60,25 +59,32 @@ def save_examples(model, run, draw_noise, pool_maps, count=8):
     attg_mae's.
     """
     cfg, path = run.cfg, Path(run.cfg.out, "reconstructions.png")
-    if run.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        count = min(count, len(run.train_set))
-        ids = torch.linspace(0, len(run.train_set) - 1, count).long()
-        sample = default_collate([run.train_set[i] for i in ids.tolist()])
-        imgs = model.normalize(sample.image.to(run.device))
-        noise = draw_noise(count, cfg.grid, generator_for("masks", cfg.seed, 0))
-        masked, completed = reconstruct(model, imgs, noise.to(run.device))
-        columns = [("image", denormalize(imgs, cfg))]
-        if run.maps is not None:
-            maps = torch.from_numpy(run.maps[sample.index.numpy()])
-            not_flipped = torch.zeros(count, dtype=torch.bool)
-            m_norm = pool_maps(maps, sample.box, not_flipped, cfg.grid)
-            cells = F.interpolate(m_norm.view(-1, 1, *cfg.grid), cfg.size)
-            columns.append(("map", cells.expand_as(imgs)))
-        note = " (true patch mean, std)" if cfg.norm_pix else ""
-        columns += [("masked", masked), (f"reconstruction{note}", completed)]
-        save_sheet(path, columns)
+    if run.rank:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number = len(run.train_set)
+    ids = torch.linspace(0, number - 1, min(count, number)).long()
+    sample = default_collate([run.train_set[i] for i in ids.tolist()])
+    imgs = model.normalize(sample.image.to(run.device))
+    noise = draw_noise(len(ids), cfg.grid, generator_for("masks", cfg.seed, 0))
+    masked, completed = reconstruct(model, imgs, noise.to(run.device))
+    columns = {"image": denormalize(imgs, cfg)}
+    if run.maps is not None:
+        maps = torch.from_numpy(run.maps[sample.index.numpy()])
+        not_flipped = torch.zeros(len(ids), dtype=torch.bool)
+        m_norm = pool_maps(maps, sample.box, not_flipped, cfg.grid)
+        cells = F.interpolate(m_norm.view(-1, 1, *cfg.grid), cfg.size)
+        columns["map"] = cells.expand_as(imgs)
+    columns["masked"] = masked
+    note = " (true patch mean, std)" if cfg.norm_pix else ""
+    columns[f"reconstruction{note}"] = completed
+    save_sheet(path, columns.items())
     run.log.say(f"examples: {path}")
+
+
+def weight_brightness(m, tau):
+    """The weights exp(m / tau) as gray values: 1 is black, exp(1 / tau) white."""
+    return torch.expm1(m / tau) / math.expm1(1 / tau)
 
 
 def save_map_sheet(path, dataset, files, number, tau=0.75):
@@ -87,7 +93,8 @@ def save_map_sheet(path, dataset, files, number, tau=0.75):
     The images are evenly spaced. files: {name: maps (n, h, w) in [0, 1]}; the weights and
     the overlay are those of the first.
     """
-    size, ids = (112, 112), torch.linspace(0, len(dataset) - 1, number).round().int()
+    size = (112, 112)
+    ids = torch.linspace(0, len(dataset) - 1, number).round().int()
     ids = ids.unique().tolist()
     images = SquashedImages(dataset, size)
     imgs = torch.stack([images[i][0] for i in ids]) / 255  # (number, 3, *size)
@@ -97,9 +104,8 @@ def save_map_sheet(path, dataset, files, number, tau=0.75):
         cells = F.interpolate(m, size).expand_as(imgs)
         columns.append((Path(name).stem[:18], cells))
         if len(columns) == 2:
-            largest = math.exp(1 / tau)
-            weights = (torch.exp(cells / tau) - 1) / (largest - 1)
-            columns.append((f"exp(M / {tau}), 1 to {largest:.2f}", weights))
+            title = f"exp(M / {tau}), 1 to {math.exp(1 / tau):.2f}"
+            columns.append((title, weight_brightness(cells, tau)))
             smooth = F.interpolate(m, size, mode="bilinear")
             columns.append(("overlay", imgs * (0.15 + 0.85 * smooth)))
     save_sheet(path, columns, cell=size[0])
@@ -141,10 +147,13 @@ def curves(records, name):
     """{label: [(step, value), ...]} of a key of the log; knn holds one per feature."""
     points = {}
     for record in records:
-        values = record.get(name, {}) if name == "knn" else {name: record.get(name)}
+        values = record.get(name)
+        if isinstance(values, dict):
+            values = {key.replace("_", " "): value for key, value in values.items()}
+        else:
+            values = {name: values}
         for label, value in values.items():
             if value is not None:
-                label = label.replace("_", " ") if name == "knn" else label
                 points.setdefault(label, []).append((record["step"], value))
     return points
 
@@ -152,26 +161,29 @@ def curves(records, name):
 def save_sheet(path, columns, rows=(), cell=96):
     """Save a sheet of images, small ones enlarged to about `cell` px of height.
 
-    columns: [(title, floats (n, 3, h, w) in [0, 1]), ...]; rows: a name per row.
+    columns: pairs (title, floats (n, 3, h, w) in [0, 1]); rows: a name per row.
     """
-    gap, title_height, name_width = 4, 20, 66 if rows else 4  # px
-    images = torch.stack([images.cpu() for _, images in columns], dim=1).flatten(0, 1)
+    gap, top, left = 4, 20, 4  # px
+    if rows:
+        left = 66
+    titles, images = zip(*columns, strict=True)
+    images = torch.stack([x.cpu() for x in images], dim=1).flatten(0, 1)
     # A whole factor, so that each pixel of a small image stays a square.
-    tiles = F.interpolate(images, scale_factor=max(1, cell // images.shape[2]))
-    grid = make_grid(tiles, nrow=len(columns), padding=gap, pad_value=1)
-    height, width = tiles.shape[2] + gap, tiles.shape[3] + gap
-    titles = {name_width + i * width: title for i, (title, _) in enumerate(columns)}
+    zoom = max(1, cell // images.shape[2])
+    tiles = F.interpolate(images, scale_factor=zoom)
+    grid = make_grid(tiles, nrow=len(titles), padding=gap, pad_value=1)
+    grid = to_pil_image(grid)
 
-    # A title may be wider than its images.
-    font = ImageFont.load_default()
-    right = max(x + max(width, font.getlength(title)) for x, title in titles.items())
-    size = (int(right), grid.shape[1] + title_height - gap)
-    sheet = Image.new("RGB", size, "white")
-    sheet.paste(to_pil_image(grid), (name_width - gap, title_height - gap))
+    # The last title may be wider than its images.
+    step = tiles.shape[3] + gap
+    title_end = ImageFont.load_default().getlength(titles[-1])
+    width = left + (len(titles) - 1) * step + max(step, int(title_end))
+    sheet = Image.new("RGB", (width, top - gap + grid.height), "white")
+    sheet.paste(grid, (left - gap, top - gap))
     draw = ImageDraw.Draw(sheet)
-    for x, title in titles.items():
-        draw.text((x, 4), title, fill="black")
+    for column, title in enumerate(titles):
+        draw.text((left + column * step, 4), title, fill="black")
+    step = tiles.shape[2] + gap
     for row, name in enumerate(rows):
-        y = title_height + row * height + tiles.shape[2] // 2 - 6
-        draw.text((6, y), name, fill="black")
+        draw.text((6, top + (row + 0.5) * step - 8), name, fill="black")
     sheet.save(path)

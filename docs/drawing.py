@@ -4,7 +4,6 @@ Panels of the figures of the docs, drawn with matplotlib.
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch.nn.functional import adaptive_avg_pool2d
 
 from attg_mae import MAE, Config, load_checkpoint
@@ -35,18 +34,25 @@ def draw_panel(axes, image, title="", note="", texts=None, frame=None):
     texts: (rows, columns) of strings, written into the cells of that grid. frame: a box
     x0, y0, x1, y1 in fractions of width and height.
     """
-    image = image.clamp(0, 1).expand(3, *image.shape[-2:])
-    # Coordinates are fractions, whatever the resolution.
+    image = image.clamp(0, 1)
+    if image.dim() == 2:
+        image = image.expand(3, -1, -1)
     pixels = image.movedim(0, -1).numpy()
+    # Coordinates are fractions, whatever the resolution.
     axes.imshow(pixels, extent=(0, 1, 1, 0), interpolation="nearest")
     axes.set_title(title, fontsize=10, loc="left", pad=16 if note else None)
     axes.text(0, -0.02, note, fontsize=8, color="dimgray", va="bottom")
     if frame:
         x0, y0, x1, y1 = frame
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="red"))
-    if texts is not None:
-        shade = adaptive_avg_pool2d(image.mean(0)[None], texts.shape)[0]
-        for (row, column), text in np.ndenumerate(texts):
-            x, y = (column + 0.5) / texts.shape[1], (row + 0.5) / texts.shape[0]
-            color = "black" if shade[row, column] > 0.45 else "white"
-            axes.text(x, y, text, color=color, fontsize=7, ha="center", va="center")
+        x, y = [x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0]
+        axes.plot(x, y, color="red", linewidth=1)
+    if texts is None:
+        return
+    rows, columns = texts.shape
+    shade = adaptive_avg_pool2d(image.mean(0)[None], texts.shape)[0]
+    centered = {"ha": "center", "va": "center", "fontsize": 7}
+    for (row, column), text in np.ndenumerate(texts):
+        x = (column + 0.5) / columns
+        y = (row + 0.5) / rows
+        color = "black" if shade[row, column] > 0.45 else "white"
+        axes.text(x, y, text, color=color, **centered)

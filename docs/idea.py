@@ -26,7 +26,7 @@ from torch.utils.data import default_collate
 
 from attg.cli import flag, parse, run_cli
 from attg.datasets import open_data
-from attg.figures import denormalize, reconstruct
+from attg.figures import denormalize, reconstruct, weight_brightness
 from attg.images import generator_for
 from attg.maps import open_maps
 from attg_mae import mask_noise, normalize, pool_maps
@@ -56,8 +56,7 @@ def columns_of(sample, maps, vanilla, guided):
     generator = generator_for("masks", cfg.seed, 0)
     noise = mask_noise(len(imgs), cfg.grid, generator)
     m_norm = pool_maps(maps, sample.box, sample.flip, cfg.grid)
-    largest = math.exp(1 / TAU)
-    brightness = (torch.exp(m_norm / TAU) - 1) / (largest - 1)
+    weights = weight_brightness(m_norm, TAU).view(-1, *cfg.grid)
     masked, by_vanilla = reconstruct(vanilla, imgs, noise)
     _, by_guided = reconstruct(guided, imgs, noise)
     # One cell per pixel: the map itself, cropped like the image.
@@ -67,7 +66,7 @@ def columns_of(sample, maps, vanilla, guided):
     return [
         ("image", "", denormalize(imgs, cfg)),
         ("map M", "0 black, 1 white", cropped.view(-1, *cfg.size)),
-        ("w = exp(M / tau)", f"1 to {largest:.2f}", brightness.view(-1, *cfg.grid)),
+        ("w = exp(M / tau)", f"1 to {math.exp(1 / TAU):.2f}", weights),
         ("masked", f"{hidden} of {number} hidden", masked),
         ("vanilla MAE", "each patch has weight 1", by_vanilla),
         ("guided", "each patch has weight w", by_guided),

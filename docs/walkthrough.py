@@ -96,10 +96,9 @@ def take_step(model, batch, tau):
     step.error = (step.pred - step.x_norm).square().mean(dim=-1)  # (1, L)
     step.plain = step.mask * step.error
     step.product = step.mask * step.weight * step.error
-    step.loss = step.product.sum() / step.mask.sum()
-    step.mse = step.plain.sum() / step.mask.sum()
-    torch.testing.assert_close(step.loss, loss)
-    torch.testing.assert_close(step.mse, mse)
+    hidden = step.mask.sum()
+    torch.testing.assert_close(step.product.sum() / hidden, loss)
+    torch.testing.assert_close(step.plain.sum() / hidden, mse)
     return step
 
 
@@ -116,15 +115,15 @@ def print_numbers(step, cfg, tau, total_steps):
         values = getattr(step, name)
         print(f"{name:18} {values.min():.2f} to {values.max():.2f}")
     print(f"sum(mask)          {hidden:.0f}")
-    print(f"sum(mask * w * l)  {total:.4f}, loss {step.loss:.6f}")
-    print(f"sum(mask * l)      {plain:.4f}, vanilla loss {step.mse:.6f}")
+    print(f"sum(mask * w * l)  {total:.4f}, loss {total / hidden:.6f}")
+    print(f"sum(mask * l)      {plain:.4f}, vanilla loss {plain / hidden:.6f}")
     # How much more the object counts, which is the point of the method.
     on_object = step.m_norm > 0.5
     counted = (on_object & step.mask.bool()).sum()
+    guided, vanilla = (x[on_object].sum() / x.sum() for x in (step.product, step.plain))
     print(
         f"M_norm > 0.5       {counted} of the {hidden:.0f} hidden patches: "
-        f"{step.product[on_object].sum() / total:.0%} of the loss, "
-        f"{step.plain[on_object].sum() / plain:.0%} of the vanilla loss"
+        f"{guided:.0%} of the loss, {vanilla:.0%} of the vanilla loss"
     )
 
 
@@ -136,8 +135,8 @@ def draw(path, step, batch, image, model, tau):
     # Normalized values are mostly within 2.5 of 0.
     x_norm, pred = (0.5 + unpatchify(x, cfg)[0] / 5 for x in (step.x_norm, step.pred))
     flipped = " and flipped" if batch.flip.item() else ""
-    visible_number, hidden = step.ids_keep.shape[1], step.mask.sum()
-    total = f"sum {step.product.sum():.2f} / {hidden:.0f} hidden = loss {step.loss:.3f}"
+    total, hidden = step.product.sum(), step.mask.sum()
+    total = f"sum {total:.2f} / {hidden:.0f} hidden = loss {total / hidden:.3f}"
     numbers = np.arange(step.mask.shape[1]).astype(str)
     kept = np.where(step.mask[0] > 0, "", numbers)
     # Title, note, an image or a value for each patch, what is written into the patches.
@@ -146,7 +145,7 @@ def draw(path, step, batch, image, model, tau):
         ("map M", "of the whole image, 0 to 1", batch.maps[0], None),
         ("patches", f"the crop, resized{flipped}", crop, numbers),
         ("noise", "a random number for each patch", step.noise, ".2f"),
-        ("ids_keep", f"the {visible_number} of lowest noise", visible, kept),
+        ("ids_keep", f"the {step.ids_keep.shape[1]} of lowest noise", visible, kept),
         ("mask", "1 = hidden = predicted", step.mask, ".0f"),
         ("x_norm", "by mean and deviation", x_norm, None),
         ("pred", "of all patches", pred, None),
