@@ -7,13 +7,14 @@ image and learns to predict them from the rest; in its loss every hidden patch c
 same. Here each patch is weighted by an attention map M of the object in the image, which
 is computed without labels before training (object_discovery.py). Masking stays random.
 
-    M_norm = (M - min M) / (max M - min M)                           normalize_map
+    M_norm = (M - min M) / (max M - min M)       over the image      normalize_map
     w      = exp(M_norm / tau)                              Eq. 1    patch_weights
     l      = mean((pred - x_norm)^2) over each patch
     loss   = sum(mask * w * l) / sum(mask)                  Eq. 2    masked_loss
 
-x_norm is the patch normalized by its own mean and deviation. The background (M_norm = 0)
-has weight 1, as in MAE. tau starts at 0.75 and rises, so guidance is strongest at first.
+x_norm is the patch normalized by its own mean and standard deviation. The background
+(M_norm = 0) has weight 1, as in MAE. tau starts at 0.75 and rises, so guidance is strongest
+at first. Map files hold M_norm of whole images, computed once when they are written.
 
     python attg_mae.py --demo                 # three steps on random images, in seconds
     python attg_mae.py                        # the embedded toy set, on a CPU in minutes
@@ -21,14 +22,13 @@ has weight 1, as in MAE. tau starts at 0.75 and rises, so guidance is strongest 
     torchrun --nproc_per_node=8 attg_mae.py --model vit_large --data DIR --maps maps.npy
 
 The second command ends near loss 0.78, mse 0.64, k-NN 62 % (class token) and 60 % (patch
-mean). With --guidance none: loss = mse = 0.64, k-NN 54 % and 50 %. k-NN differs by several
-points between seeds; README.md has three.
+mean); with --guidance none near 0.64, 0.64, 54 % and 50 %. Seeds differ by several points.
 The run folder (--out) receives config.json, log.jsonl, last.pt, encoder.pt, curves.png
 and reconstructions.png. The same command resumes an interrupted run.
 """
 
-# Copied alone, this file needs torch and torchvision, and has all down to train_step,
-# Config and the demo. train, load_encoder and all other flags need attg/ and kernels/.
+# Copied alone, this file needs torch and torchvision only, and has everything up to train_step,
+# Config and the demo. In comments, mae: is facebookresearch/mae, MAE its paper; timm:, HF:.
 #
 # Shapes: B images, C channels, L patches in an image, K of them visible, N = 1 + L tokens
 # (the class token first), D width of encoder or decoder, p patch size in pixels,
@@ -57,8 +57,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import roi_align
 
 # -- The method: M_norm, weights, loss -------------------------------------------------
-# Uses of the map (--guidance): the paper, plain MAE, and the ablations of Table 10. To
-# add one, name it here and compute its weights in patch_weights.
+# Uses of the map (--guidance): the paper, plain MAE, and the ablations of Table 10 (1 - M_norm;
+# no weight for the lowest tenth of M_norm, or of 1 - M_norm; hide the highest 75 %). To add
+# one, name it here and compute its weights in patch_weights.
 GUIDANCE = ("attg", "none", "inverted", "foreground", "background", "input_masking")
 # These give weight 0 to a tenth of the patches; ties there are broken at random.
 DROPS_PATCHES = ("foreground", "background")
@@ -66,7 +67,7 @@ DROPS_PATCHES = ("foreground", "background")
 
 def is_flat(attn):
     """Maps (B, L) -> (B,) bool: max - min <= 1e-5 max|M|, so there is no object."""
-    # Not aminmax, which takes several times as long on a CPU.
+    # amin and amax take a fraction of aminmax's time on a CPU.
     low, high = attn.amin(dim=1), attn.amax(dim=1)
     largest = torch.maximum(high.abs(), low.abs())
     spread = high - low
@@ -75,10 +76,10 @@ def is_flat(attn):
 
 def normalize_map(attn):
     """M_norm (B, L): each map min-max normalized over all its patches, hidden or not."""
-    # A flat map becomes zeros, which is weight 1. Without this rule, a map that is flat up
-    # to rounding would be stretched to the full range.
+    # Training calls it for --map_norm crop; by default the map file holds M_norm. A flat map
+    # becomes zeros, weight 1: rounding errors would be stretched to the full range.
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
-    low, high = attn.aminmax(dim=1, keepdim=True)
+    low, high = attn.amin(dim=1, keepdim=True), attn.amax(dim=1, keepdim=True)
     return torch.where(is_flat(attn)[:, None], 0.0, (attn - low) / (high - low))
 
 
@@ -96,7 +97,7 @@ def patch_weights(m_norm, tau, guidance="attg", flat=None, ties=None):
         m_norm = 1 - m_norm
     w = torch.exp(m_norm / tau)  # Eq. 1
     if guidance in DROPS_PATCHES:
-        # As many as lie below the 10 % quantile if none tie.
+        # The number of values below the 10 % quantile if there are no ties.
         dropped = math.ceil((m_norm.shape[1] - 1) / 10)
         w = w.masked_fill(patch_order(m_norm, ties) < dropped, 0.0)
     if flat is not None:
@@ -110,12 +111,12 @@ def masked_loss(pred, patches, mask, weight=None, norm_pix=True, fused=None):
     Returns (loss, mse): mse is the loss without weights, detached. It compares runs, as
     the loss itself changes with tau. weight None is the loss of MAE.
     """
-    # On a GPU the kernels of kernels/attg_loss.py compute the same. The lines below are
-    # the definition, and run on a CPU.
+    # On a GPU kernels/attg_loss.py computes the same; the lines below are the definition.
     if fused is None:
         fused = pred.is_cuda and attg_loss is not None
     if fused:
-        # exp(log w / 1) = w, and log 0 = -inf is weight 0.
+        # The kernel (imported below) takes a map and tau: with log w and tau = 1 it computes
+        # exp(log w / 1) = w. Weight 0 becomes -inf.
         attn = None if weight is None else weight.log()
         options = {"tau": 1.0, "norm_pix": norm_pix, "normalize_attn": False}
         return attg_loss(pred, patches, mask, attn, return_mse=True, **options)
@@ -127,8 +128,8 @@ def masked_loss(pred, patches, mask, weight=None, norm_pix=True, fused=None):
     pred = torch.where(hidden[..., None], pred.to(dtype), 0.0)
     target = patches.to(dtype)
     if norm_pix:
-        # Without its brightness and contrast a patch is structure, which makes for better
-        # features than its colors (MAE, Table 1d).
+        # Without its brightness and contrast a patch is structure; predicting that gives
+        # better features than predicting pixels (MAE, Table 1d).
         centered = target - target.mean(dim=-1, keepdim=True)
         variance = centered.square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1)
         target = centered / (variance + 1e-6).sqrt()  # x_norm
@@ -145,7 +146,7 @@ def masked_loss(pred, patches, mask, weight=None, norm_pix=True, fused=None):
 # -- Model: MAE's ViT, with its parameter names ----------------------------------------
 # timm's VisionTransformer and HF's ViTMAEForPreTraining compute the same; tests compare.
 def patchify(imgs, p):
-    """(B, C, H, W) -> (B, L, P); a patch lists its values as (p, p, C), as in mae and HF."""
+    """(B, C, H, W) -> (B, L, P); values in a patch are ordered (p, p, C), as in mae, HF."""
     x = imgs.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h, p, w, p)
     x = torch.einsum("bchpwq->bhwpqc", x)  # (B, h, w, p, p, C)
     return x.flatten(1, 2).flatten(2)  # (B, L, P)
@@ -162,7 +163,7 @@ def normalize(imgs, cfg):
     return (imgs / 255 - mean) / std
 
 
-# Cached, because making a tensor of a list waits for the GPU.
+# Cached, because creating a tensor from a list forces a GPU sync.
 @functools.cache
 def channels(values, device):
     return torch.tensor(values, device=device).view(-1, 1, 1)
@@ -230,17 +231,15 @@ class ViT(nn.Module):
         super().__init__()
         self.cfg = cfg
         p, D = cfg.patch_size, cfg.width
-        # timm: PatchEmbed. Stored as its convolution, so that checkpoints fit; embed
-        # applies it as a matrix product.
+        # Stored as timm's convolution, so that checkpoints load unchanged.
         projection = nn.Conv2d(cfg.in_chans, D, kernel_size=p, stride=p)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
         # The class token has no loss of its own: it learns because patches attend to it in
         # encoder and decoder. The evaluations read it as the feature of the image.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        # A parameter only to be in checkpoints under mae's and timm's name, (1, N, D).
-        self.pos_embed = nn.Parameter(
-            sincos_table(D, cfg.grid)[None], requires_grad=False
-        )
+        # Frozen; a parameter as in mae and timm, (1, N, D).
+        positions = sincos_table(D, cfg.grid)[None]
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.Sequential(*[Block(D, cfg.heads) for _ in range(cfg.depth)])
         self.norm = nn.LayerNorm(D, eps=1e-6)
 
@@ -263,12 +262,11 @@ class ViT(nn.Module):
         B = len(patches)
         positions = self.pos_embed[:, 1:].expand(B, -1, -1)  # (B, L, D)
         if ids_keep is not None:
-            # No mask tokens in the encoder: a quarter of the work, and no input that whole
-            # images do not have after pre-training (MAE, Table 1c).
+            # The encoder never sees mask tokens: it processes a quarter of the tokens, and
+            # gets no input in pre-training that is absent afterwards (MAE, Table 1c).
             patches = gather_tokens(patches, ids_keep)  # (B, K, P)
             positions = gather_tokens(positions, ids_keep)  # (B, K, D)
-        # timm: PatchEmbed is this matrix product. mae embeds all patches, then drops most;
-        # here only visible patches are embedded.
+        # timm: PatchEmbed is this matrix product. mae embeds all patches, then drops most.
         proj = self.patch_embed.proj
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P)
         x = F.linear(patches, weight, proj.bias) + positions
@@ -314,7 +312,7 @@ class MAE(ViT):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        # The convolution counts as the linear layer that it is in embed.
+        # Initialize the convolution like the linear layer it is applied as.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.cfg.width, -1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -325,7 +323,7 @@ class MAE(ViT):
         # neighbors, without learning what the image shows (MAE, Figure 5).
         K = int(noise.shape[1] * (1 - mask_ratio))
         ids_keep = noise.argsort(dim=1)[:, :K]
-        # HF: bool_masked_pos of ViTForMaskedImageModeling is this mask as bool.
+        # HF: bool_masked_pos is this mask as bool.
         mask = torch.ones(noise.shape, device=noise.device).scatter(1, ids_keep, 0.0)
         return ids_keep, mask
 
@@ -340,8 +338,8 @@ class MAE(ViT):
         places = ids_keep[..., None].expand(-1, -1, D)  # (B, K, D)
         tokens = tokens.scatter(1, places, x[:, 1:])
         x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed  # (B, N, D)
-        # The class token ends here. If it were sliced off after decoder_pred, backward would
-        # copy the gradient of pred to pad it with zeros.
+        # Drop the class token here: slicing after decoder_pred would make backward zero-pad
+        # a copy of pred's gradient.
         x = self.decoder_blocks(x)[:, 1:]  # (B, L, D)
         return self.decoder_pred(self.decoder_norm(x))  # (B, L, P)
 
@@ -369,11 +367,14 @@ class MAE(ViT):
             mask_ratio = self.cfg.mask_ratio
         if not torch.is_tensor(tau) and not 0 < tau < math.inf:
             raise ValueError(f"tau: got {tau!r}; pass a finite number above 0")
+        for name, x in {"attn": attn, "weight": weight}.items():
+            if x is not None and x.shape != (B, L):
+                got = tuple(x.shape)
+                raise ValueError(
+                    f"{name}: got {got}; pass one value per patch, {(B, L)}"
+                )
         if attn is not None:
             weight = patch_weights(normalize_map(attn), tau)
-        if weight is not None and weight.shape != (B, L):
-            got = tuple(weight.shape)
-            raise ValueError(f"attn: got {got}; pass one value per patch, {(B, L)}")
 
         # mae: the same three steps, forward_encoder, forward_decoder and forward_loss.
         ids_keep, mask = self.random_masking(noise, mask_ratio)
@@ -415,9 +416,9 @@ def crop_maps(maps, box, flip, cfg):
 
 
 def patch_order(m, ties=None):
-    """Rank of each patch by m (B, L), 0 the lowest; equal ones by ties, None is random."""
-    # For weights, ties must not be the mask noise: of patches that tie, it would drop the
-    # visible ones, which are not in the loss anyway.
+    """Rank of each patch by m (B, L), 0 the lowest; ties are broken by `ties`, or at random."""
+    # Do not break ties with the mask noise: among tied patches it would always drop the
+    # visible ones, which are not in the loss. A stable sort of what `ties` has shuffled.
     if ties is None:
         ties = torch.rand_like(m)
     order = ties.argsort(dim=1)
@@ -507,13 +508,13 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    # Still on the device: reading them here would wait for it at every step.
+    # Still on the device: reading them here would force a sync at every step.
     return torch.cat([losses, norm[None]])
 
 
 # -- Configuration ---------------------------------------------------------------------
-# From here on the file is about runs, not about the method. Our packages are imported
-# here, so that a copy of this file alone runs down to this line.
+# From here on the file is about runs. Our packages are imported here, not above, so that a
+# copy of this file alone runs down to this line.
 MISSING = None
 try:
     from attg.checkpoint import load_checkpoint, restore, save_checkpoint
@@ -553,11 +554,9 @@ PRESETS = {
 }
 SHAPE = ("img_size", "patch_size", "width", "depth", "heads")
 SHAPE += ("decoder_width", "decoder_depth", "decoder_heads")
-# Range and resume class that several flags share; see attg.cli.flag.
+# Ranges that several flags share, and whether a resumed run may change them; see attg.cli.flag.
 COUNT = {"low": 1, "high": 1024, "resume": "fixed"}
 WIDTH = {"low": 4, "high": 32768, "resume": "fixed"}
-SIDE = {"low": 1, "high": 8192, "resume": "fixed"}
-TAU = {"low": 1e-6, "high": 1e6}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -573,13 +572,13 @@ class Config(TrainFlags):
     map_norm: str = flag(
         "image", "normalize a map over its image or its crop", choices=("image", "crop")
     )
-    tau: float = flag(0.75, "initial temperature (paper)", **TAU)
-    tau_end: float = flag(1.0, "final temperature (ours; the paper names none)", **TAU)
-    tau_schedule: str = flag("cosine", "of tau", choices=("cosine", "constant"))
+    tau: float = flag(0.75, "initial temperature (paper)", 1e-6, 1e6)
+    tau_end: float = flag(1.0, "final temperature (ours)", 1e-6, 1e6)
+    tau_schedule: str = flag("cosine", "shape of tau", choices=("cosine", "constant"))
     mask_ratio: float = flag(0.75, "fraction of patches to hide", 0, 1)
     norm_pix: bool = flag(True, "predict patches normalized by their mean and variance")
     img_size: int | tuple[int, ...] | None = flag(
-        None, "side in pixels, or height, width", **SIDE
+        None, "side, or height and width", 1, 8192, resume="fixed"
     )
     patch_size: int | None = flag(None, "patch size in pixels", **COUNT)
     in_chans: int = flag(3, "channels, 1 for grey with one --mean and --std", **COUNT)
@@ -707,7 +706,8 @@ def demo():
     # What the loader yields: uint8 crops, maps of whole images, boxes, flips, mask noise.
     image = torch.randint(0, 256, (8, 3, *cfg.size), dtype=torch.uint8)
     batch = SimpleNamespace(image=image, ties=None)
-    batch.maps = torch.rand(8, *cfg.size)
+    batch.maps = torch.zeros(8, *cfg.size)
+    batch.maps[:, 8:24, 8:24] = 1.0  # a square object
     batch.box = torch.tensor([0.1, 0.2, 0.8, 0.9]).expand(8, 4)
     batch.flip = torch.rand(8) < 0.5
     batch.noise = torch.rand(8, math.prod(cfg.grid))
@@ -731,7 +731,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--demo"]:
+    if "--demo" in sys.argv:  # takes no other flags
         demo()
     elif MISSING:
         sys.exit(f"{__file__}: error: {MISSING}")

@@ -357,7 +357,10 @@ def check_settings(cfg, checkpoint, total_steps):
     ("fixed"), until the run has ended ("open", because an old result would pass for one
     of the new setting), or always ("free"). ValueError names those that may not.
     """
-    path, stored = checkpoint["path"], checkpoint["config"]
+    path = checkpoint["path"]
+    # A setting that is newer than the checkpoint had its default.
+    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
+    stored = json.loads(json.dumps(defaults)) | checkpoint["config"]
     fixed, free = resume_class(type(cfg), "fixed"), resume_class(type(cfg), "free")
     ended = checkpoint["step"] >= total_steps
     if cfg.epochs == 0:
