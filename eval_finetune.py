@@ -184,8 +184,7 @@ def finetune(settings, data, dist_info):
     model = model.to(dist_info[0])
     groups = layer_groups(model, settings.weight_decay, settings.layer_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
-    options = {"mix": mix, "label_smoothing": 0.1}
-    fit(model, optimizer, train_set, settings, lr_at, dist_info, **options)
+    fit(model, optimizer, train_set, settings, lr_at, dist_info, mix, smoothing=0.1)
     results = score(model, tests, ["patch_mean"], "finetune", settings, dist_info)
     extra = {"protocol": "finetune", "sha256": sha256(settings.checkpoint)}
     return results, dataclasses.asdict(settings) | extra

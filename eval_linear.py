@@ -32,16 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attg.cli import (
-    DataFlags,
-    RunFlags,
-    check_unused,
-    flag,
-    log_line,
-    parse,
-    progress,
-    run_cli,
-)
+from attg.cli import DataFlags, RunFlags, check_unused, flag, parse, progress, run_cli
 from attg.datasets import shot_indices
 from attg.evaluation import (
     EvalFlags,
@@ -84,11 +75,10 @@ def check(settings):
     """ValueError for flags that have no effect, or contradict each other."""
     other = "mae" if settings.protocol == "features" else "features"
     check_unused(settings, FLAGS[other], f"has an effect in --protocol {other} only")
-    if settings.shots and (min(settings.shots) < 2 or settings.label_fraction != 1):
-        raise ValueError(
-            f"--shots {settings.shots}: must be 2 or more, since one image per class is "
-            "held out to select the learning rate, and excludes --label_fraction"
-        )
+    if settings.shots:
+        check_unused(settings, ["label_fraction"], "has no effect with --shots")
+    if 1 in settings.shots:
+        raise ValueError("--shots 1: use 2 or more, held-out images select the lr")
 
 
 # -- The probe on fixed features -------------------------------------------------------
@@ -220,7 +210,8 @@ def probe_features(settings, data, dist_info):
         seeds = range(settings.seeds)
         cases = [(f"{shots} shots", shots, seeds) for shots in settings.shots]
     options = {name: getattr(settings, name) for name in ("epochs", "batch_size")}
-    results = []
+    options["device"] = device
+    results, grids = [], record["held_out"]
     for feature in FEATURES:
         tests = {name: (part[feature], part["labels"]) for name, part in parts.items()}
         for protocol, shots, seeds in cases:
@@ -228,15 +219,11 @@ def probe_features(settings, data, dist_info):
             for seed in seeds:
                 rows = shot_indices(train["labels"], shots, seed)
                 x, labels = train[feature][rows], train["labels"][rows]
-                run = linear_probe(
-                    x, labels, tests, seed=seed, device=device, **options
-                )
+                run = linear_probe(x, labels, tests, seed=seed, **options)
                 runs.append(run)
                 pairs = zip(LRS, run["held_out"], strict=True)
-                grid = {f"{lr:.2g}": round(top1, 2) for lr, top1 in pairs}
                 case = f"{feature}, {protocol}, seed {seed}"
-                record["held_out"][case] = grid
-                log_line(f"{case}, held-out top-1 by learning rate: {grid}")
+                grids[case] = {f"{lr:.2g}": round(top1, 2) for lr, top1 in pairs}
             for name in tests:
                 metrics = mean_and_deviation([run["results"][name] for run in runs])
                 if not settings.shots:

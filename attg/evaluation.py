@@ -148,15 +148,12 @@ def check_outputs(out, settings):
     # By default it lies beside the checkpoint, whose name may be wrong.
     if out.parent.is_dir():
         paths["out"] = out
-    for name in ("save", "save_features"):
-        paths[name] = getattr(settings, name, None)
+    paths |= {name: getattr(settings, name, None) for name in ("save", "save_features")}
     for name, path in paths.items():
-        if not path:
-            continue
-        folder = Path(path).parent
-        make_folder(name, folder)
-        if Path(path).is_dir() or not os.access(folder, os.W_OK):
-            raise OSError(f"--{name} {path}: not writable; choose another file")
+        if path:
+            make_folder(name, Path(path).parent)
+            if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
+                raise OSError(f"--{name} {path}: not writable; choose another file")
 
 
 def mean_and_deviation(runs):

@@ -110,14 +110,7 @@ def resolve(settings, recipe, images, micro_batch, device, world):
 
 
 def fit(
-    model,
-    optimizer,
-    train_set,
-    settings,
-    lr_at,
-    dist_info,
-    mix=None,
-    label_smoothing=0.0,
+    model, optimizer, train_set, settings, lr_at, dist_info, mix=None, smoothing=0.0
 ):
     """Train a model by cross-entropy, summed over its features.
 
@@ -152,14 +145,17 @@ def fit(
             if mix is not None:
                 imgs, targets = mix(imgs, targets, train_set.num_classes)
             last = micro + 1 == settings.accum
-            loss = backward(parallel, imgs, targets, settings, label_smoothing, last)
+            loss = backward(parallel, imgs, targets, settings, smoothing, last)
             losses.append(loss)
         optimizer.step()
         optimizer.zero_grad()
         epoch, rest = divmod(step + 1, epoch_steps)
         if rest == 0:
-            loss = check_epoch(epoch, losses, train_set)
+            loss = torch.stack(losses).mean().item()
             losses.clear()
+            if not math.isfinite(loss):
+                raise ValueError(f"loss not finite in epoch {epoch}; try a lower --blr")
+            refuse_unreadable(train_set)
             if rank == 0:
                 log_line(f"epoch {epoch}/{settings.epochs} loss {loss:.4f} lr {lr:.2e}")
                 if settings.save:
@@ -185,22 +181,11 @@ def set_lr(optimizer, step, epoch_steps, settings, lr_at):
 def micro_batches(train_set, settings, start, total_steps, dist_info):
     """Iterator over this rank's micro-batches, Samples, from step `start` on."""
     device, rank, world = dist_info
-    sampler = ResumableBatchSampler(
-        len(train_set),
-        settings.batch_size,
-        start,
-        total_steps,
-        settings.seed,
-        settings.accum,
-        rank,
-        world,
-    )
-    loader = make_loader(
-        train_set,
-        workers=settings.workers,
-        batch_sampler=sampler,
-        pin_memory=device.type == "cuda",
-    )
+    steps = settings.batch_size, start, total_steps, settings.seed
+    shard = settings.accum, rank, world
+    sampler = ResumableBatchSampler(len(train_set), *steps, *shard)
+    options = {"batch_sampler": sampler, "pin_memory": device.type == "cuda"}
+    loader = make_loader(train_set, workers=settings.workers, **options)
     return iter(loader)
 
 
@@ -213,7 +198,7 @@ def to_device(sample, model, device):
     return model.normalize(image), labels
 
 
-def backward(model, imgs, targets, settings, label_smoothing, last):
+def backward(model, imgs, targets, settings, smoothing, last):
     """Accumulate the gradient of a micro-batch; returns its loss, the features' mean.
 
     targets: labels (B,) or probabilities (B, C). last: whether the step ends with it.
@@ -226,22 +211,11 @@ def backward(model, imgs, targets, settings, label_smoothing, last):
             logits = model(imgs)  # (F, B, C)
         # Heads of a probe share no weights: the sum trains each as if it were alone.
         total = sum(
-            F.cross_entropy(x.float(), targets, label_smoothing=label_smoothing)
+            F.cross_entropy(x.float(), targets, label_smoothing=smoothing)
             for x in logits
         )
         (total / settings.accum).backward()
     return total.detach() / len(logits)
-
-
-def check_epoch(epoch, losses, train_set):
-    """Mean loss of an epoch; ValueError if it is not finite or images are unreadable."""
-    loss = torch.stack(losses).mean().item()
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"loss not finite in epoch {epoch}; try a lower --blr or --precision fp32"
-        )
-    refuse_unreadable(train_set)
-    return loss
 
 
 # -- The file of --save ----------------------------------------------------------------
@@ -273,10 +247,9 @@ def resume(path, model, optimizer, identity, total_steps):
     parts = load_checkpoint(path)
     old = read_settings(parts.get("settings", {}), f"--save {path}")
     new = read_settings(identity, f"--save {path}")
-    # "none" cannot be None, which is a value.
-    differ = [name for name in new if old.get(name, "none") != new[name]]
-    if differ:
-        changes = [f"{name} {old.get(name, 'none')} -> {new[name]}" for name in differ]
+    names = [name for name in new if old.get(name) != new[name]]
+    if names:
+        changes = [f"{name} {old.get(name)} -> {new[name]}" for name in names]
         raise ValueError(
             f"--save {path}: from a run with other settings: {', '.join(changes)}; "
             "choose another file"

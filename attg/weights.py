@@ -90,11 +90,11 @@ def join_qkv(weights, name):
         if ".attn.q." in key:
             # If k or v is missing, the matrix is too small and load_weights reports it.
             names = [key.replace(".q.", f".{x}.") for x in "qkv"]
-            parts = [joined.pop(part, q[:0]) for part in names]
             try:
+                parts = [joined.pop(part, q[:0]) for part in names]
                 joined[key.replace(".q.", ".qkv.")] = torch.cat(parts)
-            except (RuntimeError, TypeError) as error:
-                raise ValueError(f"{name}: {', '.join(names)}: {error}") from error
+            except (RuntimeError, TypeError, IndexError) as error:
+                raise ValueError(f"{name}: {names}: {error}") from error
     return joined
 
 

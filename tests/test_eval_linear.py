@@ -14,12 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import attg_mae
-import eval_knn
 import eval_linear
-from attg.datasets import open_data
 from attg.features import FEATURES, SOURCE
 from attg.images import seed_for
-from attg.loader import make_loader
 from tests.helpers import blobs, close, randn
 
 COMMON = ["--device", "cpu", "--seed", "1"]
@@ -164,19 +161,17 @@ def test_lars_equals_timm(fault):
 
 def test_weight_decay_of_lars_is_added_to_the_gradient():
     """Of matrices; timm adds the norms of gradient and decay instead."""
-    ours, peer = nn.Linear(6, 5), nn.Linear(6, 5)
-    peer.load_state_dict(ours.state_dict())
-    optimizers = [
-        eval_linear.LARS(ours.parameters(), lr=0.4, weight_decay=0.3),
-        eval_linear.LARS(peer.parameters(), lr=0.4),
-    ]
-    for step in range(5):
-        for model, optimizer in zip((ours, peer), optimizers, strict=True):
-            model.weight.grad, model.bias.grad = randn(5, 6, seed=step), randn(5)
-            if model is peer:
-                model.weight.grad += 0.3 * model.weight.detach()
+    heads = [nn.Linear(6, 5), nn.Linear(6, 5)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    for head, decay in zip(heads, (0.3, 0.0), strict=True):
+        optimizer = eval_linear.LARS(head.parameters(), lr=0.4, weight_decay=decay)
+        for step in range(5):
+            head.weight.grad, head.bias.grad = randn(5, 6, seed=step), randn(5)
+            if not decay:
+                head.weight.grad += 0.3 * head.weight.detach()
             optimizer.step()
-    assert close(ours.weight, peer.weight, 1e-6) and close(ours.bias, peer.bias, 1e-6)
+    for name, weights in heads[0].named_parameters():
+        assert close(weights, heads[1].get_parameter(name), 1e-6)
 
 
 def test_mae_probe_starts_small_on_a_frozen_encoder():
@@ -193,16 +188,14 @@ def test_mae_probe_starts_small_on_a_frozen_encoder():
 
 
 def test_results_of_a_data_set(quick, encoder, labelled, tmp_path, capsys):
-    """Two test sets, near scikit-learn's; the same from --features, with --shots too."""
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    """Two test sets; the same from --features, with --shots too."""
     shutil.copytree(Path(labelled["data"], "test"), tmp_path / "others" / "val")
     other, kept = str(tmp_path / "others"), str(tmp_path / "new" / "f.pt")
     flags = [encoder, "--data", labelled["data"], "--val", "test", other, *COMMON]
     results = eval_linear.main([*flags, "--save_features", kept])
     printed = capsys.readouterr().out.splitlines()
     report = json.loads(printed[-1])
-    assert report["results"] == results and "held-out top-1" in printed[0]
+    assert report["results"] == results
     settings = report["settings"]
     assert settings["seconds"] > 0 and settings["epochs"] == 100
     assert (
@@ -215,17 +208,6 @@ def test_results_of_a_data_set(quick, encoder, labelled, tmp_path, capsys):
     assert all(row["top-5"] == 100 for row in results)  # 3 classes
     grid = settings["held_out"]["class_token, linear, seed 1"]
     assert len(grid) == 10 and results[0]["lr"] == max(grid, key=grid.get)
-
-    model, tensors = attg_mae.load_encoder(encoder), []
-    for split in ("train", "test"):
-        dataset = open_data(labelled["data"], split, 32)
-        x = attg_mae.extract_features(model, make_loader(dataset))[1].double()
-        tensors.append((x, dataset.labels))
-    (x, labels), (queries, truth) = tensors
-    scaler = preprocessing.StandardScaler().fit(x)
-    fit = linear_model.LogisticRegression().fit(scaler.transform(x), labels)
-    want = 100 * (fit.predict(scaler.transform(queries)) == truth.numpy()).mean()
-    assert results[2]["top-1"] == pytest.approx(want, abs=14)  # 2 of 15 images
 
     from_file = [*COMMON, "--features", kept]
     assert eval_linear.main(from_file) == results
@@ -240,4 +222,3 @@ def test_results_of_a_data_set(quick, encoder, labelled, tmp_path, capsys):
     assert [row["images"] for row in few[::2]] == [6, 25] * 2
     half = eval_linear.main([*from_file, "--label_fraction", "0.5"])
     assert [row["images"] for row in half] == [12] * 4
-    assert eval_knn.main(["--features", kept, "--device", "cpu", "--k", "3"])
