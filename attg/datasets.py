@@ -14,7 +14,6 @@ Random draws are functions of (seed, epoch, index), so resuming, or another numb
 workers, changes nothing. EXIF rotation is ignored, as it is when maps are made.
 """
 
-import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,11 +26,8 @@ from attg.images import (
     MAX_PIXELS,
     MODES,
     ImageData,
-    Names,
-    Pairs,
     check_pair,
     generator_for,
-    load_image,
     train_view,
 )
 from attg.sources import (
@@ -77,7 +73,7 @@ def open_data(
     """
     if channels not in MODES:
         raise ValueError(f"--in_chans {channels}: must be 3 (RGB) or 1 (gray)")
-    opened = open_source(name, split, classes, max_pixels)
+    opened = open_source(name, split, classes)
     if opened is None:
         return None
     return ImageData(
@@ -90,7 +86,7 @@ def open_data(
     )
 
 
-def open_source(name, split, classes, max_pixels):
+def open_source(name, split, classes):
     """Find one split, see open_data: the first fields of ImageData; None if there is none."""
     named = isinstance(name, str | os.PathLike)
     if classes and not (named and os.path.isdir(os.path.expanduser(name))):
@@ -104,7 +100,7 @@ def open_source(name, split, classes, max_pixels):
         check_split(name, split, ("train", "test", *TOY_VARIANTS))
         images, masks, labels = toy(split)
         names = [f"toy/{split}/{i:05d}" for i in range(len(images))]
-        pairs = Pairs(Image.fromarray, images, labels)
+        pairs = list(zip(map(Image.fromarray, images), labels, strict=True))
         return pairs, names, labels, len(TOY_CLASSES), None, masks
     if name in TORCHVISION:
         check_split(name, split)
@@ -123,13 +119,7 @@ def open_source(name, split, classes, max_pixels):
     if found is None:
         return None
     folder, names, labels = found
-    names = Names(names)
-    pairs = Pairs(functools.partial(load_from, folder, max_pixels), names, labels)
-    return pairs, names, labels, int(labels.max()) + 1, folder
-
-
-def load_from(folder, max_pixels, name):
-    return load_image(os.path.join(folder, name), max_pixels)
+    return None, names, labels, int(labels.max()) + 1, folder
 
 
 def open_python(data, split):

@@ -24,7 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor
 CROP_SCALE = (0.2, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
-# Images with more pixels are not decoded. So many take about 1.5 GB at worst.
+# Images with more pixels are not decoded. So many take 0.4 GB in RGB, 1.7 GB as floats.
 MAX_PIXELS = 100_000_000
 # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size as long as both sides keep this many
 # pixels: that takes a fraction of the time and suffices for crops of up to 1792 pixels.
@@ -193,18 +193,6 @@ class Names(Sequence):
         return os.fsdecode(self.encoded[i])
 
 
-@dataclass(eq=False)
-class Pairs(Dataset):
-    """Map-style data set of (load(items[i]), labels[i])."""
-
-    load: Callable
-    items: Sequence
-    labels: Sequence[int]
-
-    def __getitem__(self, i):
-        return self.load(self.items[i]), self.labels[i]
-
-
 def check_pair(pair):
     """(PIL image, label, -1 = none) of an item of a data set, or ValueError."""
     if isinstance(pair, tuple | list) and len(pair) == 2:
@@ -241,7 +229,7 @@ class ImageData(Dataset):
     the first few are reported, further ones only counted. ValueError if there is none.
     """
 
-    pairs: Dataset  # map-style, of (PIL image of any mode, label)
+    pairs: Dataset | None  # map-style, of (PIL image, label); None: files, see root
     names: Sequence[str]  # one per image: order and identity of the rows of a map file
     known_labels: Sequence[int] | None  # None: only the source knows them
     known_classes: int | None  # 0 = no labels; None = the largest label + 1
@@ -256,8 +244,7 @@ class ImageData(Dataset):
 
     def __post_init__(self):
         self.num_images = len(self.names)
-        if not isinstance(self.names, Names):
-            self.names = Names(self.names)
+        self.names = Names(self.names)
         # 1 % may be unreadable, and at least one.
         self.max_unreadable = max(1, self.num_images / 100)
         # Shared memory: what a worker marks, its parent and the other workers see.
@@ -297,6 +284,8 @@ class ImageData(Dataset):
 
     def read(self, i):
         """(PIL image of any mode, label) of image i. Raises what its decoder raises."""
+        if self.root is not None:
+            return load_image(self.path(i), self.max_pixels), int(self.known_labels[i])
         image, label = check_pair(self.pairs[i])
         check_pixels(image, self.max_pixels)
         return image, label
@@ -345,10 +334,11 @@ class ImageData(Dataset):
 
     def subset(self, rows):
         """The images of these rows, an int tensor (m,), as another ImageData."""
+        # An array gives Python ints, as users' data sets may expect, in little memory.
+        indices = array("q", rows.tolist())
         return replace(
             self,
-            # An array gives Python ints, as users' data sets may expect, in little memory.
-            pairs=Subset(self.pairs, array("q", rows.tolist())),
+            pairs=None if self.pairs is None else Subset(self.pairs, indices),
             names=[self.names[i] for i in rows],
             known_labels=self.labels[rows].numpy(),
             known_classes=self.num_classes,
