@@ -51,6 +51,7 @@ from tests.helpers import (
 
 # -- Layouts ---------------------------------------------------------------------------
 
+DEEP = ["a/x/2", "a/x/y/3", "a/z/0", "b/1"]
 AB = "train/a/0 train/b/sub/1 train/b/2"
 NAMES = ["a/0", "b/2", "b/sub/1"]
 # Images below root/, split, lines of --classes, --data; then the names of the images, None
@@ -63,6 +64,7 @@ LAYOUTS = [
     (f"{AB} more/a/7 more/b/8", "more", None, "root", ["a/7", "b/8"]),
     (f"{AB} more/val/a/7 more/val/b/8 more/x/9", "more", None, "root", ["a/7", "b/8"]),
     (f"{AB} more/test/a/7 more/test/b/8", "more", None, "root/train", ["a/7", "b/8"]),
+    (" ".join(DEEP), "train", None, "root", DEEP),
     (f"{AB} train/.cache/9", "train", None, "root/train", NAMES),
     (f"{AB} train/9 train/c/3", "train", "c\n\n a ", "root", ["a/0", "c/3"]),
     (f"{AB} val/b/3 val/d/4", "test", "b", "root", ["b/3"]),
