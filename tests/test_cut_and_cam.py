@@ -91,20 +91,18 @@ def test_tokencut_equals_scipy(x, tau, eps):
     ours = tokencut(torch.from_numpy(x)[None], tau, eps)[0].numpy()
     for y in (ours, signed(dense[0].numpy())):
         assert math.isclose(y @ (d * y), 1, rel_tol=1e-9)
-        value = y @ (d * y - A @ y)
+        left, right = d * y - A @ y, d * y
+        value = y @ left
         assert abs(value - values[1]) < 1e-9
-        assert np.linalg.norm(d * y - A @ y - value * d * y) < 1e-8 * np.linalg.norm(
-            d * y
-        )
+        norm = np.linalg.norm
+        assert norm(left - value * right) < 1e-8 * norm(right)
         if values[2] - values[1] < 1e-6:
             continue  # Any vector of a plane is a solution.
         want = signed(vectors[:, 1])
-        peaks = np.sort(np.abs(want))
-        if peaks[-2] < (1 - 1e-5) * peaks[-1]:
-            assert distance(y, want) < 1e-5
-        else:
-            # The peaks are tied, and the sign may be either's.
-            assert min(distance(y, want), distance(-y, want)) < 1e-5
+        # If the two highest peaks are tied, the sign may be either's.
+        second, first = np.sort(np.abs(want))[-2:]
+        other = y if second < (1 - 1e-5) * first else -y
+        assert min(distance(y, want), distance(other, want)) < 1e-5
 
 
 def test_that_tolerance_rejects_another_graph():
