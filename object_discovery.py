@@ -431,7 +431,7 @@ def cnn(settings, device):
 
 
 def open_backbone(settings, device):
-    """The Backbone that the settings ask for."""
+    """The Backbone that the settings name."""
     if settings.method == "masks":
         # SquashedImages reads the masks instead of the images.
         about = {"masks": str(Path(settings.masks))}

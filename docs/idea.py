@@ -61,13 +61,11 @@ def columns_of(sample, maps, vanilla, guided):
     _, by_guided = reconstruct(guided, imgs, noise)
     # One cell per pixel: the map itself, cropped like the image.
     cropped = pool_maps(maps, sample.box, sample.flip, cfg.size)
-    number = math.prod(cfg.grid)
-    hidden = number - int(number * (1 - cfg.mask_ratio))
     return [
         ("image", "", denormalize(imgs, cfg)),
         ("map M", "0 black, 1 white", cropped.view(-1, *cfg.size)),
         ("w = exp(M / tau)", f"1 to {math.exp(1 / TAU):.2f}", weights),
-        ("masked", f"{hidden} of {number} hidden", masked),
+        ("masked", f"{cfg.mask_ratio:.0%} hidden", masked),
         ("vanilla MAE", "each patch has weight 1", by_vanilla),
         ("guided", "each patch has weight w", by_guided),
     ]
@@ -80,11 +78,6 @@ def main(argv=None):
         raise ValueError("--vanilla and --guided: name the last.pt of two runs")
     vanilla, guided = load_model(settings.vanilla), load_model(settings.guided)
     cfg = guided.cfg
-    if (vanilla.cfg.size, vanilla.cfg.grid) != (cfg.size, cfg.grid):
-        raise ValueError(
-            f"--vanilla {settings.vanilla}: its image or patch size is not that of "
-            f"{settings.guided}"
-        )
     data = settings.data or cfg.data
     dataset = open_data(data, settings.split, cfg.size, channels=cfg.in_chans)
     if dataset is None:

@@ -54,12 +54,9 @@ def open_model(checkpoint):
         torch.manual_seed(seed_for("weights", cfg.seed))
         return MAE(cfg)
     model = load_model(checkpoint)
-    for name in ("data", "guidance", "grid", "norm_pix"):
-        if getattr(model.cfg, name) != getattr(cfg, name):
-            raise ValueError(
-                f"--checkpoint {checkpoint}: its {name} is {getattr(model.cfg, name)}, "
-                f"must be {getattr(cfg, name)}"
-            )
+    # The texts of the panels describe this run; the toy set brings its maps.
+    if (model.cfg.data, model.cfg.guidance) != (cfg.data, cfg.guidance):
+        raise ValueError(f"--checkpoint {checkpoint}: not of `python attg_mae.py`")
     return model
 
 
