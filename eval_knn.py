@@ -27,7 +27,6 @@ from attg.evaluation import (
     EvalFlags,
     FeatureFlags,
     LabelFlags,
-    ShotFlags,
     evaluate,
     labeled_features,
     mean_and_deviation,
@@ -40,7 +39,7 @@ __all__ = ["accuracy", "knn_classify", "main", "retrieval_map"]
 
 
 @dataclasses.dataclass(kw_only=True)
-class Settings(EvalFlags, DataFlags, LabelFlags, FeatureFlags, ShotFlags, RunFlags):
+class Settings(EvalFlags, DataFlags, LabelFlags, FeatureFlags, RunFlags):
     k: tuple[int, ...] = flag((), "numbers of neighbors [20; 5 with --shots]", 1, 10**7)
 
 

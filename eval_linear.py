@@ -38,7 +38,6 @@ from attg.evaluation import (
     EvalFlags,
     FeatureFlags,
     LabelFlags,
-    ShotFlags,
     evaluate,
     labeled_features,
     mean_and_deviation,
@@ -54,9 +53,7 @@ LRS = tuple(10 ** (e / 2) for e in range(-8, 2))
 
 
 @dataclasses.dataclass(kw_only=True)
-class Settings(
-    EvalFlags, DataFlags, LabelFlags, TrainFlags, FeatureFlags, ShotFlags, RunFlags
-):
+class Settings(EvalFlags, DataFlags, LabelFlags, TrainFlags, FeatureFlags, RunFlags):
     protocol: str = flag(
         "features",
         "probe on fixed features, or MAE's on random crops",

@@ -53,12 +53,6 @@ class FeatureFlags:
     precision: str = flag("fp32", "of the encoder", choices=("fp32", "bf16"))
     features: str | None = flag(None, "use this file of --save_features")
     save_features: str | None = flag(None, "write the features to this file")
-
-
-@dataclasses.dataclass(kw_only=True)
-class ShotFlags:
-    """Few labels."""
-
     shots: tuple[int, ...] = flag((), "labeled images per class", 1, 10**7)
     seeds: int = flag(5, "number of draws of the --shots", 1, 10**6)
 

@@ -86,7 +86,10 @@ ERRORS = {
     ],
     eval_linear: [
         ("encoder.pt --shots 5 1", "--shots 1 2 or more"),
-        ("encoder.pt --shots 2 --label_fraction 0.5", "--label_fraction --shots leave it out"),
+        (
+            "encoder.pt --shots 2 --label_fraction 0.5",
+            "--label_fraction --shots leave it out",
+        ),
         ("encoder.pt --save w.pt", "--save --protocol mae leave it out"),
         ("encoder.pt --protocol mae --shots 2", "--shots --protocol features leave"),
     ],

@@ -1,4 +1,4 @@
-"""attg/features.py: k-NN against scikit-learn, features of several ranks, their files."""
+"""attg/features.py: k-NN against scikit-learn, files of features."""
 
 import numpy as np
 import pytest
@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 import attg_mae
 import eval_knn
 from attg import features
-from attg.datasets import open_data
-from attg.loader import make_loader
-from tests.helpers import SMALL, blobs, rand, randn, save_features
+from tests.helpers import blobs, rand, randn, save_features
 
 
 def votes_of_scikit_learn(train, labels, test, k):
@@ -92,26 +90,6 @@ def test_knn_in_several_chunks():
     best = votes.sort(descending=True).values[:, :5]
     assert torch.allclose(votes.gather(1, got[[0, 63, 64, 69]]), best, atol=1e-5)
     assert not torch.allclose(votes.gather(1, got[[1, 2, 3, 4]]), best, atol=1e-5)
-
-
-def test_features_of_several_ranks_are_in_order(labelled, monkeypatch):
-    model = attg_mae.build_model(attg_mae.Config(**SMALL)).eval()
-    dataset = open_data(labelled["data"], "train", (32, 32))
-    want = features.extract_sharded(model, dataset, {"batch_size": 4}, None, 0, 1)
-    shards = []
-    for rank in range(3):
-        shard = torch.utils.data.Subset(dataset, range(rank, len(dataset), 3))
-        shards.append(attg_mae.extract_features(model, make_loader(shard)))
-
-    def gather(parts, own):
-        assert len(parts) == 3
-        assert all(a.equal(b) for a, b in zip(own, shards[1], strict=True))
-        parts[:] = shards
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    got = features.extract_sharded(model, dataset, {}, None, 1, 3)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, want, strict=True))
-    assert got[2].tolist() == [dataset[i].label for i in range(len(dataset))]
 
 
 BROKEN = {
