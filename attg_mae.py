@@ -412,7 +412,7 @@ def crop_maps(maps, box, flip, cfg):
         return normalize_map(m), is_flat(m)
     # maps (B, h, w) were normalized over their whole images when the map file was written.
     # So a crop without the object keeps weights near 1, and is not stretched to full range.
-    return m, is_flat(maps.flatten(1))
+    return m, is_flat(maps.float().flatten(1))
 
 
 def patch_order(m, ties=None):

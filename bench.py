@@ -41,10 +41,10 @@ class Settings:
     device: str | None = flag(None, "cuda or cpu [the GPU if there is one]")
     out: str = flag("out/bench", "folder of the tables")
     repeats: int | None = flag(None, "calls of each [50, CPU 7]", **COUNT)
-    batches: tuple[str, ...] = flag(
+    batches: tuple[int, ...] = flag(
         (), "batch sizes, all but kernel take the first [32 to 1024, CPU 32]", **COUNT
     )
-    dtypes: tuple = flag((), "kernel, step: bfloat16, float32 [kernel: both]")
+    dtypes: tuple[str, ...] = flag((), "kernel, step: bfloat16, float32 [kernel: both]")
     shapes: tuple[str, ...] = flag((), "kernel: some of its shapes [all]")
     images: tuple[str, ...] = flag(("float32",), "kernel: float32, bfloat16, uint8")
     sweep: tuple[str, ...] = flag(

@@ -5,6 +5,7 @@ data sets of them.
 
 import functools
 import hashlib
+import math
 import os
 import sys
 from array import array
@@ -55,6 +56,8 @@ def generator_for(*parts):
 
 # -- Decoding --------------------------------------------------------------------------
 
+TOO_LARGE = "{} x {} pixels, above --max_pixels {}"
+
 
 def load_image(path, max_pixels=MAX_PIXELS):
     """Decode an image file. Returns a PIL image of any mode.
@@ -66,18 +69,13 @@ def load_image(path, max_pixels=MAX_PIXELS):
     if Image.MAX_IMAGE_PIXELS and Image.MAX_IMAGE_PIXELS < max_pixels:
         Image.MAX_IMAGE_PIXELS = max_pixels
     with Image.open(path) as image:
-        check_pixels(image, max_pixels)
+        if math.prod(image.size) > max_pixels:
+            raise ValueError(TOO_LARGE.format(*image.size, max_pixels))
         if min(image.size) >= 2 * MIN_DRAFT_SIDE:
             image.draft(None, (MIN_DRAFT_SIDE, MIN_DRAFT_SIDE))
         # Raises an error if the file is truncated.
         image.load()
         return image
-
-
-def check_pixels(image, max_pixels):
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ValueError(f"{width} x {height} pixels, above --max_pixels {max_pixels}")
 
 
 def to_8_bits(image, mode="RGB"):
@@ -287,7 +285,8 @@ class ImageData(Dataset):
         if self.root is not None:
             return load_image(self.path(i), self.max_pixels), int(self.known_labels[i])
         image, label = check_pair(self.pairs[i])
-        check_pixels(image, self.max_pixels)
+        if math.prod(image.size) > self.max_pixels:
+            raise ValueError(TOO_LARGE.format(*image.size, self.max_pixels))
         return image, label
 
     def path(self, i):

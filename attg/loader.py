@@ -119,13 +119,13 @@ class Batch(NamedTuple):
 
     # uint8 (B, C, H, W): random crops, not flipped yet.
     image: torch.Tensor
-    # float32 (B, h, w): attention maps of the whole images.
+    # (B, h, w): attention maps of the whole images, of any float dtype.
     maps: torch.Tensor | None
     # float32 (B, 4) and bool (B,): see Sample.
     box: torch.Tensor
     flip: torch.Tensor
     # float32 (B, L): decides the mask.
-    noise: torch.Tensor | None = None
+    noise: torch.Tensor
     # float32 (B, L): breaks ties between patches, see attg_mae.patch_order.
     ties: torch.Tensor | None = None
 
@@ -145,24 +145,14 @@ class BatchIterator:
     def __init__(self, dataset, sampler, device, maps, draw, ties=False, workers=0):
         self.dataset, self.sampler = dataset, sampler
         self.device, self.maps = device, maps
-        self.draw, self.streams = draw, ("masks", "ties") if ties else ("masks",)
+        self.draw = draw
+        # Field of a Batch: name of its random stream.
+        self.streams = (
+            {"noise": "masks", "ties": "ties"} if ties else {"noise": "masks"}
+        )
         self.waited, self.unreadable = 0.0, 0
         options = {"batch_sampler": sampler, "pin_memory": device.type == "cuda"}
         self.loader = make_loader(dataset, workers=workers, **options)
-
-    def to_device(self, x):
-        """Copy a tensor; the copy of pageable memory would wait for the GPU."""
-        x = x.pin_memory() if self.device.type == "cuda" else x
-        return x.to(self.device, non_blocking=True)
-
-    def batch(self, sample):
-        """The Batch of a batched Sample, without noise."""
-        image, box, flip = map(self.to_device, (sample.image, sample.box, sample.flip))
-        maps = None
-        if self.maps is not None:
-            rows = torch.from_numpy(self.maps[sample.index.numpy()])
-            maps = self.to_device(rows).float()
-        return Batch(image, maps, box, flip)
 
     def __iter__(self):
         sampler, samples = self.sampler, iter(self.loader)
@@ -170,13 +160,22 @@ class BatchIterator:
             if step % sampler.steps_per_epoch == 0:
                 self.unreadable = 0
             indices = sampler.indices(step)[sampler.rows]  # (accum, b)
-            draws = []
-            for stream in self.streams:
-                noise = self.draw(generator_for(stream, sampler.seed, step))
-                draws.append(self.to_device(noise[sampler.rows]))  # (accum, b, L)
+            draws = {}
             for micro in range(sampler.accum):
                 began = time.perf_counter()
-                batch = self.batch(next(samples))
+                sample = next(samples)
                 self.waited += time.perf_counter() - began
                 self.unreadable += int(self.dataset.unreadable[indices[micro]].sum())
-                yield Batch(*batch[:4], *[noise[micro] for noise in draws])
+                if micro == 0:
+                    for name, stream in self.streams.items():
+                        noise = self.draw(generator_for(stream, sampler.seed, step))
+                        draws[name] = noise[sampler.rows]  # (accum, b, L)
+                batch = {"image": sample.image, "box": sample.box, "flip": sample.flip}
+                batch |= {name: noise[micro] for name, noise in draws.items()}
+                if self.maps is not None:
+                    batch["maps"] = torch.from_numpy(self.maps[sample.index.numpy()])
+                for name, x in batch.items():
+                    # The copy of pageable memory would wait for the GPU.
+                    x = x.pin_memory() if self.device.type == "cuda" else x
+                    batch[name] = x.to(self.device, non_blocking=True)
+                yield Batch(**{"maps": None} | batch)

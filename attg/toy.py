@@ -309,7 +309,12 @@ def toy(split):
     split: "train", n = 10,000; "test" or one of TOY_VARIANTS, n = 2,000. Labels are
     0 1 .. 9 0 1 .. in all of them.
     """
-    stream = ("train", "test", *TOY_VARIANTS).index(split)
+    splits = ("train", "test", *TOY_VARIANTS)
+    if split not in splits:
+        raise ValueError(
+            f"split {split!r} of --data toy: must be one of {', '.join(splits)}"
+        )
+    stream = splits.index(split)
     n = 10_000 if split == "train" else 2_000
     classes = len(TOY_CLASSES)
     labels = np.arange(n) % classes
