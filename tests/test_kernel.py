@@ -283,9 +283,9 @@ def check_compiled(launches, oversized, groups):
     """Check the launches of a target, as tests/ahead.py prints them."""
     assert len(launches) == (15 if oversized else 6)
     for x in launches:
-        # At P = 768 none; a register or two elsewhere.
+        # At P = 768 none, but by Triton 3.2; a register or two elsewhere.
         usual = x["case"] in ("images", "patches", "bytes")
-        assert x["spills"] <= (0 if usual else 16), x
+        assert x["spills"] <= (0 if usual and groups else 16), x
         # Triton 3.2 uses the plain layout for images.
         if not usual or not groups and x["case"] != "patches":
             continue
