@@ -31,7 +31,8 @@ def reconstruct(model, imgs, noise):
     patches = model.patchify(imgs)
     if cfg.norm_pix:
         var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        pred = pred * (var + 1e-6).sqrt() + mean
+        std = (var + 1e-6).sqrt()
+        pred = pred * std + mean
     hidden = mask[..., None].bool()
     masked = unpatchify(patches.masked_fill(hidden, 0.0), cfg)
     completed = unpatchify(torch.where(hidden, pred, patches), cfg)
@@ -84,7 +85,8 @@ def save_examples(model, run, draw_noise, pool_maps, count=8):
 
 def weight_brightness(m, tau):
     """The weights exp(m / tau) as gray values: 1 is black, exp(1 / tau) white."""
-    return torch.expm1(m / tau) / math.expm1(1 / tau)
+    largest = math.expm1(1 / tau)
+    return torch.expm1(m / tau) / largest
 
 
 def save_map_sheet(path, dataset, files, number, tau=0.75):
@@ -107,7 +109,8 @@ def save_map_sheet(path, dataset, files, number, tau=0.75):
             title = f"exp(M / {tau}), 1 to {math.exp(1 / tau):.2f}"
             columns.append((title, weight_brightness(cells, tau)))
             smooth = F.interpolate(m, size, mode="bilinear")
-            columns.append(("overlay", imgs * (0.15 + 0.85 * smooth)))
+            brightness = 0.15 + 0.85 * smooth
+            columns.append(("overlay", imgs * brightness))
     save_sheet(path, columns, cell=size[0])
 
 
@@ -154,7 +157,8 @@ def curves(records, name):
             values = {name: values}
         for label, value in values.items():
             if value is not None:
-                points.setdefault(label, []).append((record["step"], value))
+                point = record["step"], value
+                points.setdefault(label, []).append(point)
     return points
 
 
