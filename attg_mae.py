@@ -373,6 +373,8 @@ class MAE(ViT):
                 raise ValueError(
                     f"{name}: got {got}; pass one value per patch, {(B, L)}"
                 )
+        if attn is not None and weight is not None:
+            raise ValueError("attn, weight: pass one of them")
         if attn is not None:
             weight = patch_weights(normalize_map(attn), tau)
 
@@ -460,7 +462,6 @@ def param_groups(model, weight_decay):
 
 
 # -- One step of training --------------------------------------------------------------
-# All that a step does with images and maps is here and in the functions above.
 def model_inputs(batch, cfg, tau):
     """imgs (B, C, H, W), weight (B, L) or None, and noise (B, L), which decides the mask.
 

@@ -33,13 +33,13 @@ from torchvision.transforms import v2
 from attg.cli import DataFlags, RunFlags, flag, parse, run_cli
 from attg.evaluation import EvalFlags, LabelFlags, evaluate
 from attg.files import sha256
-from attg.finetuning import TrainFlags, fit, open_training, score
+from attg.finetuning import RecipeFlags, fit, open_training, score
 from attg.images import seed_for
 from attg_mae import ViT, load_encoder, lr_at
 
 
 @dataclasses.dataclass(kw_only=True)
-class Settings(EvalFlags, DataFlags, LabelFlags, TrainFlags, RunFlags):
+class Settings(EvalFlags, DataFlags, LabelFlags, RecipeFlags, RunFlags):
     layer_decay: float | None = flag(
         None, "of the learning rate, per layer below the head", 1e-6, 1.0
     )

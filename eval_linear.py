@@ -44,7 +44,7 @@ from attg.evaluation import (
 )
 from attg.features import FEATURES
 from attg.files import sha256
-from attg.finetuning import TrainFlags, fit, open_training, score, topk_correct
+from attg.finetuning import RecipeFlags, fit, open_training, score, topk_correct
 from attg.images import seed_for
 from attg_mae import load_encoder, lr_at
 
@@ -53,7 +53,7 @@ LRS = tuple(10 ** (e / 2) for e in range(-8, 2))
 
 
 @dataclasses.dataclass(kw_only=True)
-class Settings(EvalFlags, DataFlags, LabelFlags, TrainFlags, FeatureFlags, RunFlags):
+class Settings(EvalFlags, DataFlags, LabelFlags, RecipeFlags, FeatureFlags, RunFlags):
     protocol: str = flag(
         "features",
         "probe on fixed features, or MAE's on random crops",

@@ -37,7 +37,7 @@ from attg.loader import ResumableBatchSampler, make_loader
 
 
 @dataclasses.dataclass(kw_only=True)
-class TrainFlags:
+class RecipeFlags:
     """Training a classifier."""
 
     label_fraction: float = flag(1.0, "fraction of each class to train on", 1e-6, 1.0)

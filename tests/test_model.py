@@ -190,6 +190,9 @@ def test_forward_refuses_wrong_arguments():
     model, imgs = attg_mae.MAE(attg_mae.Config(**SMALL)), randn(2, 3, 32, 32)
     wrong = [({"tau": tau}, f"tau: got {tau}") for tau in (0, -1.0, math.nan, math.inf)]
     wrong += [({x: rand(2, 5)}, r"\(2, 5\).*\(2, 4\)") for x in ("attn", "weight")]
+    wrong.append(
+        ({x: rand(2, 4) for x in ("attn", "weight")}, "attn, weight: pass one")
+    )
     for arguments, message in wrong:
         with pytest.raises(ValueError, match=message):
             model(imgs, **arguments)
