@@ -14,14 +14,21 @@ Random draws are functions of (seed, epoch, index), so resuming, or another numb
 workers, changes nothing. EXIF rotation is ignored, as it is when maps are made.
 """
 
+import contextlib
 import os
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torchvision
 from PIL import Image
+from torch.utils.data import ConcatDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
+from attg.distributed import broadcast_from_rank0
 from attg.images import (
     MAX_PIXELS,
     MODES,
@@ -29,13 +36,6 @@ from attg.images import (
     check_pair,
     generator_for,
     train_view,
-)
-from attg.sources import (
-    LAYOUTS,
-    TORCHVISION,
-    check_split,
-    find_images,
-    open_torchvision,
 )
 from attg.toy import TOY_CLASSES, toy
 
@@ -73,11 +73,25 @@ def open_data(
     """
     if channels not in MODES:
         raise ValueError(f"--in_chans {channels}: must be 3 (RGB) or 1 (gray)")
-    opened = open_source(name, split, classes)
-    if opened is None:
+    named = isinstance(name, str | os.PathLike)
+    path = Path(os.path.expanduser(name)) if named else None
+    if classes and not (named and path.is_dir()):
+        raise ValueError(f"--classes {classes}: only for a folder of class folders")
+    if not named:
+        source = open_python(name, split)
+    elif name == "toy":
+        images, masks, labels = toy(split)
+        names = [f"toy/{split}/{i:05d}" for i in range(len(images))]
+        pairs = list(zip(map(Image.fromarray, images), labels, strict=True))
+        source = pairs, names, labels, len(TOY_CLASSES), None, masks
+    elif name in TORCHVISION:
+        source = open_torchvision(name, split)
+    else:
+        source = open_path(path, split, classes)
+    if source is None:
         return None
     return ImageData(
-        *opened,
+        *source,
         size=(size, size) if isinstance(size, int) else tuple(size),
         augment=train_view if augment is True else augment,
         seed=seed,
@@ -86,71 +100,202 @@ def open_data(
     )
 
 
-def open_source(name, split, classes):
-    """Find one split, see open_data: the first fields of ImageData; None if there is none."""
-    named = isinstance(name, str | os.PathLike)
-    if classes and not (named and os.path.isdir(os.path.expanduser(name))):
-        raise ValueError(f"--classes {classes}: only for a folder of class folders")
-    if classes and not os.path.isfile(classes):
-        raise ValueError(f"--classes {classes}: must be a text file, one class a line")
-    if not named:
-        return open_python(name, split)
-    name = str(name)
-    if name == "toy":
-        images, masks, labels = toy(split)
-        names = [f"toy/{split}/{i:05d}" for i in range(len(images))]
-        pairs = list(zip(map(Image.fromarray, images), labels, strict=True))
-        return pairs, names, labels, len(TOY_CLASSES), None, masks
-    if name in TORCHVISION:
-        check_split(name, split)
-        root = os.environ.get("ATTG_DATA") or "~/.cache/attg_mae"
-        pairs = open_torchvision(name, split, Path(root).expanduser())
-        names = [f"{name}/{split}/{i:06d}" for i in range(len(pairs))]
-        return pairs, names, None, TORCHVISION[name][1]
-    # Path.expanduser raises an error for unknown users.
-    path = Path(os.path.expanduser(name))
-    if not path.exists():
-        raise ValueError(
-            f"--data {name}: neither a folder, an image nor one of toy, "
-            f"{', '.join(TORCHVISION)}. {LAYOUTS}"
-        )
-    found = find_images(path, split, classes)
-    if found is None:
-        return None
-    folder, names, labels = found
-    return None, names, labels, int(labels.max()) + 1, folder
+# The functions below return the first fields of ImageData, or None without such a split.
 
 
 def open_python(data, split):
-    """open_source for a map-style data set, or a dict of them by split."""
-    if not isinstance(data, Mapping):
-        data = {"train": data}
-    source = data.get(split)
-    if source is None and split != "train":
+    """A map-style data set, or a dict of them by split."""
+    sources = data if isinstance(data, Mapping) else {"train": data}
+    if split not in sources and split != "train":
         return None
-    map_style = hasattr(source, "__getitem__") and hasattr(source, "__len__")
-    if not map_style or not len(source):
-        raise ValueError(
-            f"data: the {split} split is a {type(source).__name__} without images; must "
-            "be a map-style data set, with [i] and len(), of (PIL image, label), or a "
-            'dict {"train": ..., "test": ...} of them'
-        )
-    try:
-        first = source[0]
-    # Unreadable: it will be replaced.
-    except Exception:
-        first = None
-    label = 0 if first is None else check_pair(first)[1]
-    labels = getattr(source, "targets", None)
+    source = sources[split]
+    label = 0
+    # An unreadable image will be replaced.
+    with contextlib.suppress(OSError):
+        label = check_pair(source[0])[1]
+    labels, classes = (getattr(source, x, None) for x in ("targets", "classes"))
     if labels is not None:
         labels = [-1 if label is None else int(label) for label in labels]
     num_classes = None
-    if getattr(source, "classes", None) is not None:
-        num_classes = len(source.classes)
+    if classes is not None:
+        num_classes = len(classes)
     elif labels is None and label < 0:
         num_classes = 0
     names = [f"data/{split}/{i:06d}" for i in range(len(source))]
     return source, names, labels, num_classes
+
+
+# Class in torchvision.datasets, number of classes, folder below the root; then the
+# second argument of the class: for each part of the training split, and for the test
+# split.
+TORCHVISION = {
+    "cifar10": ("CIFAR10", 10, "cifar-10-batches-py", [True], False),
+    "cifar100": ("CIFAR100", 100, "cifar-100-python", [True], False),
+    "flowers102": ("Flowers102", 102, "flowers-102", ["train", "val"], "test"),
+    "dtd": ("DTD", 47, "dtd", ["train"], "test"),
+    "pets": ("OxfordIIITPet", 37, "oxford-iiit-pet", ["trainval"], "test"),
+    "stl10": ("STL10", 10, "stl10_binary", ["train+unlabeled"], "test"),
+    "imagenette": ("Imagenette", 10, "imagenette2", ["train"], "val"),
+    "stanford_cars": ("StanfordCars", 196, "stanford_cars", ["train"], "test"),
+}
+
+
+def open_torchvision(name, split):
+    """A data set of torchvision, downloaded if it is missing."""
+    kind, num_classes, folder, train_parts, test_part = TORCHVISION[name]
+    root = os.path.expanduser(os.environ.get("ATTG_DATA") or "~/.cache/attg_mae")
+    parts = {"train": train_parts, "test": [test_part]}.get(split)
+    if parts is None:
+        raise ValueError(f"split {split!r} of --data {name}: must be train or test")
+
+    def open_part(part):
+        dataset = getattr(torchvision.datasets, kind)
+        try:
+            return dataset(root, part)
+        # How torchvision says that files are missing.
+        except RuntimeError:
+            return dataset(root, part, download=True)
+
+    try:
+        # The other ranks wait for the download.
+        if dist.is_initialized():
+            rank, world = dist.get_rank(), dist.get_world_size()
+            broadcast_from_rank0(lambda: len(list(map(open_part, parts))), rank, world)
+        pairs = ConcatDataset(map(open_part, parts))
+    # No network, a full disk, a broken archive, scipy missing for MATLAB files.
+    except Exception as error:
+        raise ValueError(
+            f"--data {name}: not opened from {root} and not downloaded ({error!r}); put "
+            f"the files of torchvision.datasets.{kind} into {root}/{folder}, or set "
+            f"ATTG_DATA to the folder that contains {folder}"
+        ) from error
+    names = [f"{name}/{split}/{i:06d}" for i in range(len(pairs))]
+    return pairs, names, None, num_classes
+
+
+# -- Folders ---------------------------------------------------------------------------
+
+LAYOUTS = (
+    "A folder must hold train/CLASS/*.jpg and, for a test split, val/CLASS/*.jpg or "
+    "test/CLASS/*.jpg; or CLASS/*.jpg; or images directly, here or in train/ (a flat "
+    "folder, for pre-training only)."
+)
+
+
+def open_path(path, split, classes):
+    """An image, or a folder in one of LAYOUTS; split and classes as in open_data."""
+    if path.is_file() and is_image_file(path.name):
+        image = None, [path.name], np.array([-1]), 0, path.parent
+        return image if split == "train" else None
+    if not path.is_dir():
+        raise ValueError(
+            f"--data {path}: neither a folder, an image ({', '.join(IMG_EXTENSIONS)}) "
+            f"nor one of toy, {', '.join(TORCHVISION)}. {LAYOUTS}"
+        )
+    train = path / "train" if (path / "train").is_dir() else path
+    candidates = [Path(split, "val"), Path(split, "test"), Path(split)]
+    if split == "train":
+        candidates = [train]
+    elif split == "test":
+        candidates = [path / "val", path / "test"] if train != path else []
+    folder = next(filter(Path.is_dir, candidates), None)
+    if folder is None and split != "test":
+        raise ValueError(
+            f"split {split!r} of --data {path}: must be train, test or a folder"
+        )
+    if folder is None:
+        return None
+    found = find_images(path, train, folder, classes)
+    names = [name for below in found.values() for name in below]
+    labels = np.repeat(np.arange(len(found)), [len(below) for below in found.values()])
+    # The images of a flat folder have no class.
+    flat = "" in found
+    return None, names, labels - flat, len(found) - flat, folder
+
+
+def find_images(path, train, folder, classes):
+    """{class: names of its images, relative to folder}; the class "" of a flat folder.
+
+    ValueError unless the folder has images of each class of the training folder, or of
+    the file `classes`.
+    """
+    here, images = list_folder(folder)
+    expected = list_folder(train)[0]
+    if classes:
+        # Bytes that are not text give unknown names.
+        lines = Path(classes).read_text(errors="replace").splitlines()
+        expected = sorted({line.strip() for line in lines} - {""})
+        here, images = [c for c in here if c in expected], []
+    found = walk_images(folder, here)
+    filled = [c for c, names in found.items() if names]
+    if images and not filled:
+        return {"": images}
+
+    odd = sorted(set(expected) ^ set(filled))[:5]
+    # Without a train folder, val and test are not classes.
+    if not images and not odd and not set(filled) <= {"val", "test"}:
+        return found
+    reason = f"no class folders and no images in {folder}"
+    if images:
+        reason = (
+            f"{folder} has images, {images[0]}, and folders of images, {filled[0]}/"
+        )
+    elif odd:
+        listed = f"--classes {classes}" if classes else train
+        reason = f"{folder} has images of {filled[:5]}, the classes of {listed} are "
+        reason += f"{expected[:5]}; {odd} are in one only"
+    raise ValueError(
+        f"--data {path}: {reason}; move what does not belong there elsewhere, or list "
+        f"the classes to use in a file for --classes. {LAYOUTS}"
+    )
+
+
+def list_folder(folder):
+    """(folders, images) directly in a folder: two sorted lists of names.
+
+    Only regular files are images: opening a pipe or a device could block for ever.
+    Hidden files and folders (.thumbnails, .ipynb_checkpoints) are left out.
+    """
+    folders, images = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # A link to itself raises OSError.
+            with contextlib.suppress(OSError):
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif is_image_file(entry.name) and entry.is_file():
+                    images.append(entry.name)
+    return sorted(folders), sorted(images)
+
+
+def walk_images(root, classes):
+    """{class: images below root/class, relative to root, in the order of ImageFolder}.
+
+    Links are followed, but no folder is entered twice, nor one above root: a link
+    cannot lead in circles, or from one class into another.
+    """
+    root = root.resolve()
+    entered = {root, *root.parents}
+    found = {c: [] for c in classes}
+    # Links come last: a folder that is reachable without them keeps its own path.
+    queue = deque((c, c) for c in classes)
+    while queue:
+        c, name = queue.popleft()
+        folder = (root / name).resolve()
+        if folder in entered:
+            continue
+        entered.add(folder)
+        below, images = list_folder(folder)
+        found[c].append((name, images))
+        for x in below:
+            add = queue.append if (folder / x).is_symlink() else queue.appendleft
+            add((c, f"{name}/{x}"))
+    return {
+        c: [f"{name}/{image}" for name, images in sorted(below) for image in images]
+        for c, below in found.items()
+    }
 
 
 # -- Helpers of training and evaluation ------------------------------------------------
@@ -181,9 +326,8 @@ def open_labeled(name, tests, size, augment=False, seed=0, **options):
     for dataset in (train_set, *test_sets.values()):
         if not dataset or not dataset.labeled:
             raise ValueError(
-                f"--data {'passed from Python' if from_python else name}: needs labeled "
-                "images, train/CLASS and val/CLASS or test/CLASS, or another folder of "
-                "the same classes for --val"
+                f"--data {'' if from_python else name}: needs labeled images for "
+                "training and test, or another folder of the same classes for --val"
             )
     # Most training images of stl10 have no labels; some of a user's data may not.
     if from_python or name == "stl10":

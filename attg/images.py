@@ -5,7 +5,6 @@ data sets of them.
 
 import functools
 import hashlib
-import math
 import os
 import sys
 from array import array
@@ -56,8 +55,6 @@ def generator_for(*parts):
 
 # -- Decoding --------------------------------------------------------------------------
 
-TOO_LARGE = "{} x {} pixels, above --max_pixels {}"
-
 
 def load_image(path, max_pixels=MAX_PIXELS):
     """Decode an image file. Returns a PIL image of any mode.
@@ -69,9 +66,12 @@ def load_image(path, max_pixels=MAX_PIXELS):
     if Image.MAX_IMAGE_PIXELS and Image.MAX_IMAGE_PIXELS < max_pixels:
         Image.MAX_IMAGE_PIXELS = max_pixels
     with Image.open(path) as image:
-        if math.prod(image.size) > max_pixels:
-            raise ValueError(TOO_LARGE.format(*image.size, max_pixels))
-        if min(image.size) >= 2 * MIN_DRAFT_SIDE:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ValueError(
+                f"{width} x {height} pixels, above --max_pixels {max_pixels}"
+            )
+        if min(width, height) >= 2 * MIN_DRAFT_SIDE:
             image.draft(None, (MIN_DRAFT_SIDE, MIN_DRAFT_SIDE))
         # Raises an error if the file is truncated.
         image.load()
@@ -193,19 +193,14 @@ class Names(Sequence):
 
 def check_pair(pair):
     """(PIL image, label, -1 = none) of an item of a data set, or ValueError."""
-    if isinstance(pair, tuple | list) and len(pair) == 2:
-        image, label = pair
-        if isinstance(image, Image.Image):
-            return image, -1 if label is None else int(label)
-        pair = image
-    raise ValueError(
-        f"data: found a {type(pair).__name__}; every [i] must be (PIL image, label), the "
-        "label an int or None"
-    )
-
-
-# Unreadable images that are reported one by one; further ones are counted.
-MAX_REPORTED = 10
+    if not isinstance(pair, tuple | list) or not isinstance(pair[0], Image.Image):
+        kinds = [type(x).__name__ for x in pair]
+        raise ValueError(
+            f"data: items are a {type(pair).__name__} of {kinds}; must be (PIL image, "
+            "label), the label an int or None"
+        )
+    image, label = pair
+    return image, -1 if label is None else int(label)
 
 
 class Sample(NamedTuple):
@@ -224,14 +219,14 @@ class ImageData(Dataset):
 
     data[epoch, index] is a Sample made by `augment`, if there is one; otherwise, and for
     data[index], by eval_view. An unreadable image is replaced by the next readable one:
-    the first few are reported, further ones only counted. ValueError if there is none.
+    the first ten are reported. ValueError if there is none.
     """
 
     pairs: Dataset | None  # map-style, of (PIL image, label); None: files, see root
     names: Sequence[str]  # one per image: order and identity of the rows of a map file
     known_labels: Sequence[int] | None  # None: only the source knows them
     known_classes: int | None  # 0 = no labels; None = the largest label + 1
-    root: Path | None = None  # the folder of the images, if names are names of files
+    root: Path | str = ""  # the folder of the images, if names are names of files
     masks: np.ndarray | None = None  # of toy alone: uint8 (n, h, w), 1 = object
     # See open_data.
     size: tuple[int, int] = (32, 32)
@@ -265,7 +260,6 @@ class ImageData(Dataset):
 
     def decode(self, start):
         """(index, 8-bit PIL image, label) of the first readable image from start on."""
-        first = None
         for step in range(self.num_images):
             index = (start + step) % self.num_images
             try:
@@ -273,39 +267,30 @@ class ImageData(Dataset):
                 return index, to_8_bits(image, MODES[self.channels]), label
             # Decoders raise OSError, SyntaxError, ValueError and others.
             except Exception as error:
-                first = first or f"{self.path(index)} ({error})"
                 self.report_unreadable(index, error)
         raise ValueError(
-            f"--data: none of the {self.num_images} images can be decoded, the first is "
-            f"{first}; repair them or choose another folder"
+            f"--data: none of the {self.num_images} images can be decoded, such as "
+            f"{self.path(start)}; repair them or choose another folder"
         )
 
     def read(self, i):
         """(PIL image of any mode, label) of image i. Raises what its decoder raises."""
-        if self.root is not None:
-            return load_image(self.path(i), self.max_pixels), int(self.known_labels[i])
-        image, label = check_pair(self.pairs[i])
-        if math.prod(image.size) > self.max_pixels:
-            raise ValueError(TOO_LARGE.format(*image.size, self.max_pixels))
-        return image, label
+        if self.pairs is not None:
+            return check_pair(self.pairs[i])
+        return load_image(self.path(i), self.max_pixels), int(self.known_labels[i])
 
     def path(self, i):
         """The path of image i, or its name if it is not a file."""
-        return os.path.join(self.root or "", self.names[i])
+        return os.path.join(self.root, self.names[i])
 
     def report_unreadable(self, i, error):
-        """Mark image i, and report it once in all workers of this rank."""
-        if self.unreadable[i]:
-            return
-        self.unreadable[i] = True
-        count = int(self.unreadable.sum())
-        if count <= MAX_REPORTED:
-            more = "; further ones are only counted" if count == MAX_REPORTED else ""
-            print(
-                f"unreadable, the next image replaces it: {self.path(i)} ({error}){more}",
-                file=sys.stderr,
-                flush=True,
-            )
+        """Mark image i; the first ten of all workers of this rank are reported."""
+        if not self.unreadable[i]:
+            self.unreadable[i] = True
+            if self.unreadable.sum() <= 10:
+                path = self.path(i)
+                message = f"unreadable, the next image replaces it: {path} ({error})"
+                print(message, file=sys.stderr, flush=True)
 
     @property
     def labeled(self):
@@ -333,11 +318,10 @@ class ImageData(Dataset):
 
     def subset(self, rows):
         """The images of these rows, an int tensor (m,), as another ImageData."""
-        # An array gives Python ints, as users' data sets may expect, in little memory.
-        indices = array("q", rows.tolist())
         return replace(
             self,
-            pairs=None if self.pairs is None else Subset(self.pairs, indices),
+            # An array gives Python ints, as users' data sets may expect.
+            pairs=Subset(self.pairs, array("q", rows.tolist())) if self.pairs else None,
             names=[self.names[i] for i in rows],
             known_labels=self.labels[rows].numpy(),
             known_classes=self.num_classes,
@@ -346,7 +330,7 @@ class ImageData(Dataset):
 
     def file_sizes(self):
         """Sizes in bytes, as strings; none if the images are not files."""
-        if self.root is None:
+        if self.pairs is not None:
             return []
         return [str(os.stat(self.path(i)).st_size) for i in range(len(self))]
 
@@ -362,12 +346,10 @@ class ImageData(Dataset):
 
     def matches(self, fingerprint):
         """Whether a map file with this fingerprint was made for these images."""
-        if fingerprint == self.fingerprint:
-            return True
         # Before v2 there was no prefix.
-        names = sha256_of([str(len(self)), *self.names])
-        sizes = self.file_sizes()
-        return fingerprint == (sha256_of([names, *sizes]) if sizes else names)
+        names, sizes = sha256_of([str(len(self)), *self.names]), self.file_sizes()
+        old = sha256_of([names, *sizes]) if sizes else names
+        return fingerprint in (self.fingerprint, old)
 
 
 def sha256_of(strings):

@@ -12,7 +12,7 @@ import time
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from attg.images import generator_for
 
@@ -26,27 +26,22 @@ class ResumableBatchSampler(Sampler):
     (a * world + rank) * b to (a * world + rank + 1) * b - 1. So the images of a step
     depend on neither accum nor world.
 
-    Keys carry the epoch because persistent workers hold copies of the data set, and would
-    not see an attribute that is set later.
+    Keys carry the epoch because persistent workers would not see an attribute of the data
+    set that is set later.
     """
 
     def __init__(self, n, batch_size, start, stop, seed=0, accum=1, rank=0, world=1):
-        if not 0 < batch_size <= n:
+        if not 0 < batch_size <= n or batch_size % (accum * world):
             raise ValueError(
-                f"--batch_size {batch_size}: there are {n} images; use 1 to {n}"
-            )
-        if batch_size % (accum * world):
-            raise ValueError(
-                f"--batch_size {batch_size}: must be divisible by --accum {accum} times "
-                f"{world} processes; use a multiple of {accum * world}"
+                f"--batch_size {batch_size}: there are {n} images, --accum {accum} and "
+                f"{world} processes; use a multiple of {accum * world} up to {n}"
             )
         self.n, self.batch_size = n, batch_size
         self.start, self.stop, self.seed = start, stop, seed
         self.accum, self.rank, self.world = accum, rank, world
         self.steps_per_epoch = n // batch_size
         # Rows of this rank's micro-batches in a global batch: (accum, b).
-        rows = torch.arange(batch_size).view(accum, world, -1)
-        self.rows = rows[:, rank]
+        self.rows = torch.arange(batch_size).view(accum, world, -1)[:, rank]
         # Cache of one epoch's permutation.
         self.order_epoch, self.order = None, None
 
@@ -99,19 +94,25 @@ def make_loader(
 
     Without batch_sampler, images come in order, with the last incomplete batch.
     """
-    options = {"batch_size": batch_size}
-    if batch_sampler is not None:
-        options = {"batch_sampler": batch_sampler}
+    if batch_sampler is None:
+        batch_sampler = BatchSampler(range(len(dataset)), batch_size, drop_last=False)
+    init = None
     if workers:
         # At exit Python sends the workers SIGTERM and waits for them: from then on they
         # must obey it.
         exiting = multiprocessing.Event()
         atexit.register(exiting.set)
-        options["persistent_workers"] = True
-        options["worker_init_fn"] = functools.partial(ignore_stop_signals, exiting)
-    # The loader draws a seed, by default from torch's global generator.
-    options |= {"generator": torch.Generator(), "pin_memory": pin_memory}
-    return DataLoader(dataset, num_workers=workers, **options)
+        init = functools.partial(ignore_stop_signals, exiting)
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=init,
+        # The loader draws a seed, by default from torch's global generator.
+        generator=torch.Generator(),
+        pin_memory=pin_memory,
+    )
 
 
 class Batch(NamedTuple):
@@ -147,9 +148,7 @@ class BatchIterator:
         self.device, self.maps = device, maps
         self.draw = draw
         # Field of a Batch: name of its random stream.
-        self.streams = (
-            {"noise": "masks", "ties": "ties"} if ties else {"noise": "masks"}
-        )
+        self.streams = {"noise": "masks"} | ({"ties": "ties"} if ties else {})
         self.waited, self.unreadable = 0.0, 0
         options = {"batch_sampler": sampler, "pin_memory": device.type == "cuda"}
         self.loader = make_loader(dataset, workers=workers, **options)
@@ -161,15 +160,14 @@ class BatchIterator:
                 self.unreadable = 0
             indices = sampler.indices(step)[sampler.rows]  # (accum, b)
             draws = {}
+            for name, stream in self.streams.items():
+                noise = self.draw(generator_for(stream, sampler.seed, step))
+                draws[name] = noise[sampler.rows]  # (accum, b, L)
             for micro in range(sampler.accum):
                 began = time.perf_counter()
                 sample = next(samples)
                 self.waited += time.perf_counter() - began
                 self.unreadable += int(self.dataset.unreadable[indices[micro]].sum())
-                if micro == 0:
-                    for name, stream in self.streams.items():
-                        noise = self.draw(generator_for(stream, sampler.seed, step))
-                        draws[name] = noise[sampler.rows]  # (accum, b, L)
                 batch = {"image": sample.image, "box": sample.box, "flip": sample.flip}
                 batch |= {name: noise[micro] for name, noise in draws.items()}
                 if self.maps is not None:

@@ -5,7 +5,6 @@ Data sets: layouts of folders, samples, unreadable images, fingerprints, labels.
 import hashlib
 import os
 import pickle
-import stat
 import tempfile
 import urllib.error
 from pathlib import Path
@@ -25,6 +24,7 @@ import attg.toy
 import attg_mae
 import eval_knn
 from attg.datasets import (
+    TORCHVISION,
     open_data,
     open_labeled,
     refuse_unreadable,
@@ -33,7 +33,6 @@ from attg.datasets import (
 from attg.features import FEATURES, extract_features, knn_accuracy
 from attg.images import Names, Sample, eval_view, seed_for, train_view
 from attg.loader import ResumableBatchSampler, make_loader
-from attg.sources import TORCHVISION
 from tests.fuzz import RANDOM, odd_tree, within
 from tests.helpers import (
     LUMA,
@@ -74,25 +73,22 @@ LAYOUTS = [
     ("0 1", "train", None, "root/0.png", ["0"]),
     ("0 1", "test", None, "root/0.png", None),
     ("val/a/0", "train", None, "root", "--data|no images in|must hold"),
-    ("train/ a/0", "train", None, "root", "--data|/train. |must hold"),
+    ("train/ a/0", "train", None, "root", "--data|/train;|must hold"),
     ("0", "train", None, "nowhere", "--data|nowhere|cifar10|must hold"),
-    ("0", "train", None, "~nobody/x", "--data ~nobody/x|must hold"),
     (AB, "train", None, "conftest.py", "--data|conftest.py|.jpg"),
-    (f"{AB} train/c/", "train", None, "root", "--data|classes c in|--classes"),
+    (f"{AB} train/c/", "train", None, "root", "--data|['c'] are in one|--classes"),
     (f"{AB} train/9", "train", None, "root", "--data|9.png|a/|--classes"),
     (f"{AB} val/a/3 val/b/4 val/d/5", "test", None, "root", "--data|['d']|--classes"),
-    (f"{AB} more/a/3", "more", None, "root", "--data|train and|['b']|--classes"),
-    ("train/0 val/a/1", "test", None, "root", "--data|images in|/val|must hold"),
-    (AB, "only_fg", None, "root", "split 'only_fg' of --data|test; or"),
-    ("0", "more", None, "root", "split|of --data|one of train, test"),
-    (AB, "train", "a\nzebra", "root", "--classes|['zebra'] listed|['a', 'b']"),
-    (AB, "train", "\n", "root", "--classes|nothing listed"),
-    (AB, "train", "missing", "root", "--classes|text file"),
-    ("0", "train", "a", "root", "--classes|['a'] listed"),
+    (f"{AB} more/a/3", "more", None, "root", "--data|root/train|['b']|--classes"),
+    ("train/0 val/a/1", "test", None, "root", "--data|['a']|/val|must hold"),
+    (AB, "only_fg", None, "root", "split 'only_fg' of --data|test or a folder"),
+    ("0", "more", None, "root", "split|of --data|train, test or"),
+    (AB, "train", "a\nzebra", "root", "--classes|['zebra']|['a', 'zebra']"),
+    ("0", "train", "\n", "root", "no images|--classes"),
     ("0", "train", "a", "root/0.png", "--classes|only for a folder"),
     ("", "train", "a", "toy", "--classes|only for a folder"),
     ("", "more", None, "toy", "split|--data toy: must be|test, only_fg"),
-    ("", "more", None, "cifar10", "split|--data cifar10: must be one of train, test"),
+    ("", "more", None, "cifar10", "split|--data cifar10: must be train or test"),
 ]
 
 
@@ -109,7 +105,7 @@ def test_layouts(files, split, classes, data, expected, tmp_path, monkeypatch):
             write(root / f"{name}.png", noise(4, 4))
     if classes:
         (root / "classes.txt").write_text(classes)
-        classes = "root/classes.txt" if classes != "missing" else "missing"
+        classes = "root/classes.txt"
     split = "root/more" if split == "more" else split
     if isinstance(expected, str):
         with pytest.raises(ValueError) as error:
@@ -151,18 +147,20 @@ def test_random_trees(tmp_path, links, rng):
     """Without links as by ImageFolder; with links each folder is entered once."""
     root = Path(tempfile.mkdtemp(dir=tmp_path))
     odd_tree(root, rng, links)
+    # Each image that a path without links and hidden names leads to.
     plain = {c: set() for c in "abc"}
     for c, names in plain.items():
         for place, _, files in os.walk(root / c):
-            paths = [
-                os.path.join(place, x) for x in files if x.endswith((".png", ".jpg"))
-            ]
-            names |= {os.path.relpath(x, root) for x in paths if os.path.isfile(x)}
+            paths = [os.path.relpath(f"{place}/{x}", root) for x in files]
+            names |= {
+                x for x in paths if "/." not in x and x.endswith((".png", ".jpg"))
+            }
+        names &= {x for x in names if os.path.isfile(root / x)}
     with within(20):
         try:
             data = open_data(root, size=8)
         except ValueError as error:
-            assert f"--data {root}: no images of the classes" in str(error)
+            assert f"--data {root}: " in str(error) and "in one only" in str(error)
             assert not all(plain.values())
             return
         data[rng.randrange(len(data))]
@@ -175,13 +173,11 @@ def test_random_trees(tmp_path, links, rng):
     assert len(real) == len(paths)
     assert all(str(root / c) in path for c, path in real if str(root) in path)
     if not links:
-        # ImageFolder would take pipes for images.
-        for path in root.rglob("*"):
-            if stat.S_ISFIFO(path.stat().st_mode):
-                path.unlink()
-        peer = torchvision.datasets.ImageFolder(root)
-        assert names == [os.path.relpath(path, root) for path, _ in peer.samples]
-        assert data.labels.tolist() == peer.targets
+        # ImageFolder takes pipes and hidden files, too.
+        peer = torchvision.datasets.ImageFolder(root, allow_empty=True)
+        samples = [(os.path.relpath(path, root), c) for path, c in peer.samples]
+        wanted = [x for x in samples if x[0] in set().union(*plain.values())]
+        assert list(zip(names, data.labels.tolist(), strict=True)) == wanted
 
 
 class FakeSet:
@@ -324,7 +320,7 @@ def test_unreadable_images_are_replaced(tmp_path):
     assert same(data[1], data[3]) and same(data[5], data[0])
     assert data[2, 1].index == 3 and not data[2, 1].box.equal(data[2, 3].box)
     images_and_bad(tmp_path, 6, range(6))
-    with pytest.raises(ValueError, match=r"--data: none of the 6 .* is /.*/01\.png \("):
+    with pytest.raises(ValueError, match=r"--data: none of the 6 .* /.*/01\.png; rep"):
         data[1]
 
 
@@ -342,7 +338,6 @@ def test_ten_unreadable_images_are_reported(tmp_path, capfd, workers):
     assert set(paths) < {f"{tmp_path}/{i:02d}.png" for i in range(0, 60, 2)}
     # Two workers may count at the same moment.
     assert abs(len(paths) - 10) <= workers
-    assert "further ones are only counted" in lines[9] or workers
     assert int(data.unreadable.sum()) == 30
     with pytest.raises(ValueError, match="30 of 60 .* over 1 %.*/00.png"):
         refuse_unreadable(data)
@@ -465,22 +460,14 @@ def test_data_sets_from_python(tmp_path, capsys):
     test = open_data({"train": own, "test": Own([None])}, "test")
     assert not test.labeled and test[0].label == -1
     assert known.fingerprint != open_data(Own([0, 0, 0])).fingerprint
-    assert (
-        open_data([(noise(90, 90), 0), (noise(9, 9), 1)], max_pixels=8000)[0].index == 1
-    )
     assert open_data(Own(["bad", 3])).num_classes == 4
 
 
-def test_wrong_data_sets_from_python():
-    for data, words in (
-        ((x for x in []), "generator .*must be a map-style"),
-        ([], "train split .*must be a map-style"),
-        ({"a": Own([1])}, "train split .*must be a map-style .*{.train.: "),
-        ([(torch.zeros(3, 8, 8), 0)], "found a Tensor.*must be .PIL image, label"),
-        ([{"image": noise(9, 9), "label": 1}], "found a dict.*must be .PIL image, lab"),
-    ):
-        with pytest.raises(ValueError, match=f"data: .*{words}"):
-            open_data(data)
+@pytest.mark.parametrize("item", [(torch.zeros(3, 8, 8), 0), {"image": 1, "label": 1}])
+def test_wrong_data_sets_from_python(item):
+    kind = type(item).__name__
+    with pytest.raises(ValueError, match=f"data: .*{kind} .*must be .PIL image, label"):
+        open_data([item])
 
 
 def test_training_on_a_data_set_from_python(labelled, tmp_path):

@@ -57,11 +57,11 @@ def test_sampler(b, accum, world, extra, start, length, seed):
         assert tiled == keys
 
 
-def test_sampler_errors():
-    with pytest.raises(ValueError, match="--batch_size 9: .*8 .*use 1 to 8"):
-        ResumableBatchSampler(8, 9, 0, 1)
-    with pytest.raises(ValueError, match="--batch_size 10: .*multiple of 4"):
-        ResumableBatchSampler(80, 10, 0, 1, accum=2, world=2)
+@pytest.mark.parametrize("n, b, parts", [(8, 9, 1), (80, 10, 2), (8, 0, 1)])
+def test_sampler_errors(n, b, parts):
+    remedy = f"multiple of {parts**2} up to {n}"
+    with pytest.raises(ValueError, match=f"--batch_size {b}: .*{remedy}"):
+        ResumableBatchSampler(n, b, 0, 1, accum=parts, world=parts)
 
 
 @pytest.mark.parametrize("augment", [True, False])
