@@ -6,7 +6,6 @@ data sets and runs on them. Every tolerance is shown to reject a fault.
 import contextlib
 import dataclasses
 import importlib
-import inspect
 import itertools
 import json
 import math
@@ -34,18 +33,9 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
 def transformers():
-    """Import transformers, or skip the test.
-
-    It is also skipped if Hugging Face's package `kernels` is installed, which the folder of
-    that name hides from transformers.
-    """
+    """Import transformers, or skip the test: it would import our folder kernels/."""
     with contextlib.suppress(PackageNotFoundError):
-        installed = version("kernels")
-        pytest.skip(
-            f"the package kernels {installed} is installed, but transformers would import "
-            "this repository's folder kernels/",
-            allow_module_level=True,
-        )
+        pytest.skip(f"package kernels {version('kernels')} is hidden by our folder")
     return pytest.importorskip("transformers")
 
 
@@ -86,47 +76,32 @@ def check_grad(grad, ref, tol):
     assert shifted.equal(ref) or not close(shifted, ref, tol)
 
 
-def oracle(
-    pred,
-    target,
-    mask=None,
-    attn=None,
-    tau=0.75,
-    norm_pix=True,
-    eps=1e-6,
-    patch_size=None,
-    normalize_attn=True,
-):
-    """mask * w * l (B, L), its gradient (B, L, P) and sum(mask), by loops in float64."""
-    y = pred.detach().double().numpy()
-    x = target.double().numpy() / (255 if target.dtype == torch.uint8 else 1)
-    if target.dim() == 4:
-        p, (h, w) = patch_size, target.shape[2:]
-        corners = [(i, j) for i in range(0, h, p) for j in range(0, w, p)]
-        patches = []
-        for img in x:
-            for i, j in corners:
-                patch = img[:, i : i + p, j : j + p]  # (C, p, p)
-                patches.append(patch.transpose(1, 2, 0).ravel())
-        x = np.reshape(patches, y.shape)
-    rows, grad, count = np.zeros(y.shape[:2]), np.zeros(y.shape), 0
-    for b in range(y.shape[0]):
-        m = None if attn is None else attn[b].double().numpy()
-        if m is not None and normalize_attn:
-            span = m.max() - m.min()
-            flat = span <= 1e-5 * np.abs(m).max()
-            m = np.zeros_like(m) if flat else (m - m.min()) / span
-        for i in range(y.shape[1]):
-            if mask is not None and not mask[b, i]:
-                continue
-            t = x[b, i]
-            if norm_pix:
-                t = (t - t.mean()) / np.sqrt(t.var(ddof=1) + eps)
-            w = 1.0 if m is None else np.exp(m[i] / float(tau))
-            rows[b, i] = w * np.mean((y[b, i] - t) ** 2)
-            grad[b, i] = w * 2 / y.shape[2] * (y[b, i] - t)
-            count += 1
-    return torch.from_numpy(rows), torch.from_numpy(grad), count
+def oracle(pred, target, mask=None, attn=None, tau=0.75, **options):
+    """mask * w * l (B, L), its gradient (B, L, P) and sum(mask), in float64.
+
+    options: norm_pix, eps, patch_size and normalize_attn of attg_loss.
+    """
+    y, x = pred.detach().double(), target.double()
+    if target.dtype == torch.uint8:
+        x = x / 255
+    if x.dim() == 4:
+        p, (B, C, H, W) = options["patch_size"], x.shape
+        x = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
+        x = x.reshape(y.shape)
+    if options.get("norm_pix", True):
+        variance, mean = torch.var_mean(x, -1, keepdim=True)
+        x = (x - mean) / (variance + options.get("eps", 1e-6)).sqrt()
+    hidden = torch.ones(y.shape[:2]) if mask is None else mask != 0
+    w = hidden.double()
+    if attn is not None:
+        m = attn.double()
+        if options.get("normalize_attn", True):
+            low, high = m.aminmax(dim=1, keepdim=True)
+            flat = high - low <= 1e-5 * m.abs().amax(1, keepdim=True)
+            m = torch.where(flat, 0.0, (m - low) / (high - low))
+        w = torch.where(hidden.bool(), torch.exp(m / float(tau)), 0.0)
+    rows = w * (y - x).square().mean(-1)
+    return rows, (2 * w / y.shape[2])[..., None] * (y - x), int(hidden.sum())
 
 
 def on_device(x):
@@ -199,24 +174,23 @@ def shake(model, std=0.03):
 
 
 def hf_model(kind, name="vit_micro", **kw):
-    hf = transformers()
+    hf, mae = transformers(), "MAE" in kind
     p, size, width, depth, heads, dw, dd, dh, _ = PRESETS[name]
-    sizes = dict(image_size=size, patch_size=p, hidden_size=width)
-    sizes |= dict(num_attention_heads=heads, intermediate_size=4 * width)
-    optional = dict(num_hidden_layers=depth, layer_norm_eps=1e-6)
-    if "MAE" in kind:
-        sizes |= dict(decoder_hidden_size=dw, decoder_num_attention_heads=dh)
-        sizes |= dict(decoder_intermediate_size=4 * dw)
-        optional |= dict(decoder_num_hidden_layers=dd)
-    config = hf.ViTMAEConfig if "MAE" in kind else hf.ViTConfig
-    model = getattr(hf, kind)(config(**optional | kw | sizes))
-    # A fresh model of transformers 5 has tables of zeros
-    if "MAE" in kind and model.device.type != "meta":
-        body = getattr(model, "vit", model)
-        body.embeddings.patch_embeddings.projection._is_hf_initialized = False
-        body.embeddings.initialize_weights()
-        if hasattr(model, "decoder"):
-            model.decoder.initialize_weights((size // p) ** 2)
+    options = {"image_size": size, "patch_size": p, "hidden_size": width}
+    options |= {"num_hidden_layers": depth, "num_attention_heads": heads}
+    options |= {"intermediate_size": 4 * width, "layer_norm_eps": 1e-6}
+    if mae:
+        options |= {"decoder_hidden_size": dw, "decoder_num_hidden_layers": dd}
+        options |= {"decoder_num_attention_heads": dh}
+        options |= {"decoder_intermediate_size": 4 * dw}
+    config = hf.ViTMAEConfig if mae else hf.ViTConfig
+    model = getattr(hf, kind)(config(**options | kw))
+    if mae and model.device.type != "meta":
+        # A fresh model of transformers 5 has tables of zeros
+        embeddings = model.vit.embeddings
+        embeddings.patch_embeddings.projection._is_hf_initialized = False
+        embeddings.initialize_weights()
+        model.decoder.initialize_weights((size // p) ** 2)
     return model
 
 
@@ -306,17 +280,14 @@ def disc_images(folder, count, bad=(), size=(40, 32)):
     return folder
 
 
-def some_truth(images, queries, seed=0):
-    rng, gnd = np.random.default_rng(seed), []
+def some_truth(images, queries):
+    """Ground truth of a retrieval; query 1 has only junk, query 2 nothing hard."""
+    rng, gnd = np.random.default_rng(0), []
     for q in range(queries):
-        ids = rng.permutation(images)[:30]
-        easy, hard, junk = np.split(ids, sorted(rng.integers(0, 30, 2)))
-        if q == 1:
-            easy, hard = easy[:0], hard[:0]
-        if q == 2:
-            hard = hard[:0]
-        parts = {"easy": easy, "hard": hard, "junk": junk}
-        row = {name: rows.tolist() for name, rows in parts.items()}
+        ids = rng.permutation(images)[:30].tolist()
+        easy, hard = (0, 0) if q == 1 else sorted(rng.integers(0, 30, 2))
+        hard = easy if q == 2 else hard
+        row = {"easy": ids[:easy], "hard": ids[easy:hard], "junk": ids[hard:]}
         gnd.append(row | {"bbx": [2.0, 1.0, 30.0, 20.0]})
     return gnd
 
@@ -405,20 +376,13 @@ def assert_same_run(out, reference):
 
 @contextlib.contextmanager
 def recorded_passes():
-    """A list that receives inputs and outputs of each training pass of the model."""
+    """A list that receives imgs, noise, weight and mask of each training pass."""
     seen, forward = [], attg_mae.MAE.forward
 
-    def spy(self, *args, **options):
-        bound = inspect.signature(forward).bind(self, *args, **options)
-        bound.apply_defaults()
-        results = forward(self, *args, **options)
-        loss, pred, mask, *_ = results
+    def spy(self, imgs, **options):
+        results = forward(self, imgs, **options)
         if self.training and torch.is_grad_enabled():
-            values = bound.arguments | {"loss": loss, "pred": pred, "mask": mask}
-            for name, value in values.items():
-                if isinstance(value, torch.Tensor):
-                    values[name] = value.detach().clone()
-            seen.append(SimpleNamespace(**values, model=self))
+            seen.append(SimpleNamespace(imgs=imgs, mask=results[2], **options))
         return results
 
     with pytest.MonkeyPatch.context() as patch:

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import attg.finetuning
@@ -47,21 +49,11 @@ def loss_of(model, seen, m_norm, tau):
     return (mask * (m_norm / tau).exp() * error).sum() / mask.sum()
 
 
-def adamw(parameter, moments, step, lr, decay):
-    """Loshchilov and Hutter, arXiv 1711.05101, with the betas of MAE."""
-    first, second = moments
-    first.mul_(0.9).add_(0.1 * parameter.grad)
-    second.mul_(0.95).add_(0.05 * parameter.grad**2)
-    size = (second / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8
-    change = first / (1 - 0.9 ** (step + 1)) / size + decay * parameter
-    parameter.data -= lr * change
-
-
 def features_of(encoder, imgs):
     """Class token and patch mean (B, D), in float64."""
     with torch.no_grad():
         tokens = encoder.forward_features(imgs).double()
-    return tokens[:, 0].numpy(), tokens[:, 1:].mean(1).numpy()
+    return tokens[:, 0], tokens[:, 1:].mean(1)
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +75,20 @@ def written_out(labelled, tmp_path_factory):
     torch.manual_seed(seed_for("weights", 0))
     model = attg_mae.MAE(attg_mae.Config(**TINY))
     trained = [p for p in model.parameters() if p.requires_grad]
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in trained]
+    vectors, matrices = ([p for p in trained if (p.dim() > 1) == x] for x in (0, 1))
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.05)
     steps = []
     for step, (seen, m_norm) in enumerate(zip(passes, maps, strict=True)):
         tau = 0.75 + 0.25 * (1 - math.cos(math.pi * step / STEPS)) / 2
         loss = loss_of(model, seen, m_norm, tau)
-        model.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         squares = sum(p.grad.square().sum() for p in trained)
         steps.append((loss.item(), squares.sqrt().item()))
-        lr = 1e-3 * half_cosine(step, STEPS, 6)
-        for parameter, state in zip(trained, moments, strict=True):
-            decay = 0.05 if parameter.dim() > 1 else 0.0
-            adamw(parameter, state, step, lr, decay)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * half_cosine(step, STEPS, 6)
+        optimizer.step()
     assert len(steps) == STEPS
     return out, steps, model
 
@@ -165,82 +158,50 @@ def interrupt_and_resume(program, flags, tmp_path):
     return program.main(flags)
 
 
-def lars(weight, gradient, momentum, lr):
-    """You et al., arXiv 1708.03888: the step of a matrix is 0.001 of its norm."""
-    if weight.ndim == 2:
-        scale = 0.001 * np.linalg.norm(weight) / np.linalg.norm(gradient)
-        gradient = scale * gradient
-    momentum *= 0.9
-    momentum += gradient
-    weight -= lr * momentum
-
-
-class Head:
-    """A BatchNorm without affine and a linear layer, in float64, without autograd."""
-
-    def __init__(self, state, number):
-        self.weight = state[f"heads.{number}.weight"].double().numpy()
-        self.bias = state[f"heads.{number}.bias"].double().numpy()
-        self.momenta = np.zeros_like(self.weight), np.zeros_like(self.bias)
-        self.mean, self.variance = np.zeros(16), np.ones(16)
-
-    def train(self, x, labels, lr):
-        mean, n = x.mean(0), len(x)
-        self.mean = 0.9 * self.mean + 0.1 * mean
-        self.variance = 0.9 * self.variance + 0.1 * x.var(0, ddof=1)
-        x = (x - mean) / np.sqrt(x.var(0) + 1e-6)
-        logits = x @ self.weight.T + self.bias
-        error = np.exp(logits - logits.max(1, keepdims=True))
-        error /= error.sum(1, keepdims=True)
-        error[np.arange(n), labels] -= 1  # softmax - one-hot: nothing is smoothed
-        lars(self.weight, error.T @ x / n, self.momenta[0], lr)
-        lars(self.bias, error.mean(0), self.momenta[1], lr)
-
-    def logits(self, x):
-        x = (x - self.mean) / np.sqrt(self.variance + 1e-6)
-        return x @ self.weight.T + self.bias
-
-
 def test_mae_probe(recorded, encoder, flags, labelled, tmp_path):
     """Weights, statistics and accuracy, of a run that was interrupted."""
     flags = flags + "--protocol mae --blr 10 --seed 1".split()
     rows = interrupt_and_resume(eval_linear, flags, tmp_path)
     # Steps 7 and 8 were made twice.
     batches = recorded.batches[:6] + recorded.batches[8:]
-    assert len(batches) == 12
-    for first, second in zip(recorded.batches[6:8], batches[6:8], strict=True):
-        assert first[0].equal(second[0])
+    assert len(batches) == 12 and recorded.batches[6][0].equal(batches[6][0])
 
     vit = attg_mae.load_encoder(encoder)
     weights = torch.load(tmp_path / "w.pt")["model"]
-    heads = [Head(recorded.start, number) for number in (0, 1)]
-    for step, (imgs, labels) in enumerate(batches):
-        lr = 10 * 8 / 256 * half_cosine(step, 12, 0.8 * 3)
-        for head, x in zip(heads, features_of(vit, imgs), strict=True):
-            head.train(x, labels.numpy(), lr)
     tests = open_data(labelled["data"], "test", 32)
     imgs = vit.normalize(torch.stack([sample.image for sample in tests]))
-    truth = np.array([sample.label for sample in tests])
+    truth = torch.tensor([sample.label for sample in tests])
     others = []
-    for number, x in enumerate(features_of(vit, imgs)):
-        head, columns = heads[number], slice(16 * number, 16 * number + 16)
-        start = recorded.start[f"heads.{number}.weight"].double().numpy()
-        got = weights[f"heads.{number}.weight"].double().numpy()
-        moved = np.linalg.norm(head.weight - start)
-        assert np.linalg.norm(got - head.weight) < 1e-4 * moved
-        bias = weights[f"heads.{number}.bias"]
-        np.testing.assert_allclose(bias, head.bias, 1e-3)
-        mean, variance = (
-            weights[f"norm.running_{x}"][columns] for x in ("mean", "var")
-        )
-        np.testing.assert_allclose(mean, head.mean, 1e-3, 1e-5)
-        np.testing.assert_allclose(variance, head.variance, 1e-3)
-        right = head.logits(x).argmax(1) == truth
-        assert rows[number]["feature"] == FEATURES[number]
-        assert rows[number]["top-1"] == pytest.approx(100 * right.mean())
-        head.mean, head.variance = x.mean(0), x.var(0)
-        others.append((head.logits(x).argmax(1) == truth).sum() - right.sum())
-    # Statistics of the test images themselves give another accuracy.
+    for number, (x, row) in enumerate(zip(features_of(vit, imgs), rows, strict=True)):
+        norm = nn.BatchNorm1d(16, eps=1e-6, affine=False)
+        head = nn.Sequential(norm, nn.Linear(16, 3)).double()
+        names = {name: f"heads.{number}.{name}" for name in ("weight", "bias")}
+        head[1].load_state_dict({name: recorded.start[x] for name, x in names.items()})
+        start, weight = head[1].weight.detach().clone(), head[1].weight
+        sgd = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9)
+        for step, (batch, labels) in enumerate(batches):
+            logits = head(features_of(vit, batch)[number])
+            F.cross_entropy(logits, labels).backward()
+            # LARS: the step of a matrix is 0.001 of its norm.
+            weight.grad *= 0.001 * weight.norm() / weight.grad.norm()
+            sgd.param_groups[0]["lr"] = 10 * 8 / 256 * half_cosine(step, 12, 0.8 * 3)
+            sgd.step()
+            sgd.zero_grad()
+        moved = (weight - start).norm()
+        assert (weights[names["weight"]] - weight).norm() < 1e-4 * moved
+        slots = slice(16 * number, 16 * number + 16)
+        for got, want in (
+            (weights[names["bias"]], head[1].bias.detach()),
+            (weights["norm.running_mean"][slots], norm.running_mean),
+            (weights["norm.running_var"][slots], norm.running_var),
+        ):
+            np.testing.assert_allclose(got, want, 1e-3, 1e-5)
+        right = head.eval()(x).argmax(1) == truth
+        assert row["feature"] == FEATURES[number]
+        assert row["top-1"] == pytest.approx(100 * right.double().mean().item())
+        # The statistics of the test images themselves give another accuracy.
+        by_batch = head.train()(x).argmax(1) == truth
+        others.append(by_batch.sum() - right.sum())
     assert any(others)
 
 
