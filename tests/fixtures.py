@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import attg_mae
 from attg import trainer
 from tests.helpers import (
     ROOT,
@@ -21,7 +23,6 @@ from tests.helpers import (
     make_data,
     make_images,
     noise,
-    recorded_passes,
     save_small,
     train,
     write,
@@ -37,10 +38,9 @@ def seeded():
 @pytest.fixture(autouse=True, scope="session")
 def few_drawings():
     """Runs draw no curves: that takes longer than they do."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(trainer, "save_curves", lambda *_: None)
-    yield
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "save_curves", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -52,12 +52,13 @@ def labelled(tmp_path_factory):
 @pytest.fixture(scope="session")
 def guided(labelled):
     """guided(guidance) -> settings like labelled; without maps for guidance none."""
-
-    def settings(guidance):
-        maps = None if guidance == "none" else labelled["maps"]
-        return labelled | {"guidance": guidance, "maps": maps}
-
-    return settings
+    return lambda guidance: (
+        labelled
+        | {
+            "guidance": guidance,
+            "maps": None if guidance == "none" else labelled["maps"],
+        }
+    )
 
 
 @pytest.fixture(scope="session")
@@ -84,10 +85,18 @@ def whole(guided, tmp_path_factory):
 
 
 @pytest.fixture
-def passes():
-    """See recorded_passes."""
-    with recorded_passes() as seen:
-        yield seen
+def passes(monkeypatch):
+    """A list that receives imgs, noise, weight and mask of each training pass."""
+    seen, forward = [], attg_mae.MAE.forward
+
+    def spy(self, imgs, **options):
+        results = forward(self, imgs, **options)
+        if self.training and torch.is_grad_enabled():
+            seen.append(SimpleNamespace(imgs=imgs, mask=results[2], **options))
+        return results
+
+    monkeypatch.setattr(attg_mae.MAE, "forward", spy)
+    return seen
 
 
 @pytest.fixture
@@ -118,16 +127,14 @@ def wrong(encoder, plain, monkeypatch):
 @pytest.fixture(scope="session")
 def ask():
     """ask(request) sends a request to the server of processes, see processes.serve."""
-    environment = os.environ | {"MASTER_ADDR": "localhost"}
-    # The forked processes run in other folders.
-    environment["PYTHONPATH"] = str(ROOT)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # PYTHONPATH: the forked processes run in other folders.
+    paths = {"MASTER_ADDR": "localhost", "PYTHONPATH": str(ROOT)}
+    options = {"text": True, "env": os.environ | paths, "stdin": subprocess.PIPE}
     argv = [sys.executable, "-m", "tests.processes"]
-    with subprocess.Popen(argv, text=True, env=environment, **pipes) as server:
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, **options) as server:
 
         def ask(request):
-            server.stdin.write(json.dumps(request) + "\n")
-            server.stdin.flush()
+            print(json.dumps(request), file=server.stdin, flush=True)
             return int(server.stdout.readline())
 
         server.stdout.readline()

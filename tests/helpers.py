@@ -11,7 +11,6 @@ import json
 import math
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ import attg_mae
 from attg.datasets import open_data
 from attg.features import FEATURES, SOURCE
 from attg.maps import save_maps
+from attg.weights import join_qkv, rename
 
 ROOT = Path(attg_mae.__file__).parent
 # The package re-exports a function of the same name.
@@ -194,42 +194,9 @@ def hf_model(kind, name="vit_micro", **kw):
     return model
 
 
-# In this order; as in transformers 4, and as in 5.
-HF_NAMES = {
-    "vit.": "",
-    "decoder.": "",
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.": "",
-    "attention.attention": "attention",
-    "query": "q_proj",
-    "key": "k_proj",
-    "value": "v_proj",
-    "attention.output.dense": "attn.proj",
-    "attention.o_proj": "attn.proj",
-    "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "layernorm.": "norm.",
-    "decoder_encoder.layer.": "decoder_blocks.",
-    "decoder_layers.": "decoder_blocks.",
-    "encoder.layer.": "blocks.",
-    "layers.": "blocks.",
-}
-
-
 def from_hf(state):
     """Hugging Face's parameters or gradients under MAE's names; q, k, v joined."""
-    out = {}
-    for key, value in state.items():
-        for old, new in HF_NAMES.items():
-            key = key.replace(old, new)
-        out[key] = value
-    for key in [k for k in out if "q_proj" in k]:
-        parts = [out.pop(key.replace("q_proj", f"{n}_proj")) for n in "qkv"]
-        out[key.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
-    return out
+    return join_qkv({rename(key): value for key, value in state.items()}, "HF")
 
 
 def timm_model(width=64, depth=2, heads=4, img_size=32, patch_size=8, **kw):
@@ -264,15 +231,14 @@ def write(path, image, **options):
 LUMA = (0.299, 0.587, 0.114)  # weights of RGB in Pillow's gray
 
 
-def disc_images(folder, count, bad=(), size=(40, 32)):
+def disc_images(folder, count, bad=()):
     """Write folder/data, images with a bright disc, and folder/masks. bad: unreadable."""
-    y, x = np.mgrid[: size[1], : size[0]]
+    y, x = np.mgrid[:32, :40]
     for i in range(count):
         rng = np.random.default_rng(i)
-        cx, cy = rng.uniform(10, size[0] - 10), rng.uniform(10, size[1] - 10)
-        disc = (x - cx) ** 2 + (y - cy) ** 2 < 60
+        disc = (x - rng.uniform(10, 30)) ** 2 + (y - rng.uniform(10, 22)) ** 2 < 60
         colors = np.where(disc[..., None], (230, 60, 40), (20, 60, 120))
-        pixels = colors + rng.integers(0, 25, (*disc.shape, 3))
+        pixels = colors + rng.integers(0, 25, (32, 40, 3))
         write(folder / "data" / f"{i:02d}.png", Image.fromarray(np.uint8(pixels)))
         write(folder / "masks" / f"{i:02d}.png", Image.fromarray(np.uint8(disc) * 255))
     for i in bad:
@@ -372,22 +338,6 @@ def assert_same_run(out, reference):
     parts = ("model", "optimizer", "scaler", "step")
     assert [k for k in parts if not same(a[k], b[k])] == []
     assert losses(out) == losses(reference)
-
-
-@contextlib.contextmanager
-def recorded_passes():
-    """A list that receives imgs, noise, weight and mask of each training pass."""
-    seen, forward = [], attg_mae.MAE.forward
-
-    def spy(self, imgs, **options):
-        results = forward(self, imgs, **options)
-        if self.training and torch.is_grad_enabled():
-            seen.append(SimpleNamespace(imgs=imgs, mask=results[2], **options))
-        return results
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attg_mae.MAE, "forward", spy)
-        yield seen
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import eval_linear
 from attg.datasets import open_data
 from attg.features import FEATURES
 from attg.images import seed_for
-from tests.helpers import TINY, after_step, last, recorded_passes, records, train
+from tests.helpers import TINY, after_step, last, records, train
 
 STEPS = 24  # of TINY: 4 epochs of 6
 
@@ -56,28 +56,18 @@ def features_of(encoder, imgs):
     return tokens[:, 0], tokens[:, 1:].mean(1)
 
 
-@pytest.fixture(scope="module")
-def written_out(labelled, tmp_path_factory):
-    """Folder of a run; (loss, norm of the gradient) of its steps and its model, written out.
+def written_out(passes, maps):
+    """(loss, norm of the gradient) of the steps of a run and its model, written out.
 
-    M_norm is what patch_weights receives; tau, weights and all else are computed here.
+    maps: M_norm of the steps; tau, weights and all else are computed here.
     """
-    out, maps = tmp_path_factory.mktemp("run"), []
-    patch_weights = attg_mae.patch_weights
-
-    def record(m_norm, *args):
-        maps.append(m_norm.clone())
-        return patch_weights(m_norm, *args)
-
-    with pytest.MonkeyPatch.context() as patch, recorded_passes() as passes:
-        patch.setattr(attg_mae, "patch_weights", record)
-        train(out, **labelled)
     torch.manual_seed(seed_for("weights", 0))
     model = attg_mae.MAE(attg_mae.Config(**TINY))
     trained = [p for p in model.parameters() if p.requires_grad]
-    vectors, matrices = ([p for p in trained if (p.dim() > 1) == x] for x in (0, 1))
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.05)
+    groups = [
+        {"params": [p], "weight_decay": 0.05 if p.dim() > 1 else 0.0} for p in trained
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     steps = []
     for step, (seen, m_norm) in enumerate(zip(passes, maps, strict=True)):
         tau = 0.75 + 0.25 * (1 - math.cos(math.pi * step / STEPS)) / 2
@@ -90,7 +80,7 @@ def written_out(labelled, tmp_path_factory):
             group["lr"] = 1e-3 * half_cosine(step, STEPS, 6)
         optimizer.step()
     assert len(steps) == STEPS
-    return out, steps, model
+    return steps, model
 
 
 def assert_written_out(out, steps, model):
@@ -108,20 +98,29 @@ def assert_written_out(out, steps, model):
             assert (weights[name] - value).norm() < 0.01 * moved, name
 
 
-def test_a_run(written_out, distributed, labelled, tmp_path):
+def test_a_run(passes, distributed, labelled, tmp_path, monkeypatch):
     """In one process, in two, and interrupted in mid-epoch, with workers."""
-    out, *want = written_out
-    assert_written_out(out, *want)
-    assert_written_out(distributed, *want)
+    maps, patch_weights = [], attg_mae.patch_weights
+
+    def record(m_norm, *args):
+        maps.append(m_norm.clone())
+        return patch_weights(m_norm, *args)
+
+    monkeypatch.setattr(attg_mae, "patch_weights", record)
+    train(tmp_path / "one", **labelled)
+    steps, model = written_out(list(passes), list(maps))
+    assert_written_out(tmp_path / "one", steps, model)
+    assert_written_out(distributed, steps, model)
     with pytest.raises(AssertionError):
-        assert_written_out(out, want[0][1:] + want[0][:1], want[1])
+        assert_written_out(distributed, steps[1:] + steps[:1], model)
 
     settings = labelled | {"workers": 2}
+    out = tmp_path / "two"
     with after_step(15, stop), pytest.raises(KeyboardInterrupt):
-        train(tmp_path, **settings)
-    assert last(tmp_path)["step"] == 12  # of the last epoch's checkpoint
-    train(tmp_path, **settings)
-    assert_written_out(tmp_path, *want)
+        train(out, **settings)
+    assert last(out)["step"] == 12  # of the last epoch's checkpoint
+    train(out, **settings)
+    assert_written_out(out, steps, model)
 
 
 # -- Training on labeled images --------------------------------------------------------
