@@ -1,33 +1,19 @@
 """
-Command lines: flags from dataclasses, ranges, log lines and progress bars, exit codes.
-
-    if __name__ == "__main__":
-        from attg.cli import ignore_sigint_during_import
-
-        ignore_sigint_during_import()
-
-    import torch
-    ...
+Command lines: flags generated from dataclasses, log lines and progress bars, exit codes.
 
     @dataclasses.dataclass(kw_only=True)
     class Settings(DataFlags, RunFlags):
         k: int = flag(20, "number of neighbors", low=1, high=10**7)
 
-    def main(argv=None):
-        settings = parse(Settings, __doc__, argv)
-
-    if __name__ == "__main__":
-        run_cli(main)
+    settings = parse(Settings, __doc__, argv)
 
 Only the standard library is imported here, so that this can come before torch.
 """
 
 import argparse
 import dataclasses
-import difflib
 import numbers
 import os
-import re
 import signal
 import sys
 import types
@@ -38,17 +24,17 @@ from pathlib import Path
 # -- Flags -----------------------------------------------------------------------------
 
 
-def flag(default, help, low=None, high=None, *, choices=None, resume="open", **options):
-    """A dataclass field that is a flag of the command line, too.
+def flag(
+    default, help, low=None, high=None, *, choices=None, resume="open", positional=False
+):
+    """Dataclass field that is also a flag, or with positional an unnamed argument.
 
-    low, high: inclusive range of its number, or of each of its numbers. resume: whether a
-    run that resumes may change it: "fixed" (never), "open" (until the run has ended) or
-    "free" (always). options: further ones of argparse's add_argument; positional=True: an
-    argument without a name.
+    low, high: inclusive range of its numbers. resume: whether a resumed run may change
+    it: "fixed" (never), "open" (until the run has ended) or "free" (always).
     """
     metadata = {"help": help, "low": low, "high": high, "choices": choices}
-    metadata |= {"resume": resume, "positional": options.pop("positional", False)}
-    return dataclasses.field(default=default, metadata=metadata | {"options": options})
+    metadata |= {"resume": resume, "positional": positional}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def resume_class(kind, name):
@@ -61,12 +47,8 @@ def resume_class(kind, name):
 class DataFlags:
     """Images."""
 
-    data: str = flag(
-        "toy", "toy, a torchvision name, or a folder of images", resume="fixed"
-    )
-    classes: str | None = flag(
-        None, "file that lists the class folders to keep, one a line", resume="fixed"
-    )
+    data: str = flag("toy", "toy, torchvision name, or folder", resume="fixed")
+    classes: str | None = flag(None, "file of class folders to keep", resume="fixed")
     max_pixels: int = flag(10**8, "skip larger images", 1, 10**12, resume="free")
 
 
@@ -78,13 +60,12 @@ class RunFlags:
     workers: int | None = flag(
         None, "loader workers per process [CPU 0, GPU up to 16]", 0, 1024, resume="free"
     )
-    timeout: float = flag(
-        30, "distributed timeout in minutes", 0.01, 10**6, resume="free"
-    )
+    timeout: float = flag(30, "distributed, in minutes", 0.01, 10**6, resume="free")
 
 
-# Types that a field also accepts, and how messages name a type.
-ACCEPTED = {int: numbers.Integral, float: numbers.Real, str: os.PathLike, tuple: list}
+# Types that a field accepts, and how messages name a type.
+ACCEPTED = {int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)}
+ACCEPTED |= {tuple: (tuple, list)}
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a string"}
 TYPE_NAMES |= {tuple: "values", bool: "true or false", type(None): "None"}
 
@@ -107,83 +88,55 @@ def validate(settings):
     Raises ValueError that names the first wrong flag, its value and what it must be.
     """
     for field in dataclasses.fields(settings):
-        name, value = field.name, getattr(settings, field.name)
+        value = getattr(settings, field.name)
         kinds, item = field_types(field)
-        accepted = kinds + tuple(ACCEPTED.get(kind, kind) for kind in kinds)
-        # bool is a subclass of int.
-        if not isinstance(value, accepted) or type(value) is bool and bool not in kinds:
-            names = " or ".join(TYPE_NAMES.get(kind, kind.__name__) for kind in kinds)
-            raise ValueError(f"--{name} {value!r}: must be {names}")
-        choices = field.metadata.get("choices")
-        if choices and value is not None and value not in choices:
-            raise ValueError(f"--{name} {value}: must be one of {', '.join(choices)}")
-        # A string such as "auto" has no range.
-        if field.metadata.get("low") is not None and not isinstance(value, str | None):
-            for number in value if isinstance(value, tuple | list) else [value]:
-                check_range(name, number, item, field.metadata)
+        check_value(field, value, kinds)
+        if isinstance(value, tuple | list):
+            for one in value:
+                check_value(field, one, (item,))
 
 
-def check_range(name, value, kind, metadata):
-    """Raise ValueError unless a number of a flag is of the kind and within the range."""
-    low, high = metadata["low"], metadata["high"]
-    right = isinstance(value, ACCEPTED[kind]) and not isinstance(value, bool)
-    if not right or not low <= value <= high:
-        raise ValueError(
-            f"--{name} {value}: must be {TYPE_NAMES[kind]} from {low:g} to {high:g}"
-        )
-
-
-def int_or_word(text):
-    """Type of a flag such as --accum, a whole number or auto."""
-    return int(text) if text.lstrip("-").isdecimal() else text
+def check_value(field, value, kinds):
+    """ValueError unless a value has one of the types and is in the field's range."""
+    low, high, choices = map(field.metadata.get, ("low", "high", "choices"))
+    right = isinstance(value, tuple(ACCEPTED.get(kind, kind) for kind in kinds))
+    # bool is a subclass of int.
+    right = right and (bool in kinds or not isinstance(value, bool))
+    if right and low is not None and isinstance(value, numbers.Real):
+        right = low <= value <= high
+    if right and choices and value is not None:
+        right = value in choices
+    if not right:
+        expected = " or ".join(TYPE_NAMES.get(kind, kind.__name__) for kind in kinds)
+        if choices:
+            expected = f"one of {', '.join(choices)}"
+        if low is not None:
+            expected = f"{TYPE_NAMES[field_types(field)[1]]} from {low:g} to {high:g}"
+        raise ValueError(f"--{field.name} {value}: must be {expected}")
 
 
 def check_unused(settings, names, reason):
-    """Raise ValueError if one of these flags is not at its default.
-
-    reason: why the flag has no effect.
-    """
+    """ValueError with the reason if one of these flags is not at its default."""
     for field in dataclasses.fields(settings):
         if field.name in names and getattr(settings, field.name) != field.default:
             dashes = "" if field.metadata["positional"] else "--"
             raise ValueError(f"{dashes}{field.name}: {reason}; leave it out")
 
 
-class Parser(argparse.ArgumentParser):
-    """Parser that answers a mistake in three lines."""
-
-    def error(self, message):
-        lines = [f"{self.prog}: error: {message}"]
-        unknown = re.match(r"unrecognized arguments: (?:[^-].*? )?(-[\w-]+)", message)
-        names = re.findall(r"--\w[\w-]*", self.format_usage())
-        close = difflib.get_close_matches(unknown[1], names, n=1) if unknown else []
-        if close:
-            lines.append(f"Did you mean {close[0]}?")
-        # A module names its whole command, python -m MODULE.
-        command = self.prog if self.prog.startswith("python") else f"python {self.prog}"
-        lines.append(f"{command} --help lists every flag")
-        self.exit(2, "\n".join(lines) + "\n")
-
-
-def parse(kind, description, argv=None, prog=None):
+def parse(kind, description, argv=None):
     """An instance of the dataclass `kind` from a command line, validated.
 
-    There is a flag for each field, with underscores or hyphens. --help groups inherited
-    fields by their class. prog: how messages name the command [the file's name].
+    There is a flag for each field with metadata.
     """
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=prog, description=description, formatter_class=formatter)
-    groups = {}
-    for base in kind.__mro__[1:-1]:
-        title = (base.__doc__ or base.__name__).partition(".")[0].lower()
-        group = parser.add_argument_group(title)
-        groups |= dict.fromkeys(base.__dict__.get("__annotations__", ()), group)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--FLAG VALUE ...], --help lists all flags",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for field in dataclasses.fields(kind):
-        # A field without metadata is not a flag.
         if field.metadata:
-            add_flag(groups.get(field.name, parser), field)
-    argv = sys.argv[1:] if argv is None else argv
-    values = vars(parser.parse_args([with_underscores(x) for x in argv]))
+            add_flag(parser, field)
+    values = vars(parser.parse_args(argv))
     for name, value in values.items():
         if isinstance(value, list):
             values[name] = tuple(value)
@@ -194,17 +147,8 @@ def parse(kind, description, argv=None, prog=None):
     return settings
 
 
-def with_underscores(arg):
-    """--batch-size=3 -> --batch_size=3; --no-norm-pix -> --no-norm_pix, as argparse's."""
-    name, equals, value = arg.partition("=")
-    if not name.startswith("--"):
-        return arg
-    name = "--" + name[2:].replace("-", "_")
-    return re.sub("^--no_", "--no-", name) + equals + value
-
-
 def add_flag(parser, field):
-    """Add the flag of a dataclass field to a parser or argument group."""
+    """Add the flag of a dataclass field to a parser."""
     metadata, (kinds, item) = field.metadata, field_types(field)
     options = {"help": metadata["help"], "default": field.default}
     if isinstance(field.default, tuple) and field.default:
@@ -218,11 +162,15 @@ def add_flag(parser, field):
         options["type"] = int_or_word if {int, str} <= set(kinds) else item
         if tuple in kinds:
             options["nargs"] = "+"
-    options |= metadata["options"]
     if metadata["positional"]:
         parser.add_argument(field.name, nargs="?", **options)
     else:
         parser.add_argument(f"--{field.name}", **options)
+
+
+def int_or_word(text):
+    """Type of a flag such as --accum, a whole number or auto."""
+    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def make_folder(name, path):
@@ -251,10 +199,7 @@ def log_line(text):
 
 
 def progress(steps, **options):
-    """The steps under a progress bar, in a terminal and if tqdm is installed.
-
-    options: tqdm's.
-    """
+    """The steps under tqdm's progress bar, in a terminal and if tqdm is installed."""
     if find_spec("tqdm") is None:
         return steps
     from tqdm import tqdm
@@ -265,25 +210,21 @@ def progress(steps, **options):
 
 def print_table(rows):
     """Print dicts as the rows of a table with a column for each key of any of them."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [keys]
-    for row in rows:
-        values = [row.get(key, "") for key in keys]
-        lines.append([f"{v:.2f}" if isinstance(v, float) else str(v) for v in values])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
-        print("  ".join(cells).rstrip())
+    columns = []
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [key, *(row.get(key, "") for row in rows)]
+        texts = [f"{v:.2f}" if isinstance(v, float) else str(v) for v in values]
+        width = max(map(len, texts))
+        columns.append([text.ljust(width) for text in texts])
+    for line in zip(*columns, strict=True):
+        print("  ".join(line).rstrip())
 
 
 # -- Exit ------------------------------------------------------------------------------
 
 
 def ignore_sigint_during_import():
-    """From here to run_cli, Ctrl-C ends the process at once and without a traceback.
-
-    Imports take seconds, and nothing is written during them.
-    """
+    """From here to run_cli, Ctrl-C ends the process at once and without a traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -292,9 +233,8 @@ def run_cli(main, memory_hint="lower --batch_size", interrupted="interrupted"):
     """Run main() and exit the process, with one line instead of a traceback for errors.
 
     Exit codes: 0; 1 after a ValueError, an OSError, or out of memory (the line ends with
-    memory_hint); 2 for wrong flags (argparse); 130 after Ctrl-C; 141 after the reader of a
-    pipe has closed it, as `| head` does; 128 + number if main() returns
-    {"stopped": number}, the signal that stopped it after it had saved.
+    memory_hint); 2 for wrong flags (argparse); 130 after Ctrl-C; 141 after `| head` has
+    closed the pipe; 128 + number if main() returns {"stopped": number of a signal}.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -329,16 +269,12 @@ def run_cli(main, memory_hint="lower --batch_size", interrupted="interrupted"):
 
 
 def message_of(error):
-    """The message of an error; its last line if a loader worker raised it.
-
-    PyTorch puts the worker's whole traceback into the message.
-    """
+    """The message of an error, without the traceback that PyTorch adds in a worker."""
     message = str(error)
-    if not message.startswith("Caught ") or "Original Traceback" not in message:
+    if "Original Traceback" not in message:
         return message
     # ValueError: --data: none of ...
-    last_line = message.strip().splitlines()[-1]
-    return last_line.partition(": ")[2] or last_line
+    return message.strip().splitlines()[-1].partition(": ")[2]
 
 
 def stdout_is_closed(error):
@@ -354,8 +290,6 @@ def stdout_is_closed(error):
 
 def is_out_of_memory(error):
     """Whether an error means that the GPU or the machine is out of memory."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    # Messages of PyTorch's allocators for CPU and MPS.
-    message = str(error)
-    return "can't allocate memory" in message or "out of memory" in message
+    # Messages of PyTorch's allocators, for GPUs and for CPUs.
+    messages = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(x in str(error) for x in messages)

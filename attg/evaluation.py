@@ -100,8 +100,7 @@ def labeled_features(load_encoder, settings, data, dist_info):
         # An error here, before the features, which take much longer.
         shot_indices(train_set.labels, shots, 0)
     sets = {"train": train_set, **tests}
-    options = dataclasses.asdict(settings)
-    return make_features(encoder.to(dist_info[0]), sets, options, dist_info)
+    return make_features(encoder.to(dist_info[0]), sets, settings, dist_info)
 
 
 # -- From settings to results ----------------------------------------------------------

@@ -4,17 +4,14 @@ Features of whole images (nothing is masked), their files, and the k-NN classifi
 Shapes: n training images, B test images, D width, C classes, k neighbors.
 """
 
+from dataclasses import asdict
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import Subset
 
-from attg.checkpoint import (
-    check_like,
-    load_checkpoint,
-    read_settings,
-    save_checkpoint,
-)
+from attg.checkpoint import check_like, load_checkpoint, read_settings, save_checkpoint
 from attg.cli import progress
 from attg.datasets import refuse_unreadable
 from attg.files import sha256
@@ -69,26 +66,22 @@ def extract_sharded(model, dataset, loader_args, dtype, rank, world):
 def make_features(model, datasets, settings, dist_info):
     """{"settings": SOURCE, name of a data set: {feature or "labels": (n, ...)}}.
 
-    settings: dict with SOURCE but for sha256, batch_size, workers and save_features, the
-    file to write (None: no file). dist_info: (device, rank, world).
+    settings: attg.evaluation's flags. dist_info: (device, rank, world).
     """
     _, rank, world = dist_info
-    dtype = torch.bfloat16 if settings["precision"] == "bf16" else None
-    loader_args = {name: settings[name] for name in ("batch_size", "workers")}
-    settings = settings | {"sha256": sha256(settings["checkpoint"])}
-    parts = {"settings": {name: settings[name] for name in SOURCE}}
+    dtype = torch.bfloat16 if settings.precision == "bf16" else None
+    loader_args = {"batch_size": settings.batch_size, "workers": settings.workers}
+    source = asdict(settings) | {"sha256": sha256(settings.checkpoint)}
+    parts = {"settings": {name: source[name] for name in SOURCE}}
     for name, dataset in datasets.items():
         features = extract_sharded(model, dataset, loader_args, dtype, rank, world)
         parts[name] = dict(zip((*FEATURES, "labels"), features, strict=True))
-    if settings["save_features"] and rank == 0:
-        save_checkpoint(settings["save_features"], **parts)
+    if settings.save_features and rank == 0:
+        save_checkpoint(settings.save_features, **parts)
     return parts
 
 
 # -- Files of features -----------------------------------------------------------------
-
-# Labels from here on are taken for damage: k-NN counts votes for each class.
-MAX_CLASSES = 10**6
 
 
 def read_features(path):
@@ -103,7 +96,8 @@ def read_features(path):
             for feature in FEATURES:
                 check_like(part[feature], rows, f"{feature} of {name}")
             check_like(labels, rows[:, 0].long(), f"labels of {name}")
-            if not -1 <= labels.min() <= labels.max() < MAX_CLASSES:
+            # A larger one is damage: k-NN counts votes for each class.
+            if not -1 <= labels.min() <= labels.max() < 10**6:
                 raise ValueError(f"labels of {name}: out of range")
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(

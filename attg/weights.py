@@ -47,14 +47,12 @@ RENAMES = (
 def read_weights(source):
     """Read a file or state dict of any known layout.
 
-    Returns (state dict under MAE's names, config, name). config is the dict of settings
-    that this project stores, None for other files; name identifies the source in error
-    messages. ValueError if there is no ViT encoder in it.
+    Returns (state dict under MAE's names, settings of a file of this project or None,
+    name of the source for messages). ValueError if there is no ViT encoder in it.
     """
-    if isinstance(source, dict):
-        state, name = source, "the state dict"
-    else:
-        state, name = load_checkpoint(source), source
+    in_memory = isinstance(source, dict)
+    name = "the state dict" if in_memory else source
+    state = source if in_memory else load_checkpoint(source)
     config = state.get("config")
     if not (isinstance(config, dict) and "decoder_heads" in config):
         config = None  # another project's config
@@ -63,12 +61,12 @@ def read_weights(source):
             state = state[key]
     if not all(isinstance(key, str) for key in state):
         raise ValueError(f"{name}: not a state dict, its keys are not strings")
-    weights = join_qkv({rename(key): value for key, value in state.items()}, name)
-    missing = []
-    for key, dims in ESSENTIAL.items():
-        value = weights.get(key)
-        if not (isinstance(value, torch.Tensor) and value.dim() == dims):
-            missing.append(key)
+    try:
+        weights = join_qkv({rename(key): value for key, value in state.items()})
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{name}: damaged query, key or value: {error}") from error
+    tensors = {key: x.dim() for key, x in weights.items() if torch.is_tensor(x)}
+    missing = [key for key, dims in ESSENTIAL.items() if tensors.get(key) != dims]
     if missing:
         raise ValueError(
             f"{name}: no ViT encoder: {missing} missing, keys are {sorted(weights)[:8]}"
@@ -83,19 +81,12 @@ def rename(key):
     return key
 
 
-def join_qkv(weights, name):
+def join_qkv(weights):
     """Concatenate Hugging Face's separate query, key and value weights."""
-    joined = dict(weights)
-    for key, q in weights.items():
-        if ".attn.q." in key:
-            # If k or v is missing, the matrix is too small and load_weights reports it.
-            names = [key.replace(".q.", f".{x}.") for x in "qkv"]
-            try:
-                parts = [joined.pop(part, q[:0]) for part in names]
-                joined[key.replace(".q.", ".qkv.")] = torch.cat(parts)
-            except (RuntimeError, TypeError, IndexError) as error:
-                raise ValueError(f"{name}: {names}: {error}") from error
-    return joined
+    for key in [key for key in weights if ".attn.q." in key]:
+        parts = [weights.pop(key.replace(".q.", f".{x}.")) for x in "qkv"]
+        weights[key.replace(".q.", ".qkv.")] = torch.cat(parts)
+    return weights
 
 
 # -- The config of an encoder ----------------------------------------------------------
@@ -105,16 +96,12 @@ def weight_sizes(state):
     """{name of a setting: value} for all sizes that the shapes of the weights reveal."""
     width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     sizes = {"in_chans": in_chans, "patch_size": patch_size, "width": width}
-    sizes["depth"] = count_blocks(state, "blocks")
+    blocks = [key.split(".")[0] for key in state if key.endswith(".norm1.weight")]
+    sizes["depth"] = blocks.count("blocks")
     if "decoder_embed.weight" in state:
         sizes["decoder_width"] = len(state["decoder_embed.weight"])
-        sizes["decoder_depth"] = count_blocks(state, "decoder_blocks")
+        sizes["decoder_depth"] = blocks.count("decoder_blocks")
     return sizes
-
-
-def count_blocks(state, name):
-    pattern = rf"{name}\.\d+\.norm1\.weight"
-    return sum(bool(re.fullmatch(pattern, key)) for key in state)
 
 
 def read_encoder(kind, source, heads=None, img_size=None):
@@ -124,41 +111,29 @@ def read_encoder(kind, source, heads=None, img_size=None):
     required if the width is not that of a standard ViT. img_size: instead of the file's.
     """
     weights, settings, name = read_weights(source)
-    sizes = weight_sizes(weights)
-    tokens = weights["pos_embed"].shape[1]
+    sizes, tokens = weight_sizes(weights), weights["pos_embed"].shape[1]
+    config = settings
     if settings is None:
         heads = heads or HEADS.get(sizes["width"])
         if not heads:
             raise ValueError(
                 f"{name}: width {sizes['width']} is not standard; pass heads="
             )
-        encoder = {key: value for key, value in sizes.items() if not DECODER.match(key)}
+        sizes = {key: x for key, x in sizes.items() if not DECODER.match(key)}
         side = sizes["patch_size"] * math.isqrt(tokens - 1)
-        cfg = kind(model="vit_base", heads=heads, img_size=side, **encoder)
-    else:
-        cfg = stored_config(kind, settings, sizes | {"positions": tokens}, name)
-    if img_size:
-        cfg = dataclasses.replace(cfg, img_size=img_size)
-    return cfg, weights, name
-
-
-def stored_config(kind, settings, sizes, name):
-    """The Config of stored settings; ValueError if they contradict the weights' sizes.
-
-    This comes before anything of the settings' size is allocated.
-    """
+        config = {"model": "vit_base", "heads": heads, "img_size": side, **sizes}
     known = {field.name for field in dataclasses.fields(kind)}
     try:
-        cfg = kind(**{key: value for key, value in settings.items() if key in known})
+        cfg = kind(**{key: value for key, value in config.items() if key in known})
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{name}: damaged settings ({error})") from error
-    stored = dataclasses.asdict(cfg) | {"positions": math.prod(cfg.grid) + 1}
-    for key, value in sizes.items():
-        if stored[key] != value:
-            raise ValueError(
-                f"{name}: its settings have {key} {stored[key]}, its weights {value}"
-            )
-    return cfg
+    # Before anything of the settings' size is allocated.
+    check_sizes(cfg, sizes, name)
+    if settings and tokens != 1 + math.prod(cfg.grid):
+        raise ValueError(
+            f"{name}: pos_embed has {tokens} positions, not 1 + {cfg.grid}"
+        )
+    return dataclasses.replace(cfg, img_size=img_size or cfg.img_size), weights, name
 
 
 # -- Positions -------------------------------------------------------------------------
@@ -188,9 +163,7 @@ def resize_positions(positions, old, grid):
     """
     image = positions[:, 1:].float().unflatten(1, old).permute(0, 3, 1, 2)
     # As in transformers: bicubic, corners not aligned, no antialiasing.
-    image = F.interpolate(
-        image, grid, mode="bicubic", align_corners=False, antialias=False
-    )
+    image = F.interpolate(image, grid, mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], image.flatten(2).mT], dim=1)
 
 
@@ -198,10 +171,7 @@ def resize_positions(positions, old, grid):
 
 
 def load_initial(model, run, checkpoint, sincos_table):
-    """Load the weights of the checkpoint or of --init; without them the model stays fresh.
-
-    run: attg.trainer.Setup. checkpoint: parts of last.pt, or None.
-    """
+    """Load the weights of the checkpoint (parts of last.pt, or None) or of --init."""
     cfg = run.cfg
     if checkpoint:
         load_state(model, checkpoint["model"], checkpoint["path"])
@@ -219,11 +189,10 @@ def load_weights(model, state, name, sincos_table):
     state = dict(state)
     if not hasattr(model, "mask_token"):
         state = {key: x for key, x in state.items() if not DECODER.match(key)}
-    for key in POSITIONS:
-        if key in state:
-            own = model.get_parameter(key)
-            state[key] = fit_positions(state[key], own, model.cfg.grid, sincos_table)
-    check_sizes(model.cfg, state, name)
+    for key in set(POSITIONS) & set(state):
+        own = model.get_parameter(key)
+        state[key] = fit_positions(state[key], own, model.cfg.grid, sincos_table)
+    check_sizes(model.cfg, weight_sizes(state), name)
     mismatch = f"{name} does not fit this {model.cfg.model}"
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
@@ -241,13 +210,11 @@ def load_weights(model, state, name, sincos_table):
     return ", ".join(notes) or "all weights loaded"
 
 
-def check_sizes(cfg, state, name):
-    """ValueError with the flags of the model that the weights would fit."""
-    flags = []
-    for key, value in weight_sizes(state).items():
-        if value != getattr(cfg, key):
-            flags.append(f"--{key} {value}")
-            if key == "width":
-                flags.append(f"--heads {HEADS.get(value, 'NUMBER')}")
+def check_sizes(cfg, sizes, name):
+    """ValueError with the flags of the model that weights of these sizes would fit."""
+    flags = [f"--{k} {x}" for k, x in sizes.items() if x != getattr(cfg, k)]
     if flags:
-        raise ValueError(f"{name} does not fit this {cfg.model}; use {' '.join(flags)}")
+        heads = HEADS.get(sizes["width"], "NUMBER")
+        raise ValueError(
+            f"{name} does not fit this {cfg.model}; use {' '.join(flags)} --heads {heads}"
+        )

@@ -15,13 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch._utils import ExceptionWrapper
 
 from attg.cli import (
     DataFlags,
-    Parser,
     RunFlags,
     check_unused,
     field_types,
@@ -47,75 +44,54 @@ class Settings(DataFlags, RunFlags):
     ratios: tuple[float, ...] = flag((0.5,), "several", 0, 1)
     guidance: str = flag("attg", "mode", choices=("attg", "none"), resume="free")
     norm_pix: bool = flag(True, "normalize")
-
-
-@dataclasses.dataclass(kw_only=True)
-class FileSettings(Settings):
-    """A program's own flags."""
-
     checkpoint: str | None = flag(None, "a file", positional=True)
 
 
+@pytest.fixture
+def program(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/program.py"])
+
+
 def test_flags_are_generated_from_fields(capsys):
-    assert parse(FileSettings, "", []) == FileSettings()
-    command = "x.pt --batch-size=3 --accum auto --ratios 1 0.25 --no-norm-pix"
-    assert parse(FileSettings, "", command.split()) == FileSettings(
-        checkpoint="x.pt",
-        batch_size=3,
-        accum="auto",
-        ratios=(1.0, 0.25),
-        norm_pix=False,
-    )
-    assert parse(Settings, "", ["--batch_size", "3"]).batch_size == 3
+    assert parse(Settings, "", []) == Settings()
+    command = "x.pt --batch_size=3 --accum auto --ratios 1 0.25 --no-norm_pix"
+    expected = {"checkpoint": "x.pt", "batch_size": 3, "accum": "auto"}
+    expected |= {"ratios": (1.0, 0.25), "norm_pix": False}
+    assert parse(Settings, "", command.split()) == Settings(**expected)
     assert resume_class(Settings, "fixed") == {"data", "classes"}
     with pytest.raises(SystemExit):
-        parse(FileSettings, "Two\n\n    lines", ["--help"])
+        parse(Settings, "Two\n\n    lines", ["--help"])
     text = capsys.readouterr().out
-    assert "Two\n\n    lines" in text and "[attg]" in text and "[0.5]" in text
-    order = ["\nflags of each kind:", "\n  --norm_pix", "\nimages:", "\n  --max_pixels"]
+    order = ["Two\n\n    lines", "--device", "--data", "[0.5]", "[attg]", "--norm_pix"]
     assert [text.index(x) for x in order] == sorted(text.index(x) for x in order)
 
 
 @pytest.mark.parametrize(
-    "flags, first, second",
+    "flags, message",
     [
-        ("--bacth_size 3", "unrecognized arguments: --bacth_size 3", "--batch_size"),
-        ("--bacth-size=3", "unrecognized arguments: --bacth_size=3", "--batch_size"),
-        ("-guidance none", "unrecognized arguments: -guidance none", "--guidance"),
-        ("--xyz 3", "unrecognized arguments: --xyz 3", None),
-        ("--guidance no", "argument --guidance: invalid choice: ", None),
-        ("--batch_size x", "argument --batch_size: invalid int value: ", None),
+        ("--bacth_size 3", "unrecognized arguments: --bacth_size"),
+        ("--guidance no", "argument --guidance: invalid choice: "),
+        ("--batch_size x", "argument --batch_size: invalid int value: "),
     ],
 )
-def test_a_mistake_is_answered_in_three_lines(
-    flags, first, second, capsys, monkeypatch
-):
-    monkeypatch.setattr(sys, "argv", ["program.py"])
+def test_mistakes_are_named_in_two_lines(flags, message, program, capsys):
     with pytest.raises(SystemExit) as exit:
         parse(Settings, "", flags.split())
     out, errors = capsys.readouterr()
-    lines = errors.splitlines()
     assert exit.value.code == 2 and out == ""
-    assert lines[0].startswith(f"program.py: error: {first}")
-    assert lines[1:-1] == ([f"Did you mean {second}?"] if second else [])
-    assert lines[-1] == "python program.py --help lists every flag"
-
-
-def test_commands_of_modules_are_named_whole(capsys):
-    with pytest.raises(SystemExit):
-        Parser(prog="python -m docs.idea").parse_args(["--x"])
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "python -m docs.idea --help lists every flag"
+    first, second = errors.splitlines()
+    assert "program.py" in first and "--help" in first
+    assert second.startswith(f"program.py: error: {message}")
 
 
 @pytest.mark.parametrize(
     "wrong, message",
     [
         ({"guidance": "no"}, "--guidance no: must be one of attg, none"),
-        ({"guidance": 3}, "--guidance 3: must be a string"),
+        ({"guidance": 3}, "--guidance 3: must be one of"),
+        ({"data": 3}, "--data 3: must be a string"),
         ({"norm_pix": 1}, "--norm_pix 1: must be true or false"),
         ({"batch_size": True}, "--batch_size True: must be a whole number"),
-        ({"batch_size": None}, "--batch_size None: must be a whole number"),
         ({"ratios": (0.5, "x")}, "--ratios x: must be a number from 0 to 1"),
         ({"accum": 9}, "--accum 9: must be a whole number from 1 to 8"),
     ],
@@ -126,7 +102,7 @@ def test_wrong_values_are_refused(wrong, message):
 
 
 def test_flags_without_effect_are_refused():
-    settings = FileSettings(batch_size=2, checkpoint="x.pt")
+    settings = Settings(batch_size=2, checkpoint="x.pt")
     check_unused(settings, ["accum", "ratios"], "not used")
     for name, shown in (("batch_size", "--batch_size"), ("checkpoint", "checkpoint")):
         with pytest.raises(ValueError, match=f"^{shown}: not used; leave it out"):
@@ -159,113 +135,58 @@ def test_every_number_has_a_range(program):
     for field in fields:
         low, high = field.metadata["low"], field.metadata["high"]
         several = tuple in field_types(field)[0]
-        kind = dataclasses.make_dataclass(
-            "One", [(field.name, field.type, field.default)]
-        )
+        one = (field.name, field.type, field.default)
+        kind = dataclasses.make_dataclass("One", [one])
         kind.__dataclass_fields__[field.name].metadata = field.metadata
         for right in (low, high):
             validate(kind((right, right) if several else right))
         for wrong in (low - max(1, abs(low)), 2 * high + 1, math.nan, -math.inf, True):
-            with pytest.raises(
-                ValueError, match=re.escape(f"--{field.name} {wrong}: must")
-            ):
+            message = re.escape(f"--{field.name} {wrong}: must")
+            with pytest.raises(ValueError, match=message):
                 validate(kind((low, wrong) if several else wrong))
-
-
-VALUES = "0 -1 1 2 7 0.5 1e300 -1e300 nan inf -inf 1e-300 x 1e9 0x10 1_000 ½ auto"
-VALUES = st.sampled_from([*VALUES.split(), "", "9" * 30, "1000000000"])
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_random_numbers(program, capsys):
-    """They give settings within the ranges or an error that names the flag."""
-    kind = settings_class(program)
-    fields = {field.name: field for field in numeric_fields(kind)}
-    flags = st.dictionaries(
-        st.sampled_from(sorted(fields)), st.lists(VALUES, min_size=1, max_size=3)
-    )
-
-    @given(flags, st.sampled_from("-_"))
-    def check(flags, hyphen):
-        argv = []
-        for name, (first, *others) in flags.items():
-            # With the equals sign -1 cannot be taken for a flag.
-            argv += [f"--{name.replace('_', hyphen)}={first}", *others]
-        try:
-            settings = parse(kind, "", argv)
-        except ValueError as error:
-            assert set(re.findall(r"--(\w+)", str(error))) & set(flags), argv
-        except SystemExit as error:
-            message = capsys.readouterr().err
-            assert error.code == 2 and len(message.splitlines()) <= 3
-            assert "error: " in message
-        else:
-            for name in flags:
-                values = getattr(settings, name)
-                for value in values if isinstance(values, tuple) else [values]:
-                    metadata = fields[name].metadata
-                    assert (
-                        value == "auto" or metadata["low"] <= value <= metadata["high"]
-                    )
-
-    check()
+        with pytest.raises(ValueError, match=f"--{field.name} .*: must"):
+            parse(kind, "", [f"--{field.name}={2 * high + 1}"])
 
 
 # -- Exit ------------------------------------------------------------------------------
 
 
-def exit_of(main, **options):
-    """Exit code or message of run_cli."""
-    with pytest.raises(SystemExit) as exit:
-        run_cli(main, **options)
-    return exit.value.code
+def exit_of(result, **options):
+    """Exit code or message of run_cli; result: a function, or the error that main raises."""
 
-
-def raising(error):
     def main():
-        raise error
+        raise result
 
-    return main
-
-
-@pytest.fixture
-def program(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/some/where/program.py"])
+    with pytest.raises(SystemExit) as exit:
+        run_cli(result if callable(result) else main, **options)
+    return exit.value.code
 
 
 def test_exit_codes(program, capsys):
     assert exit_of(lambda: None) == 0
-    assert exit_of(lambda: [{"top-1": 3}]) == 0
     assert exit_of(lambda: {"stopped": None}) == 0
     assert exit_of(lambda: {"stopped": signal.SIGTERM}) == 143
-    assert exit_of(raising(ValueError("--k 0"))) == "program.py: error: --k 0"
-    assert exit_of(raising(OSError("full"))) == "program.py: error: full"
+    assert exit_of(ValueError("--k 0")) == "program.py: error: --k 0"
     # A pipe other than stdout, such as a worker's.
     broken = BrokenPipeError(32, "Broken pipe")
-    assert exit_of(raising(broken)) == "program.py: error: [Errno 32] Broken pipe"
+    assert exit_of(broken) == "program.py: error: [Errno 32] Broken pipe"
     assert capsys.readouterr() == ("\n", "")
-    assert exit_of(raising(KeyboardInterrupt()), interrupted="go on") == 130
+    assert exit_of(KeyboardInterrupt(), interrupted="go on") == 130
     assert capsys.readouterr().err == "program.py: go on\n"
     with pytest.raises(RuntimeError, match="a bug"):
-        run_cli(raising(RuntimeError("a bug")))
+        exit_of(RuntimeError("a bug"))
 
 
-@pytest.mark.parametrize(
-    "main, reason",
-    [
-        (
-            raising(torch.OutOfMemoryError("CUDA out of memory. Tried to")),
-            "CUDA out of memory",
-        ),
-        (raising(MemoryError()), "memory"),
+def test_out_of_memory_names_a_remedy(program):
+    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to")
+    for result, reason in (
+        (gpu, "CUDA out of memory"),
+        (MemoryError(), "memory"),
         (lambda: torch.empty(2**60), ".*"),
-    ],
-    ids=["GPU", "Python", "PyTorch on a CPU"],
-)
-def test_out_of_memory_names_a_remedy(main, reason, program):
-    message = exit_of(main, memory_hint="raise --accum")
-    expected = rf"program.py: error: out of memory \({reason}\); raise --accum"
-    assert re.fullmatch(expected, message)
+    ):
+        message = exit_of(result, memory_hint="raise --accum")
+        expected = rf"program.py: error: out of memory \({reason}\); raise --accum"
+        assert re.fullmatch(expected, message)
 
 
 def start(*argv):
@@ -326,12 +247,11 @@ def test_errors_of_workers_are_one_line(program):
     for error, line in (
         (ValueError("--data: of 4 images: none"), "--data: of 4 images: none"),
         (FileNotFoundError(2, "No such file", "a"), "[Errno 2] No such file: 'a'"),
-        (ValueError("first line\nlast line"), "last line"),
     ):
         assert exit_of(raising_in_worker(error)) == f"program.py: error: {line}"
     # A bug keeps its traceback.
     with pytest.raises(KeyError, match="Original Traceback"):
-        run_cli(raising_in_worker(KeyError("x")))
+        exit_of(raising_in_worker(KeyError("x")))
 
 
 class Killed(torch.utils.data.Dataset):
@@ -346,8 +266,7 @@ class Killed(torch.utils.data.Dataset):
 
 def test_killed_workers_name_a_remedy(program):
     message = exit_of(lambda: list(make_loader(Killed(), workers=1)))
-    assert re.fullmatch(r"program.py: error: DataLoader worker \(pid.*", message)
-    assert message.endswith("fewer --workers, or --workers 0") and "\n" not in message
+    assert re.fullmatch(r"program.py: error: .*pid.* fewer --workers.*", message)
 
 
 def test_folders_name_their_flag(tmp_path):

@@ -137,7 +137,7 @@ def test_a_data_set_from_python(tmp_path):
     discover(tmp_path, tmp_path / "files.npy")
     files = open_data(str(tmp_path / "data"))
     data = [files.read(i) for i in range(6)]
-    flags = ["--backbone", "pixels", "--img-size", "96", "--device", "cpu"]
+    flags = ["--backbone", "pixels", "--img_size", "96", "--device", "cpu"]
     flags += ["--out", str(tmp_path / "own.npy"), "--data"]
     made = object_discovery.main([*flags, "mine"], data)["maps"]
     assert np.array_equal(np.load(made), np.load(tmp_path / "files.npy"))

@@ -82,7 +82,7 @@ ERRORS = {
         ("encoder.pt --val train", "--val train test"),
         ("encoder.pt --val other/test", "other/test different --classes"),
         ("encoder.pt --img_size 30", "--img_size 16 multiple"),
-        ("encoder.pt --max-pixels 1919", "none of the 25 --max_pixels 1919"),
+        ("encoder.pt --max_pixels 1919", "none of the 25 --max_pixels 1919"),
     ],
     eval_linear: [
         ("encoder.pt --shots 5 1", "--shots 1 2 or more"),

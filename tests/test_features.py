@@ -12,8 +12,8 @@ from attg import features
 from tests.helpers import blobs, rand, randn, save_features
 
 
-def votes_of_scikit_learn(train, labels, test, k):
-    """(B, C) votes of each class, normalized to 1."""
+def is_right(ranking, train, labels, test, k):
+    """Whether scikit-learn gives as many votes; classes with equal votes may swap."""
     neighbors = pytest.importorskip("sklearn.neighbors")
     knn = neighbors.KNeighborsClassifier(
         min(k, len(train)),
@@ -22,7 +22,9 @@ def votes_of_scikit_learn(train, labels, test, k):
         weights=lambda d: np.exp((1 - d) / 0.07),
     )
     knn.fit(train.double().numpy(), labels.numpy())
-    return torch.from_numpy(knn.predict_proba(test.double().numpy()))
+    votes = torch.from_numpy(knn.predict_proba(test.double().numpy()))  # (B, C)
+    best = votes.sort(descending=True).values[:, :5]
+    return torch.allclose(votes.gather(1, ranking), best, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The number of unique classes")
@@ -52,29 +54,21 @@ def test_knn_equals_scikit_learn(classes, more, ks, tests, seed):
     for k, ranking, (top1, top5) in zip(ks, rankings, got, strict=True):
         assert ranking.equal(attg_mae.knn_classify(train, labels, test, k=k))
         assert all(len(set(row)) == len(row) for row in ranking.tolist())
-        votes = votes_of_scikit_learn(train, labels, test, k)
-        best = votes.sort(descending=True).values[:, :5]
-        # Classes with equal votes may stand in any order.
-        assert torch.allclose(votes.gather(1, ranking), best, atol=1e-5)
+        assert is_right(ranking, train, labels, test, k)
         correct = ranking == truth[:, None]
         assert top1 == pytest.approx(100 * correct[:, 0].double().mean().item())
         assert top5 == pytest.approx(100 * correct.any(1).double().mean().item())
 
 
 def test_faults_of_knn_are_seen():
-    """Another temperature, another k or the reverse order are not scikit-learn's."""
+    """Another temperature or another k are not scikit-learn's."""
     labels, test = torch.randint(7, (200,)), randn(30, 8, seed=1)
     bank = randn(200, 8)
-    votes = votes_of_scikit_learn(bank, labels, test, 20)
-    best = votes.sort(descending=True).values[:, :5]
     right = attg_mae.knn_classify(bank, labels, test)
-    wrong = [
-        right.flip(1),
-        attg_mae.knn_classify(bank, labels, test, temperature=10.0),
-        attg_mae.knn_classify(bank, labels, test, k=10),
-    ]
-    close = [torch.allclose(votes.gather(1, x), best, atol=1e-5) for x in wrong]
-    assert torch.allclose(votes.gather(1, right), best, atol=1e-5) and not any(close)
+    assert is_right(right, bank, labels, test, 20)
+    for options in ({"temperature": 10.0}, {"k": 10}):
+        other = attg_mae.knn_classify(bank, labels, test, **options)
+        assert not is_right(other, bank, labels, test, 20)
     assert attg_mae.knn_classify(bank, labels, test, num_classes=9).equal(right)
     # exp(1 / temperature) would overflow.
     nearest = attg_mae.knn_classify(bank, labels, bank, temperature=0.004)[:, 0]
@@ -86,10 +80,9 @@ def test_knn_in_several_chunks():
     labels, bank = torch.randint(7, (2**17,)), randn(2**17, 4)
     test = randn(70, 4, seed=1)
     got = attg_mae.knn_classify(bank, labels, test)
-    votes = votes_of_scikit_learn(bank, labels, test[[0, 63, 64, 69]], 20)
-    best = votes.sort(descending=True).values[:, :5]
-    assert torch.allclose(votes.gather(1, got[[0, 63, 64, 69]]), best, atol=1e-5)
-    assert not torch.allclose(votes.gather(1, got[[1, 2, 3, 4]]), best, atol=1e-5)
+    some = test[[0, 63, 64, 69]]
+    assert is_right(got[[0, 63, 64, 69]], bank, labels, some, 20)
+    assert not is_right(got[[1, 2, 3, 4]], bank, labels, some, 20)
 
 
 BROKEN = {

@@ -1,5 +1,5 @@
 """
-What `pip install .` installs, which kernels are imported, and packages that tests need.
+What `pip install .` installs, and which kernels are imported.
 """
 
 import json
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-import tests.helpers as helpers
 from tests.helpers import ROOT
 
 PROGRAMS = {"attg_mae", "object_discovery"} | {p.stem for p in ROOT.glob("eval_*.py")}
@@ -29,6 +28,7 @@ import attg_mae, torch
 loss = attg_loss(torch.zeros(1, 4, 12), torch.rand(1, 3, 4, 4), patch_size=2)
 assert abs(loss.item() - 11 / 12) < 1e-3
 assert attg_mae.attg_loss is attg_loss, attg_mae.attg_loss
+files["the loss"] = attg_loss.__code__.co_filename
 print(json.dumps(files | {{"kernels": kernels.__file__}}))
 """
 
@@ -39,9 +39,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("install")
     source, site = folder / "source", folder / "site"
     # pip builds inside the source folder.
-    skipped = shutil.ignore_patterns(
-        ".*", "build", "out", "results", "assets", "*cache*"
-    )
+    skipped = shutil.ignore_patterns(".*", "build", "out", "results", "*cache*")
     shutil.copytree(ROOT, source, ignore=skipped)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     command = [sys.executable, "-m", "pip", "install", *options, "--target", site]
@@ -49,24 +47,6 @@ def site(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     shutil.rmtree(source)
     return site
-
-
-@pytest.fixture
-def third_party(tmp_path):
-    """A folder with a package of the name `kernels`, as Hugging Face has one."""
-    package = tmp_path / "third_party" / "kernels"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("def get_kernel(): ...\n")
-    return package.parent
-
-
-def run_imports(paths, cwd):
-    """{module: its file}, imported in a folder of nothing with a PYTHONPATH."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-    options = {"cwd": cwd, "env": env, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", IMPORTS], **options)
-    assert done.returncode == 0, done.stderr
-    return {name: Path(file) for name, file in json.loads(done.stdout).items()}
 
 
 def test_installed_files_and_metadata(site):
@@ -83,41 +63,23 @@ def test_installed_files_and_metadata(site):
     assert distribution.version == project["version"]
     assert distribution.metadata["License-Expression"] == "MIT"
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    wanted = [line for line in lines if not line.startswith("#")]
-    assert [x.replace(" ", "") for x in distribution.requires] == [
-        line.replace(" ", "") for line in wanted
-    ]
+    wanted = {line.replace(" ", "") for line in lines if not line.startswith("#")}
+    assert {line.replace(" ", "") for line in distribution.requires} == wanted
 
 
-def test_installed_modules_beside_another_package_kernels(site, third_party, tmp_path):
-    files = run_imports([third_party, site], tmp_path)
-    assert files.pop("kernels").is_relative_to(third_party)
-    assert all(file.is_relative_to(site) for file in files.values())
-    assert files["attg.kernels"] == site / "attg" / "kernels" / "__init__.py"
-
-
-def test_checkout_beside_another_package_kernels(site, third_party, tmp_path):
-    """The checkout's own folders are taken, even where the package is installed too."""
-    files = run_imports([third_party, ROOT, site], tmp_path)
-    assert files.pop("kernels").is_relative_to(third_party)
-    assert all(file.is_relative_to(ROOT) for file in files.values())
-    code = "from attg.kernels import attg_loss; print(attg_loss.__code__.co_filename)"
-    options = {"cwd": ROOT, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", code], **options)
-    assert Path(done.stdout.strip()) == ROOT / "kernels" / "attg_loss.py", done.stderr
-
-
-def test_missing_packages_are_named(monkeypatch):
-    for name in ("transformers", "timm.models.vision_transformer"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(pytest.skip.Exception, match="'transformers'"):
-        helpers.hf_model("ViTModel")
-    with pytest.raises(pytest.skip.Exception, match="'timm.models"):
-        helpers.timm_model()
-
-
-def test_transformers_are_skipped_beside_the_package_kernels(monkeypatch):
-    """In a checkout, transformers would import the folder kernels/ instead."""
-    monkeypatch.setattr(helpers, "version", lambda name: {"kernels": "0.18.2"}[name])
-    with pytest.raises(pytest.skip.Exception, match="package kernels 0.18.2"):
-        helpers.hf_model("ViTModel")
+@pytest.mark.parametrize("where", ["installed", "checkout"])
+def test_modules_beside_another_package_kernels(where, site, tmp_path):
+    """Hugging Face has a package `kernels`. A checkout hides an installed attg."""
+    package = tmp_path / "third_party" / "kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("def get_kernel(): ...\n")
+    paths = (
+        [package.parent, site] if where == "installed" else [package.parent, ROOT, site]
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", IMPORTS], **options)
+    assert done.returncode == 0, done.stderr
+    files = {name: Path(file) for name, file in json.loads(done.stdout).items()}
+    assert files.pop("kernels").is_relative_to(package)
+    assert all(file.is_relative_to(paths[1]) for file in files.values())

@@ -537,7 +537,7 @@ def test_init(name, whole, labelled, tmp_path):
 def test_gray_and_oblong_images(plain, passes, tmp_path):
     """--in_chans 1, --img_size H W; mean and std go to the encoder's file."""
     argv = [f"--{k}={v}" for k, v in TINY.items() if k not in ("img_size", "epochs")]
-    argv += "--guidance none --epochs 1 --img-size 16 24 --in_chans 1".split()
+    argv += "--guidance none --epochs 1 --img_size 16 24 --in_chans 1".split()
     argv += f"--mean 0.5 --std 0.25 --data {plain} --out {tmp_path / 'out'}".split()
     attg_mae.main(argv)
     assert passes[0].imgs.shape == (4, 1, 16, 24)

@@ -54,20 +54,20 @@ def test_load_encoder_of_mae_timm_dino(layout, tmp_path):
     content, imgs = layouts()[layout], randn(2, 3, 32, 32)
     want = timm_model().forward_features(imgs)
     torch.save(content, tmp_path / "weights.pth")
-    for source in (str(tmp_path / "weights.pth"), content):
-        model = attg_mae.load_encoder(source, heads=4)
-        assert not model.training and close(model.forward_features(imgs), want, 1e-5)
+    model = attg_mae.load_encoder(str(tmp_path / "weights.pth"), heads=4)
+    assert not model.training and close(model.forward_features(imgs), want, 1e-5)
     other_heads = attg_mae.load_encoder(content, heads=2)
     assert not close(other_heads.forward_features(imgs), want, 1e-3)
-    assert not close(model.forward_features(imgs.flip(1)), want, 1e-3)
 
 
-@pytest.mark.parametrize(("width", "heads"), HEADS.items())
-def test_standard_widths_have_known_heads(width, heads):
-    assert width == 64 * heads or width == 80 * heads == 1280  # ViT-H
-    ref, imgs = timm_model(width, 1, heads), randn(1, 3, 32, 32)
-    got = attg_mae.load_encoder(ref.state_dict()).forward_features(imgs)
-    assert close(got, ref.forward_features(imgs), 1e-5)
+def test_standard_widths_have_known_heads():
+    for width, heads in HEADS.items():
+        assert width == 64 * heads or width == 80 * heads == 1280  # ViT-H
+        ref, imgs = timm_model(width, 1, heads), randn(1, 3, 32, 32)
+        got = attg_mae.load_encoder(ref.state_dict()).forward_features(imgs)
+        assert close(got, ref.forward_features(imgs), 1e-5)
+    with pytest.raises(ValueError, match="heads="):
+        attg_mae.load_encoder(timm_model().state_dict())
 
 
 @pytest.mark.parametrize("saved", [False, True], ids=["in memory", "saved"])
@@ -104,9 +104,7 @@ def test_safetensors(tmp_path, monkeypatch):
 
 def test_load_encoder_of_this_project(tmp_path):
     """last.pt, its parts without checksums, and encoder.pt; with their mean and std."""
-    cfg = attg_mae.Config(
-        img_size=(32, 48), norm_pix=False, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
-    )
+    cfg = attg_mae.Config(img_size=(32, 48), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     model, imgs = shake(attg_mae.build_model(cfg)), randn(2, 3, 32, 48)
     state, config = model.state_dict(), asdict(cfg)
     parts = {"model": state, "config": config, "optimizer": {}, "scaler": {}, "step": 7}
@@ -128,23 +126,20 @@ def test_sincos_positions_are_computed_for_the_grid():
     content = {"model": ours.state_dict(), "config": asdict(ours.cfg)}
     big = attg_mae.load_encoder(content, img_size=(40, 64))
     assert big.pos_embed.equal(same_size.pos_embed)
-    assert big.forward_features(randn(1, 3, 40, 64)).shape == (1, 161, 128)
 
 
 def test_learned_positions_are_resized_as_by_hugging_face():
     hf = transformers()
     sizes = {"hidden_size": 64, "intermediate_size": 256, "patch_size": 8}
-    config = hf.ViTConfig(
-        image_size=32, num_hidden_layers=1, num_attention_heads=2, **sizes
-    )
+    sizes |= {"image_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.ViTConfig(**sizes)
     ref = shake(hf.ViTModel(config)).eval()
     for size in ((48, 48), (32, 80)):
         model = attg_mae.load_encoder(ref.state_dict(), heads=2, img_size=size)
         imgs = randn(2, 3, *size)
         want = ref.embeddings(imgs, interpolate_pos_encoding=True)
         got = model.embed(model.patchify(imgs))
-        assert close(got, want, 1e-5)
-        assert not close(got - model.pos_embed, want, 1e-2)
+        assert close(got, want, 1e-5) and not close(got - model.pos_embed, want, 1e-2)
 
 
 def test_learned_positions_of_a_rectangle():
@@ -167,9 +162,9 @@ def refused(ran=""):
     stray = "blocks.0.attn.k.weight"
     # The names of transformers 5 and 4.
     first_key = re.compile(r"0\.attention\.(k_proj|attention\.key)")
+    keyless = {k: v for k, v in hf_state.items() if not first_key.search(k)}
     return {
         "resnet": ({"layer1.0.conv1.weight": randn(4, 4, 3, 3)}, "layer1.0.conv1"),
-        "nested": ({"net": {"cls_token": randn(1, 1, 8)}}, "net"),
         "sequence": ([1, 2], "list"),
         "evil": ({"model": state, "args": Evil(ran)}, "open"),
         "missing": ({k: v for k, v in state.items() if k != fc2}, fc2),
@@ -177,10 +172,7 @@ def refused(ran=""):
         "stray key": (state | {stray: randn(3, 3)}, stray),
         "shape": (state | {norm: randn(3)}, norm),
         "not a tensor": (state | {norm: 3}, norm),
-        "Hugging Face without a key": (
-            {k: v for k, v in hf_state.items() if not first_key.search(k)},
-            "blocks.0.attn",
-        ),
+        "Hugging Face without a key": (keyless, "blocks.0.attn"),
     }
 
 
@@ -201,16 +193,7 @@ def test_load_encoder_refuses_other_files(name, tmp_path):
 
 
 def test_files_that_are_not_checkpoints(tmp_path):
-    path = tmp_path / "weights.pth"
-    attg_mae.save_checkpoint(path, model=randn(500))
-    # A plain file of torch, with checksums.
-    assert torch.load(path, weights_only=True)["model"].equal(randn(500))
-    for content in (path.read_bytes()[:700], b"", b"<html>not found</html>"):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="weights.pth: damaged"):
-            attg_mae.load_checkpoint(path)
-    for missing, message in ((tmp_path, "folder"), (tmp_path / "no", "no such file")):
-        with pytest.raises(ValueError, match=message):
-            attg_mae.load_checkpoint(missing)
-    with pytest.raises(ValueError, match="heads="):
-        attg_mae.load_encoder(timm_model().state_dict())
+    (tmp_path / "page").write_bytes(b"<html>not found</html>")
+    for name, message in (("page", "damaged"), ("", "folder"), ("no", "no such file")):
+        with pytest.raises(ValueError, match=f"{tmp_path / name}: .*{message}"):
+            attg_mae.load_checkpoint(tmp_path / name)
