@@ -526,7 +526,7 @@ try:
     from attg.images import seed_for
     from attg.kernels import attg_loss
     from attg.pretraining import TrainFlags, check_config, resolve
-    from attg.trainer import Trainer, auto_accum, result, setup
+    from attg.trainer import Trainer, result, setup
     from attg.weights import load_initial, load_weights, read_encoder
 except ModuleNotFoundError as error:
     if error.name.partition(".")[0] != "attg":
@@ -565,8 +565,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Config(TrainFlags):
     """Settings of method and model, each a flag; TrainFlags has those of a run."""
 
-    # None in the model's shape becomes the preset's value. None in accum and in TrainFlags
-    # stays until resolve(cfg), because these defaults depend on data and device.
+    # None in the model's shape becomes the preset's value. None in TrainFlags stays until
+    # resolve(cfg), because these defaults depend on the data.
     model: str = flag("vit_micro", "preset of the model", choices=tuple(PRESETS))
     maps: str | None = flag(None, "attention maps, a .npy file [toy: its object masks]")
     guidance: str = flag("attg", "use of the maps, none = MAE", choices=GUIDANCE)
@@ -591,7 +591,7 @@ class Config(TrainFlags):
     decoder_heads: int | None = flag(None, "decoder heads", **COUNT)
     mean: tuple[float, ...] = flag(IMAGENET_MEAN, "channel means", -1e6, 1e6)
     std: tuple[float, ...] = flag(IMAGENET_STD, "channel stds", 1e-38, 1e6)
-    accum: int | str | None = flag(None, "micro-batches [1; GPU auto]", 1, 10**7)
+    accum: int = flag(1, "micro-batches per step", 1, 10**7, resume="free")
     weight_decay: float = flag(0.05, "except for biases and norms", 0, 1e6)
     clip_grad: float = flag(0.0, "maximum gradient norm, 0 = off", 0, 1e38)
 
@@ -653,8 +653,6 @@ def train(cfg, data=None):
             save_examples(model, run, mask_noise, pool_maps)
             return result(run, step=0)
 
-        if cfg.accum == "auto":
-            cfg.accum = auto_accum(model, run)
         groups = param_groups(model, cfg.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
@@ -703,7 +701,7 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None):
 def demo():
     """Three steps on eight random images and maps, printing shapes and losses."""
     torch.manual_seed(0)
-    cfg = Config(accum=1)
+    cfg = Config()
     # What the loader yields: uint8 crops, maps of whole images, boxes, flips, mask noise.
     image = torch.randint(0, 256, (8, 3, *cfg.size), dtype=torch.uint8)
     batch = SimpleNamespace(image=image, ties=None)

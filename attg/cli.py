@@ -159,18 +159,13 @@ def add_flag(parser, field):
         options["action"] = argparse.BooleanOptionalAction
     else:
         options["choices"] = metadata["choices"]
-        options["type"] = int_or_word if {int, str} <= set(kinds) else item
+        options["type"] = item
         if tuple in kinds:
             options["nargs"] = "+"
     if metadata["positional"]:
         parser.add_argument(field.name, nargs="?", **options)
     else:
         parser.add_argument(f"--{field.name}", **options)
-
-
-def int_or_word(text):
-    """Type of a flag such as --accum, a whole number or auto."""
-    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def make_folder(name, path):

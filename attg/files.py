@@ -53,9 +53,7 @@ def locked(path, output, timeout=0):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = acquire_lock(path, output, time.monotonic() + timeout)
     except OSError as error:
-        raise OSError(
-            f"{output}: cannot write here ({error}); choose another path"
-        ) from error
+        raise OSError(f"{output}: cannot write here ({error})") from error
     try:
         yield
     finally:
@@ -91,10 +89,7 @@ def acquire_lock(path, output, deadline):
             time.sleep(0.1)
             continue
         except OSError as error:
-            message = (
-                f"{output}: cannot exclude a second run from writing here ({error})"
-            )
-            print(message, file=sys.stderr)
+            print(f"{output}: not locked against other runs ({error})", file=sys.stderr)
             return file
         # The previous holder may have removed the file after this process opened it.
         with contextlib.suppress(FileNotFoundError):

@@ -1,5 +1,6 @@
 """The log of a training run: log.jsonl, config.json and log lines."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -34,29 +35,24 @@ def rename(settings):
 
 def revision():
     """Git revision of this code, with "-dirty" if files were changed."""
-    folder = Path(__file__).parent.parent
-    status, text = subprocess.getstatusoutput(
-        f'git -C "{folder}" describe --always --dirty'
-    )
+    command = f'git -C "{Path(__file__).parent}" describe --always --dirty'
+    status, text = subprocess.getstatusoutput(command)
     return text if status == 0 else "unknown"
 
 
-def parse_record(line):
-    """A line of log.jsonl, bytes, as a dict; None if it is damaged."""
-    try:
-        record = json.loads(line)
-    # RecursionError: thousands of brackets.
-    except (ValueError, RecursionError):
-        return None
-    if isinstance(record, dict) and type(record.get("step")) is int:
-        return rename(record)
-    return None
-
-
 def read_log(path):
-    """The undamaged lines of a log.jsonl as dicts."""
-    records = [parse_record(line) for line in Path(path).read_bytes().splitlines()]
-    return [record for record in records if record]
+    """The records of a log.jsonl, with today's names.
+
+    Damaged lines, such as the incomplete last one of a killed run, are left out.
+    """
+    records = []
+    for line in Path(path).read_bytes().splitlines():
+        # RecursionError: thousands of brackets.
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(rename(record))
+    return records
 
 
 @dataclasses.dataclass
@@ -80,18 +76,16 @@ class Log:
     def begin(self, cfg, step, device, header):
         """Write config.json, drop the records that will be repeated, print versions.
 
-        header: further lines to print.
-
         A run that resumes after `step` repeats all later steps, and the evaluation after
-        `step` itself. A killed run may leave an incomplete last line, which is dropped;
-        other damaged lines are moved to a file of their own.
+        `step` itself. header: further lines to print.
         """
         if not self.is_rank0:
             return
-        if step and self.path.exists():
-            self.truncate(step)
-        else:
-            self.path.write_bytes(b"")
+        kept = read_log(self.path) if step and self.path.exists() else []
+        # Only evaluations have no loss.
+        kept = [r for r in kept if r["step"] + ("loss" not in r) <= step]
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
         config = json.dumps(dataclasses.asdict(cfg), indent=1)
         self.path.with_name("config.json").write_text(config)
         name = device.type
@@ -103,41 +97,13 @@ class Log:
             f"{cfg.precision}\n{header}"
         )
 
-    def truncate(self, step):
-        """Drop what a run that resumes after `step` repeats; see begin."""
-        content = self.path.read_bytes()
-        complete = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-        kept, damaged = [], []
-        for line in complete:
-            record = parse_record(line)
-            if record is None:
-                damaged.append(line)
-            # Only evaluations have no loss.
-            elif record["step"] < step or record["step"] == step and "loss" in record:
-                kept.append(line)
-        if damaged:
-            moved = self.path.with_name("log.jsonl.damaged")
-            with open(moved, "ab") as file:
-                file.writelines(damaged)
-            log_line(f"{self.path}: {len(damaged)} damaged lines, moved to {moved}")
-        with replacing(self.path) as temporary:
-            temporary.write_bytes(b"".join(kept))
 
-
-@dataclasses.dataclass
 class Meter:
     """Turns the metrics of the steps between two log lines into a record and a line."""
 
-    start: int
-    total_steps: int
-    steps_per_epoch: int
-    batch_size: int
-    began: float = dataclasses.field(default_factory=time.perf_counter)
-    logged: float = dataclasses.field(default_factory=time.perf_counter)
-
-    def pause(self):
-        """Exclude the time up to now, of an evaluation, from the speed of the steps."""
-        self.logged = time.perf_counter()
+    def __init__(self, run, start):
+        self.run, self.start = run, start  # attg.trainer.Setup, steps done before
+        self.began = self.logged = time.perf_counter()
 
     def summarize(self, step, rows, lr, tau, waited, unreadable):
         """(record, log line) after `step`.
@@ -145,7 +111,7 @@ class Meter:
         rows: [loss, mse, gradient norm] of each step since the last record; their means
         are over finite values. waited: seconds spent waiting for data.
         """
-        now = time.perf_counter()
+        run, now = self.run, time.perf_counter()
         seconds, self.logged = now - self.logged, now
         values = torch.tensor(rows, dtype=torch.float64)
         finite = values.isfinite()
@@ -153,7 +119,7 @@ class Meter:
         loss, mse, grad_norm = means.tolist()
         record = {
             "step": step,
-            "epoch": step / self.steps_per_epoch,
+            "epoch": step / run.steps_per_epoch,
             "loss": loss,
             "mse": mse,
             "grad_norm": grad_norm,
@@ -161,13 +127,13 @@ class Meter:
             "tau": tau,
             # Steps skipped by the gradient scaler of fp16.
             "skipped": int((~finite[:, 2]).sum()),
-            "img_s": len(rows) * self.batch_size / seconds,
+            "img_s": len(rows) * run.cfg.batch_size / seconds,
             "data_wait": waited / seconds,
             "unreadable": unreadable,
         }
         per_step = (now - self.began) / (step - self.start)
-        eta = datetime.timedelta(seconds=round((self.total_steps - step) * per_step))
-        line = LINE.format(**record, total=self.total_steps, eta=eta)
+        eta = datetime.timedelta(seconds=round((run.total_steps - step) * per_step))
+        line = LINE.format(**record, total=run.total_steps, eta=eta)
         for name in ("skipped", "unreadable"):
             if record[name]:
                 line += f" {name} {record[name]}"

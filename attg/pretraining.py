@@ -12,7 +12,9 @@ import torch
 
 from attg.cli import DataFlags, RunFlags, flag
 
-EPOCHS = {"high": 10**6, "resume": "free"}
+# Whether a resumed run may change a flag; see attg.cli.flag.
+FIXED, FREE = {"resume": "fixed"}, {"resume": "free"}
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -21,11 +23,7 @@ class TrainFlags(DataFlags, RunFlags):
 
     epochs: int | None = flag(None, "passes over the data [800; vit_micro 8]", 0, 10**6)
     batch_size: int | None = flag(
-        None,
-        "images per step over all processes [4096; vit_micro 64]",
-        1,
-        10**7,
-        resume="fixed",
+        None, "images per step, all processes [4096; vit_micro 64]", 1, 10**7, **FIXED
     )
     blr: float | None = flag(
         None, "lr = blr * batch_size / 256 [1.5e-4; vit_micro 6e-3]", 0, 1e38
@@ -34,43 +32,24 @@ class TrainFlags(DataFlags, RunFlags):
     warmup_epochs: float | None = flag(
         None, "epochs of linear warm-up [40 from 400 epochs on, 5 %% of fewer]", 0, 1e6
     )
-    precision: str = flag(
-        "auto",
-        "auto = the fastest for the device and the width",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        resume="free",
-    )
-    compile: bool = flag(False, "torch.compile the model", resume="free")
+    precision: str = flag("auto", "auto = bf16 on GPUs", choices=PRECISIONS, **FREE)
+    compile: bool = flag(False, "torch.compile the model", **FREE)
     seed: int = flag(
-        0,
-        "seed of weights, order, augmentation and masks",
-        -(2**63),
-        2**63 - 1,
-        resume="fixed",
+        0, "of weights, order, augmentation and masks", -(2**63), 2**63 - 1, **FIXED
     )
-    out: str | None = flag(None, "run folder [out/DATA-MODEL-GUIDANCE]", resume="free")
-    init: str | None = flag(
-        None, "weights to start from: ours, MAE's, timm's, HF's or DINO's"
-    )
+    out: str | None = flag(None, "run folder [out/DATA-MODEL-GUIDANCE]", **FREE)
+    init: str | None = flag(None, "weights to start from, ours or other people's")
     resume: str = flag(
-        "auto",
-        "auto = from OUT/last.pt if it exists, none = start over, or a checkpoint",
-        resume="free",
+        "auto", "auto = from OUT/last.pt, none = start over, or a checkpoint", **FREE
     )
     eval_every: int = flag(
-        0,
-        "epochs between evaluations (k-NN and val_mse), 0 = only at the end",
-        low=0,
-        **EPOCHS,
+        0, "epochs between evaluations (k-NN, val_mse) [at the end]", 0, 10**6, **FREE
     )
-    save_every: int = flag(1, "epochs between checkpoints", low=1, **EPOCHS)
+    save_every: int = flag(1, "epochs between checkpoints", 1, 10**6, **FREE)
     keep_ckpt_every: int = flag(
-        0,
-        "epochs between checkpoints that are kept, 0 = only the last",
-        low=0,
-        **EPOCHS,
+        0, "epochs between checkpoints that are kept [the last]", 0, 10**6, **FREE
     )
-    log_every: int = flag(20, "steps between log lines", 1, 10**9, resume="free")
+    log_every: int = flag(20, "steps between log lines", 1, 10**9, **FREE)
 
 
 def check_config(cfg):
@@ -88,8 +67,6 @@ def check_config(cfg):
             raise ValueError(
                 f"--{part}width {width}: must be divisible by 4 and by --{part}heads {heads}"
             )
-    if isinstance(cfg.accum, str) and cfg.accum != "auto":
-        raise ValueError(f"--accum {cfg.accum}: must be a whole number or auto")
     L = math.prod(cfg.grid)
     if not 0 < int(L * (1 - cfg.mask_ratio)) < L:
         raise ValueError(
@@ -100,17 +77,15 @@ def check_config(cfg):
 def resolve(cfg, num_images=None):
     """A copy of a Config in which the defaults of the run are filled in.
 
-    These are epochs, batch_size, accum, blr, lr, warmup_epochs and out where they are
-    None; accum may still be "auto" after it. num_images: size of the training set (no
-    default depends on it yet). ValueError for flags that contradict each other.
+    num_images: size of the training set (no default depends on it yet). ValueError for
+    flags that contradict each other.
     """
     for name in ("mean", "std"):
         values = getattr(cfg, name)
         if len(values) != cfg.in_chans:
             raise ValueError(
-                f"--{name} {' '.join(map(str, values))}: {len(values)} values, but "
-                f"--in_chans {cfg.in_chans}; give one per channel, such as --mean 0.449 "
-                "--std 0.226 --in_chans 1 for gray images"
+                f"--{name} {' '.join(map(str, values))}: needs a value for each of "
+                f"--in_chans {cfg.in_chans}, such as --mean 0.449 --std 0.226 for gray"
             )
     if cfg.guidance == "none" and cfg.maps:
         raise ValueError(
@@ -122,20 +97,21 @@ def resolve(cfg, num_images=None):
     elif cfg.data == "toy":
         # Enlarged to 224 pixels, it only shows that everything runs.
         epochs, batch_size = 1, 64
-    on_gpu = torch.cuda.is_available() and "cuda" in (cfg.device or "cuda")
     data = Path(cfg.data).resolve().name
     defaults = {
         "epochs": epochs,
         "batch_size": batch_size,
-        "accum": "auto" if on_gpu and cfg.data != "toy" else 1,
+        "blr": blr if cfg.lr is None else None,
         "out": f"out/{data}-{cfg.model}-{cfg.guidance}",
     }
-    if cfg.lr is None:
-        defaults["blr"] = blr
     cfg = copy.copy(cfg)
     for name, value in defaults.items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
+    if cfg.precision == "auto":
+        cfg.precision = "fp32"
+        if torch.cuda.is_available() and "cuda" in (cfg.device or "cuda"):
+            cfg.precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     if cfg.warmup_epochs is None:
         # MAE's 40 epochs do not depend on the length; a short run would be all warm-up.
         cfg.warmup_epochs = 40 if cfg.epochs >= 400 else 0.05 * cfg.epochs
@@ -144,8 +120,6 @@ def resolve(cfg, num_images=None):
     if cfg.lr is None:
         cfg.lr = cfg.blr * scale
     elif cfg.blr is not None and not math.isclose(cfg.lr, cfg.blr * scale):
-        raise ValueError(
-            f"--lr {cfg.lr} and --blr {cfg.blr}: do not agree; give one of them"
-        )
+        raise ValueError(f"--lr {cfg.lr}, --blr {cfg.blr}: do not agree; give one")
     cfg.blr = cfg.lr / scale
     return cfg

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,9 @@ from attg.checkpoint import (
     check_settings,
     checkpoint_path,
     read_run,
-    restore_settings,
     save_checkpoint,
 )
-from attg.cli import is_out_of_memory, progress
+from attg.cli import progress
 from attg.datasets import open_data, resolve_dataset
 from attg.distributed import all_reduce_sum, exclusive_run
 from attg.features import knn_accuracy
@@ -67,7 +67,6 @@ def setup(cfg, data, dist_info):
     data: see attg_mae.train. dist_info: (device, rank, world).
     """
     device, rank, world = dist_info
-    given, precision = cfg, fastest_precision(device, cfg.width)
     name = cfg.data if data is None else resolve_dataset(data, cfg.data)
     view = {"size": cfg.img_size, "classes": cfg.classes}
     view |= {"channels": cfg.in_chans, "max_pixels": cfg.max_pixels}
@@ -75,16 +74,14 @@ def setup(cfg, data, dist_info):
     test_set = open_data(name, "test", **view)
     if cfg.eval_every and not test_set:
         raise ValueError(
-            f"--eval_every {cfg.eval_every}: --data {cfg.data} has no test split to "
-            "evaluate on; leave it out"
+            f"--eval_every {cfg.eval_every}: --data {cfg.data} has no test split; leave "
+            "it out"
         )
 
     cfg = resolve(cfg, train_set.num_images)
-    maps = train_set.masks
-    if cfg.guidance == "none":
-        maps = None
+    maps = None if cfg.guidance == "none" else train_set.masks
     # Drawing examples (--epochs 0) works without maps, guided training does not.
-    elif cfg.maps or (maps is None and cfg.epochs > 0):
+    if cfg.maps or (cfg.guidance != "none" and maps is None and cfg.epochs > 0):
         maps = open_maps(cfg.maps, train_set, cfg.data)
 
     log = Log(Path(cfg.out, "log.jsonl"), rank == 0)
@@ -95,101 +92,16 @@ def setup(cfg, data, dist_info):
     read = lambda: (path := checkpoint_path(cfg)) and read_run(path)  # noqa: E731
     with exclusive_run(lock, output, rank, world, read) as checkpoint:
         if checkpoint:
-            cfg = restore_settings(cfg, given, checkpoint)
             changed = check_settings(cfg, checkpoint, total_steps)
             where = f"{checkpoint['path']} after step {checkpoint['step']}"
             changes = f" with {', '.join(changed)}" if changed else ""
             log.say(f"resuming {where}{changes}" if cfg.epochs else f"from {where}")
-        if cfg.precision == "auto":
-            cfg.precision = precision
-        run = Setup(
-            cfg=cfg,
-            device=device,
-            rank=rank,
-            world=world,
-            log=log,
-            train_set=train_set,
-            test_set=test_set,
-            maps=maps,
-            steps_per_epoch=steps_per_epoch,
-            total_steps=total_steps,
-            dtype=DTYPES[cfg.precision],
-        )
-        yield run, checkpoint
+        sets, steps = (train_set, test_set, maps), (steps_per_epoch, total_steps)
+        dtype = DTYPES[cfg.precision]
+        yield Setup(cfg, device, rank, world, log, *sets, *steps, dtype), checkpoint
 
 
-def fastest_precision(device, width):
-    """What --precision auto means for a device and the width of the encoder.
-
-    On a CPU, narrow models lose more by the conversions to bf16 than the matrix products
-    gain (one processor tried).
-    """
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    if device.type == "cpu" and width >= 384 and cpu_has_bf16():
-        return "bf16"
-    return "fp32"
-
-
-def cpu_has_bf16(file="/proc/cpuinfo"):
-    """Whether the CPU multiplies in bf16 (AVX512-BF16 or AMX); file: of Linux."""
-    try:
-        flags = set(Path(file).read_text().split())
-    except OSError:
-        return False
-    return bool(flags & {"avx512_bf16", "amx_bf16"})
-
-
-# -- --accum auto ----------------------------------------------------------------------
-
-
-def auto_accum(model, run):
-    """The fewest micro-batches per step that fit in memory, on all ranks."""
-    images, accum = run.cfg.batch_size // run.world, 1
-    while not fits_in_memory(model, run, images // accum):
-        # At least half the micro-batch, the next size that divides the batch.
-        larger = [n for n in range(2 * accum, images + 1) if images % n == 0]
-        if not larger:
-            raise ValueError(
-                f"--accum auto: not even {images // accum} image at a time fits in "
-                "memory; use a smaller --model, or --precision bf16"
-            )
-        accum = larger[0]
-    run.log.say(f"--accum auto: {accum}, {images // accum} images at a time fit")
-    return accum
-
-
-def fits_in_memory(model, run, images):
-    """Whether every rank can train on so many images at a time: a dry run."""
-    fits = 1
-    try:
-        dry_run(model, run, images)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        fits = 0
-    model.zero_grad()
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return all_reduce_sum([fits], run.device, run.world) == [run.world]
-
-
-def dry_run(model, run, images):
-    """Forward and backward pass of a micro-batch; changes nothing but the gradients."""
-    cfg = run.cfg
-    # Memory that the first step will take: AdamW's two moments, and the copies of the
-    # gradients that ranks exchange.
-    parameters = sum(p.numel() for p in model.parameters())
-    reserved = torch.empty(3 * parameters, device=run.device)
-    imgs = torch.zeros(images, cfg.in_chans, *cfg.size, device=run.device)
-    ones = torch.ones(images, math.prod(cfg.grid), device=run.device)
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
-        loss, _, _ = model(imgs, noise=ones, weight=ones)
-    loss.backward()
-    del reserved
-
-
-# -- Examples and results --------------------------------------------------------------
+# -- Results ---------------------------------------------------------------------------
 
 
 def result(run, step, stopped=None, val_mse=None, knn=None):
@@ -239,32 +151,26 @@ class Trainer:
         # Metrics (3,) of the steps since the last log line: loss, mse, gradient norm.
         # They stay on the device, so that no step waits for it.
         self.values = []
-        header = self.header()
         self.workers = cfg.workers
         if cfg.workers is None:
             self.workers = default_workers(run.device)
         shape = (run.train_set.num_images, cfg.batch_size, start, run.total_steps)
-        self.sampler = ResumableBatchSampler(
-            *shape, cfg.seed, cfg.accum, run.rank, run.world
-        )
+        shard = (cfg.accum, run.rank, run.world)
+        self.sampler = ResumableBatchSampler(*shape, cfg.seed, *shard)
         data = (run.train_set, self.sampler, run.device, run.maps)
         self.loader = BatchIterator(*data, draw, ties, self.workers)
         self.batches = iter(self.loader)
-        self.meter = Meter(start, run.total_steps, run.steps_per_epoch, cfg.batch_size)
-        run.log.begin(cfg, start, run.device, header)
-        # Steps before which to evaluate; the last evaluation is in finish.
+        self.meter = Meter(run, start)
+        run.log.begin(cfg, start, run.device, self.header())
+        # The last evaluation is in finish.
         every = cfg.eval_every * run.steps_per_epoch
         self.eval_steps = range(every, run.total_steps, every) if every else ()
-        self.steps = progress(
-            range(start, run.total_steps),
-            initial=start,
-            total=run.total_steps,
-            # None: only in terminals.
-            disable=None if run.rank == 0 else True,
-        )
+        steps = range(start, run.total_steps)
+        bar = {"initial": start, "total": run.total_steps}
+        self.steps = progress(steps, **bar) if run.rank == 0 else steps
 
     def header(self):
-        """Log lines that tell what will be trained."""
+        """Log lines on what will be trained."""
         run, cfg = self.run, self.run.cfg
         kind, tau = "a vanilla MAE", ""
         if run.maps is not None:
@@ -315,8 +221,8 @@ class Trainer:
         Returns whether any rank has received a stop signal.
         """
         run, loader = self.run, self.loader
-        counts = [len(self.signals), loader.unreadable]
-        counts = torch.tensor(counts, dtype=torch.float32, device=run.device)
+        counts = [float(len(self.signals)), float(loader.unreadable)]
+        counts = torch.tensor(counts, device=run.device)
         means = torch.stack(self.values) / run.world
         self.values.clear()
         # One collective for everything.
@@ -333,11 +239,9 @@ class Trainer:
             )
         if not math.isfinite(sum(flat)):
             self.check_finite(rows, done)
-        record, line = self.meter.summarize(
-            done, rows, lr, tau, loader.waited, int(unreadable)
-        )
+        waits = (loader.waited, int(unreadable))
+        run.log.write(*self.meter.summarize(done, rows, lr, tau, *waits))
         loader.waited = 0.0
-        run.log.write(record, line)
         return signals > 0
 
     def check_finite(self, rows, done):
@@ -347,18 +251,15 @@ class Trainer:
         scaler skips steps of infinite gradients.
         """
         for step, (loss, mse, grad_norm) in enumerate(rows, done - len(rows)):
-            part = None
-            if not math.isfinite(mse):
-                part = "prediction or input"
-            elif not math.isfinite(loss):
-                part = "weight"
-            elif not math.isfinite(grad_norm) and self.run.cfg.precision != "fp16":
-                part = "gradient"
-            if part is None:
+            parts = {"prediction or input": mse, "weight": loss}
+            if self.run.cfg.precision != "fp16":
+                parts["gradient"] = grad_norm
+            bad = [name for name, value in parts.items() if not math.isfinite(value)]
+            if not bad:
                 continue
-            message = f"step {step + 1}: {part} not finite"
+            message = f"step {step + 1}: {bad[0]} not finite"
             ids = self.sampler.indices(step).tolist()
-            record = {"step": step + 1, "not_finite": part, "indices": ids}
+            record = {"step": step + 1, "not_finite": bad[0], "indices": ids}
             self.run.log.write(record, message)
             raise ValueError(
                 f"{message}; images {ids[:9]} ... (all in log.jsonl). Checkpoints are of "
@@ -374,26 +275,18 @@ class Trainer:
         run, test_set = self.run, self.run.test_set
         if not test_set:
             return {}
-        metrics = {
-            "val_mse": reconstruction_mse(self.model, test_set, run, self.workers)
-        }
-        line = f"step {step}: test split: mse {metrics['val_mse']:.4f}"
+        mse = reconstruction_mse(self.model, test_set, run, self.workers)
+        metrics, line = {"val_mse": mse}, f"step {step}: test split: mse {mse:.4f}"
         if run.train_set.labeled and test_set.labeled:
-            metrics["knn"] = knn_accuracy(
-                self.model,
-                run.train_set,
-                test_set,
-                {"workers": self.workers},
-                run.dtype,
-                run.rank,
-                run.world,
-            )
+            sets, options = (run.train_set, test_set), {"workers": self.workers}
+            shard = (run.dtype, run.rank, run.world)
+            metrics["knn"] = knn_accuracy(self.model, *sets, options, *shard)
             for name, accuracy in metrics["knn"].items():
-                line += (
-                    f", k-NN (k = 20) of the {name.replace('_', ' ')} {accuracy:.2f} %"
-                )
+                name = name.replace("_", " ")
+                line += f", k-NN (k = 20) of the {name} {accuracy:.2f} %"
         run.log.write({"step": step} | metrics, line)
-        self.meter.pause()
+        # Not part of the speed of the steps.
+        self.meter.logged = time.perf_counter()
         return metrics
 
     def save(self, name, done):

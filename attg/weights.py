@@ -124,7 +124,9 @@ def read_encoder(kind, source, heads=None, img_size=None):
         config = {"model": "vit_base", "heads": heads, "img_size": side, **sizes}
     known = {field.name for field in dataclasses.fields(kind)}
     try:
-        cfg = kind(**{key: value for key, value in config.items() if key in known})
+        # None is the default, whatever that was when the file was written.
+        given = {key: x for key, x in config.items() if x is not None and key in known}
+        cfg = kind(**given)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{name}: damaged settings ({error})") from error
     # Before anything of the settings' size is allocated.

@@ -10,7 +10,6 @@ import os
 import random
 import runpy
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -99,26 +98,18 @@ def members(session):
     return alive
 
 
-def free_port():
-    """Below the range from which the system takes ports of connections."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as trial, contextlib.suppress(OSError):
-            trial.bind(("localhost", port))
-            return port
-
-
 def ranks(ask, out, settings, script=(SCRIPT,), elsewhere=None):
     """Two Processes with the environment that torchrun gives to its ranks.
 
     elsewhere: --out of rank 1, as on a machine that does not share the folder.
     """
-    common = {"WORLD_SIZE": "2", "MASTER_PORT": str(free_port())}
-    names = ((out, "0"), (f"{out}.rank1", "1"))  # each its own stdout
+    # Below the range from which the system takes ports of connections.
+    port = random.SystemRandom().randrange(20_000, 32_000)
+    common = {"WORLD_SIZE": "2", "MASTER_PORT": str(port)}
     runs = []
-    for name, r in names:
-        folder = elsewhere if elsewhere and r == "1" else out
+    for r, folder in (("0", out), ("1", elsewhere or out)):
         environment = common | {"RANK": r, "LOCAL_RANK": r}
+        name = out if r == "0" else f"{out}.rank1"  # each its own stdout
         flags = settings | {"out": str(folder)}
         runs.append(Process(ask, name, flags, environment, script))
     return runs

@@ -27,7 +27,6 @@ from attg.checkpoint import (
     load_state,
     read_run,
     restore,
-    restore_settings,
 )
 from attg.finetuning import resume, save
 from tests.fuzz import RANDOM, damaged_checkpoint, damaged_parts, within
@@ -47,7 +46,6 @@ def resumed(path, cfg):
     """[weights, moments] with which a run resumes."""
     cfg = replace(cfg, resume=str(path))
     parts = read_run(path)
-    cfg = restore_settings(cfg, cfg, parts)
     check_settings(cfg, parts, 10**6)
     model = attg_mae.build_model(cfg)
     load_state(model, parts["model"], path)
@@ -151,7 +149,6 @@ def test_moments_of_another_model(small, tmp_path):
     for change in (
         lambda state: state[3].update(exp_avg=state[3]["exp_avg"].flatten()[:1]),
         lambda state: state[3].update(exp_avg_sq=state[3]["exp_avg_sq"].double()),
-        lambda state: state[3].update(exp_avg=0.5),
         lambda state: state[3].update(step=torch.tensor(7.0)),
         lambda state: state.pop(3),
         lambda state: state[3]["exp_avg_sq"].view(-1)[0].fill_(math.nan),
@@ -171,15 +168,15 @@ def test_settings_that_are_not_those_of_the_weights(small, tmp_path):
     """They are refused before anything of their size is allocated."""
     for key, value, words in (
         ("depth", 10**9, "--depth 1000000000"),
-        ("depth", 2, "depth 2, .*weights 1"),
-        ("width", 32768, "width 32768, .*weights 8"),
-        ("img_size", 8192, "positions 4194305, .*weights 17"),
+        ("depth", 2, "--depth 1"),
+        ("width", 32768, "--width 8"),
+        ("img_size", 8192, "17 positions"),
         ("data", ["x"], "--data"),
     ):
         parts = load_parts(small[1])
         parts["config"][key] = value
         torch.save(parts, tmp_path / "a.pt")
-        with pytest.raises(ValueError, match=rf"a\.pt: .*{words}"):
+        with pytest.raises(ValueError, match=rf"a\.pt.*{words}"):
             attg_mae.load_encoder(tmp_path / "a.pt")
 
 
@@ -220,15 +217,13 @@ def test_weights_of_others_must_be_finite(kind, small, tmp_path):
         attg_mae.load_encoder(file, heads=2)
 
 
-def test_damaged_lines_of_a_log(copy, whole, capsys):
+def test_damaged_lines_of_a_log(copy):
     out, settings = copy
     log = out / "log.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     bad = [b"\n", b"\xff\xfe\n", b"[1]\n", b'{"loss": 1}\n', b"[" * 10**5 + b"\n"]
     log.write_bytes(lines[0] + b"".join(bad) + b"".join(lines[1:]) + b'{"step": 9')
     train(**settings)
-    assert f"{log}: 5 damaged lines, moved to" in capsys.readouterr().out
-    assert (out / "log.jsonl.damaged").read_bytes() == b"".join(bad)
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == sorted(steps) and [r["step"] for r in records(out)] == steps[:-1]
 
@@ -280,7 +275,7 @@ def test_locked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "fcntl", None)
     with files.locked(lock, "--out new"):
         pass
-    assert "--out new: cannot exclude a second run" in capsys.readouterr().err
+    assert "--out new: not locked" in capsys.readouterr().err
 
 
 def test_two_runs_in_one_folder(ask, long, finished, tmp_path):
@@ -295,16 +290,14 @@ def test_two_runs_in_one_folder(ask, long, finished, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_process_is_named(number, ask, long, tmp_path):
+def test_a_lost_process_ends_the_others(number, ask, long, tmp_path):
     runs = ranks(ask, tmp_path / "out", long | {"timeout": 0.05})
     assert runs[0].until(lambda: runs[0].steps() >= 3)
     os.kill(runs[1].pid, number)
     code, _, errors = runs[0].wait()
-    state = "has exited" if number == signal.SIGKILL else "is suspended"
     assert code == 1 and "Traceback" not in errors
-    assert f"rank 1 (process {runs[1].pid}) {state}, so rank 0 ends" in errors
-    if number == signal.SIGSTOP:
-        os.kill(runs[1].pid, signal.SIGKILL)
+    assert "rank 0 ends: one of 2 ranks has exited, or has not answered" in errors
+    os.kill(runs[1].pid, signal.SIGKILL)
     runs[1].wait()
 
 

@@ -40,7 +40,7 @@ class Settings(DataFlags, RunFlags):
     """Flags of each kind."""
 
     batch_size: int = flag(1, "images", 1, 64)
-    accum: int | str | None = flag(None, "steps", 1, 8)
+    accum: int | None = flag(None, "steps", 1, 8)
     ratios: tuple[float, ...] = flag((0.5,), "several", 0, 1)
     guidance: str = flag("attg", "mode", choices=("attg", "none"), resume="free")
     norm_pix: bool = flag(True, "normalize")
@@ -54,8 +54,8 @@ def program(monkeypatch):
 
 def test_flags_are_generated_from_fields(capsys):
     assert parse(Settings, "", []) == Settings()
-    command = "x.pt --batch_size=3 --accum auto --ratios 1 0.25 --no-norm_pix"
-    expected = {"checkpoint": "x.pt", "batch_size": 3, "accum": "auto"}
+    command = "x.pt --batch_size=3 --accum 2 --ratios 1 0.25 --no-norm_pix"
+    expected = {"checkpoint": "x.pt", "batch_size": 3, "accum": 2}
     expected |= {"ratios": (1.0, 0.25), "norm_pix": False}
     assert parse(Settings, "", command.split()) == Settings(**expected)
     assert resume_class(Settings, "fixed") == {"data", "classes"}

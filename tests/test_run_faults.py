@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import attg_mae
 from attg.loader import ResumableBatchSampler
@@ -145,22 +144,13 @@ def test_not_finite(name, copy, monkeypatch):
 
 def test_fp16_counts_skipped_steps(labelled, tmp_path, capsys):
     """Gradients of large targets overflow until the scaler has found its scale."""
-    train(
-        tmp_path,
-        **labelled,
-        precision="fp16",
-        norm_pix=False,
-        std=(1e-3,) * 3,
-        mean=(0.5,) * 3,
-    )
-    rows, scaler = records(tmp_path), last(tmp_path)["scaler"]
-    skipped = sum(r["skipped"] for r in rows)
-    assert 0 < skipped < 20 and scaler["scale"] == 65536 / 2**skipped
+    targets = {"norm_pix": False, "std": (1e-3,) * 3, "mean": (0.5,) * 3}
+    train(tmp_path, **labelled, precision="fp16", **targets)
+    skipped = sum(r["skipped"] for r in records(tmp_path))
+    assert capsys.readouterr().out.count(" skipped 1\n") == skipped
+    assert 0 < skipped < 20
+    assert last(tmp_path)["scaler"]["scale"] == 65536 / 2**skipped
     assert all(v.isfinite().all() for v in last(tmp_path)["model"].values())
-    words = capsys.readouterr().out.splitlines()
-    assert (
-        sum("skipped 1" in line for line in words if line.startswith("step")) == skipped
-    )
     made = {int(s["step"]) for s in last(tmp_path)["optimizer"]["state"].values()}
     assert made == {24 - skipped}
 
@@ -219,28 +209,17 @@ def test_evaluations_by_two_processes(name, ask, labelled, distributed, tmp_path
     program = Path(SCRIPT).with_name(f"{name.split()[0]}.py")
     script = [str(program), str(distributed / "encoder.pt")]
     settings = {"data": labelled["data"], "device": "cpu"} | EVALUATIONS[name]
-    flag = "save_features" if name == "eval_knn" else "save"
-    one, two = (settings | {flag: tmp_path / f"{n}.pt"} for n in (1, 2))
-    runs = [Process(ask, tmp_path / "one", one, script=script)]
-    runs += ranks(ask, tmp_path / "two", two, script)
-    (code, one, _), (code0, two, errors), (code1, silent, _) = (r.wait() for r in runs)
-    assert (code, code0, code1) == (0, 0, 0), errors
-    one, two = (json.loads(words.splitlines()[-1])["results"] for words in (one, two))
-    written = [json.loads(line) for line in (tmp_path / "two").read_text().splitlines()]
-    assert len(written) == 1 and written[0]["results"] == two and not silent
-    a, b = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
-    if flag == "save":
-        assert a["step"] == b["step"]
-        assert [r["test"] for r in one] == [r["test"] for r in two]
-        right = [r["top-1"] * 15 / 100 for r in one + two]  # images
-        assert all(n > 7.5 and abs(n - round(n)) < 1e-6 for n in right), right
-        return
-    assert one == two and (one[0]["top-1"] > 50 or one[1]["top-1"] > 50)
-    for split, count in (("train", 25), ("test", 15)):
-        for k in ("class_token", "patch_mean"):
-            torch.testing.assert_close(a[split][k], b[split][k], atol=1e-5, rtol=1e-5)
-        assert a[split]["labels"].equal(b[split]["labels"])
-        assert len(a[split]["labels"]) == count
+    runs = [Process(ask, tmp_path / "one", settings, script=script)]
+    runs += ranks(ask, tmp_path / "two", settings, script)
+    ended = [run.wait() for run in runs]
+    assert [code for code, _, _ in ended] == [0, 0, 0], ended
+    assert ended[2][1] == ""  # rank 1 is silent
+    (one,), (two,) = ((tmp_path / x).read_text().splitlines() for x in ("one", "two"))
+    one, two = (json.loads(line)["results"] for line in (one, two))
+    assert [r["feature"] for r in one] == [r["feature"] for r in two]
+    right = [r["top-1"] * 15 / 100 for r in one + two]  # images
+    assert all(n > 7.5 and abs(n - round(n)) < 1e-6 for n in right), right
+    assert name != "eval_knn" or one == two
 
 
 def test_two_machines_without_a_shared_folder(ask, labelled, whole, trained, tmp_path):
@@ -258,8 +237,7 @@ def test_two_machines_without_a_shared_folder(ask, labelled, whole, trained, tmp
     # What rank 0 refuses ends both, and none waits for the other.
     runs = ranks(ask, out, settings | {"seed": 1}, elsewhere=there)
     for code, _, errors in [run.wait() for run in runs]:
-        assert code == 1 and "Traceback" not in errors
-        assert f"{out / 'last.pt'} is of another run: --seed" in errors
+        assert code == 1 and f"{out / 'last.pt'} is of another run: --seed" in errors
 
 
 def test_signal_to_one_of_two_processes(ask, long, tmp_path):

@@ -3,7 +3,6 @@ Training runs: exact resume, accumulation, log, evaluation, files, and what is r
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -16,20 +15,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import attg_mae
 from attg import figures, trainer
-from attg.checkpoint import check_settings, read_run, restore_settings
+from attg.checkpoint import check_settings, read_run
 from attg.cli import resume_class
 from attg.datasets import open_data
 from attg.images import generator_for
-from attg.loader import BatchIterator, ResumableBatchSampler, make_loader
+from attg.loader import make_loader
 from attg.log import RENAMED_SETTINGS, read_log
 from attg.maps import save_maps
 from tests.helpers import (
     LUMA,
     TINY,
+    Evil,
     after_step,
     assert_same_run,
     last,
@@ -74,11 +73,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert f"resuming {tmp_path / 'last.pt'} after step {step}\n" in output
     assert_same_run(tmp_path, reference)
     assert records(tmp_path, "knn") == records(reference, "knn")
-    ours, theirs = (
-        torch.load(out / "encoder.pt", weights_only=True)["model"]
-        for out in (tmp_path, reference)
-    )
-    assert same(ours, theirs) and result["knn"] == records(reference, "knn")[-1]["knn"]
+    assert result["knn"] == records(reference, "knn")[-1]["knn"]
     assert bool(last(tmp_path)["scaler"]) == (precision == "fp16")
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     # Autocast does something, and not too much.
@@ -138,123 +133,20 @@ def test_checkpoints_of_a_killed_run_and_along_the_way(labelled, whole, tmp_path
 # -- Batches and accumulation ----------------------------------------------------------
 
 
-def test_accumulation_changes_nothing(labelled, passes, tmp_path):
-    """Gradients of the first step, losses of 24, and which patches have weight 0.
-
-    On two-valued maps the ties decide which, for the whole global batch at once.
-    """
+def test_accumulation_breaks_the_same_ties(labelled, passes, tmp_path):
+    """On two-valued maps ties decide which patches have weight 0, in the global batch."""
     halves = np.zeros((25, 4, 4))
     halves[:, 2:] = 1
     save_maps(tmp_path / "halves.npy", halves, open_data(labelled["data"]), "halves")
-    settings = labelled | {"maps": str(tmp_path / "halves.npy")}
-    rows, grads, dropped, steps = [], [], [], []
-    hook = register_optimizer_step_pre_hook(
-        lambda optimizer, *_: steps.append(
-            [p.grad.clone() for g in optimizer.param_groups for p in g["params"]]
-        )
-    )
+    settings = labelled | {"maps": str(tmp_path / "halves.npy"), "epochs": 1}
+    dropped = []
     for accum in (1, 4):
-        out = tmp_path / str(accum)
-        train(out, **settings, guidance="foreground", accum=accum)
-        grads.append(steps[0])
-        rows.append(np.array([row[2:4] for row in losses(out)]))
+        train(tmp_path / str(accum), **settings, guidance="foreground", accum=accum)
         dropped.append(torch.cat([seen.weight for seen in passes]) == 0)
-        steps.clear()
         passes.clear()
-    hook.remove()
-    np.testing.assert_allclose(rows[1], rows[0], rtol=1e-5)
-    assert not np.isclose(rows[1][1:], rows[0][:-1], rtol=1e-5).any()
     assert dropped[0].equal(dropped[1]) and (dropped[0].sum(1) == 2).all()
     # Each image in each step has ties of its own.
-    assert len(dropped[0].unique(dim=0)) > 12
-    biases = (3 * TINY["width"], 3 * TINY["decoder_width"])
-    for grad, ref in zip(*grads, strict=True):
-        if grad.dim() == 1 and len(grad) in biases:
-            # The gradient of the key's bias is 0.
-            grad, ref = (x.view(3, -1)[::2] for x in (grad, ref))
-        assert (grad - ref).norm() <= 1e-5 * ref.norm()
-        assert len(ref) == 1 or (ref.roll(1, 0) - ref).norm() > 1e-5 * ref.norm() > 0
-
-
-def test_noise_is_a_function_of_seed_and_step(labelled):
-    """Masks and ties of any accum and rank are rows of the same global draw."""
-    dataset = open_data(labelled["data"], size=16, augment=True)
-
-    def draws(start=0, seed=0, accum=1, rank=0, world=1):
-        sampler = ResumableBatchSampler(25, 12, start, 4, seed, accum, rank, world)
-        draw = functools.partial(attg_mae.mask_noise, 12, (2, 3))
-        cpu = torch.device("cpu")
-        loader = BatchIterator(dataset, sampler, cpu, None, draw, ties=True)
-        return torch.stack([torch.cat([x.noise, x.ties], 1) for x in loader])
-
-    whole = draws()  # (steps, batch, masks and ties)
-    assert whole.shape == (4, 12, 12) and len(whole.unique()) == whole.numel()
-    assert draws(start=3).equal(whole[3:]) and not draws(seed=1).equal(whole)
-    for rank in range(2):
-        # 2 micro-batches of 3 rows on each of 2 ranks.
-        rows = torch.arange(12).view(2, 2, 3)[:, rank]
-        part = draws(accum=2, rank=rank, world=2).view(4, 2, 3, 12)
-        assert part.equal(whole[:, rows])
-
-
-class Memory:
-    """Room for so many images at a time, in forward passes with gradients."""
-
-    def __init__(self, monkeypatch, room):
-        self.room, self.refused, forward = room, [], attg_mae.MAE.forward
-
-        def limited(model, imgs, *args, **options):
-            if torch.is_grad_enabled() and len(imgs) > self.room:
-                self.refused.append(len(imgs))
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-            return forward(model, imgs, *args, **options)
-
-        monkeypatch.setattr(attg_mae.MAE, "forward", limited)
-
-
-def test_accum_auto(labelled, tmp_path, monkeypatch, capsys):
-    """It finds what fits before the first step, and a resumed run keeps it."""
-    settings = labelled | {"batch_size": 12, "epochs": 3}
-    auto = tmp_path / "auto"
-    train(tmp_path / "given", **settings, accum=4)
-    with monkeypatch.context() as patch:
-        memory = Memory(patch, room=0)
-        message = "--accum auto: not even 1 image .*--model"
-        with pytest.raises(ValueError, match=message):
-            train(auto, **settings, accum="auto")
-        assert memory.refused == [12, 6, 3, 1] and not auto.exists()
-        memory.room, memory.refused = 4, []
-        with stop_after(4):
-            train(auto, **settings, accum="auto")
-        output = capsys.readouterr().out
-        assert memory.refused == [12, 6] and "--accum auto: 4, 3 images at" in output
-        assert "12 = 3 x 1 (processes) x 4 (--accum)" in output
-        memory.room = 99
-        train(auto, **settings, accum="auto")
-        assert "--accum auto" not in capsys.readouterr().out
-    assert last(auto)["config"]["accum"] == 4
-    assert_same_run(auto, tmp_path / "given")
-    # Other errors are not taken for a lack of memory.
-    monkeypatch.setattr(attg_mae.MAE, "forward", None)
-    with pytest.raises(TypeError):
-        train(tmp_path / "out", **settings, accum="auto")
-
-
-def test_precision_auto(tmp_path, monkeypatch, labelled):
-    """bf16 on CPUs that multiply in it, for wide models; a resumed run keeps it."""
-    for flags, has in (("avx512_bf16", True), ("amx_bf16", True), ("avx512f", False)):
-        (tmp_path / flags).write_text(f"processor: 0\nflags : fpu vme {flags} pni\n")
-        assert trainer.cpu_has_bf16(tmp_path / flags) is has
-    assert not trainer.cpu_has_bf16(tmp_path / "absent")
-    wide = labelled | {"width": 384, "heads": 6, "patch_size": 8, "epochs": 1}
-    monkeypatch.setattr(trainer, "cpu_has_bf16", lambda: True)
-    assert trainer.fastest_precision(torch.device("cpu"), 380) == "fp32"
-    with stop_after(2):
-        train(tmp_path / "out", **wide)
-    monkeypatch.setattr(trainer, "cpu_has_bf16", lambda: False)
-    assert trainer.fastest_precision(torch.device("cpu"), 768) == "fp32"
-    train(tmp_path / "out", **wide)
-    assert last(tmp_path / "out")["config"]["precision"] == "bf16"
+    assert len(dropped[0]) == 24 and len(dropped[0].unique(dim=0)) > 12
 
 
 # -- Log -------------------------------------------------------------------------------
@@ -272,6 +164,7 @@ def test_log(guidance, guided, tmp_path, capsys):
     rows, cfg = records(tmp_path), json.loads((tmp_path / "config.json").read_text())
     assert cfg == json.loads(json.dumps(last(tmp_path)["config"]))
     assert cfg["guidance"] == guidance and len(lines) == len(rows) == 12
+    forms = {"loss": ".4f", "mse": ".4f", "lr": ".2e", "tau": ".3f"}
     for step, (row, line) in enumerate(zip(rows, lines, strict=True)):
         tau = 1.0 - 0.25 * (1 + math.cos(math.pi * step / 12)) / 2
         assert row["tau"] == pytest.approx(tau, rel=1e-6)
@@ -282,12 +175,7 @@ def test_log(guidance, guided, tmp_path, capsys):
         assert row["img_s"] > 0 and 0 <= row["data_wait"] <= 1
         assert row["skipped"] == row["unreadable"] == 0
         shown = dict(re.findall(r"(step|loss|mse|lr|tau|data|ETA) +(\S+)", line))
-        for key, form in {
-            "loss": ".4f",
-            "mse": ".4f",
-            "lr": ".2e",
-            "tau": ".3f",
-        }.items():
+        for key, form in forms.items():
             assert shown[key] == format(row[key], form)
         assert "img/s" in line and re.match(r"\d+:\d\d:\d\d", shown["ETA"])
 
@@ -300,31 +188,22 @@ def test_older_logs_have_todays_names(tmp_path):
     assert not names & set(RENAMED_SETTINGS)
 
 
-def test_curves(labelled, tmp_path, monkeypatch, capsys):
-    """Drawn from the whole log if matplotlib is installed, also by a resumed run."""
+def test_curves(labelled, whole, tmp_path, monkeypatch, capsys):
+    """All values of the log, if matplotlib is installed."""
     figure = pytest.importorskip("matplotlib.figure")
-    monkeypatch.setattr(trainer, "save_curves", figures.save_curves)
-    drawn, savefig = [], figure.Figure.savefig
-
-    def spy(self, *args, **options):
-        drawn.append(self)
-        savefig(self, *args, **options)
-
+    drawn = []
+    spy = lambda self, *_, **__: drawn.append(self)  # noqa: E731
     monkeypatch.setattr(figure.Figure, "savefig", spy)
-    settings = labelled | {"epochs": 2, "eval_every": 1}
-    with stop_after(8):
-        train(tmp_path / "out", **settings)
-    train(tmp_path / "out", **settings)
-    assert (tmp_path / "out" / "curves.png").exists() and len(drawn) == 1
+    out = whole(eval_every=2)
+    rows, tests = records(out), records(out, "knn")
+    figures.save_curves(tmp_path / "curves.png", rows + tests)
     lines = [line for axes in drawn[0].axes for line in axes.lines]
-    lines = {line.get_label(): line.get_xydata() for line in lines}
-    rows, tests = records(tmp_path / "out"), records(tmp_path / "out", "knn")
     want = {k: [(r["step"], r[k]) for r in rows] for k in ("loss", "mse", "lr", "tau")}
     want["val_mse"] = [(r["step"], r["val_mse"]) for r in tests]
     want["class token"] = [(r["step"], r["knn"]["class_token"]) for r in tests]
     want["patch mean"] = [(r["step"], r["knn"]["patch_mean"]) for r in tests]
-    assert lines.keys() == want.keys() and len(rows) == 12 and len(tests) == 2
-    assert all((lines[name] == np.array(want[name])).all() for name in want)
+    assert {x.get_label(): [*map(tuple, x.get_xydata())] for x in lines} == want
+    assert len(rows) == 24 and len(tests) == 2
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     train(tmp_path / "without", **labelled, epochs=1)
@@ -387,19 +266,16 @@ def test_val_mse(labelled, tmp_path, monkeypatch):
     model.load_state_dict(parts["model"])
     dataset = open_data(labelled["data"], "test", 16)
     noise = torch.rand(15, 16, generator=generator_for("test masks"))
-    hidden_errors, errors = [], []
-    for sample, row in zip(dataset, noise, strict=True):
-        imgs = model.normalize(sample.image[None])
-        with torch.no_grad():
-            pred = model(imgs, noise=row[None])[1][0]
-        variance, mean = torch.var_mean(model.patchify(imgs)[0], 1, keepdim=True)
-        target = (model.patchify(imgs)[0] - mean) / (variance + 1e-6).sqrt()
-        error = (pred - target).square().mean(1)
-        # The twelve patches of highest noise are hidden.
-        hidden_errors.append(error[row.argsort()[4:]].mean().item())
-        errors.append(error.mean().item())
-    assert result["val_mse"] == pytest.approx(np.mean(hidden_errors), rel=1e-5)
-    assert result["val_mse"] != pytest.approx(np.mean(errors), rel=1e-3)
+    imgs = model.normalize(torch.stack([sample.image for sample in dataset]))
+    with torch.no_grad():
+        _, pred, _ = model(imgs, noise=noise)
+    patches = model.patchify(imgs)
+    variance, mean = torch.var_mean(patches, -1, keepdim=True)
+    error = (pred - (patches - mean) / (variance + 1e-6).sqrt()).square().mean(-1)
+    # The twelve patches of highest noise are hidden.
+    hidden = error.gather(1, noise.argsort()[:, 4:]).mean().item()
+    assert result["val_mse"] == pytest.approx(hidden, rel=1e-5)
+    assert result["val_mse"] != pytest.approx(error.mean().item(), rel=1e-3)
 
 
 # -- Uses of the map -------------------------------------------------------------------
@@ -431,9 +307,6 @@ def test_guidance_of_a_run(guided, passes, tmp_path):
             assert hidden.sum() == 12 and m[i][hidden].min() >= m[i][~hidden].max()
         inverted = CFG.tau * seen["inverted"].weight.log()
         torch.testing.assert_close(inverted, 1 - m, rtol=1e-4, atol=1e-5)
-        for guidance, x in (("foreground", m), ("background", 1 - m)):
-            low = x < x.quantile(0.1, dim=1, keepdim=True)
-            assert (seen[guidance].weight == 0).equal(low) and low.sum(1).eq(2).all()
 
 
 # -- reconstructions.png and --epochs 0 ------------------------------------------------
@@ -484,36 +357,30 @@ def test_reconstructions(norm_pix, whole, labelled, sheets, tmp_path):
 def test_epochs_0_draws_the_images_of_a_checkpoint(
     whole, labelled, plain, sheets, tmp_path, capsys
 ):
-    """In a run's folder only of its own weights; --init and --resume need another."""
+    """In a run's folder of its own weights; --init needs another."""
     out = shutil.copytree(whole(), tmp_path / "out")
     other = str(whole(seed=1) / "last.pt")
-    (out / "reconstructions.png").unlink()
     files = {p.name: p.read_bytes() for p in out.iterdir()}
+    (out / "reconstructions.png").unlink()
     settings = labelled | {"epochs": 0, "batch_size": 8}
     assert train(out, **settings)["step"] == 0
     assert str(out / "last.pt") in capsys.readouterr().out
-    drawing = (out / "reconstructions.png").read_bytes()
-    assert drawing == (whole() / "reconstructions.png").read_bytes()
-    files["reconstructions.png"] = drawing
-    for wrong in ({"init": other}, {"resume": other}, {"resume": "none"}):
-        ((flag, value),) = wrong.items()
-        with pytest.raises(ValueError, match=f"last.pt.*--{flag} {value} .*--out"):
+    for wrong, words in (
+        ({"init": other}, "--init None"),
+        ({"width": 16}, "--width 32"),
+    ):
+        with pytest.raises(ValueError, match=f"last.pt.*{words} -> .*--out"):
             train(out, **settings | wrong)
-    with pytest.raises(ValueError, match="--width 32 -> 16"):
-        train(out, **settings, width=16)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == files
     sheets[:] = sheets[-1:]
     train(tmp_path / "a", **settings, resume=other)
-    train(tmp_path / "b", **settings, init=other)
-    first, a, b = (x["reconstruction"] for x in sheets)
-    assert a.equal(b) and not a.equal(first)
-    # From the command line; without maps, and with those of toy.
-    sizes = [f"--{k}={v}" for k, v in TINY.items() if k not in ("epochs", "batch_size")]
-    argv = [*sizes, "--epochs", "0", "--init", other, "--out", str(tmp_path / "c")]
-    assert attg_mae.main([*argv, "--data", plain])["step"] == 0
+    # Without maps, too.
+    without = {"data": plain, "maps": None, "init": other}
+    train(tmp_path / "b", **settings | {"init": other})
+    train(tmp_path / "c", **settings | without)
+    first, a, b, c = (x["reconstruction"] for x in sheets)
+    assert a.equal(b) and not a.equal(first) and len(c) == 8 and len(sheets[3]) == 3
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["reconstructions.png"]
-    attg_mae.main(argv)
-    assert [len(x) for x in sheets[3:]] == [3, 4] and len(sheets[3]["masked"]) == 8
 
 
 # -- Initial weights -------------------------------------------------------------------
@@ -576,6 +443,14 @@ def test_wrong_settings(settings, words, labelled, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_precision_auto(bf16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda _: bf16)
+    for device, name in ((None, "bf16" if bf16 else "fp16"), ("cpu", "fp32")):
+        assert attg_mae.resolve(attg_mae.Config(device=device)).precision == name
+
+
 # -- Resuming with other settings ------------------------------------------------------
 
 OTHER = {"img_size": 32, "patch_size": 8, "in_chans": 1, "width": 16, "depth": 2}
@@ -588,7 +463,6 @@ def test_resume_class_decides_what_may_change(copy):
     out, settings = copy
     cfg = attg_mae.resolve(attg_mae.Config(**TINY | settings))
     checkpoint = read_run(out / "last.pt")
-    cfg = restore_settings(cfg, cfg, checkpoint)
     checkpoint["config"]["out"] = cfg.out
     fixed, free = (resume_class(attg_mae.Config, name) for name in ("fixed", "free"))
     assert fixed == set(OTHER) and "lr" not in free | fixed
@@ -632,13 +506,10 @@ def test_changed_settings_are_named_and_used(copy, capsys):
         assert f"--{key} {before[key]} -> {value}" in line
     assert "--width" not in line
     after, rows = last(out), records(out)
-    stored = json.loads((out / "config.json").read_text())
-    assert {k: stored[k] for k in change} == change
+    assert {k: after["config"][k] for k in change} == change
     assert [r["step"] for r in rows] == [*range(1, 13)]
-    cfg = attg_mae.Config(tau_end=2.0)
-    for step, row in enumerate(rows[6:], 6):
-        assert row["lr"] == attg_mae.lr_at(step, 12, 6.0, 5e-4)
-        assert row["tau"] == pytest.approx(attg_mae.tau_at(step, 12, cfg), rel=1e-6)
+    lr = [attg_mae.lr_at(step, 12, 6.0, 5e-4) for step in range(6, 12)]
+    assert [r["lr"] for r in rows[6:]] == lr and rows[-1]["tau"] > 1.5
     decays = [group["weight_decay"] for group in after["optimizer"]["param_groups"]]
     assert decays == [0.3, 0.0] and after["scaler"]
 
@@ -648,7 +519,7 @@ def test_other_epochs(copy, tmp_path):
     out, settings = copy
     path, content = out / "last.pt", (out / "last.pt").read_bytes()
     for epochs in (3, 1):
-        message = f"{path} was made for --epochs 2, not {epochs}, .*--resume {path}$"
+        message = f"{path} is of another run: --epochs 2 -> {epochs};.*--resume {path}$"
         with pytest.raises(ValueError, match=message):
             train(**settings | {"epochs": epochs})
     assert path.read_bytes() == content
@@ -662,33 +533,13 @@ def test_other_epochs(copy, tmp_path):
         train(**settings | {"epochs": 1, "resume": str(path)})
 
 
-def test_warm_up_of_an_older_default_is_kept(copy):
-    out, settings = copy
-    settings["warmup_epochs"] = None
-    parts = last(out)
-    parts["config"]["warmup_epochs"] = 0.5  # the default of 2 epochs is 0.1
-    torch.save(parts, out / "last.pt")
-    train(**settings)
-    assert last(out)["config"]["warmup_epochs"] == 0.5
-    lr = [attg_mae.lr_at(step, 12, 3.0, 1e-3) for step in range(6, 12)]
-    assert [r["lr"] for r in records(out)][6:] == lr
-    train(**settings | {"warmup_epochs": 2.0, "resume": "none"})
-    assert last(out)["config"]["warmup_epochs"] == 2.0
-
-
 # -- Bad checkpoints -------------------------------------------------------------------
 
 
-class Evil:
-    def __reduce__(self):
-        return (open, (os.environ["EVIL"], "w"))
-
-
-def test_bad_checkpoint_is_named_and_kept(copy, whole, tmp_path, monkeypatch):
+def test_bad_checkpoint_is_named_and_kept(copy, whole, tmp_path):
     """No code in it is executed; --resume none starts over. See also test_checkpoint.py."""
     out, settings = copy
     path, trap = out / "last.pt", tmp_path / "trap"
-    monkeypatch.setenv("EVIL", str(trap))
     content = path.read_bytes()
 
     def refused():
@@ -698,13 +549,11 @@ def test_bad_checkpoint_is_named_and_kept(copy, whole, tmp_path, monkeypatch):
                 train(**settings, resume=resume)
         return path.read_bytes() == kept
 
-    torch.save({"model": Evil(), "step": 3}, path)
+    torch.save({"model": Evil(trap), "step": 3}, path)
     assert refused() and not trap.exists()
     # Or this would show nothing.
     torch.load(path, weights_only=False)
     assert trap.exists()
-    torch.save({"state_dict": {}}, path)
-    assert refused()
     shutil.copy(whole() / "encoder.pt", path)
     assert refused()
     path.write_bytes(content[: len(content) // 2])
