@@ -171,14 +171,20 @@ def test_the_model_is_that_of_mae(norm_pix, dtype, tol):
 
 
 def test_the_encoder_is_that_of_timm():
-    """timm's VisionTransformer takes its weights, name by name."""
+    """timm's VisionTransformer takes its weights; tokens, and q, k, v of the last block."""
     ours = shake(MAE(Config("vit_micro")))
     theirs = timm_model(128, 4, 4, patch_size=4)
     theirs.load_state_dict(encoder_only(ours.state_dict()))
-    imgs = randn(2, 3, 32, 32)
+    imgs, seen = randn(2, 3, 32, 32), []
+    hook = theirs.blocks[-1].attn.qkv.register_forward_hook
+    hook(lambda module, args, out: seen.append(out))
     want = theirs.forward_features(imgs)
     assert close(ours.forward_features(imgs), want, 1e-5)
     assert not close(ours.forward_features(imgs.flip(3)), want, 1e-2)
+    # timm's order: q, k, v, then heads
+    qkv = seen[0].reshape(2, 65, 3, 4, 32).permute(2, 0, 3, 1, 4)
+    for x, want in zip(ours.last_qkv(imgs), qkv, strict=True):
+        assert close(x, want, 1e-5) and not close(x.roll(1, 2), want, 1e-1)
 
 
 # -- Guidance and schedules ------------------------------------------------------------
@@ -238,7 +244,8 @@ def test_a_training_step_is_algorithm_1(clip_grad):
 
     SGD with lr 1 moves the weights by the gradient; AdamW would hide its scale.
     """
-    cfg = resolve(Config(**TINY | {"accum": 2, "clip_grad": clip_grad}))
+    options = {"accum": 2, "clip_grad": clip_grad, "std": (0.2, 0.2, 0.2)}
+    cfg = resolve(Config(**TINY | options))
     torch.manual_seed(2)
     ours = MAE(cfg)
     theirs = copy.deepcopy(ours)
@@ -252,17 +259,14 @@ def test_a_training_step_is_algorithm_1(clip_grad):
     tau = torch.tensor(0.8)
     values = attg_mae.train_step(ours, optimizer, scaler, halves, tau, cfg)
 
-    mean, std = torch.tensor(cfg.mean), torch.tensor(cfg.std)
-    imgs = (image.permute(0, 2, 3, 1) / 255 - mean) / std
-    imgs[::2] = imgs[::2].flip(2)
-    m_norm = maps.clone()
-    m_norm[::2] = m_norm[::2].flip(2)
-    imgs = imgs.permute(0, 3, 1, 2)
+    imgs, m_norm = image / 255, maps.clone()
+    imgs = (imgs - torch.tensor(cfg.mean).view(3, 1, 1)) / cfg.std[0]
+    imgs[::2], m_norm[::2] = imgs[::2].flip(3), m_norm[::2].flip(2)
     _, pred, mask = theirs(imgs, noise=noise)
     patches = imgs.reshape(4, 3, 4, 4, 4, 4).permute(0, 2, 4, 3, 5, 1)
-    patches = patches.reshape(4, 16, 48)
-    loss = equations(pred, patches, mask, m_norm.flatten(1), 0.8)
-    mse = equations(pred, patches, mask, 0 * m_norm.flatten(1), 0.8)
+    patches, m_norm = patches.reshape(4, 16, 48), m_norm.flatten(1)
+    loss = equations(pred, patches, mask, m_norm, 0.8)
+    mse = equations(pred, patches, mask, 0 * m_norm, 0.8)
     loss.backward()
     trained = [p for p in theirs.parameters() if p.requires_grad]
     norm = torch.cat([p.grad.flatten() for p in trained]).norm()

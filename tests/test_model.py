@@ -29,22 +29,7 @@ from tests.helpers import (
 )
 
 
-def test_last_qkv_equals_timm():
-    """Queries, keys and values of the last block."""
-    model = shake(attg_mae.MAE(attg_mae.Config(in_chans=4)))
-    ref = timm_model(128, 4, 4, patch_size=4, in_chans=4)
-    ref.load_state_dict(encoder_only(model.state_dict()))  # strict
-    seen, imgs = [], randn(3, 4, 32, 32)
-    hook = ref.blocks[-1].attn.qkv.register_forward_hook
-    hook(lambda module, args, out: seen.append(out))
-    assert close(model.forward_features(imgs), ref.forward_features(imgs), 1e-5)
-    # timm's order: q, k, v, then heads
-    qkv = seen[0].reshape(3, 65, 3, 4, 32).permute(2, 0, 3, 1, 4)
-    for x, want in zip(model.last_qkv(imgs), qkv, strict=True):
-        assert close(x, want, 1e-5) and not close(x.roll(1, 2), want, 1e-1)
-
-
-def test_positions_of_a_grid_that_is_not_square():
+def test_positions_of_any_grid():
     """Those of the same rows and columns in a square, which are compared in test_attg.py."""
     square = attg_mae.sincos_table(64, (9, 9))[1:].view(9, 9, 64)
     for rows, columns in ((5, 2), (1, 9)):
@@ -151,20 +136,19 @@ def test_model_compiles_once_for_all_tau():
         assert not close(got, model(imgs, attn, tau + 0.01, noise=noise)[0], 1e-6)
 
 
-def test_loss_ignores_predictions_of_visible_patches():
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_loss_ignores_predictions_of_visible_patches(bad):
     """Loss, mse and gradient are those of finite predictions."""
-    pred, patches = randn(2, 6, 12).requires_grad_(), randn(2, 6, 12, seed=1)
-    mask, weight = (rand(2, 6, seed=2) < 0.6).float(), 1 + rand(2, 6, seed=3)
-    want, want_mse = attg_mae.masked_loss(pred, patches, mask, weight)
-    want.backward()
-    for bad in (math.nan, math.inf):
-        spoilt = pred.detach().masked_fill(mask[..., None] == 0, bad).requires_grad_()
-        loss, mse = attg_mae.masked_loss(spoilt, patches, mask, weight)
-        loss.backward()
-        assert loss.equal(want) and mse.equal(want_mse)
-        assert spoilt.grad.equal(pred.grad) and pred.grad.any()
-        bad = attg_mae.masked_loss(torch.full_like(pred, bad), patches, mask, weight)
-        assert not torch.stack(bad).isfinite().any()
+    pred, patches, weight = randn(2, 6, 12), randn(2, 6, 12, seed=1), 1 + rand(2, 6)
+    mask, results = (rand(2, 6, seed=2) < 0.6).float(), []
+    for x in (pred, pred.masked_fill(mask[..., None] == 0, bad)):
+        leaf = x.clone().requires_grad_()
+        loss, mse = attg_mae.masked_loss(leaf, patches, mask, weight)
+        results.append([loss, mse, *torch.autograd.grad(loss, leaf)])
+    assert all(x.any() and x.equal(y) for x, y in zip(*results, strict=True))
+    # Of hidden patches they are not hidden.
+    loss, mse = attg_mae.masked_loss(0 * pred + bad, patches, mask, weight)
+    assert not loss.isfinite() and not mse.isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
