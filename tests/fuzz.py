@@ -55,9 +55,8 @@ def damage(content, rng):
     at, length = rng.randrange(max(1, len(content))), rng.choice((1, 4, 64, 512))
     head, part, tail = content[:at], content[at : at + length], content[at + length :]
     flipped = bytes(x ^ 1 << rng.randrange(8) for x in part[:1]) + part[1:]
-    middles = flipped, b"", bytes(len(part)), part + part, rng.randbytes(len(part))
-    added = content + rng.randbytes(length)
-    return rng.choice((head, added, *[head + x + tail for x in middles]))
+    middle = rng.choice((flipped, b"", bytes(len(part)), rng.randbytes(len(part))))
+    return rng.choice((head, head + middle + tail, content + rng.randbytes(length)))
 
 
 def png(width, height, depth=8, color=2, row=None, rows=None):
@@ -119,11 +118,10 @@ def damaged_checkpoint(content, rng):
         first, second = moments["exp_avg"], moments["exp_avg_sq"]
         moments |= {"exp_avg": second, "exp_avg_sq": first}
     else:
-        # As in files of other programs and of earlier versions.
-        del parts["checksums"]
+        del parts["checksums"]  # as in files of other programs
     if kind == "moment":
         damaged_parts(moments, rng, values=False)
-    elif kind == "config":
+    if kind == "config":
         key = rng.choice(list(parts["config"]))
         parts["config"][key] = rng.choice((*VALUES, torch.zeros(2)))
     file = io.BytesIO()

@@ -21,13 +21,9 @@ import eval_linear
 from attg.datasets import open_data
 from attg.features import FEATURES
 from attg.images import seed_for
-from tests.helpers import TINY, after_step, last, records, train
+from tests.helpers import TINY, last, records, train
 
 STEPS = 24  # of TINY: 4 epochs of 6
-
-
-def stop():
-    raise KeyboardInterrupt
 
 
 def half_cosine(step, steps, warmup):
@@ -99,7 +95,7 @@ def assert_written_out(out, steps, model):
 
 
 def test_a_run(passes, distributed, labelled, tmp_path, monkeypatch):
-    """Interrupted in mid-epoch, with workers, and on two processes."""
+    """In one process and in two."""
     maps, patch_weights = [], attg_mae.patch_weights
 
     def record(m_norm, *args):
@@ -107,12 +103,8 @@ def test_a_run(passes, distributed, labelled, tmp_path, monkeypatch):
         return patch_weights(m_norm, *args)
 
     monkeypatch.setattr(attg_mae, "patch_weights", record)
-    settings = labelled | {"workers": 2}
-    with after_step(15, stop), pytest.raises(KeyboardInterrupt):
-        train(tmp_path, **settings)
-    assert last(tmp_path)["step"] == 12  # of the last epoch's checkpoint
-    train(tmp_path, **settings)
-    steps, model = written_out(passes[:12] + passes[15:], maps[:12] + maps[15:])
+    train(tmp_path, **labelled)
+    steps, model = written_out(list(passes), list(maps))
     assert_written_out(tmp_path, steps, model)
     assert_written_out(distributed, steps, model)
     with pytest.raises(AssertionError):
@@ -145,22 +137,11 @@ def flags(encoder, labelled):
     return data + "--epochs 4 --batch_size 8".split()
 
 
-def interrupt_and_resume(program, flags, tmp_path):
-    """Results of a run that was interrupted in step 8 of 12, two after it was saved."""
-    flags = [*flags, "--save", str(tmp_path / "w.pt")]
-    with after_step(8, stop), pytest.raises(KeyboardInterrupt):
-        program.main(flags)
-    return program.main(flags)
-
-
 def test_mae_probe(recorded, encoder, flags, labelled, tmp_path):
-    """Weights, statistics and accuracy, of a run that was interrupted."""
-    flags = flags + "--protocol mae --blr 10 --seed 1".split()
-    rows = interrupt_and_resume(eval_linear, flags, tmp_path)
-    # Steps 7 and 8 were made twice.
-    batches = recorded.batches[:6] + recorded.batches[8:]
-    assert len(batches) == 12 and recorded.batches[6][0].equal(batches[6][0])
-
+    """Weights, statistics and accuracy."""
+    flags = [*flags, "--save", str(tmp_path / "w.pt"), "--seed", "1"]
+    rows = eval_linear.main([*flags, "--protocol", "mae", "--blr", "10"])
+    assert len(recorded.batches) == 12
     vit = attg_mae.load_encoder(encoder)
     weights = torch.load(tmp_path / "w.pt")["model"]
     tests = open_data(labelled["data"], "test", 32)
@@ -175,7 +156,7 @@ def test_mae_probe(recorded, encoder, flags, labelled, tmp_path):
             {name: recorded.start[prefix + name] for name in ("weight", "bias")}
         )
         sgd = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9)
-        for step, (batch, labels) in enumerate(batches):
+        for step, (batch, labels) in enumerate(recorded.batches):
             logits = head(features_of(vit, batch)[number])
             F.cross_entropy(logits, labels).backward()
             # LARS: the step of a matrix is 0.001 of its norm.
@@ -201,8 +182,8 @@ def test_mae_probe(recorded, encoder, flags, labelled, tmp_path):
     assert any(others)
 
 
-def test_fine_tuning(recorded, flags, tmp_path, monkeypatch):
-    """Random numbers, learning rates and smoothed labels of a run that was interrupted."""
+def test_fine_tuning(recorded, flags, monkeypatch):
+    """Random numbers, learning rates and smoothed labels."""
     draws, rates, gradients = [], [], []
 
     def draw(imgs, labels, classes):
@@ -218,16 +199,14 @@ def test_fine_tuning(recorded, flags, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_finetune, "mix", draw)
     hook = register_optimizer_step_pre_hook(note)
     flags = flags + "--accum 2 --min_lr 1e-4 --blr 0.05".split()
-    interrupt_and_resume(eval_finetune, flags, tmp_path)
+    eval_finetune.main(flags)
     hook.remove()
-    # 8 steps, then from the seventh of 12 on: two draws each, the same again on resume.
-    assert len(draws) == 16 + 12 and draws[12:16] == draws[16:20]
     eval_finetune.main([*flags, "--seed", "1"])
-    assert len(set(draws)) == 24 + 24
+    assert len(set(draws)) == 2 * 12 * 2  # of each seed, step and micro-batch
 
     # Half a cosine down to min_lr, times the scale of embeddings, block and head.
-    assert len(rates) == 14
-    for step, got in enumerate(rates[:6] + rates[8:]):
+    assert len(rates) == 12
+    for step, got in enumerate(rates):
         lr = 1e-4 + (0.05 * 8 / 256 - 1e-4) * half_cosine(step, 12, 0.8 * 3)
         want = {0.65**2: 0.65**2 * lr, 0.65: 0.65 * lr, 1.0: lr}
         assert got == pytest.approx(want, rel=1e-6)
