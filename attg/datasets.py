@@ -6,12 +6,9 @@ Data sets: everything that --data accepts, as indexed samples of 8-bit images.
     sample = train[index]           # the evaluation view: whole image or center crop
     image, label, index, box, flip = sample
 
-docs/data.md lists the values of --data.
-
 Loader workers decode and crop in 8 bits. A Sample carries the box and the flip of its
-crop: the device normalizes and flips the image, and crops its attention map alike.
-Random draws are functions of (seed, epoch, index), so resuming, or another number of
-workers, changes nothing. EXIF rotation is ignored, as it is when maps are made.
+crop: the device normalizes and flips the image, and crops its attention map alike. EXIF
+rotation is ignored, as it is when maps are made.
 """
 
 import contextlib
@@ -29,14 +26,7 @@ from torch.utils.data import ConcatDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from attg.distributed import broadcast_from_rank0
-from attg.images import (
-    MAX_PIXELS,
-    MODES,
-    ImageData,
-    check_pair,
-    generator_for,
-    train_view,
-)
+from attg.images import MAX_PIXELS, MODES, ImageData, generator_for
 from attg.toy import TOY_CLASSES, toy
 
 # -- Opening a data set ----------------------------------------------------------------
@@ -90,14 +80,8 @@ def open_data(
         source = open_path(path, split, classes)
     if source is None:
         return None
-    return ImageData(
-        *source,
-        size=(size, size) if isinstance(size, int) else tuple(size),
-        augment=train_view if augment is True else augment,
-        seed=seed,
-        channels=channels,
-        max_pixels=max_pixels,
-    )
+    view = {"augment": augment, "seed": seed, "channels": channels}
+    return ImageData(*source, size=size, max_pixels=max_pixels, **view)
 
 
 # The functions below return the first fields of ImageData, or None without such a split.
@@ -109,40 +93,30 @@ def open_python(data, split):
     if split not in sources and split != "train":
         return None
     source = sources[split]
-    label = 0
-    # An unreadable image will be replaced.
-    with contextlib.suppress(OSError):
-        label = check_pair(source[0])[1]
     labels, classes = (getattr(source, x, None) for x in ("targets", "classes"))
     if labels is not None:
         labels = [-1 if label is None else int(label) for label in labels]
-    num_classes = None
-    if classes is not None:
-        num_classes = len(classes)
-    elif labels is None and label < 0:
-        num_classes = 0
     names = [f"data/{split}/{i:06d}" for i in range(len(source))]
-    return source, names, labels, num_classes
+    return source, names, labels, None if classes is None else len(classes)
 
 
-# Class in torchvision.datasets, number of classes, folder below the root; then the
-# second argument of the class: for each part of the training split, and for the test
-# split.
+# Class in torchvision.datasets, number of classes; then the second argument of the class:
+# for each part of the training split, and for the test split.
 TORCHVISION = {
-    "cifar10": ("CIFAR10", 10, "cifar-10-batches-py", [True], False),
-    "cifar100": ("CIFAR100", 100, "cifar-100-python", [True], False),
-    "flowers102": ("Flowers102", 102, "flowers-102", ["train", "val"], "test"),
-    "dtd": ("DTD", 47, "dtd", ["train"], "test"),
-    "pets": ("OxfordIIITPet", 37, "oxford-iiit-pet", ["trainval"], "test"),
-    "stl10": ("STL10", 10, "stl10_binary", ["train+unlabeled"], "test"),
-    "imagenette": ("Imagenette", 10, "imagenette2", ["train"], "val"),
-    "stanford_cars": ("StanfordCars", 196, "stanford_cars", ["train"], "test"),
+    "cifar10": ("CIFAR10", 10, [True], False),
+    "cifar100": ("CIFAR100", 100, [True], False),
+    "flowers102": ("Flowers102", 102, ["train", "val"], "test"),
+    "dtd": ("DTD", 47, ["train"], "test"),
+    "pets": ("OxfordIIITPet", 37, ["trainval"], "test"),
+    "stl10": ("STL10", 10, ["train+unlabeled"], "test"),
+    "imagenette": ("Imagenette", 10, ["train"], "val"),
+    "stanford_cars": ("StanfordCars", 196, ["train"], "test"),
 }
 
 
 def open_torchvision(name, split):
     """A data set of torchvision, downloaded if it is missing."""
-    kind, num_classes, folder, train_parts, test_part = TORCHVISION[name]
+    kind, num_classes, train_parts, test_part = TORCHVISION[name]
     root = os.path.expanduser(os.environ.get("ATTG_DATA") or "~/.cache/attg_mae")
     parts = {"train": train_parts, "test": [test_part]}.get(split)
     if parts is None:
@@ -165,9 +139,8 @@ def open_torchvision(name, split):
     # No network, a full disk, a broken archive, scipy missing for MATLAB files.
     except Exception as error:
         raise ValueError(
-            f"--data {name}: not opened from {root} and not downloaded ({error!r}); put "
-            f"the files of torchvision.datasets.{kind} into {root}/{folder}, or set "
-            f"ATTG_DATA to the folder that contains {folder}"
+            f"--data {name}: not downloaded ({error!r}); put what torchvision.datasets."
+            f"{kind} needs into {root}, or set ATTG_DATA to another folder"
         ) from error
     names = [f"{name}/{split}/{i:06d}" for i in range(len(pairs))]
     return pairs, names, None, num_classes
@@ -199,12 +172,10 @@ def open_path(path, split, classes):
     elif split == "test":
         candidates = [path / "val", path / "test"] if train != path else []
     folder = next(filter(Path.is_dir, candidates), None)
-    if folder is None and split != "test":
-        raise ValueError(
-            f"split {split!r} of --data {path}: must be train, test or a folder"
-        )
     if folder is None:
-        return None
+        if split == "test":
+            return None
+        raise ValueError(f"split {split!r} of --data {path}: no such folder")
     found = find_images(path, train, folder, classes)
     names = [name for below in found.values() for name in below]
     labels = np.repeat(np.arange(len(found)), [len(below) for below in found.values()])
@@ -302,10 +273,9 @@ def walk_images(root, classes):
 
 
 def resolve_dataset(data, name):
-    """The first argument of open_data: a data set passed from Python, if any, or `name`.
+    """The first argument of open_data: a data set passed from Python, or `name`.
 
-    ValueError if such a data set is named toy, the default: run folders and results are
-    identified by the name.
+    ValueError if it has the default name, toy, which would mix up run folders and results.
     """
     if data is not None and name == "toy":
         raise ValueError(
@@ -357,23 +327,17 @@ def shot_indices(labels, shots, seed):
 
     shots: images per class if an int, a fraction (at least one image) if a float. A
     class that has fewer gives all it has. The draw depends on labels, shots and seed
-    alone; fewer shots are a subset of more. ValueError for less than one shot, and for
-    a class without images.
+    alone; fewer shots are a subset of more. ValueError for a class without images.
     """
-    counts = labels[labels >= 0].bincount().tolist()
-    if not shots > 0 or not counts or (isinstance(shots, int) and 0 in counts):
-        empty = [c for c, count in enumerate(counts) if count == 0]
-        raise ValueError(
-            f"--shots {shots} of {len(counts)} classes: must be above 0, and every class "
-            f"needs an image; without one are {empty[:5]}"
-        )
     chosen = []
-    for c, available in enumerate(counts):
-        fraction = isinstance(shots, float)
-        count = max(1, round(shots * available)) if fraction else shots
+    for c in range(int(labels.max()) + 1):
         members = (labels == c).nonzero().flatten()
         # The order is the same for any number of shots.
-        generator = generator_for("shots", seed, c)
-        order = torch.randperm(available, generator=generator)
+        order = torch.randperm(len(members), generator=generator_for("shots", seed, c))
+        count = shots
+        if isinstance(shots, float):
+            count = max(1, round(shots * len(members)))
+        elif len(members) == 0:
+            raise ValueError(f"--shots {shots}: class {c} has no images; add some")
         chosen.append(members[order[:count]])
     return torch.cat(chosen)

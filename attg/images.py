@@ -5,6 +5,7 @@ data sets of them.
 
 import functools
 import hashlib
+import itertools
 import os
 import sys
 from array import array
@@ -191,18 +192,6 @@ class Names(Sequence):
         return os.fsdecode(self.encoded[i])
 
 
-def check_pair(pair):
-    """(PIL image, label, -1 = none) of an item of a data set, or ValueError."""
-    if not isinstance(pair, tuple | list) or not isinstance(pair[0], Image.Image):
-        kinds = [type(x).__name__ for x in pair]
-        raise ValueError(
-            f"data: items are a {type(pair).__name__} of {kinds}; must be (PIL image, "
-            "label), the label an int or None"
-        )
-    image, label = pair
-    return image, -1 if label is None else int(label)
-
-
 class Sample(NamedTuple):
     """One item of a data set. default_collate makes a Sample of batched tensors."""
 
@@ -229,8 +218,8 @@ class ImageData(Dataset):
     root: Path | str = ""  # the folder of the images, if names are names of files
     masks: np.ndarray | None = None  # of toy alone: uint8 (n, h, w), 1 = object
     # See open_data.
-    size: tuple[int, int] = (32, 32)
-    augment: Callable | None = None
+    size: int | tuple[int, int] = 32
+    augment: Callable | bool = False
     seed: int = 0
     channels: int = 3
     max_pixels: int = MAX_PIXELS
@@ -238,6 +227,10 @@ class ImageData(Dataset):
     def __post_init__(self):
         self.num_images = len(self.names)
         self.names = Names(self.names)
+        if isinstance(self.size, int):
+            self.size = self.size, self.size
+        if self.augment is True:
+            self.augment = train_view
         # 1 % may be unreadable, and at least one.
         self.max_unreadable = max(1, self.num_images / 100)
         # Shared memory: what a worker marks, its parent and the other workers see.
@@ -260,24 +253,29 @@ class ImageData(Dataset):
 
     def decode(self, start):
         """(index, 8-bit PIL image, label) of the first readable image from start on."""
-        for step in range(self.num_images):
-            index = (start + step) % self.num_images
+        reason = None
+        for index in itertools.chain(range(start, self.num_images), range(start)):
             try:
                 image, label = self.read(index)
                 return index, to_8_bits(image, MODES[self.channels]), label
             # Decoders raise OSError, SyntaxError, ValueError and others.
             except Exception as error:
+                reason = reason or f"{self.path(index)} ({error})"
                 self.report_unreadable(index, error)
         raise ValueError(
-            f"--data: none of the {self.num_images} images can be decoded, such as "
-            f"{self.path(start)}; repair them or choose another folder"
+            f"--data: none of the {self.num_images} images can be decoded, the first is "
+            f"{reason}; repair them or choose another folder"
         )
 
     def read(self, i):
         """(PIL image of any mode, label) of image i. Raises what its decoder raises."""
-        if self.pairs is not None:
-            return check_pair(self.pairs[i])
-        return load_image(self.path(i), self.max_pixels), int(self.known_labels[i])
+        if self.pairs is None:
+            return load_image(self.path(i), self.max_pixels), int(self.known_labels[i])
+        image, label = self.pairs[i]
+        if not isinstance(image, Image.Image):
+            kind = type(image).__name__
+            raise ValueError(f"is {kind}, items must be (PIL image, label)")
+        return image, -1 if label is None else int(label)
 
     def path(self, i):
         """The path of image i, or its name if it is not a file."""
@@ -292,10 +290,15 @@ class ImageData(Dataset):
                 message = f"unreadable, the next image replaces it: {path} ({error})"
                 print(message, file=sys.stderr, flush=True)
 
-    @property
+    @functools.cached_property
     def labeled(self):
         """Whether there are labels. Single images may still have none, as in stl10."""
-        return self.known_classes != 0
+        if self.known_classes is not None:
+            return self.known_classes > 0
+        try:
+            return self.known_labels is not None or self.read(0)[1] >= 0
+        except Exception:  # unreadable, see decode
+            return True
 
     @functools.cached_property
     def num_classes(self):
