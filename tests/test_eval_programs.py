@@ -80,7 +80,7 @@ ERRORS = {
         ("x --features y", "checkpoint --features leave it out"),
         ("--features x --val y", "--val --features leave it out"),
         ("encoder.pt --val train", "--val train test"),
-        ("encoder.pt --val other/test", "other/test different --classes"),
+        ("encoder.pt --val other/test", "other/test another_class --classes"),
         ("encoder.pt --img_size 30", "--img_size 16 multiple"),
         ("encoder.pt --max_pixels 1919", "none of the 25 --max_pixels 1919"),
     ],
