@@ -113,11 +113,6 @@ def test_weighted_loss_masks_and_grids(seed, grid, chans, ratio):
         check_grad(got, grad / count, 5e-6)
     lowest = torch.ones(2, L).scatter(1, noise.argsort(1)[:, :keep], 0.0)
     assert mask.equal(lowest)
-    # Hidden pixels do not reach the prediction, visible ones do.
-    other = imgs.clone()
-    other[:, :, :4, :4] += 1
-    changed = (model(other, noise=noise)[1] != pred).any(2).any(1)
-    assert changed.equal(mask[:, 0] == 0)
     # An argument wins over the config; without noise the mask is random.
     assert (model(imgs, mask_ratio=1 - 1.5 / L)[2].sum(1) == L - 1).all()
     assert L < 16 or not model(imgs)[2].equal(model(imgs)[2])

@@ -143,10 +143,13 @@ def test_accumulation_breaks_the_same_ties(labelled, passes, tmp_path):
     for accum in (1, 4):
         train(tmp_path / str(accum), **settings, guidance="foreground", accum=accum)
         dropped.append(torch.cat([seen.weight for seen in passes]) == 0)
+        hidden = torch.cat([seen.mask for seen in passes]).bool()
         passes.clear()
     assert dropped[0].equal(dropped[1]) and (dropped[0].sum(1) == 2).all()
     # Each image in each step has ties of its own.
     assert len(dropped[0]) == 24 and len(dropped[0].unique(dim=0)) > 12
+    # The mask noise as ties would drop visible patches only.
+    assert 0.1 < dropped[1][hidden].float().mean() < 0.15
 
 
 # -- Log -------------------------------------------------------------------------------
