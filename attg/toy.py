@@ -1,11 +1,10 @@
 """
 The embedded `toy` set: objects on textured backgrounds, generated in seconds.
 
-    python -m attg.toy --out toy.png      # a sheet of examples
-    python -m attg.toy --pairs DIR        # images of two objects, and their masks
-
     images, masks, labels = toy("train")    # 10,000 images of 32 x 32 pixels
     images, masks, labels = toy("test")     # 2,000, and as many of each variant
+
+    python -m attg.toy --pairs DIR          # 200 images of two objects, and their masks
 
 How an image is made:
     1. The object. Its class determines the silhouette, the texture and, roughly, the
@@ -27,17 +26,15 @@ images look them up at rotated and scaled coordinates, with a table of cosines a
 That is fast, and gives the same bits on every machine.
 """
 
+import argparse
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
-from attg.cli import flag, parse, run_cli
-from attg.figures import save_sheet
+from attg.cli import run_cli
 
 TOY_SEED = 2402
 # Side of an image in pixels, and of a table in cells.
@@ -83,54 +80,55 @@ TOY_CONTRAST = (0.5, 0.9)
 # -- Shapes and patterns ---------------------------------------------------------------
 
 
-def toy_objects(x, y, r, t):
-    """(silhouettes, light parts of the textures) of all classes, as in TOY_CLASSES.
+def toy_shapes(x, y, r, t):
+    """The silhouettes of all classes, as in TOY_CLASSES.
 
     x (right), y (down) and polar r, t: arrays of one shape, as are the results, which
     are bool. All silhouettes lie within r < 1.
     """
-    square = np.maximum(abs(x), abs(y))
-    ball = r < 0.9
-    ball_light = np.sin(3 * t) > 0
-    box = square < 0.8
-    box_light = np.sin(6 * x) * np.sin(6 * y) > 0
+    width, height = abs(x), abs(y)
+    square = np.maximum(width, height)
+    bars = np.minimum(width, height)
     # 0 between two of the five points, 1 at a point.
     point = abs(5 * t / np.pi % 2 - 1)
-    star = r < 0.4 + 0.58 * point**1.3
-    star_light = r < 0.45
-    flower = r < 0.74 + 0.24 * np.cos(6 * t)
-    flower_light = r > 0.36
-    heart = np.hypot(x, 0.15 - 1.15 * y - 0.75 * np.sqrt(abs(x))) < 0.87
-    heart_light = np.sin(9 * x + 0.6) > 0
-    cross = (np.minimum(abs(x), abs(y)) < 0.3) & (square < 0.95)
-    cross_light = np.sin(8 * (x + y)) > 0
-    gear = r < 0.8 + 0.16 * np.sign(np.cos(8 * t))
-    gear_light = abs(r - 0.44) < 0.17
-    leaf = abs(y) < 0.55 * (1 - x * x)
-    # Veins on both sides of a dark midrib.
-    leaf_light = (abs(y) > 0.09) & (np.sin(11 * (x - abs(y))) > -0.5)
+    middle = 0.15 - 1.15 * y - 0.75 * np.sqrt(width)
+    teeth = np.sign(np.cos(8 * t))
     body = np.hypot((x - 0.24) / 0.7, y / 0.5) < 1
-    tail = (abs(x + 0.6) < 0.36) & (abs(y) < -0.75 * x - 0.1)
-    fish = body | tail
-    fish_light = (x < 0.3) & (np.sin(10 * x) < 0.5)
-    clover = r < 0.2 + 0.76 * abs(np.sin(2 * t)) ** 0.6
-    # A dark spot on each of the four leaves.
-    clover_light = np.hypot(abs(x) - 0.45, abs(y) - 0.42) > 0.21
+    tail = (abs(x + 0.6) < 0.36) & (height < -0.75 * x - 0.1)
+    leaves = abs(np.sin(2 * t))
 
-    shapes = (ball, box, star, flower, heart, cross, gear, leaf, fish, clover)
-    lights = (
-        ball_light,
-        box_light,
-        star_light,
-        flower_light,
-        heart_light,
-        cross_light,
-        gear_light,
-        leaf_light,
-        fish_light,
-        clover_light,
-    )
-    return shapes, lights
+    ball = r < 0.9
+    box = square < 0.8
+    star = r < 0.4 + 0.58 * point**1.3
+    flower = r < 0.74 + 0.24 * np.cos(6 * t)
+    heart = np.hypot(x, middle) < 0.87
+    cross = (bars < 0.3) & (square < 0.95)
+    gear = r < 0.8 + 0.16 * teeth
+    leaf = height < 0.55 * (1 - x * x)
+    fish = body | tail
+    clover = r < 0.2 + 0.76 * leaves**0.6
+    return ball, box, star, flower, heart, cross, gear, leaf, fish, clover
+
+
+def toy_lights(x, y, r, t):
+    """The light parts of the objects' textures, like toy_shapes."""
+    width, height = abs(x), abs(y)
+    # Veins on both sides of a dark midrib.
+    veins = np.sin(11 * (x - height)) > -0.5
+    # Distance from a dark spot on each of the four leaves.
+    spot = np.hypot(width - 0.45, height - 0.42)
+
+    ball = np.sin(3 * t) > 0
+    box = np.sin(6 * x) * np.sin(6 * y) > 0
+    star = r < 0.45
+    flower = r > 0.36
+    heart = np.sin(9 * x + 0.6) > 0
+    cross = np.sin(8 * (x + y)) > 0
+    gear = abs(r - 0.44) < 0.17
+    leaf = veins & (height > 0.09)
+    fish = (x < 0.3) & (np.sin(10 * x) < 0.5)
+    clover = spot > 0.21
+    return ball, box, star, flower, heart, cross, gear, leaf, fish, clover
 
 
 def toy_backgrounds(x, y):
@@ -140,21 +138,26 @@ def toy_backgrounds(x, y):
     both directions.
     """
     wave = 2 * np.pi
-    stripes = np.sin(2 * wave * x)
-    checks = np.sin(wave * x) * np.sin(wave * y)
+    wave_x = np.sin(wave * x)
+    wave_y = np.sin(wave * y)
+    # From -0.5 to 0.5, twice in a period.
+    saw_x = 2 * x % 1 - 0.5
+    saw_y = 2 * y % 1 - 0.5
     # Two rows of bricks, one shifted by half a brick; the mortar is below 0.
     along = (x + (y > 0.5) / 2) % 1
+    bent = np.sin(wave * (x + y) + 2 * wave_y)
+
+    stripes = np.sin(2 * wave * x)
+    checks = wave_x * wave_y
     bricks = np.minimum(2 * y % 1, 1.6 * along) - 0.22
-    dots = np.hypot(2 * x % 1 - 0.5, 2 * y % 1 - 0.5) - 0.26
-    zigzag = (2 * y + 2 * abs(2 * x % 1 - 0.5)) % 1 - 0.5
-    waves = np.sin(2 * wave * y + 2 * np.sin(wave * x))
+    dots = np.hypot(saw_x, saw_y) - 0.26
+    zigzag = (2 * y + 2 * abs(saw_x)) % 1 - 0.5
+    waves = np.sin(2 * wave * y + 2 * wave_x)
     # The only pattern with a third tone: 0, where the bands do not agree.
     plaid = np.sign(x - 0.5) + np.sign(y - 0.5)
     rings = np.sin(5 * wave * np.hypot(x - 0.5, y - 0.5))
-    mesh = 0.93 - np.maximum(abs(np.sin(wave * x)), abs(np.sin(wave * y)))
-    bent = np.sin(wave * (x + y) + 2 * np.sin(wave * y))
+    mesh = 0.93 - np.maximum(abs(wave_x), abs(wave_y))
     blots = bent + np.sin(wave * (2 * x - y))
-
     return stripes, checks, bricks, dots, zigzag, waves, plaid, rings, mesh, blots
 
 
@@ -178,7 +181,9 @@ def toy_tables():
     tiles = (np.sign(np.stack(toy_backgrounds(x, y))) + 1) / 2
 
     x, y = 2 * x - 1, 2 * y - 1
-    shapes, lights = map(np.stack, toy_objects(x, y, np.hypot(x, y), np.arctan2(y, x)))
+    polar = np.hypot(x, y), np.arctan2(y, x)
+    shapes = np.stack(toy_shapes(x, y, *polar))
+    lights = np.stack(toy_lights(x, y, *polar))
     # Coordinates outside the table are clamped to its border, where no object may be.
     shapes[:, [0, -1], :] = False
     shapes[:, :, [0, -1]] = False
@@ -192,7 +197,8 @@ def soften(table):
     """Box blur of 3 x 3 cells against aliasing, rounded to 8 bits: (10, 64, 64)."""
     table = table.astype(float)
     for axis in (1, 2):
-        before, after = np.roll(table, -1, axis), np.roll(table, 1, axis)
+        before = np.roll(table, -1, axis)
+        after = np.roll(table, 1, axis)
         table = (before + table + after) / 3
     return np.round(table * 255) / 255
 
@@ -245,9 +251,10 @@ def render_objects(labels, numbers):
     inside = (radius, TOY_SIZE - radius)
     cx, cy = between(inside, right), between(inside, down)
     x, y = toy_coordinates(cx, cy, turn, radius)
-    column = np.clip((x + 1) * TABLE / 2, 0, TABLE - 1).astype(int)
-    row = np.clip((y + 1) * TABLE / 2, 0, TABLE - 1).astype(int)
-    cells = (labels[:, None, None], row, column)
+    column = (x + 1) * TABLE / 2
+    row = (y + 1) * TABLE / 2
+    cells = np.clip([row, column], 0, TABLE - 1).astype(int)
+    cells = (labels[:, None, None], *cells)
 
     hue = labels / len(TOY_CLASSES) + TOY_HUE_JITTER * (2 * jitter - 1)
     bright = between(TOY_LIGHT, light)
@@ -311,19 +318,18 @@ def toy(split):
     """
     splits = ("train", "test", *TOY_VARIANTS)
     if split not in splits:
-        raise ValueError(
-            f"split {split!r} of --data toy: must be one of {', '.join(splits)}"
-        )
+        raise ValueError(f"split {split!r} of --data toy: choose from {splits}")
     stream = splits.index(split)
     n = 10_000 if split == "train" else 2_000
     classes = len(TOY_CLASSES)
     labels = np.arange(n) % classes
 
     # The variants share the objects of the test split, but not the backgrounds.
-    p = np.random.default_rng([TOY_SEED, 0, min(stream, 1)]).random((n, 6))
-    q = np.random.default_rng([TOY_SEED, 1, stream]).random((n, 13))
+    for_objects = np.random.default_rng([TOY_SEED, 0, min(stream, 1)])
+    for_backgrounds = np.random.default_rng([TOY_SEED, 1, stream])
+    p = for_objects.random((n, 6))
+    q = for_backgrounds.random((n, 13))
     any_class, own = q[:, 11], q[:, 12]
-
     other = (any_class * classes).astype(int)
     usual = np.where(own < TOY_OWN_BACKGROUND, labels, other)
     family = {
@@ -334,11 +340,10 @@ def toy(split):
     }.get(split, usual)
 
     images, masks = [], []
-    for i in range(0, n, CHUNK):
-        chunk = slice(i, i + CHUNK)
-        drawn, shapes = toy_render(labels[chunk], family[chunk], p[chunk], q[chunk])
-        images.append(drawn)
-        masks.append(shapes)
+    for chunk in np.split(np.arange(n), n // CHUNK):
+        drawn = toy_render(labels[chunk], family[chunk], p[chunk], q[chunk])
+        images.append(drawn[0])
+        masks.append(drawn[1])
     return np.concatenate(images), np.concatenate(masks), labels
 
 
@@ -374,58 +379,18 @@ def toy_pairs(n):
 # -- Command line ----------------------------------------------------------------------
 
 
-def save_pairs(folder, n):
-    """Write toy_pairs(n) as folder/images/NUMBER.png and folder/masks/NUMBER.png."""
-    images, masks = toy_pairs(n)
-    both = masks.max(axis=1) * np.uint8(255)
-    for name, arrays in (("images", images), ("masks", both)):
-        Path(folder, name).mkdir(parents=True, exist_ok=True)
-        for i in range(n):
-            Image.fromarray(arrays[i]).save(Path(folder, name, f"{i:04d}.png"))
-
-
-def toy_sheet(path, pairs=5):
-    """Write a sheet with a row for each class.
-
-    Columns: `pairs` training images with their masks, a test image, its variants.
-    """
-    classes = len(TOY_CLASSES)
-    images, masks, _ = toy("train")
-    columns = []
-    for pair in range(pairs):
-        # Labels cycle through the classes, so this is one image of each.
-        rows = slice(pair * classes, (pair + 1) * classes)
-        gray = np.repeat(masks[rows][..., None] * np.uint8(255), 3, axis=3)
-        columns += [("train", images[rows]), ("mask", gray)]
-    for split in ("test", *TOY_VARIANTS):
-        columns.append((split, toy(split)[0][:classes]))
-
-    sheet = [
-        (title, torch.from_numpy(x).permute(0, 3, 1, 2) / 255) for title, x in columns
-    ]
-    save_sheet(path, sheet, TOY_CLASSES)
-
-
-@dataclass(kw_only=True)
-class Settings:
-    out: str = flag("toy.png", "sheet of examples to write")
-    pairs: str | None = flag(
-        None, "write 200 images of two objects, and masks, to this folder instead"
-    )
-
-
 def main(argv=None):
-    prog = "python -m attg.toy"
-    settings = parse(Settings, "Draw examples of the toy set.", argv, prog)
-    if settings.pairs:
-        save_pairs(settings.pairs, 200)
-        print(f"200 images of two objects, and their masks: {settings.pairs}")
-        return
-    out = Path(settings.out)
-    if out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out {out}: must end in an image suffix, such as toy.png")
-    toy_sheet(out)
-    print(f"sheet written to {out.resolve()}")
+    """Write toy_pairs(200) as FOLDER/images/NUMBER.png and FOLDER/masks/NUMBER.png."""
+    parser = argparse.ArgumentParser(prog="python -m attg.toy")
+    help = "folder for 200 images of two objects, and their masks"
+    parser.add_argument("--pairs", type=Path, required=True, help=help)
+    folder = parser.parse_args(argv).pairs
+    images, masks = toy_pairs(200)
+    for name, arrays in (("images", images), ("masks", 255 * masks.max(axis=1))):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i, array in enumerate(arrays):
+            Image.fromarray(array).save(folder / name / f"{i:04d}.png")
+    print(f"200 images of two objects, and their masks: {folder}")
 
 
 if __name__ == "__main__":

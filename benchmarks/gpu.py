@@ -3,11 +3,10 @@
 the most important first, until the time is up.
 
 Each is a command in a process of its own, so one that crashes or hangs costs its own
-results only. OUT/gpu.jsonl records how each ended, OUT/NAME.log holds its output, and
-tables go to OUT/NAME. The same command continues with what has not ended well.
+results only. OUT/NAME.log holds its output, renamed to NAME.txt when it has ended well.
+The same command continues with what has not.
 """
 
-import json
 import subprocess
 import sys
 import time
@@ -17,69 +16,46 @@ ROOT = Path(__file__).parent.parent
 
 
 def commands(settings):
-    """{name: command} in order of importance; the first word is a Python script or -m."""
-
-    def bench(name, *flags):
-        return ["bench.py", name, *flags]
-
+    """{name: arguments of Python} in order of importance."""
+    runs = Path(settings.out, "runs")
     peers = ["--mae_repo", settings.mae_repo] if settings.mae_repo else []
+    step = ["bench.py", "step", "--precision", "bf16", *peers, "--models", "vit_base"]
     train = ["attg_mae.py", "--log_every", 1, "--epochs", 1, "--out"]
-    runs = settings.out / "runs"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    large = ["--model", "vit_large", "--batch_size", 1024, "--accum", "auto"]
-    kernel = ["--dtypes", "bfloat16", "--batches", 256]
-    p16 = ["--shapes", "ViT-B/L 16", "--images", "float32", "bfloat16", "uint8"]
+    large = ["--model", "vit_large", "--batch_size", 1024, "--accum", 4]
     return {
         "tests": ["-m", "pytest", "-q", "tests/test_kernel.py", "tests/test_loss.py"],
-        "kernel": bench("kernel", *kernel, *p16),
-        "step": bench("step", "--dtypes", "bfloat16", *peers),
+        "kernel": ["bench.py", "kernel", "--batch_size", 256],
+        "step": [*step, "vit_large"],
         "headline": [*torchrun, *train, runs / "headline", *large],
-        "step-compiled": bench("step", "--compile", "--models", "vit_base", *peers),
-        "maps": bench("maps"),
-        "knn": bench("knn"),
-        "data": bench("data", "--workers", 0, 8),
-        "kernel-shapes": bench("kernel", "--batches", 256),
-        "kernel-batches": bench("kernel", *p16[:2], "--dtypes", "bfloat16"),
+        "step-compiled": [*step, "--compile"],
+        "maps": ["bench.py", "maps"],
+        "knn": ["bench.py", "knn"],
+        "data": ["bench.py", "data", "--data", settings.data],
         "fp16": [*train, runs / "fp16", "--precision", "fp16"],
         "compiled": [*train, runs / "compiled", "--compile"],
     }
 
 
-def finished(path):
-    """Names of the commands that ended well, from the records in a file."""
-    if not path.exists():
-        return set()
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {record["name"] for record in records if record["code"] == 0}
-
-
 def run(settings):
-    """Run the commands until the time is up. Returns the records of this call."""
+    """Run the commands until the time is up. Returns {name: how it ended}."""
     end = time.monotonic() + 60 * settings.minutes
-    path = settings.out / "gpu.jsonl"
-    done, records = finished(path), []
+    out, codes = Path(settings.out), {}
+    out.mkdir(parents=True, exist_ok=True)
     for name, command in commands(settings).items():
         seconds = end - time.monotonic()
-        if name in done or seconds <= 0:
+        log = out / f"{name}.log"
+        if log.with_suffix(".txt").exists() or seconds <= 0:
             continue
-        if command[0] == "bench.py":
-            command = [*command, "--out", settings.out / name]
-        if settings.device and command[0] != "-m":
-            command = [*command, "--device", settings.device]
+        print("$ python", *command, flush=True)
         command = [sys.executable, *map(str, command)]
-        print("$", *command, flush=True)
-        began = time.monotonic()
-        with open(settings.out / f"{name}.log", "w") as log:
+        with open(log, "w") as file:
+            options = {"stdout": file, "stderr": file, "timeout": seconds}
             try:
-                result = subprocess.run(
-                    command, cwd=ROOT, stdout=log, stderr=log, timeout=seconds
-                )
-                code = result.returncode
+                codes[name] = subprocess.run(command, cwd=ROOT, **options).returncode
             except subprocess.TimeoutExpired:
-                code = "time is up"
-        record = {"name": name, "code": code, "s": round(time.monotonic() - began, 1)}
-        records.append(record)
-        print(record, flush=True)
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-    return records
+                codes[name] = "time is up"
+        print(f"exit code: {codes[name]}", flush=True)
+        if codes[name] == 0:
+            log.rename(log.with_suffix(".txt"))
+    return codes

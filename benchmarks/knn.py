@@ -10,82 +10,69 @@ import torch
 import torch.nn.functional as F
 
 from attg.features import knn_classify
-from benchmarks.measure import (
-    machine,
-    nothing,
-    peak_memory,
-    percentiles,
-    table,
-    take_turns,
-)
+from benchmarks.measure import compare, peak_memory, take_turns
+
+# Images in the bank, queries, width: ImageNet's with a ViT-L, and a tenth of these.
+SIZES = {"cuda": (1_281_167, 50_000, 1024), "cpu": (128_117, 5_000, 102)}
+K, CLASSES = 20, 1000
 
 
-def knn_one_hot(bank, labels, queries, k, num_classes, chunks=100):
-    """k-NN as it is usually written: a vote through a one-hot (b, k, C), in chunks."""
+def ours(bank, labels, queries):
+    return knn_classify(bank, labels, queries, K, num_classes=CLASSES)[:, 0]
+
+
+def one_hot(bank, labels, queries, chunks=100):
+    """k-NN as it is usually written: a vote through a one-hot (q, K, C), in chunks."""
     bank = F.normalize(bank, dim=1).T
     guesses = []
     for x in F.normalize(queries, dim=1).chunk(chunks):
-        similarity, ids = (x @ bank).topk(k, dim=1)
-        one_hot = F.one_hot(labels[ids], num_classes)  # (b, k, C)
-        votes = one_hot * (similarity / 0.07).exp()[..., None]
-        guesses.append(votes.sum(dim=1).topk(5).indices)
+        similarity, ids = (x @ bank).topk(K, dim=1)
+        weights = (similarity / 0.07).exp()
+        classes = F.one_hot(labels[ids], CLASSES)
+        votes = (classes * weights[..., None]).sum(dim=1)
+        guesses.append(votes.argmax(dim=1))
     return torch.cat(guesses)
 
 
-def knn_sklearn(bank, labels, queries, k):
-    """scikit-learn's classifier; returns the best class (q, 1)."""
+def scikit_learn(bank, labels, queries):
     from sklearn.neighbors import KNeighborsClassifier
 
     def votes(distances):
         return np.exp((1 - distances) / 0.07)
 
-    peer = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=votes)
-    guesses = peer.fit(bank.numpy(), labels.numpy()).predict(queries.numpy())
-    return torch.from_numpy(guesses)[:, None]
+    peer = KNeighborsClassifier(K, metric="cosine", algorithm="brute", weights=votes)
+    peer.fit(bank.numpy(), labels.numpy())
+    guesses = peer.predict(queries.numpy())
+    return torch.from_numpy(guesses)
 
 
-def noisy_copies(points, count, device, seed):
+def noisy_copies(points, count, generator):
     """Features (count, width) around points (C, width) in turn, and their labels."""
-    generator = torch.Generator(device).manual_seed(seed)
-    labels = torch.arange(count, device=device) % len(points)
-    x = torch.randn(count, points.shape[1], generator=generator, device=device)
+    labels = torch.arange(count, device=points.device) % len(points)
     # In place: a bank of ImageNet's size takes 5 GB.
-    return x.mul_(1.5).add_(points[labels]), labels
+    x = torch.empty(count, points.shape[1], device=points.device)
+    x.normal_(0, 1.5, generator=generator)
+    x.add_(points[labels])
+    return x, labels
 
 
-def run(args, device, out):
-    """Measure seconds, and peak memory on a GPU, for noisy copies of 1,000 points."""
-    large = (
-        (1_281_167, 50_000, 1024) if device.type == "cuda" else (128_117, 5_000, 102)
-    )
-    n, q, width = args.knn or large
-    classes, k = min(1000, n), 20
-    points, _ = noisy_copies(torch.zeros(1, width, device=device), classes, device, 0)
-    bank, labels = noisy_copies(points / 1.5, n, device, 1)
-    x, truth = noisy_copies(points / 1.5, q, device, 2)
-    calls = {
-        "knn_classify": partial(knn_classify, bank, labels, x, k, num_classes=classes),
-        "one-hot": partial(knn_one_hot, bank, labels, x, k, classes),
-    }
+def run(settings, device):
+    """Rows: time and accuracy of each implementation, for noisy copies of 1,000 points."""
+    n, q, width = SIZES[device.type]
+    generator = torch.Generator(device).manual_seed(0)
+    points = torch.empty(CLASSES, width, device=device).normal_(generator=generator)
+    bank, labels = noisy_copies(points, n, generator)
+    queries, truth = noisy_copies(points, q, generator)
+    functions = {"knn_classify": ours, "one-hot": one_hot}
     if device.type == "cpu" and find_spec("sklearn"):
-        calls["scikit-learn"] = partial(knn_sklearn, bank, labels, x, k)
-
-    memory, correct = {}, {}
-    for name, call in calls.items():
-        memory[name] = peak_memory(call, device)
-        correct[name] = 100 * (call()[:, 0] == truth).double().mean().item()
-    turns = {name: (nothing, lambda _, c=call: c()) for name, call in calls.items()}
-    times = take_turns(turns, device, min(args.repeats, 5))
-    base, rows = percentiles(times["knn_classify"])[0], []
-    for name, seconds in times.items():
-        median, p20, p80 = percentiles(seconds)
-        row = {"k-NN": name, "bank": n, "queries": q, "width": width, "k": k}
-        row |= {
-            "classes": classes,
-            "s": median / 1e3,
-            "p20": p20 / 1e3,
-            "p80": p80 / 1e3,
-        }
-        row |= {"x knn_classify": median / base, "top-1 %": correct[name]}
-        rows.append(row | memory[name])
-    table(rows, out, "knn", machine(device))
+        functions["scikit-learn"] = scikit_learn
+    calls = {}
+    for name, function in functions.items():
+        calls[name] = partial(function, bank, labels, queries)
+    times = take_turns(calls, device, min(settings.repeats, 7))
+    for name, columns in compare(times).items():
+        correct = calls[name]() == truth
+        row = {"k-NN": name, "bank": n, "queries": q, "width": width}
+        row |= columns
+        row["top-1 %"] = 100 * correct.double().mean().item()
+        yield row | peak_memory(calls[name], device)
