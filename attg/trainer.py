@@ -25,7 +25,7 @@ from attg.cli import progress
 from attg.datasets import open_data, resolve_dataset
 from attg.distributed import all_reduce_sum, exclusive_run
 from attg.features import knn_accuracy
-from attg.figures import can_draw_curves, save_curves
+from attg.figures import save_curves
 from attg.images import ImageData, generator_for
 from attg.loader import (
     BatchIterator,
@@ -319,8 +319,6 @@ class Trainer:
             save_checkpoint(out / "encoder.pt", model=encoder, config=config)
         run.log.say(f"encoder: {out / 'encoder.pt'}")
         metrics = self.evaluate(run.total_steps)
-        if not can_draw_curves():
-            run.log.say("curves.png is not drawn: pip install matplotlib")
-        elif run.rank == 0:
+        if run.rank == 0:
             save_curves(out / "curves.png", read_log(out / "log.jsonl"))
         return result(run, run.total_steps, **metrics)

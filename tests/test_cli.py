@@ -280,7 +280,6 @@ def test_folders_name_their_flag(tmp_path):
 
 
 SCRIPTS = [ROOT / f"{name}.py" for name in PROGRAMS if name != "attg_mae"]
-SCRIPTS += [ROOT / "docs/idea.py", ROOT / "docs/walkthrough.py"]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=[path.name for path in SCRIPTS])

@@ -8,6 +8,7 @@ import re
 import pytest
 
 import study
+from attg.features import FEATURES
 from tests.helpers import ROOT
 
 RESULTS = ROOT / "results"
@@ -27,14 +28,13 @@ def test_studies_follow_from_their_logs(folder):
     for run in sorted(folder.glob("*-seed*")):
         seed = run.name.rpartition("-seed")[2]
         assert json.loads((run / "config.json").read_text())["seed"] == int(seed)
-        log = (run / "log.txt").read_text()
         command = r"^\$ python attg_mae.py .*--seed (\d+) .*# (\w+)$"
-        logged = re.search(command, log, re.M)
+        logged = re.search(command, (run / "log.txt").read_text(), re.M)
         assert logged[1] == seed
         commits.setdefault(seed, set()).add(logged[2])
         metrics = study.read_metrics(run)
         last = [x for x in study.read_lines(run / "log.jsonl") if "knn" in x][-1]
-        for feature in study.FEATURES:
+        for feature in FEATURES:
             assert abs(metrics["k-NN, k = 20", feature] - last["knn"][feature]) < 0.05
     # Paired runs are of the same commit.
     assert all(len(of_seed) == 1 for of_seed in commits.values())
@@ -54,49 +54,46 @@ def difference(row):
     return f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
 
 
+def assert_line(page, *cells):
+    """A table of the page has a line with these cells."""
+    assert f"| {' | '.join(cells)} |" in page, cells
+
+
 def test_first_table_of_the_readme():
     rows = rows_of_study("imagenette64")
     cells = {"none": [], "cnn-tokencut": [], "difference": []}
     for metric in ("k-NN, k = 20", "linear probe"):
-        for feature in study.FEATURES:
+        for feature in FEATURES:
             for variant in ("none", "cnn-tokencut"):
                 cells[variant].append(mean(rows[variant, metric, feature]))
             guided = rows["cnn-tokencut", metric, feature]
             cells["difference"].append(difference(guided))
-    assert all(f"| {' | '.join(line)} |" in README for line in cells.values())
+    for line in cells.values():
+        assert_line(README, *line)
     guided = [row for row in rows.values() if row["variant"] == "cnn-tokencut"]
     assert {(row["n"], row["pairs"]) for row in guided} == {(5, 5)}
     assert len(guided) == 12 and "5 seeds, top-1" in README
     # As the text says, every interval includes 0.
     assert all(row["low"] < 0 < row["high"] for row in guided)
+
     toy = rows_of_study("toy")
     for variant in ("masks", "none"):
-        both = [mean(toy[variant, "k-NN, k = 20", x]) for x in study.FEATURES]
+        both = [mean(toy[variant, "k-NN, k = 20", x]) for x in FEATURES]
         assert " / ".join(both) in README
-
-
-def cells_of(page, *first):
-    """Cells of the table line of a page that begins with these cells."""
-    for line in page.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if tuple(cells[: len(first)]) == first:
-            return cells[len(first) :]
-    raise AssertionError(first)
 
 
 def test_tables_of_the_study_page():
     rows = rows_of_study("imagenette64")
-    names = {"k-NN, 10 shots": "k-NN, 10 labeled images a class, k = 5"}
+    names = {name: name for name in ("k-NN, k = 5", "k-NN, k = 20", "linear probe")}
+    names["k-NN, 10 shots"] = "k-NN, 10 labeled images a class, k = 5"
     names["transfer, k = 20"] = "k-NN, k = 20, on 12 classes of flowers"
-    for metric in ("k-NN, k = 5", "k-NN, k = 20", "linear probe", *names):
-        for feature in study.FEATURES:
+    for metric, name in names.items():
+        for feature in FEATURES:
+            vanilla = mean(rows["none", metric, feature])
             guided = rows["cnn-tokencut", metric, feature]
-            vanilla = rows["none", metric, feature]
-            cells = cells_of(
-                STUDY, names.get(metric, metric), feature.replace("_", " ")
-            )
-            assert cells == [mean(vanilla), mean(guided), difference(guided)]
-    for feature in study.FEATURES:
+            cells = (feature.replace("_", " "), vanilla, mean(guided))
+            assert_line(STUDY, name, *cells, difference(guided))
+    for feature in FEATURES:
         assert difference(rows["gaussian", "k-NN, k = 20", feature]) in STUDY
 
     rows = rows_of_study("toy")
@@ -106,11 +103,12 @@ def test_tables_of_the_study_page():
     names["gaussian"] = "a centered Gaussian, the control"
     assert {variant for variant, _, _ in rows} == set(names)
     for variant, name in names.items():
-        expected = []
+        line = f"| {name} | 3 |"
         for metric in ("k-NN, k = 20", "linear probe"):
             row = rows[variant, metric, "patch_mean"]
-            expected += [mean(row), difference(row) if variant != "none" else ""]
-        assert cells_of(STUDY, name, str(row["n"])) == expected
+            line += f" {mean(row)} |"
+            line += f" {difference(row)} |" if variant != "none" else " |"
+        assert line in STUDY
 
 
 def test_quick_start_is_that_of_its_log():
@@ -130,51 +128,18 @@ def test_quality_of_maps_is_that_of_the_logs(data, column):
     assert len(published) > 5 and published <= {", ".join(three) for three in logged}
 
 
-def rows_of_evaluations(name):
-    """{(protocol, k or None, test, feature): result}"""
-    rows = {}
+@pytest.mark.parametrize(("name", "column"), [("toy-none", 2), ("toy-masks", 3)])
+def test_table_of_evaluations(name, column):
+    """Its cells, class token / patch mean, are pairs of the logs."""
+    logged = set()
     for record in study.read_lines(RESULTS / "eval" / f"{name}.jsonl"):
+        pairs = {}
         for row in record["results"]:
-            protocol = row["protocol"]
-            if protocol == "finetune":
-                protocol += f" {record['settings']['fraction']}"
-            key = (protocol, row.get("k"), row.get("test", "test"), row["feature"])
-            assert key not in rows
-            rows[key] = row
-    return rows
-
-
-# Line of the table: protocol, k, test set.
-EVALUATIONS = {
-    "k-NN, k = 20": ("k-NN", 20, "test"),
-    "k-NN, 10 labeled images a class, k = 5": ("10 shots", 5, "test"),
-    "linear probe": ("linear", None, "test"),
-    "linear, 10 labeled images a class": ("10 shots", None, "test"),
-    "linear, 50 labeled images a class": ("50 shots", None, "test"),
-    "`--protocol mae` (few epochs)": ("mae", None, "test"),
-    "fine-tuning, 1 % of the labels": ("finetune 0.01", None, "test"),
-    "fine-tuning, 10 %": ("finetune 0.1", None, "test"),
-    "linear, objects on black (`only_fg`)": ("linear", None, "only_fg"),
-    "linear, backgrounds of the class (`mixed_same`)": ("linear", None, "mixed_same"),
-    "linear, random backgrounds (`mixed_rand`)": ("linear", None, "mixed_rand"),
-    "linear, backgrounds of the next class (`mixed_next`)": (
-        "linear",
-        None,
-        "mixed_next",
-    ),
-}
-
-
-def test_table_of_evaluations():
+            spread = f" ± {row['+-']:.1f}" if "+-" in row else ""
+            key = (row["protocol"], row.get("k"), row.get("test"))
+            pairs.setdefault(key, []).append(f"{row['top-1']:.1f}{spread}")
+        logged |= {" / ".join(pair) for pair in pairs.values()}
     page = (RESULTS / "README.md").read_text()
-    runs = [rows_of_evaluations(name) for name in ("toy-none", "toy-masks")]
-    for line, key in EVALUATIONS.items():
-        cells = []
-        for rows in runs:
-            found = [rows.get((*key, feature)) for feature in study.FEATURES]
-            texts = []
-            for row in filter(None, found):
-                spread = f" ± {row['+-']:.1f}" if "+-" in row else ""
-                texts.append(f"{row['top-1']:.1f}{spread}")
-            cells.append(" / ".join(texts))
-        assert f"| {line} | {' | '.join(cells)} |" in page
+    table = page.partition("| class token / mean of patch")[2].partition("\n\n")[0]
+    published = {x.split("|")[column].strip() for x in table.splitlines()[2:]}
+    assert len(published) > 10 and published <= logged

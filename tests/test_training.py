@@ -202,7 +202,7 @@ def test_curves(labelled, whole, tmp_path, monkeypatch, capsys):
     figures.save_curves(tmp_path / "curves.png", rows + tests)
     lines = [line for axes in drawn[0].axes for line in axes.lines]
     want = {k: [(r["step"], r[k]) for r in rows] for k in ("loss", "mse", "lr", "tau")}
-    want["val_mse"] = [(r["step"], r["val_mse"]) for r in tests]
+    want["val mse"] = [(r["step"], r["val_mse"]) for r in tests]
     want["class token"] = [(r["step"], r["knn"]["class_token"]) for r in tests]
     want["patch mean"] = [(r["step"], r["knn"]["patch_mean"]) for r in tests]
     assert {x.get_label(): [*map(tuple, x.get_xydata())] for x in lines} == want
