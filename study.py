@@ -95,7 +95,7 @@ def check_settings(settings):
         raise ValueError(f"{name} after --: set by the study; use the study's flags")
     for variant in settings.variants:
         source, flags = variant_flags(variant)
-        parse(Config, "", [*settings.train, *flags], prog="attg_mae.py")
+        parse(Config, "", [*settings.train, *flags])
         if source not in (*SOURCES, *files):
             raise ValueError(
                 f"--variants {variant}: no such maps; give their file, --maps "

@@ -14,16 +14,11 @@ of the true ones (attg/figures.py).
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 from attg.datasets import open_data
-from attg.figures import (
-    denormalize,
-    evenly_spaced,
-    reconstruct,
-    save_sheet,
-    weight_brightness,
-)
+from attg.figures import denormalize, evenly_spaced, reconstruct, save_sheet
 from attg.images import generator_for
 from attg.maps import open_maps
 from attg_mae import MAE, Config, load_checkpoint, mask_noise, normalize, pool_maps
@@ -55,7 +50,8 @@ def main(vanilla, guided, maps=None, out="assets/idea.png"):
     # One cell per pixel: the map itself, cropped like the image.
     m = pool_maps(maps, sample.box, sample.flip, cfg.size).view(-1, 1, *cfg.size)
     m_norm = pool_maps(maps, sample.box, sample.flip, cfg.grid).view(-1, 1, *cfg.grid)
-    weight = weight_brightness(m_norm, cfg.tau)
+    weight = torch.exp((m_norm - 1) / cfg.tau)  # the largest is white
+    weight = F.interpolate(weight, cfg.size)
     columns = [
         ("image", denormalize(imgs, cfg)),
         ("map M", m.expand(-1, 3, -1, -1)),

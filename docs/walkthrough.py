@@ -130,9 +130,10 @@ def draw(panels, grid, box):
         # Coordinates are patches, whatever the resolution.
         extent = (0, w, h, 0)
         if len(x) == 1:
-            axes.imshow(x.view(grid), "Oranges", vmax=1.5 * x.max(), extent=extent)
+            values = x.view(grid).numpy()
+            axes.imshow(values, "Oranges", vmax=1.5 * values.max(), extent=extent)
         else:
-            axes.imshow(x.clamp(0, 1).movedim(0, -1), extent=extent)
+            axes.imshow(x.clamp(0, 1).movedim(0, -1).numpy(), extent=extent)
         for i in range(h * w if spec else 0):
             text = i if spec == "i" else format(x[0, i].item(), spec)
             axes.text(i % w + 0.5, i // w + 0.5, text, **style)

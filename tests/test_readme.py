@@ -4,7 +4,6 @@ Python, on small models and images.
 """
 
 import importlib
-import pickle
 import re
 import shlex
 from dataclasses import asdict
@@ -26,7 +25,6 @@ from docs import idea, walkthrough
 from tests.helpers import (
     ROOT,
     SMALL,
-    check_grad,
     close,
     encoder_only,
     hf_model,
@@ -35,10 +33,7 @@ from tests.helpers import (
     oracle,
     rand,
     randn,
-    save_small,
     shake,
-    timm_model,
-    train,
     write,
 )
 from tests.test_cli import settings_class
@@ -52,10 +47,8 @@ START = r"(?:^ *|(?:\| |and )`)(?:pip .* && )?(?:python|torchrun (?:--\S+ )*)"
 COMMANDS, SNIPPETS = set(), set()
 for page in PAGES.values():
     joined = re.sub(r"\\\n *", "", page)
-    for program, flags in re.findall(
-        rf"{START} ?({PROGRAMS})\.py([^#`\n]*)", joined, re.M
-    ):
-        COMMANDS.add((program, flags.strip()))
+    for command in re.finditer(rf"{START} ?({PROGRAMS})\.py([^#`\n]*)", joined, re.M):
+        COMMANDS.add((command[1], command[2].strip()))
     SNIPPETS |= set(re.findall(r"```python\n(.*?)```", page, re.S))
 COMMANDS, SNIPPETS = sorted(COMMANDS), sorted(SNIPPETS)
 CHANGES = re.findall(r"```diff\n(.*?)```", PAGES["kernel.md"], re.S)
@@ -65,39 +58,32 @@ DIFFS = dict(zip(("mae", "hf", "lightly"), CHANGES, strict=True))
 # -- The loss in other code bases ------------------------------------------------------
 
 
-def dropped_in(name, parameters, **names):
-    """[(loss, gradients, names)] of the docs' code before the change, and after it with a
-    flat and with a random map.
+def check_drop_in(name, parameters, names, shape, outputs, norm_pix=False):
+    """The docs' change to `name`: with a flat map loss and gradients stay as they were.
+
+    With a random map the loss is the oracle's. names: those of the code. outputs: of its
+    names after it has run -> pred, patches and mask.
     """
-    B, L = names.pop("shape")
-    names |= {"attg_loss": kernel.attg_loss, "normalize_map": kernel.normalize_map}
-    flat, random = torch.full((B, L), 0.3), rand(B, L, seed=9) * 40 - 7
+    flat, random = torch.full(shape, 0.3), rand(*shape, seed=9) * 40 - 7
+    losses, grads = [], []
     for sign, attn in (("-", None), ("+", flat), ("+", random)):
         torch.manual_seed(3)  # Hugging Face draws its mask
         lines = [x[1:].strip() for x in DIFFS[name].splitlines() if x[0] in " " + sign]
         scope = names | {"attn": attn, "tau": 0.9}
+        scope |= {"attg_loss": kernel.attg_loss, "normalize_map": kernel.normalize_map}
         exec("\n".join(lines), scope)
+        losses.append(scope["loss"])
         options = {"retain_graph": True, "allow_unused": True}
-        yield (
-            scope["loss"],
-            torch.autograd.grad(scope["loss"], parameters, **options),
-            scope,
-        )
-
-
-def compare_drop_in(runs, pred, target, mask, norm_pix):
-    """Before = after with a flat map, loss and every gradient; else the loop's loss."""
-    (before, want, _), (after, got, _), (weighted, other, _) = runs
-    assert close(after, before, 1e-5)
-    pairs = zip(got, want, other, strict=True)
-    pairs = [x for x in pairs if x[1] is not None and x[1].abs().max() > 1e-6]
-    assert pairs
-    for a, b, c in pairs:
-        assert close(a, b, 1e-4) and not close(c, b, 1e-2) and not close(0 * a, b, 1e-4)
-    attn = rand(*mask.shape, seed=9) * 40 - 7
-    rows, _, count = oracle(pred, target, mask, attn, tau=0.9, norm_pix=norm_pix)
+        grads.append(torch.autograd.grad(scope["loss"], parameters, **options))
+    before, after, weighted = losses
+    assert close(after, before, 1e-5) and not close(weighted, before, 1e-2)
+    trained = [x for x in zip(*grads, strict=True) if x[0] is not None]
+    trained = [x for x in trained if x[0].abs().max() > 1e-6]
+    assert trained
+    for want, got, other in trained:
+        assert close(got, want, 1e-4) and not close(other, want, 1e-2)
+    rows, _, count = oracle(*outputs(scope), random, tau=0.9, norm_pix=norm_pix)
     assert close(weighted, rows.sum() / count, 1e-5)
-    assert not close(weighted, before, 1e-2)
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -106,10 +92,12 @@ def test_loss_dropped_into_hugging_face(norm_pix):
     model = hf_model("ViTMAEForPreTraining", norm_pix_loss=norm_pix, **sizes)
     imgs = randn(2, 3, 32, 32)
     parameters = [p for p in shake(model).parameters() if p.requires_grad]
+
+    def outputs(scope):
+        return scope["out"].logits, attg_mae.patchify(imgs, 4), scope["out"].mask
+
     names = {"model": model, "pixel_values": imgs}
-    runs = list(dropped_in("hf", parameters, shape=(2, 64), **names))
-    out = runs[2][2]["out"]
-    compare_drop_in(runs, out.logits, attg_mae.patchify(imgs, 4), out.mask, norm_pix)
+    check_drop_in("hf", parameters, names, (2, 64), outputs, norm_pix)
 
 
 def test_loss_dropped_into_lightly(monkeypatch):
@@ -117,31 +105,25 @@ def test_loss_dropped_into_lightly(monkeypatch):
     monkeypatch.setenv("LIGHTLY_DID_VERSION_CHECK", "True")
     pytest.importorskip("lightly")
     from lightly.models import utils
-    from lightly.models.modules import MaskedVisionTransformerTIMM
 
-    imgs = randn(2, 3, 32, 32)
-    encoder = MaskedVisionTransformerTIMM(timm_model(width=32, depth=1, heads=2))
-    keep, hidden = utils.random_token_mask((2, 17), 0.75)
-    decoder = nn.Linear(32, 192)
-    pred = decoder(utils.get_at_index(encoder.encode(imgs, idx_mask=hidden), hidden))
-    names = {"patches": utils.patchify(imgs, 8), "idx_mask": hidden, "x_pred": pred}
+    _, hidden = utils.random_token_mask((2, 17), 0.75)
+    pred = randn(*hidden.shape, 192, seed=3).requires_grad_()
+    patches = utils.patchify(randn(2, 3, 32, 32), 8)
+    names = {"patches": patches, "idx_mask": hidden, "x_pred": pred}
     names |= {"utils": utils, "criterion": nn.MSELoss()}
-    modules = nn.ModuleList([encoder, decoder])
-    parameters = [p for p in modules.parameters() if p.requires_grad]
-    runs = list(dropped_in("lightly", parameters, shape=(2, 16), **names))
-    ids = hidden - 1
-    full = torch.zeros(2, 16, 192)
-    full = full.scatter(1, ids[..., None].expand_as(pred), pred.detach())
-    mask = torch.zeros(2, 16).scatter(1, ids, 1.0)
-    compare_drop_in(runs, full, names["patches"], mask, False)
+    # The oracle takes all patches.
+    full = utils.set_at_index(torch.zeros(2, 17, 192), hidden, pred.detach())[:, 1:]
+    mask = torch.zeros(2, 17).scatter(1, hidden, 1.0)[:, 1:]
+    outputs = full, patches, mask
+    check_drop_in("lightly", [pred], names, (2, 16), lambda _: outputs)
 
 
 def test_loss_dropped_into_mae():
     imgs, pred = randn(2, 3, 8, 12), randn(2, 6, 48, seed=3).requires_grad_()
     mask = rand(2, 6, seed=2) < 0.7
-    x = attg_mae.patchify(imgs, 4)
-    deviation = (x.var(-1, keepdim=True) + 1e-6) ** 0.5
-    target = (x - x.mean(-1, keepdim=True)) / deviation
+    patches = attg_mae.patchify(imgs, 4)
+    deviation = (patches.var(-1, keepdim=True) + 1e-6) ** 0.5
+    target = (patches - patches.mean(-1, keepdim=True)) / deviation
 
     def forward_loss(imgs, pred, mask):
         """MAE's definition."""
@@ -149,13 +131,11 @@ def test_loss_dropped_into_mae():
         return (error * mask).sum() / mask.sum()
 
     embed = SimpleNamespace(patch_size=(4, 4))
-    model = SimpleNamespace(
-        forward_loss=forward_loss, patch_embed=embed, norm_pix_loss=True
-    )
+    model = SimpleNamespace(forward_loss=forward_loss, patch_embed=embed)
+    model.norm_pix_loss = True
+
     names = {"self": model, "imgs": imgs, "pred": pred, "mask": mask}
-    runs = list(dropped_in("mae", [pred], shape=(2, 6), **names))
-    compare_drop_in(runs, pred, x, mask, True)
-    check_grad(runs[1][1][0], runs[0][1][0], 1e-5)
+    check_drop_in("mae", [pred], names, (2, 6), lambda _: (pred, patches, mask), True)
 
 
 # -- Commands and snippets -------------------------------------------------------------
@@ -163,7 +143,7 @@ def test_loss_dropped_into_mae():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working directory with the images and weights that the pages name."""
+    """A working directory with the images that the pages name."""
     for i in range(16):
         write(tmp_path / "path/to/images" / f"{i}.png", noise(40, 40, i))
     monkeypatch.chdir(tmp_path)
@@ -171,84 +151,43 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("program", PROGRAMS.split("|"))
-def test_commands_parse(program, tmp_path):
+def test_commands_parse(program):
     """Every flag of every command exists and takes the value that is shown."""
     commands = [flags for name, flags in COMMANDS if name == program]
     assert commands and len(COMMANDS) >= 40
     for flags in commands:
         # Flags after -- are attg_mae.py's, and an ellipsis stands for more flags.
-        argv, _, more = flags.partition(" -- ")
-        argv = [x for x in shlex.split(argv) if x != "..."]
-        maps = [
-            x.partition("=")[2] for x in argv if re.fullmatch(r"[\w-]+=\S+\.npy", x)
-        ]
-        assert all(x.endswith(".npy") for x in maps)
-        parse(settings_class(program), "", argv)
-        parse(attg_mae.Config, "", [x for x in shlex.split(more) if x != "..."])
+        argv, _, more = flags.replace("...", "").partition(" -- ")
+        parse(settings_class(program), "", shlex.split(argv))
+        parse(attg_mae.Config, "", shlex.split(more))
 
 
 def test_short_commands_run(place, capsys):
-    """From maps to features, each command as the pages show it but for sizes."""
-    data, small = (
-        "path/to/images",
-        [f"--{name}={value}" for name, value in SMALL.items()],
-    )
-    few = ["--epochs=1", "--batch_size=8", "--workers=0", "--device=cpu"]
+    """From maps to weights, each command as the pages show it but for sizes."""
     attg_mae.demo()
     assert "loss" in capsys.readouterr().out
-
-    def run(program, *flags):
-        return importlib.import_module(program).main(list(map(str, flags)))
-
-    flags = ["--method", "tokencut", "--backbone", "pixels", "--data", data]
-    run("object_discovery", *flags, "--out", "maps.npy", "--show", 8)
-    assert load_maps("maps.npy", open_data(data))[0].any()
+    data = ["--data", "path/to/images"]
+    discovery = importlib.import_module("object_discovery")
+    flags = ["--method", "tokencut", "--backbone", "pixels", *data, "--show", "8"]
+    discovery.main([*flags, "--out", "maps.npy"])
     assert Image.open("maps.png").width > 100
-    result = run("attg_mae", "--data", data, "--maps", "maps.npy", *small, *few)
-    out = Path(result["out"])
-    assert out == Path("out/images-vit_micro-attg")
-    images = [
-        "reconstructions.png",
-        "encoder.pt",
-        "last.pt",
-        "log.jsonl",
-        "config.json",
-    ]
-    assert all((out / name).is_file() for name in images)
-    again = ["--init", out / "last.pt", "--data", data, *small, "--epochs=0"]
-    assert run("attg_mae", *again, "--guidance=none")["step"] == 0
-    Path("masks").mkdir()
-    for i in range(16):
-        Image.fromarray(np.eye(40, dtype=np.uint8)).save(f"masks/{i}.png")
-    flags = ["--method", "masks", "--masks", "masks", "--data", data]
-    run("object_discovery", *flags, "--out", "masks.npy")
-
-
-def test_retrieval_command_runs(place):
-    save_small(Path("mae_pretrain_vit_base.pth"))
-    truth = {"bbx": [0, 0, 20, 20], "easy": [0], "hard": [1], "junk": []}
-    gnd = {"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [truth]}
-    Path("gnd_roxford5k.pkl").write_bytes(pickle.dumps(gnd))
-    for name in ("a", "b", "q"):
-        write(Path("path/to/jpg") / f"{name}.jpg", noise(40, 40))
-    found = [x for x in COMMANDS if x[0] == "eval_retrieval" and "oxford" in x[1]]
-    flags = re.sub(r"^\S+", "mae_pretrain_vit_base.pth", found[0][1])
-    module = importlib.import_module("eval_retrieval")
-    assert module.main([*flags.split(), "--device=cpu"])
+    small = [f"--{name}={value}" for name, value in SMALL.items()]
+    few = ["--epochs=1", "--batch_size=8", "--maps", "maps.npy"]
+    assert attg_mae.main([*small, *few, *data])["step"] == 2
+    names = {path.name for path in Path("out/images-vit_micro-attg").iterdir()}
+    assert {"reconstructions.png", "encoder.pt", "last.pt", "log.jsonl"} <= names
 
 
 def test_snippets_run(place):
     """Each piece of Python in a scope of its own, the maps first."""
-    small = attg_mae.Config(**SMALL)
-    models = {"toy-vit_micro-attg": small}
+    models = {"toy-vit_micro-attg": attg_mae.Config(**SMALL)}
     models["images-vit_small-attg"] = attg_mae.Config("vit_small")
-    states = {}
     for name, cfg in models.items():
-        states[name] = encoder_only(attg_mae.build_model(cfg).state_dict())
-        states[name]["norm.weight"] += 1
+        state = encoder_only(attg_mae.build_model(cfg).state_dict())
+        state["norm.weight"] += 1
         path = Path("out", name, "encoder.pt")
         path.parent.mkdir(parents=True)
-        attg_mae.save_checkpoint(path, model=states[name], config=asdict(cfg))
+        attg_mae.save_checkpoint(path, model=state, config=asdict(cfg))
     made = {}
     for code in SNIPPETS:
         names = {"my_maps": np.random.default_rng(0).random((16, 4, 4))}
@@ -256,8 +195,7 @@ def test_snippets_run(place):
         made |= names
         if "import timm" in code:
             # timm takes the weights, not only the file.
-            weight = states["images-vit_small-attg"]["norm.weight"]
-            assert torch.equal(names["model"].norm.weight, weight)
+            assert (names["model"].norm.weight == 2).all()
     assert made["class_tokens"].shape == made["patch_means"].shape == (16, 16)
     assert load_maps("maps.npy", open_data("path/to/images"))[0].shape == (16, 4, 4)
     assert made["pred"].grad.any()
@@ -279,15 +217,12 @@ def test_files_and_links_exist():
     assert len(PAGES["README.md"].splitlines()) <= 180
 
 
-def test_walkthrough_is_drawn_and_adds_up(tmp_path, capsys):
+def test_walkthrough_adds_up_and_quotes_the_code(tmp_path, capsys):
     """It raises an error if its sums are not those of MAE.forward."""
-    walkthrough.main(["--out", str(tmp_path / "w.png")])
+    walkthrough.main(out=tmp_path / "w.png")
     assert "sum(mask)" in capsys.readouterr().out
     with Image.open(tmp_path / "w.png") as sheet:
         assert min(sheet.size) > 600
-
-
-def test_walkthrough_quotes_lines_of_the_code():
     source = {line.strip() for line in (ROOT / "attg_mae.py").read_text().splitlines()}
     quoted = re.findall(r"```text\n(.*?)```", PAGES["walkthrough.md"], re.S)
     lines = [line.strip() for block in quoted for line in block.splitlines()]
@@ -296,12 +231,7 @@ def test_walkthrough_quotes_lines_of_the_code():
 
 
 def test_figure_of_the_idea_is_drawn(labelled, whole, tmp_path):
-    guided, vanilla = whole(), tmp_path / "vanilla"
-    train(vanilla, **labelled | {"maps": None, "guidance": "none"}, epochs=1)
-    runs = ["--vanilla", f"{vanilla}/last.pt", "--guided", f"{guided}/last.pt"]
-    images = ["--maps", labelled["maps"], "--split", "train", "--count", "2"]
-    idea.main([*runs, *images, "--out", str(tmp_path / "idea.png")])
+    guided, vanilla = whole() / "last.pt", whole(guidance="none") / "last.pt"
+    idea.main(vanilla, guided, labelled["maps"], tmp_path / "idea.png")
     with Image.open(tmp_path / "idea.png") as sheet:
-        assert sheet.width > 6 * 128 and sheet.height > 2 * 128
-    with pytest.raises(ValueError, match="encoder.pt: not the last.pt of a run"):
-        idea.main(["--vanilla", f"{guided}/encoder.pt", "--guided", "x"])
+        assert sheet.width > 6 * 128 and sheet.height > 3 * 128
