@@ -152,14 +152,12 @@ def plot_panels(path, panels):
     figure.savefig(path, dpi=100)
 
 
-def save_sheet(path, columns, rows=(), cell=96):
+def save_sheet(path, columns, cell=96):
     """Save a sheet of images, small ones enlarged to about `cell` px of height.
 
-    columns: pairs (title, floats (n, 3, h, w) in [0, 1]); rows: a name per row.
+    columns: pairs (title, floats (n, 3, h, w) in [0, 1]).
     """
-    gap, top, left = 4, 20, 4  # px
-    if rows:
-        left = 66
+    gap, top = 4, 20  # px
     titles, images = zip(*columns, strict=True)
     images = torch.stack([x.cpu() for x in images], dim=1)
     images = images.flatten(0, 1)  # row by row
@@ -169,14 +167,10 @@ def save_sheet(path, columns, rows=(), cell=96):
     grid = make_grid(tiles, nrow=len(titles), padding=gap, pad_value=1)
     grid = to_pil_image(grid)
 
-    sheet = Image.new("RGB", (left + grid.width, top + grid.height), "white")
-    sheet.paste(grid, (left - gap, top - gap))
+    sheet = Image.new("RGB", (grid.width, top + grid.height), "white")
+    sheet.paste(grid, (0, top - gap))
     draw = ImageDraw.Draw(sheet)
-    height, width = tiles.shape[2] + gap, tiles.shape[3] + gap
     for column, title in enumerate(titles):
-        x = left + column * width
+        x = gap + column * (tiles.shape[3] + gap)
         draw.text((x, 4), title, fill="black")
-    for row, name in enumerate(rows):
-        y = top + (row + 0.5) * height - 8
-        draw.text((6, y), name, fill="black")
     sheet.save(path)

@@ -191,7 +191,7 @@ def test_older_logs_have_todays_names(tmp_path):
     assert not names & set(RENAMED_SETTINGS)
 
 
-def test_curves(labelled, whole, tmp_path, monkeypatch, capsys):
+def test_curves(whole, tmp_path, monkeypatch, capsys):
     """All values of the log, if matplotlib is installed."""
     figure = pytest.importorskip("matplotlib.figure")
     drawn = []
@@ -209,9 +209,8 @@ def test_curves(labelled, whole, tmp_path, monkeypatch, capsys):
     assert len(rows) == 24 and len(tests) == 2
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    train(tmp_path / "without", **labelled, epochs=1)
+    figures.save_curves(tmp_path / "curves.png", rows)
     assert "not drawn: pip install matplotlib" in capsys.readouterr().out
-    assert not (tmp_path / "without" / "curves.png").exists()
 
 
 # -- Evaluation ------------------------------------------------------------------------
