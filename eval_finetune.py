@@ -24,6 +24,7 @@ if __name__ == "__main__":
     ignore_sigint_during_import()
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn as nn
@@ -32,7 +33,6 @@ from torchvision.transforms import v2
 
 from attg.cli import DataFlags, RunFlags, flag, parse, run_cli
 from attg.evaluation import EvalFlags, LabelFlags, evaluate
-from attg.files import sha256
 from attg.finetuning import RecipeFlags, fit, open_training, score
 from attg.images import seed_for
 from attg_mae import ViT, load_encoder, lr_at
@@ -58,9 +58,7 @@ class Classifier(ViT):
 
     def __init__(self, encoder, num_classes, drop_path):
         super().__init__(encoder.cfg)
-        weights = encoder.state_dict()
-        # Only the encoder's, in case it is an MAE with a decoder.
-        self.load_state_dict({name: weights[name] for name in self.state_dict()})
+        self.load_state_dict(encoder.state_dict())
         self.norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(self.cfg.width, eps=1e-6)
         self.head = nn.Linear(self.cfg.width, num_classes)
@@ -72,7 +70,7 @@ class Classifier(ViT):
         # blocks. Hooks change neither the blocks nor the names of their weights.
         last = max(1, len(self.blocks) - 1)
         for depth, block in enumerate(self.blocks):
-            hook = drop_branch(drop_path * depth / last)
+            hook = functools.partial(drop_branch, drop_path * depth / last)
             block.attn.register_forward_hook(hook)
             block.mlp.register_forward_hook(hook)
 
@@ -82,13 +80,9 @@ class Classifier(ViT):
         return logits[None]  # (1, B, C): one feature
 
 
-def drop_branch(probability):
-    """A forward hook that zeroes a module's output for random rows of a batch."""
-
-    def hook(module, inputs, output):
-        return stochastic_depth(output, probability, "row", module.training)
-
-    return hook
+def drop_branch(probability, module, inputs, output):
+    """Forward hook that zeroes a module's output for random rows of a batch."""
+    return stochastic_depth(output, probability, "row", module.training)
 
 
 def layer_groups(model, weight_decay, layer_decay):
@@ -100,20 +94,15 @@ def layer_groups(model, weight_decay, layer_decay):
     last = len(model.blocks) + 1
     groups = {}
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[0] == "blocks":
-            layer = int(parts[1]) + 1
-        elif parts[0] in ("fc_norm", "head"):
-            layer = last
-        else:
-            layer = 0
-        is_token = parts[0] in ("cls_token", "pos_embed")
+        part, *rest = name.split(".")
+        layer = last if part in ("fc_norm", "head") else 0
+        if part == "blocks":
+            layer = int(rest[0]) + 1
+        is_token = part in ("cls_token", "pos_embed")
         decay = weight_decay if parameter.dim() > 1 and not is_token else 0.0
-        if (layer, decay) not in groups:
-            scale = layer_decay ** (last - layer)
-            group = {"params": [], "weight_decay": decay, "scale": scale}
-            groups[layer, decay] = group
-        groups[layer, decay]["params"].append(parameter)
+        group = {"weight_decay": decay, "scale": layer_decay ** (last - layer)}
+        group = groups.setdefault((layer, decay), group | {"params": []})
+        group["params"].append(parameter)
     return list(groups.values())
 
 
@@ -169,25 +158,22 @@ VIT_LARGE = VIT_BASE | {
     "drop_path": 0.2,
 }
 VIT_HUGE = VIT_LARGE | {"drop_path": 0.3}
-RECIPES = {None: VIT_BASE, 24: VIT_LARGE, 32: VIT_HUGE}  # by the encoder's depth
+RECIPES = {24: VIT_LARGE, 32: VIT_HUGE}  # by the encoder's depth
 
 
 def finetune(settings, data, dist_info):
-    """Results of a fine-tuned encoder, and all settings."""
+    """Results of a fine-tuned encoder."""
     encoder = load_encoder(settings.checkpoint, img_size=settings.img_size)
     cfg, after = encoder.cfg, rand_augment(encoder.cfg.mean)
-    train_set, tests, settings = open_training(
-        cfg, settings, data, RECIPES, 128, dist_info, after
-    )
+    recipe = RECIPES.get(cfg.depth, VIT_BASE)
+    train_set, tests = open_training(cfg, settings, data, recipe, 128, dist_info, after)
     torch.manual_seed(seed_for("head", settings.seed))
     model = Classifier(encoder, train_set.num_classes, settings.drop_path)
     model = model.to(dist_info[0])
     groups = layer_groups(model, settings.weight_decay, settings.layer_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
     fit(model, optimizer, train_set, settings, lr_at, dist_info, mix, smoothing=0.1)
-    results = score(model, tests, ["patch_mean"], "finetune", settings, dist_info)
-    extra = {"protocol": "finetune", "sha256": sha256(settings.checkpoint)}
-    return results, dataclasses.asdict(settings) | extra
+    return score(model, tests, ["patch_mean"], "finetune", settings, dist_info)
 
 
 def main(argv=None, data=None):

@@ -18,15 +18,15 @@ if __name__ == "__main__":
     ignore_sigint_during_import()
 
 import dataclasses
-
-import torch
+import itertools
 
 from attg.cli import DataFlags, RunFlags, flag, parse, run_cli
-from attg.datasets import shot_indices
 from attg.evaluation import (
     EvalFlags,
     FeatureFlags,
     LabelFlags,
+    count_correct,
+    draw_shots,
     evaluate,
     labeled_features,
     mean_and_deviation,
@@ -53,48 +53,28 @@ def accuracy(bank, labels, queries, truth, ks, num_classes, device):
     """
     bank, labels, queries = (x.to(device) for x in (bank, labels, queries))
     classes = knn_classify(bank, labels, queries, ks, num_classes=num_classes)
-    correct = classes.cpu() == truth[:, None]  # (K, B, min(5, C))
-    counts = torch.stack([correct[..., 0].sum(dim=1), correct.any(dim=2).sum(dim=1)])
-    return (100 * counts.T.double() / len(truth)).tolist()
-
-
-def knn_results(x, labels, queries, truth, settings, device):
-    """Results of one feature x (n, D) on one test set, queries (B, D)."""
-    options = settings.k, int(labels.max()) + 1, device
-    results = []
-    if not settings.shots:
-        percent = accuracy(x, labels, queries, truth, *options)
-        for k, (top1, top5) in zip(settings.k, percent, strict=True):
-            results.append({"protocol": "k-NN", "k": k, "top-1": top1, "top-5": top5})
-    for shots in settings.shots:
-        percent = []
-        for seed in range(settings.seeds):
-            rows = shot_indices(labels, shots, seed)
-            percent.append(accuracy(x[rows], labels[rows], queries, truth, *options))
-        counts = {"seeds": settings.seeds, "images": len(rows)}
-        for k, *runs in zip(settings.k, *percent, strict=True):
-            result = {"protocol": f"{shots} shots", "k": k}
-            results.append(result | mean_and_deviation(runs) | counts)
-    return results
+    counts = count_correct(classes.cpu(), truth)
+    return (100 * counts.double() / len(truth)).tolist()
 
 
 def evaluate_knn(settings, data, dist_info):
-    """Results of both features on all test sets, and all settings."""
-    parts = labeled_features(load_encoder, settings, data, dist_info)
-    record = dataclasses.asdict(settings) | parts.pop("settings")
-    train = parts.pop("train")
+    """Results of both features on all test sets."""
+    train, tests = labeled_features(load_encoder, settings, data, dist_info)
+    num_classes = int(train["labels"].max()) + 1
+    draws = draw_shots(train["labels"], settings, "k-NN")
     results = []
-    for feature in FEATURES:
-        bank = train[feature], train["labels"]
-        for name, test in parts.items():
-            queries = test[feature], test["labels"]
-            for result in knn_results(*bank, *queries, settings, dist_info[0]):
-                labels = {"feature": feature, "protocol": result.pop("protocol")}
-                # A column of its own if there is a choice.
-                if list(parts) != ["test"]:
-                    labels["test"] = name
-                results.append(labels | result)
-    return results, record
+    for feature, name, protocol in itertools.product(FEATURES, tests, draws):
+        queries = tests[name][feature], tests[name]["labels"]
+        percent = []
+        for rows in draws[protocol]:
+            bank = train[feature][rows], train["labels"][rows]
+            options = settings.k, num_classes, dist_info[0]
+            percent.append(accuracy(*bank, *queries, *options))
+        for k, *runs in zip(settings.k, *percent, strict=True):
+            result = {"feature": feature, "test": name, "protocol": protocol, "k": k}
+            counts = {"seeds": len(runs), "images": len(bank[1])}
+            results.append(result | mean_and_deviation(runs) | counts)
+    return results
 
 
 def main(argv=None, data=None):

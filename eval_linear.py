@@ -8,12 +8,10 @@ Linear probes of an encoder (arXiv 2402.15172, Tables 1, 5, 6 and 7).
 
 --protocol features (default): features are computed once, and linear layers are trained
 on them with ten learning rates for 100 epochs, at least 1,000 steps; held-out training
-images select the learning rate. --shots: labeled images per class.
+images select the learning rate.
 
 --protocol mae: the probe of facebookresearch/mae on random crops, by LARS: 90 epochs (50
 from ViT-L on), 16,384 images per batch, blr 0.1, 10 epochs of warm-up, no weight decay.
-
-Fine-tuning of all weights is eval_finetune.py.
 
 Shapes: n training images, B images, D width, C classes, R learning rates, F features
 (class token, patch mean).
@@ -25,7 +23,7 @@ if __name__ == "__main__":
     ignore_sigint_during_import()
 
 import dataclasses
-import functools
+import itertools
 import math
 
 import torch
@@ -38,12 +36,13 @@ from attg.evaluation import (
     EvalFlags,
     FeatureFlags,
     LabelFlags,
+    draw_shots,
     evaluate,
+    fill,
     labeled_features,
     mean_and_deviation,
 )
 from attg.features import FEATURES
-from attg.files import sha256
 from attg.finetuning import RecipeFlags, fit, open_training, score, topk_correct
 from attg.images import seed_for
 from attg_mae import load_encoder, lr_at
@@ -61,19 +60,17 @@ class Settings(EvalFlags, DataFlags, LabelFlags, RecipeFlags, FeatureFlags, RunF
     )
 
 
-# Flags that have an effect in one protocol only.
-FLAGS = {
-    "features": ("shots", "features", "save_features"),
-    "mae": ("accum", "blr", "min_lr", "warmup_epochs", "weight_decay", "save"),
+# Flags without an effect, by protocol.
+UNUSED = {
+    "features": "label_fraction accum blr min_lr warmup_epochs weight_decay save".split(),
+    "mae": "shots features save_features".split(),
 }
 
 
 def check(settings):
-    """ValueError for flags that have no effect, or contradict each other."""
-    other = "mae" if settings.protocol == "features" else "features"
-    check_unused(settings, FLAGS[other], f"has an effect in --protocol {other} only")
-    if settings.shots:
-        check_unused(settings, ["label_fraction"], "has no effect with --shots")
+    """ValueError for flags that have no effect, or too few labels."""
+    protocol = settings.protocol
+    check_unused(settings, UNUSED[protocol], f"has no effect on --protocol {protocol}")
     if 1 in settings.shots:
         raise ValueError("--shots 1: use 2 or more, held-out images select the lr")
 
@@ -81,28 +78,17 @@ def check(settings):
 # -- The probe on fixed features -------------------------------------------------------
 
 
-def linear_probe(
-    features,
-    labels,
-    tests,
-    lrs=LRS,
-    epochs=100,
-    batch_size=256,
-    seed=0,
-    device="cpu",
-):
+def linear_probe(features, labels, tests, lrs=LRS, seed=0, device="cpu", **training):
     """Train a linear layer on features (n, D) and labels (n,), and score it on tests.
 
-    tests: {name: (features, labels)}. Features are standardized by the training images'
-    mean and variance (a BatchNorm without affine, with exact statistics). Cross-validation
-    selects one of lrs, then a layer is trained on all images. Returns {"lr": the selected
-    one, "held_out": [top-1 for each of lrs], "results": {name: [top-1, top-5]}}, in
-    percent.
+    tests: {name: (features, labels)}; training: epochs and batch_size, see train_heads.
+    Features are standardized by the training images' mean and variance (a BatchNorm
+    without affine, with exact statistics). Cross-validation selects one of lrs, then a
+    layer is trained on all images. Returns {"lr": the selected one, "held_out": {lr: top-1
+    in cross-validation}, "results": {name: [top-1, top-5]}}, in percent.
     """
     if labels.bincount().max() < 2:
-        raise ValueError(
-            "one image per class: two are needed to select a learning rate"
-        )
+        raise ValueError("one image per class: selecting a learning rate takes two")
     if not features.isfinite().all():
         raise ValueError("features are not finite; did the encoder's training finish?")
     var, mean = torch.var_mean(features, dim=0, correction=0)
@@ -113,30 +99,24 @@ def linear_probe(
         return F.pad(x, (0, 1), value=1.0).to(device)
 
     x, y = standardize(features), labels.to(device)
-    train = functools.partial(
-        train_heads,
-        num_classes=int(labels.max()) + 1,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    held_out = cross_validate(x, y, lrs, train, seed)  # (R,)
-    lr = lrs[held_out.argmax()]
-    weights = train(x, y, [lr])
+    training |= {"num_classes": int(labels.max()) + 1, "seed": seed}
+    top1 = cross_validate(x, y, lrs, **training)  # (R,)
+    lr = lrs[top1.argmax()]
+    weights = train_heads(x, y, [lr], **training)
     if not weights.isfinite().all():
         raise ValueError(f"learning rate {lr:g}: diverged")
     results = {}
     for name, (test_features, truth) in tests.items():
         test = standardize(test_features)
         results[name] = percent_correct(test, truth.to(device), weights)[0].tolist()
-    return {"lr": lr, "held_out": held_out.tolist(), "results": results}
+    held_out = dict(zip(lrs, top1.tolist(), strict=True))
+    return {"lr": lr, "held_out": held_out, "results": results}
 
 
-def cross_validate(x, labels, lrs, train, seed):
-    """Top-1 (R,) on held-out fifths of each class, for each learning rate.
+def cross_validate(x, labels, lrs, seed, **training):
+    """Top-1 (R,) of train_heads on held-out fifths of each class.
 
     All five are held out in turn if there are up to 10,000 images, otherwise one of them.
-    train(x, labels, lrs) returns weights (R, D + 1, C).
     """
     fold = torch.empty(len(labels), dtype=torch.long)
     # All images, class by class in random order, are dealt out to the five folds.
@@ -144,13 +124,15 @@ def cross_validate(x, labels, lrs, train, seed):
     folds = fold.unique()[: 5 if len(labels) <= 10_000 else 1]
     top1 = []
     for number in folds:
-        held_out = (fold == number).to(x.device)
-        weights = train(x[~held_out], labels[~held_out], lrs)
-        top1.append(percent_correct(x[held_out], labels[held_out], weights)[:, 0])
+        test = (fold == number).to(x.device)
+        weights = train_heads(x[~test], labels[~test], lrs, seed=seed, **training)
+        top1.append(percent_correct(x[test], labels[test], weights)[:, 0])
     return torch.stack(top1).mean(dim=0)
 
 
-def train_heads(x, labels, lrs, num_classes, epochs, batch_size, seed, min_steps=1000):
+def train_heads(
+    x, labels, lrs, num_classes, seed, epochs=100, batch_size=256, min_steps=1000
+):
     """Train softmax regressions (R, D + 1, C), one for each learning rate.
 
     x (n, D + 1), whose last column is 1, labels (n,), both on one device; the last row of
@@ -183,52 +165,36 @@ def percent_correct(x, truth, weights):
     """Top-1 and top-5 (R, 2) of regressions (R, D + 1, C) on x (n, D + 1)."""
     counts = 0
     for rows, classes in zip(x.split(4096), truth.split(4096), strict=True):
-        counts = counts + topk_correct(rows @ weights, classes).cpu().double()
-    return 100 * counts / len(truth)
+        counts = counts + topk_correct(rows @ weights, classes)
+    return 100 * counts.cpu().double() / len(truth)
 
 
 def probe_features(settings, data, dist_info):
     """Results of the probe on the features of --features or of a checkpoint."""
     device, rank, _ = dist_info
-    settings = dataclasses.replace(
-        settings,
-        epochs=settings.epochs or 100,
-        batch_size=settings.batch_size or 256,
-        precision=settings.precision or "fp32",
-    )
-    parts = labeled_features(load_encoder, settings, data, dist_info)
-    record = dataclasses.asdict(settings) | parts.pop("settings") | {"held_out": {}}
+    fill(settings, epochs=100, batch_size=256, precision="fp32")
+    train, parts = labeled_features(load_encoder, settings, data, dist_info)
     if rank != 0:
-        return [], record  # rank 0 trains alone
+        return []  # rank 0 trains alone
 
-    train = parts.pop("train")
-    cases = [("linear", settings.label_fraction, [settings.seed])]
-    if settings.shots:
-        seeds = range(settings.seeds)
-        cases = [(f"{shots} shots", shots, seeds) for shots in settings.shots]
-    options = {name: getattr(settings, name) for name in ("epochs", "batch_size")}
-    options["device"] = device
-    results, grids = [], record["held_out"]
-    for feature in FEATURES:
+    draws = draw_shots(train["labels"], settings, "linear")
+    options = {"epochs": settings.epochs, "batch_size": settings.batch_size}
+    results = []
+    for feature, protocol in itertools.product(FEATURES, draws):
         tests = {name: (part[feature], part["labels"]) for name, part in parts.items()}
-        for protocol, shots, seeds in cases:
-            runs = []
-            for seed in seeds:
-                rows = shot_indices(train["labels"], shots, seed)
-                x, labels = train[feature][rows], train["labels"][rows]
-                run = linear_probe(x, labels, tests, seed=seed, **options)
-                runs.append(run)
-                pairs = zip(LRS, run["held_out"], strict=True)
-                case = f"{feature}, {protocol}, seed {seed}"
-                grids[case] = {f"{lr:.2g}": round(top1, 2) for lr, top1 in pairs}
-            for name in tests:
-                metrics = mean_and_deviation([run["results"][name] for run in runs])
-                if not settings.shots:
-                    del metrics["+-"]
-                metrics["lr"] = " ".join(f"{run['lr']:.2g}" for run in runs)
-                result = {"feature": feature, "protocol": protocol, "test": name}
-                results.append(result | metrics | {"images": len(rows)})
-    return results, record
+        runs = []
+        for seed, rows in enumerate(draws[protocol], settings.seed):
+            x, y = train[feature][rows], train["labels"][rows]
+            run = linear_probe(x, y, tests, seed=seed, device=device, **options)
+            runs.append(run)
+        held_out = [run["held_out"] for run in runs]
+        chosen = {"lr": " ".join(f"{run['lr']:.2g}" for run in runs)}
+        for name in tests:
+            result = {"feature": feature, "protocol": protocol, "test": name}
+            metrics = mean_and_deviation([run["results"][name] for run in runs])
+            counts = chosen | {"images": len(x), "held_out": held_out}
+            results.append(result | metrics | counts)
+    return results
 
 
 # -- MAE's probe -----------------------------------------------------------------------
@@ -272,8 +238,8 @@ class Probe(nn.Module):
         self.normalize = encoder.normalize
         self.tokens = encoder.forward_features
         width = encoder.cfg.width
-        self.norm = nn.BatchNorm1d(len(FEATURES) * width, eps=1e-6, affine=False)
-        self.heads = nn.ModuleList(nn.Linear(width, num_classes) for _ in FEATURES)
+        self.norm = nn.BatchNorm1d(2 * width, eps=1e-6, affine=False)
+        self.heads = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(2))
         for head in self.heads:
             nn.init.trunc_normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
@@ -284,9 +250,9 @@ class Probe(nn.Module):
         # The probe and its statistics are fp32 in any precision.
         with torch.autocast(imgs.device.type, enabled=False):
             features = torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
-            features = self.norm(features).chunk(len(FEATURES), dim=1)  # F times (B, D)
-            pairs = zip(self.heads, features, strict=True)
-            return torch.stack([head(x) for head, x in pairs])  # (F, B, C)
+            class_token, patch_mean = self.norm(features).chunk(2, dim=1)  # (B, D)
+            logits = self.heads[0](class_token), self.heads[1](patch_mean)
+            return torch.stack(logits)  # (F, B, C)
 
 
 # Those of facebookresearch/mae.
@@ -299,23 +265,21 @@ VIT_BASE = {
     "weight_decay": 0.0,
 }
 VIT_LARGE = VIT_BASE | {"epochs": 50}
-RECIPES = {None: VIT_BASE, 24: VIT_LARGE, 32: VIT_LARGE}  # by the encoder's depth
+RECIPES = {24: VIT_LARGE, 32: VIT_LARGE}  # by the encoder's depth
 
 
 def probe_mae(settings, data, dist_info):
-    """Results of MAE's probe, and all settings."""
+    """Results of MAE's probe."""
     encoder = load_encoder(settings.checkpoint, img_size=settings.img_size)
     encoder = encoder.to(dist_info[0])
-    train_set, tests, settings = open_training(
-        encoder.cfg, settings, data, RECIPES, 512, dist_info
-    )
+    cfg = encoder.cfg
+    recipe = RECIPES.get(cfg.depth, VIT_BASE)
+    train_set, tests = open_training(cfg, settings, data, recipe, 512, dist_info)
     torch.manual_seed(seed_for("head", settings.seed))
     probe = Probe(encoder, train_set.num_classes).to(dist_info[0])
     optimizer = LARS(probe.heads.parameters(), weight_decay=settings.weight_decay)
     fit(probe, optimizer, train_set, settings, lr_at, dist_info)
-    results = score(probe, tests, FEATURES, "mae", settings, dist_info)
-    checksum = {"sha256": sha256(settings.checkpoint)}
-    return results, dataclasses.asdict(settings) | checksum
+    return score(probe, tests, FEATURES, "mae", settings, dist_info)
 
 
 PROTOCOLS = {"features": probe_features, "mae": probe_mae}

@@ -14,6 +14,7 @@ from attg.cli import check_unused, flag, make_folder, print_table
 from attg.datasets import open_labeled, resolve_dataset, shot_indices
 from attg.distributed import exclusive_run, processes
 from attg.features import SOURCE, make_features, read_features
+from attg.files import sha256
 from attg.loader import default_workers
 
 # -- Flags -----------------------------------------------------------------------------
@@ -32,6 +33,8 @@ class EvalFlags:
         "append results to this file [PROGRAM.jsonl beside the input]",
         resume="free",
     )
+    # Of the checkpoint; without help it is no flag.
+    sha256: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,14 +61,23 @@ class FeatureFlags:
 
 
 def check_source(settings):
-    """ValueError unless the settings have one source of features, and no training set."""
-    if getattr(settings, "features", None):
+    """Path of the source of features, which must be the only one; or ValueError."""
+    features = getattr(settings, "features", None)
+    if features:
         names = {*SOURCE, "max_pixels", "save_features"} - {"precision"}
         check_unused(settings, names, "has no effect with --features")
     elif not settings.checkpoint:
         raise ValueError("checkpoint: missing; give the file of an encoder")
     if "train" in getattr(settings, "val", ()):
         raise ValueError("--val train: this is the training set; choose test sets")
+    return Path(features or settings.checkpoint)
+
+
+def fill(settings, **defaults):
+    """Set the flags that were not given."""
+    for name, value in defaults.items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
 
 
 # -- Data ------------------------------------------------------------------------------
@@ -74,90 +86,101 @@ def check_source(settings):
 def open_sets(settings, data, cfg, **options):
     """The training set and {name: test set} for an encoder's Config; see open_labeled."""
     options |= {"classes": settings.classes, "max_pixels": settings.max_pixels}
-    options |= {"channels": cfg.in_chans}
-    return open_labeled(data, settings.val, cfg.size, **options)
+    return open_labeled(data, settings.val, cfg.size, channels=cfg.in_chans, **options)
 
 
 def labeled_features(load_encoder, settings, data, dist_info):
-    """Features of the training set, labeled images only, and of the test sets.
+    """Features of the labeled training images, and {name: features} of the test sets.
 
-    They are read from --features, or computed with load_encoder(checkpoint, img_size=...).
-    Returns the dict of make_features.
+    They are read from --features, whose SOURCE becomes that of the settings, or computed
+    with load_encoder(checkpoint, img_size=...). Each is a dict of features (n, D) and
+    "labels" (n,).
     """
     if settings.features:
         parts = read_features(settings.features)
-        train = parts["train"]
-        labelled = train["labels"] >= 0
-        if not labelled.any() or len(parts) < 3:
-            raise ValueError(
-                f"--features {settings.features}: must hold labeled images and a test set"
-            )
-        parts["train"] = {name: x[labelled] for name, x in train.items()}
-        return parts
-    encoder = load_encoder(settings.checkpoint, img_size=settings.img_size)
-    train_set, tests = open_sets(settings, data, encoder.cfg)
+        for name, value in parts.pop("settings").items():
+            setattr(settings, name, value)
+    else:
+        encoder = load_encoder(settings.checkpoint, img_size=settings.img_size)
+        train_set, tests = open_sets(settings, data, encoder.cfg)
+        # Errors come here, before the features, which take much longer.
+        draw_shots(train_set.labels, settings, "")
+        sets = {"train": train_set, **tests}
+        parts = make_features(encoder.to(dist_info[0]), sets, settings, dist_info)
+    train = parts.pop("train")
+    labeled = train["labels"] >= 0
+    if not labeled.any() or not parts:
+        raise ValueError(
+            f"--features {settings.features}: must hold labeled images and a test set"
+        )
+    return {name: x[labeled] for name, x in train.items()}, parts
+
+
+def draw_shots(labels, settings, name):
+    """{protocol: [training images for each seed]} of --shots, or {name: [all images]}."""
+    draws = {} if settings.shots else {name: [slice(None)]}
     for shots in settings.shots:
-        # An error here, before the features, which take much longer.
-        shot_indices(train_set.labels, shots, 0)
-    sets = {"train": train_set, **tests}
-    return make_features(encoder.to(dist_info[0]), sets, settings, dist_info)
+        seeds = range(settings.seeds)
+        draws[f"{shots} shots"] = [shot_indices(labels, shots, seed) for seed in seeds]
+    return draws
 
 
 # -- From settings to results ----------------------------------------------------------
 
 
 def evaluate(program, settings, protocol, data=None):
-    """Run protocol(settings, data, dist_info) -> (results, record) and report it.
+    """Run protocol(settings, data, dist_info), which returns the results, and report it.
 
-    results: dicts of metrics, which are returned; record: all settings, as a dict. Rank 0
-    prints both and appends them to --out. data: dict of data sets by split to use instead
-    of --data, which is its name then (see open_data).
+    The results are dicts of metrics; the protocol also fills in the settings that were
+    not given. Rank 0 prints both and appends them to --out. data: dict of data sets by
+    split to use instead of --data, which is its name then (see open_data).
     """
     start = time.perf_counter()
-    check_source(settings)
-    source = Path(getattr(settings, "features", None) or settings.checkpoint)
-    out = Path(settings.out or source.parent / f"{program}.jsonl")
+    source = check_source(settings)
+    out = Path(settings.out or source.with_name(f"{program}.jsonl"))
     data = resolve_dataset(data, settings.data)
     with processes(settings.device, settings.timeout) as dist_info:
         device, rank, world = dist_info
         if rank == 0:
-            check_outputs(out, settings)
-        lock, save = contextlib.nullcontext(), getattr(settings, "save", None)
-        if save:
-            lock = exclusive_run(f"{save}.lock", f"--save {save}", rank, world)
-        if settings.workers is None:
-            settings.workers = default_workers(device)
-        with lock:
-            results, record = protocol(settings, data, dist_info)
+            check_outputs(settings)
+        if settings.checkpoint:
+            settings.sha256 = sha256(settings.checkpoint)
+        fill(settings, workers=default_workers(device))
+        save = getattr(settings, "save", None)
+        lock = exclusive_run(f"{save}.lock", f"--save {save}", rank, world)
+        with lock if save else contextlib.nullcontext():
+            results = protocol(settings, data, dist_info)
         if rank == 0:
             seconds = round(time.perf_counter() - start, 1)
-            report(results, record | {"seconds": seconds}, out)
+            report(results, dataclasses.asdict(settings) | {"seconds": seconds}, out)
     return results
 
 
-def check_outputs(out, settings):
+def check_outputs(settings):
     """Fail early, with OSError, if an output path is not writable."""
-    paths = {"out": settings.out}
-    # By default it lies beside the checkpoint, whose name may be wrong.
-    if out.parent.is_dir():
-        paths["out"] = out
-    paths |= {name: getattr(settings, name, None) for name in ("save", "save_features")}
-    for name, path in paths.items():
+    for name in ("out", "save", "save_features"):
+        path = getattr(settings, name, None)
         if path:
             make_folder(name, Path(path).parent)
             if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
                 raise OSError(f"--{name} {path}: not writable; choose another file")
 
 
+def count_correct(classes, truth):
+    """Counts (..., 2) of images whose class is the first one, or any of those given.
+
+    classes (..., B, up to 5), best first; truth (B,).
+    """
+    correct = classes == truth[:, None]
+    counts = correct[..., 0].sum(dim=-1), correct.any(dim=-1).sum(dim=-1)
+    return torch.stack(counts, dim=-1)
+
+
 def mean_and_deviation(runs):
-    """Metrics of [[top-1, top-5] of each seed]; the deviation of a single seed is 0."""
+    """Metrics of [[top-1, top-5] of each seed]; a single one has no deviation."""
     top1, top5 = zip(*runs, strict=True)
-    deviation = statistics.stdev(top1) if len(top1) > 1 else 0.0
-    return {
-        "top-1": statistics.mean(top1),
-        "+-": deviation,
-        "top-5": statistics.mean(top5),
-    }
+    deviation = {"+-": statistics.stdev(top1)} if len(runs) > 1 else {}
+    return {"top-1": statistics.mean(top1), **deviation, "top-5": statistics.mean(top5)}
 
 
 def without_nan(result):
@@ -170,9 +193,11 @@ def report(results, settings, path):
     record = {"settings": settings, "torch": torch.__version__}
     record["results"] = [without_nan(result) for result in results]
     line = json.dumps(record, allow_nan=False)
-    # Before anything is printed: a closed pipe ends the program.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(line + "\n")
-    print_table(results)
-    print(line)
+    # A full disk must not lose the results, nor the reader of a pipe that closes it.
+    try:
+        hidden = {"held_out"}  # long, in the file only
+        print_table([{k: r[k] for k in r if k not in hidden} for r in results])
+        print(line, flush=True)
+    finally:
+        with open(path, "a") as file:
+            file.write(line + "\n")

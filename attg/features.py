@@ -4,8 +4,6 @@ Features of whole images (nothing is masked), their files, and the k-NN classifi
 Shapes: n training images, B test images, D width, C classes, k neighbors.
 """
 
-from dataclasses import asdict
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,7 +12,6 @@ from torch.utils.data import Subset
 from attg.checkpoint import check_like, load_checkpoint, read_settings, save_checkpoint
 from attg.cli import progress
 from attg.datasets import refuse_unreadable
-from attg.files import sha256
 from attg.images import ImageData
 from attg.loader import make_loader
 
@@ -64,20 +61,20 @@ def extract_sharded(model, dataset, loader_args, dtype, rank, world):
 
 
 def make_features(model, datasets, settings, dist_info):
-    """{"settings": SOURCE, name of a data set: {feature or "labels": (n, ...)}}.
+    """{name of a data set: {feature or "labels": (n, ...)}}, also saved as the flags say.
 
     settings: attg.evaluation's flags. dist_info: (device, rank, world).
     """
     _, rank, world = dist_info
     dtype = torch.bfloat16 if settings.precision == "bf16" else None
     loader_args = {"batch_size": settings.batch_size, "workers": settings.workers}
-    source = asdict(settings) | {"sha256": sha256(settings.checkpoint)}
-    parts = {"settings": {name: source[name] for name in SOURCE}}
+    parts = {}
     for name, dataset in datasets.items():
         features = extract_sharded(model, dataset, loader_args, dtype, rank, world)
         parts[name] = dict(zip((*FEATURES, "labels"), features, strict=True))
     if settings.save_features and rank == 0:
-        save_checkpoint(settings.save_features, **parts)
+        source = {name: getattr(settings, name) for name in SOURCE}
+        save_checkpoint(settings.save_features, settings=source, **parts)
     return parts
 
 

@@ -37,30 +37,24 @@ def test_results_of_a_data_set(encoder, labelled, tmp_path, capsys):
 
     from_file = ["--features", kept, "--device", "cpu"]
     assert eval_knn.main([*from_file, "--k", "1", "20"]) == results
-    shots = "--shots 1 3 --seeds 4".split()
+    # Classes of 9, 8 and 8 images: 50 shots are all of them.
+    shots = "--shots 3 50 --seeds 4 --k 20".split()
     out = tmp_path / "deep" / "few.json"
     few = eval_knn.main([encoder, *data, *shots, "--out", str(out)])
     assert eval_knn.main([*from_file, *shots]) == few
-    cases = [(row["protocol"], row["k"], row["seeds"]) for row in few[:2]]
-    assert cases == [("1 shots", 5, 4), ("3 shots", 5, 4)]
-    assert any(row["+-"] > 0 for row in few)
+    cases = [(row["protocol"], row["k"], row["seeds"], row["images"]) for row in few]
+    assert cases == [("3 shots", 20, 4, 9), ("50 shots", 20, 4, 25)] * 2
+    assert [row["top-1"] for row in few[1::2]] == [
+        row["top-1"] for row in results[1::2]
+    ]
+    assert few[0]["+-"] > 0 == few[1]["+-"]
     assert json.loads(out.read_text())["results"] == few
     # Both evaluations of the file of features are beside it.
-    lines = (tmp_path / "eval_knn.jsonl").read_text().splitlines()
-    assert [len(json.loads(line)["results"]) for line in lines] == [4, 4]
-    for name in attg.features.SOURCE:
-        last = json.loads(lines[-1])["settings"]
-        assert last[name] == report["settings"][name]
-
-
-def test_shots_that_some_classes_do_not_have(encoder, labelled):
-    """Classes of 9, 8 and 8 images: 50 shots are all of them."""
-    flags = [encoder, "--data", labelled["data"], "--device", "cpu", "--seeds", "2"]
-    results = eval_knn.main([*flags, "--shots", "8", "9", "50"])
-    assert [row["images"] for row in results] == [24, 25, 25] * 2
-    all_labels = [row["top-1"] for row in eval_knn.main([*flags, "--k", "5"])]
-    assert all_labels == [results[2]["top-1"], results[5]["top-1"]]
-    assert results[2]["+-"] == 0
+    lines = map(json.loads, (tmp_path / "eval_knn.jsonl").open())
+    for line, rows in zip(lines, (results, few), strict=True):
+        assert line["results"] == rows
+        for name in attg.features.SOURCE:
+            assert line["settings"][name] == report["settings"][name]
 
 
 def test_deviations_are_those_of_samples_over_the_seeds(tmp_path):
