@@ -6,14 +6,9 @@ Fine-tuning of all weights of an encoder (arXiv 2402.15172, Table 2 and section 
     torchrun --nproc_per_node=8 eval_finetune.py CHECKPOINT --data imagenet
 
 By MAE's recipe: random crops, RandAugment, random erasing, mixup or cutmix, label
-smoothing, stochastic depth, and layer-wise learning rate decay. Its defaults: 1,024 images
-per batch, weight decay 0.05, 5 epochs of warm-up, min_lr 1e-6, and by size
-
-    ViT-B  100 epochs, blr 5e-4, layer decay 0.65, stochastic depth 0.1
-    ViT-L   50 epochs, blr 1e-3, layer decay 0.75, stochastic depth 0.2
-    ViT-H   50 epochs, blr 1e-3, layer decay 0.75, stochastic depth 0.3
-
---label_fraction takes the same fraction of every class.
+smoothing, stochastic depth, and layer-wise learning rate decay. 1,024 images per batch,
+weight decay 0.05, 5 epochs of warm-up, min_lr 1e-6; epochs, blr, layer decay, stochastic
+depth: 100, 5e-4, 0.65, 0.1 for ViT-B; 50, 1e-3, 0.75, 0.2 for ViT-L (0.3 for ViT-H).
 
 Shapes: B images, N tokens, D width, C classes.
 """

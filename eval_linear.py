@@ -67,14 +67,6 @@ UNUSED = {
 }
 
 
-def check(settings):
-    """ValueError for flags that have no effect, or too few labels."""
-    protocol = settings.protocol
-    check_unused(settings, UNUSED[protocol], f"has no effect on --protocol {protocol}")
-    if 1 in settings.shots:
-        raise ValueError("--shots 1: use 2 or more, held-out images select the lr")
-
-
 # -- The probe on fixed features -------------------------------------------------------
 
 
@@ -121,9 +113,8 @@ def cross_validate(x, labels, lrs, seed, **training):
     fold = torch.empty(len(labels), dtype=torch.long)
     # All images, class by class in random order, are dealt out to the five folds.
     fold[shot_indices(labels.cpu(), 1.0, seed)] = torch.arange(len(labels)) % 5
-    folds = fold.unique()[: 5 if len(labels) <= 10_000 else 1]
     top1 = []
-    for number in folds:
+    for number in fold.unique()[: 5 if len(labels) <= 10_000 else 1]:
         test = (fold == number).to(x.device)
         weights = train_heads(x[~test], labels[~test], lrs, seed=seed, **training)
         top1.append(percent_correct(x[test], labels[test], weights)[:, 0])
@@ -288,8 +279,11 @@ PROTOCOLS = {"features": probe_features, "mae": probe_mae}
 def main(argv=None, data=None):
     """Returns the results, a list of dicts; data: see attg.evaluation.evaluate."""
     settings = parse(Settings, __doc__, argv)
-    check(settings)
-    return evaluate("eval_linear", settings, PROTOCOLS[settings.protocol], data)
+    protocol = settings.protocol
+    check_unused(settings, UNUSED[protocol], f"has no effect on --protocol {protocol}")
+    if 1 in settings.shots:
+        raise ValueError("--shots 1: use 2 or more, held-out images select the lr")
+    return evaluate("eval_linear", settings, PROTOCOLS[protocol], data)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ that it classifies by; model.normalize prepares uint8 images.
 Shapes: n training images, B images, C classes, F features.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -120,9 +119,8 @@ def fit(
     model.train()
 
     losses = []  # of this epoch, on the device
-    steps = range(start, total_steps)
-    hidden = {"disable": True} if rank != 0 else {}
-    for step in progress(steps, initial=start, total=total_steps, **hidden):
+    bar = {"initial": start, "total": total_steps, "disable": rank != 0 or None}
+    for step in progress(range(start, total_steps), **bar):
         warmup_steps = settings.warmup_epochs * epoch_steps
         # min_lr is added to the whole schedule, warm-up included.
         peak = settings.blr * settings.batch_size / 256 - settings.min_lr
@@ -133,11 +131,9 @@ def fit(
             sample = next(samples)
             torch.manual_seed(seed_for("fit", settings.seed, step, micro, rank))
             imgs, targets = to_device(sample, model, device)
-            if mix is not None:
+            if mix:
                 imgs, targets = mix(imgs, targets, train_set.num_classes)
-            last = micro + 1 == settings.accum
-            loss = backward(parallel, imgs, targets, settings, smoothing, last)
-            losses.append(loss)
+            losses.append(backward(parallel, imgs, targets, settings, smoothing))
         optimizer.step()
         optimizer.zero_grad()
         epoch, rest = divmod(step + 1, epoch_steps)
@@ -170,22 +166,17 @@ def autocast(settings, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def backward(model, imgs, targets, settings, smoothing, last):
+def backward(model, imgs, targets, settings, smoothing):
     """Accumulate the gradient of a micro-batch; returns its loss, the features' mean.
 
-    targets: labels (B,) or probabilities (B, C). last: whether the step ends with it.
+    targets: labels (B,) or probabilities (B, C).
     """
-    # Ranks exchange gradients once per step, with the last micro-batch.
-    exchange = last or not isinstance(model, DistributedDataParallel)
-    with contextlib.nullcontext() if exchange else model.no_sync():
-        with autocast(settings, imgs.device):
-            logits = model(imgs)  # (F, B, C)
-        # Heads of a probe share no weights: the sum trains each as if it were alone.
-        total = sum(
-            F.cross_entropy(x.float(), targets, label_smoothing=smoothing)
-            for x in logits
-        )
-        (total / settings.accum).backward()
+    with autocast(settings, imgs.device):
+        logits = model(imgs).float()  # (F, B, C)
+    # Heads of a probe share no weights: the sum trains each as if it were alone.
+    losses = [F.cross_entropy(x, targets, label_smoothing=smoothing) for x in logits]
+    total = sum(losses)
+    (total / settings.accum).backward()
     return total.detach() / len(logits)
 
 
@@ -250,7 +241,7 @@ def score(model, tests, features, protocol, settings, dist_info):
     """
     device, rank, world = dist_info
     # The size of a micro-batch in training, which is known to fit in memory.
-    batch_size = max(1, settings.batch_size // (settings.accum * world))
+    batch_size = settings.batch_size // (settings.accum * world)
     model.eval()
     results = []
     for name, dataset in tests.items():

@@ -79,7 +79,6 @@ RECIPES = [
     (eval_finetune, 32, 128, (50, 1024, 1, 1e-3, 5, 0.05, 1e-6, 0.75, 0.3)),
     (eval_linear, 12, 512, (90, 16384, 4, 0.1, 10, 0, 0)),
     (eval_linear, 24, 512, (50, 16384, 4, 0.1, 10, 0, 0)),
-    (eval_linear, 32, 512, (50, 16384, 4, 0.1, 10, 0, 0)),
 ]
 FLAGS = "epochs batch_size accum blr warmup_epochs weight_decay min_lr".split()
 FLAGS += ["layer_decay", "drop_path"]
@@ -104,9 +103,6 @@ def test_mixup_cutmix_and_erasing(monkeypatch):
     for seed in range(30):
         torch.manual_seed(seed)
         mixed, targets = eval_finetune.mix(imgs.clone(), labels, 4)
-        torch.manual_seed(seed)
-        again = eval_finetune.mix(imgs.clone(), labels, 4)
-        assert mixed.equal(again[0]) and targets.equal(again[1])
         assert mixed.shape == imgs.shape
         assert torch.allclose(targets.sum(1), torch.ones(64))
         assert targets.count_nonzero(1).max() <= 2

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,20 +24,15 @@ PROGRAMS = [eval_knn, eval_linear, eval_finetune]
 @pytest.fixture(params=PROGRAMS, ids=[program.__name__ for program in PROGRAMS])
 def evaluate(request, encoder, tmp_path, monkeypatch):
     """evaluate(*flags, data=None) of one of the programs, with little training."""
-    (tmp_path / "o.jsonl").write_text('{"results": "are appended"}\n')
-    if request.param is eval_linear:
-        train_heads = eval_linear.train_heads
-
-        def quick(*args, **options):
-            return train_heads(*args, **options, min_steps=30)
-
+    program = request.param
+    if program is eval_linear:
+        quick = partial(eval_linear.train_heads, min_steps=30)
         monkeypatch.setattr(eval_linear, "train_heads", quick)
 
     def evaluate(*flags, data=None, checkpoint=encoder):
         argv = [checkpoint, "--device", "cpu", "--out", str(tmp_path / "o.jsonl")]
-        if request.param is not eval_knn:
-            argv += ["--epochs", "1"]
-        return request.param.main([*argv, *flags], data)
+        argv += [] if program is eval_knn else ["--epochs", "1"]
+        return program.main([*argv, *flags], data)
 
     return evaluate
 
@@ -137,8 +133,8 @@ def test_data_sets_in_python(evaluate, labelled, tmp_path):
         data[split] = [files.read(i) for i in range(len(files))]
     want = evaluate("--data", labelled["data"])
     assert evaluate("--data", "mine", data=data) == want
-    first, *_, last = map(json.loads, (tmp_path / "o.jsonl").open())
-    assert first["results"] == "are appended" and last["settings"]["data"] == "mine"
+    names = [json.loads(x)["settings"]["data"] for x in (tmp_path / "o.jsonl").open()]
+    assert names == [labelled["data"], "mine"]
     with pytest.raises(ValueError, match="--data NAME"):
         evaluate(data=data)
     with pytest.raises(ValueError, match="--data .*: needs"):

@@ -113,7 +113,6 @@ def photographs(folder):
     for i, path in enumerate(paths):
         write(path, noise(*PHOTOS[i % len(PHOTOS)], i))
     gnd = some_truth(40, 2)
-    gnd[1] = gnd[0] | {"bbx": [3, 4, 20, 30]}
     truth = {"imlist": names[:40], "qimlist": names[40:], "gnd": gnd}
     file = folder / "gnd_roxford5k.pkl"
     file.write_bytes(pickle.dumps(truth))

@@ -26,8 +26,9 @@ PROGRAMS = {
 
 @pytest.fixture
 def flags(encoder, labelled):
-    """Of an encoder and a data set of 25 images."""
-    return [encoder, "--data", labelled["data"], "--device", "cpu", "--seed", "1"]
+    """Of an encoder and a data set of 25 images, 3 steps an epoch."""
+    flags = [encoder, "--data", labelled["data"], "--device", "cpu", "--seed", "1"]
+    return [*flags, "--batch_size", "8"]
 
 
 def top1_of_timm(weights, data):
@@ -35,53 +36,37 @@ def top1_of_timm(weights, data):
     models = pytest.importorskip("timm.models")
     sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
     norm = partial(nn.LayerNorm, eps=1e-6)
-    options = {"global_pool": "avg", "norm_layer": norm}
-    peer = models.VisionTransformer(32, 16, **sizes, **options)
+    peer = models.VisionTransformer(32, 16, **sizes, global_pool="avg", norm_layer=norm)
     models.load_checkpoint(peer.eval(), weights)
-    correct = []
-    for sample in make_loader(open_data(data, "test", 32)):
-        logits = peer(attg_mae.normalize(sample.image, attg_mae.Config()))
-        correct.append(logits.argmax(1) == sample.label)
-    return 100 * torch.cat(correct).double().mean().item()
+    (batch,) = make_loader(open_data(data, "test", 32))
+    logits = peer(attg_mae.normalize(batch.image, attg_mae.Config()))
+    return 100 * (logits.argmax(1) == batch.label).double().mean().item()
 
 
 @pytest.mark.parametrize("protocol", PROGRAMS)
 def test_training_on_images(protocol, flags, labelled, tmp_path, capsys):
+    """Loss and accuracy; resumed training equals uninterrupted."""
     program, more, features = PROGRAMS[protocol]
-    flags += [*more, "--epochs", "8", "--batch_size", "8"]
-    file = str(tmp_path / "weights.pt")
-    results = program.main([*flags, "--save", file])
+    flags += [*more, "--epochs", "8"]
+    whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
+    results = program.main([*flags, "--save", str(whole)])
     printed = capsys.readouterr().out.splitlines()
     settings = json.loads(printed[-1])["settings"]
-    assert [row["feature"] for row in results] == list(features)
-    assert results[0]["protocol"] == protocol
+    cases = [(row["feature"], row["protocol"]) for row in results]
+    assert cases == [(feature, protocol) for feature in features]
     losses = [float(x.split()[3]) for x in printed if x.startswith("epoch")]
     assert len(losses) == 8 and losses[-1] < losses[0]
     assert settings["warmup_epochs"] == 1.6 and len(settings["sha256"]) == 64
-    # Neither loader workers nor --save change anything.
-    assert program.main([*flags, "--workers", "2"]) == results
-    capsys.readouterr()
-    # Finished: it is only scored again.
-    assert program.main([*flags, "--save", file]) == results
-    assert "epoch 8/8" not in capsys.readouterr().out
-    assert torch.load(file)["step"] == 8 * 3
     if program is eval_finetune:
-        want = top1_of_timm(file, labelled["data"])
+        want = top1_of_timm(whole, labelled["data"])
         assert results[0]["top-1"] == pytest.approx(want)
-
-
-@pytest.mark.parametrize("protocol", PROGRAMS)
-def test_resumed_training_equals_uninterrupted(protocol, flags, tmp_path):
-    program, more, _ = PROGRAMS[protocol]
-    flags += [*more, "--epochs", "4", "--batch_size", "8"]
-    whole, cut = tmp_path / "whole.pt", tmp_path / "cut.pt"
-    want = program.main([*flags, "--save", str(whole)])
 
     def stop():
         raise KeyboardInterrupt
 
-    with after_step(8, stop), pytest.raises(KeyboardInterrupt):  # in the third epoch
-        program.main([*flags, "--save", str(cut)])
+    # In the third epoch, with loader workers.
+    with after_step(8, stop), pytest.raises(KeyboardInterrupt):
+        program.main([*flags, "--workers", "1", "--save", str(cut)])
     before = cut.read_bytes()
     assert torch.load(cut)["step"] == 6
     # Another setting and another encoder are refused, and named.
@@ -95,25 +80,25 @@ def test_resumed_training_equals_uninterrupted(protocol, flags, tmp_path):
         with pytest.raises(ValueError, match=f"--save .*cut.pt: .*{name}.*file"):
             program.main([*changed, "--save", str(cut)])
     assert cut.read_bytes() == before
-    assert program.main([*flags, "--save", str(cut)]) == want
-    whole, cut = torch.load(whole), torch.load(cut)
-    assert all(same(whole[k], cut[k]) for k in ("model", "optimizer", "step"))
+    for _ in range(2):  # the second time it is finished, and only scored again
+        assert program.main([*flags, "--save", str(cut)]) == results
+    one, two = torch.load(whole), torch.load(cut)
+    assert all(same(one[k], two[k]) for k in ("model", "optimizer", "step"))
+    assert capsys.readouterr().out.count("epoch 8/8") == 1
 
 
 def test_accumulation_gives_the_same_gradients(flags, encoder, tmp_path, monkeypatch):
     """AdamW and LARS, but for its biases, do not depend on the scale of a gradient."""
     # Micro-batches would be mixed differently.
     monkeypatch.setattr(eval_finetune, "mix", lambda imgs, labels, _: (imgs, labels))
-    flags += ["--epochs", "2", "--batch_size", "8"]
     tuned, probed = [], []
     for accum in ("1", "4"):
-        file, more = str(tmp_path / "w.pt"), ["--accum", accum]
-        eval_finetune.main([*flags, *more, "--drop_path", "0", "--save", file])
-        tuned.append(torch.load(file)["model"])
-        Path(file).unlink()
-        eval_linear.main([*flags, *more, "--protocol", "mae", "--save", file])
-        probed.append(torch.load(file)["model"]["heads.0.bias"])
-        Path(file).unlink()
+        files = [str(tmp_path / f"{name}{accum}.pt") for name in "ab"]
+        more = [*flags, "--epochs", "2", "--accum", accum, "--save"]
+        eval_finetune.main([*more, files[0], "--drop_path", "0"])
+        eval_linear.main([*more, files[1], "--protocol", "mae"])
+        tuned.append(torch.load(files[0])["model"])
+        probed.append(torch.load(files[1])["model"]["heads.0.bias"])
     start = attg_mae.load_encoder(encoder).state_dict()
     for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "pos_embed"):
         moved = tuned[0][name] - start[name]
@@ -129,10 +114,8 @@ def test_images_are_flipped_and_normalized():
     sample = Sample(imgs, torch.arange(3), torch.arange(3), torch.zeros(3, 4), flip)
     model = attg_mae.build_model(attg_mae.Config(**SMALL))
     got, labels = to_device(sample, model, torch.device("cpu"))
-    for image, result, flipped in zip(imgs, got, flip, strict=True):
-        want = image.flip(2) if flipped else image
-        assert result.equal(model.normalize(want[None])[0])
-    assert labels.tolist() == [0, 1, 2]
+    want = torch.stack([imgs[0].flip(2), imgs[1], imgs[2].flip(2)])
+    assert got.equal(model.normalize(want)) and labels.tolist() == [0, 1, 2]
 
 
 def test_fraction_of_the_labels(labelled):
@@ -143,21 +126,19 @@ def test_fraction_of_the_labels(labelled):
     train_set, tests = open_training(cfg, settings, *options)
     rows = shot_indices(whole.labels, 0.5, 3).sort().values.tolist()
     assert len(rows) == len(train_set) == 12 and settings.batch_size == 1
-    paths = [train_set.path(i) for i in range(12)]
-    assert paths == [whole.path(i) for i in rows]
+    assert [train_set.path(i) for i in range(12)] == [whole.path(i) for i in rows]
     assert len(tests["test"]) == 15
 
 
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        ("--epochs 3 --batch_size 8 --blr 1e30", "loss not finite in epoch 1; .*--blr"),
+        ("--epochs 3 --blr 1e30", "loss not finite in epoch 1; .*--blr"),
         # After the last step no loss reveals it.
         ("--epochs 1 --batch_size 25 --warmup_epochs 0 --blr 1e38", "logits .*--blr"),
     ],
 )
 def test_divergence_is_an_error(rates, message, flags, tmp_path):
-    flags += [*rates.split(), "--out", str(tmp_path / "o")]
     with pytest.raises(ValueError, match=message):
-        eval_finetune.main(flags)
-    assert not (tmp_path / "o").exists()
+        eval_finetune.main([*flags, *rates.split(), "--out", str(tmp_path / "o")])
+    assert not Path(tmp_path / "o").exists()
