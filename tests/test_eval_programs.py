@@ -102,7 +102,7 @@ def test_a_rank_that_never_starts(tmp_path, monkeypatch):
     for key, value in ranks.items():
         monkeypatch.setenv(key, str(value))
     start = time.perf_counter()
-    with within(60), pytest.raises(ConnectionError, match="of 2 ranks .* 0.01 .*--timeout"):
+    with within(60), pytest.raises(ConnectionError, match="of 2 ranks .*--timeout"):
         eval_knn.main(["none.pt", "--device", "cpu", "--timeout", "0.01"])
     assert time.perf_counter() - start > 0.5
     assert not torch.distributed.is_initialized() and not list(tmp_path.iterdir())
