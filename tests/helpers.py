@@ -199,11 +199,12 @@ def from_hf(state):
     return join_qkv({rename(key): value for key, value in state.items()}, "HF")
 
 
-def timm_model(width=64, depth=2, heads=4, img_size=32, patch_size=8, **kw):
+def timm_model(width=64, depth=2, heads=4, img_size=32, patch_size=8, **options):
     timm_vit = pytest.importorskip("timm.models.vision_transformer")
     torch.manual_seed(0)
-    kw |= dict(embed_dim=width, depth=depth, num_heads=heads, num_classes=0)
-    return shake(timm_vit.VisionTransformer(img_size, patch_size, **kw), 0.05)
+    sizes = {"embed_dim": width, "depth": depth, "num_heads": heads, "num_classes": 0}
+    model = timm_vit.VisionTransformer(img_size, patch_size, **sizes | options)
+    return shake(model, 0.05)
 
 
 def encoder_only(state):

@@ -1,7 +1,5 @@
 """eval_finetune.py against timm; the recipes of both programs that train on images."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
@@ -11,17 +9,14 @@ import attg_mae
 import eval_finetune
 import eval_linear
 from attg.finetuning import resolve
-from tests.helpers import SMALL, close, rand, randn, shake
+from tests.helpers import SMALL, close, rand, randn, shake, timm_model
 
 
 def classifier_and_timm(drop_path=0.0):
-    timm_vit = pytest.importorskip("timm.models.vision_transformer")
     encoder = shake(attg_mae.ViT(attg_mae.Config(**SMALL | {"depth": 3})), 0.05)
     ours = eval_finetune.Classifier(encoder, 5, drop_path)
-    sizes = {"embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
-    norm = partial(nn.LayerNorm, eps=1e-6)
-    options = {"global_pool": "avg", "norm_layer": norm, "drop_path_rate": drop_path}
-    peer = timm_vit.VisionTransformer(32, 16, **sizes, **options)
+    options = {"num_classes": 5, "global_pool": "avg", "drop_path_rate": drop_path}
+    peer = timm_model(16, 3, 2, 32, 16, **options)
     nn.init.normal_(ours.head.weight)
     assert not peer.load_state_dict(ours.state_dict(), strict=True).missing_keys
     return ours, peer

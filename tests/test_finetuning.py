@@ -1,12 +1,10 @@
 """attg/finetuning.py, by both of its programs: MAE's probe and fine-tuning."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import attg_mae
 import eval_finetune
@@ -16,7 +14,7 @@ from attg.features import FEATURES
 from attg.finetuning import open_training, to_device
 from attg.images import Sample
 from attg.loader import make_loader
-from tests.helpers import SMALL, after_step, same
+from tests.helpers import SMALL, after_step, same, timm_model
 
 PROGRAMS = {
     "mae": (eval_linear, ["--protocol", "mae", "--blr", "20"], FEATURES),
@@ -34,10 +32,8 @@ def flags(encoder, labelled):
 def top1_of_timm(weights, data):
     """Top-1 in percent of the fine-tuned weights in timm's ViT."""
     models = pytest.importorskip("timm.models")
-    sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
-    norm = partial(nn.LayerNorm, eps=1e-6)
-    peer = models.VisionTransformer(32, 16, **sizes, global_pool="avg", norm_layer=norm)
-    models.load_checkpoint(peer.eval(), weights)
+    peer = timm_model(16, 1, 2, 32, 16, num_classes=3, global_pool="avg")
+    models.load_checkpoint(peer, weights)
     (batch,) = make_loader(open_data(data, "test", 32))
     logits = peer(attg_mae.normalize(batch.image, attg_mae.Config()))
     return 100 * (logits.argmax(1) == batch.label).double().mean().item()
