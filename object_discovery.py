@@ -5,7 +5,6 @@ arXiv 2402.15172): by TokenCut, DINO's class attention or Grad-CAM, or from mask
     python object_discovery.py --backbone pixels --out maps.npy --show 8
     python object_discovery.py --method tokencut --backbone dino_vits16 --data DATA --out maps.npy
     python object_discovery.py --method dino --backbone ENCODER.pt --data DATA --out maps.npy
-    python object_discovery.py --method tokencut --backbone resnet50 --data DATA --out maps.npy
     python object_discovery.py --method gradcam --backbone resnet50 --data DATA --out maps.npy
     python object_discovery.py --method masks --masks DIR --data DATA --out maps.npy
     torchrun --nproc_per_node=8 object_discovery.py --method tokencut --data DATA --out maps.npy
@@ -28,7 +27,6 @@ if __name__ == "__main__":
     ignore_sigint_during_import()
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -40,15 +38,25 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from attg.checkpoint import load_checkpoint
-from attg.cli import DataFlags, RunFlags, check_unused, flag, log_line, parse, run_cli
+from attg.cli import (
+    DataFlags,
+    RunFlags,
+    check_unused,
+    flag,
+    log_line,
+    parse,
+    print_table,
+    run_cli,
+)
 from attg.datasets import open_data, resolve_dataset
 from attg.distributed import exclusive_run, processes, wait
 from attg.figures import save_map_sheet
 from attg.files import sha256
 from attg.kernels import normalize_map
-from attg.map_job import SquashedImages, check_settings, run_job
+from attg.map_job import SquashedImages, run_job
 from attg.map_quality import peak_component, quality, true_masks
 from attg.maps import load_maps
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD, load_encoder, normalize
@@ -161,22 +169,19 @@ def tokencut(features, tau=0.2, eps=1e-5):
 
     A_ij = 1 if the cosine of features i and j is above tau, else eps; a zero vector
     has cosine 0 to all. D = diag(A 1). y^T D y = 1 as in scipy.linalg.eigh(D - A, D),
-    and the entry of largest magnitude is positive. The vector of an image does not
-    depend on its batch, up to rounding. A single patch gets 0.
-    ValueError names the images whose features are not finite.
+    and the entry of largest magnitude is positive. y is 0 if all patches are connected,
+    or no two: any vector is a solution then. The vector of an image does not depend on
+    its batch, up to rounding. Features that are not finite give NaN.
     """
     B, L, _ = features.shape
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     # MPS has no float64.
     x = features.cpu() if features.device.type == "mps" else features
     x = x.to(dtype)
-    norm = x.norm(dim=-1, keepdim=True)
-    bad = (~norm.isfinite()).any(dim=1).flatten().nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"features: NaN or inf in images {bad} of the batch")
-    if L < 2 or B == 0:
+    if L < 2:
         return features.new_zeros(B, L, dtype=dtype)
-    x = x / norm.clamp_min(1e-12)
+    finite = x.isfinite().all(dim=2).all(dim=1)[:, None]  # (B, 1)
+    x = F.normalize(x.where(finite[..., None], 0.0), dim=-1)
 
     # As many images at a time as fill 4 MB of a CPU's cache, or 1 GB of a GPU.
     values = 2**19 if x.device.type == "cpu" else 2**27
@@ -187,20 +192,23 @@ def tokencut(features, tau=0.2, eps=1e-5):
             edges = part @ part.mT > tau
         # Rounding need not be symmetric.
         edges = edges | edges.mT
+        number, loops = edges.sum(dim=(1, 2)), edges.diagonal(dim1=1, dim2=2).sum(dim=1)
         S, scale, trivial = normalized_affinity(edges, eps)
         v, converged = lanczos(S, trivial)
         if not converged.all():
             v[~converged] = dense_solver(S[~converged], trivial[~converged])
-        vectors.append(positive_peak(scale * v))
-    return torch.cat(vectors).to(dtype).to(features.device)
+        unsolvable = (number == L**2) | (number == loops)
+        y = (scale * v).masked_fill(unsolvable[:, None], 0.0)
+        vectors.append(positive_peak(y))
+    y = torch.cat(vectors).to(dtype).where(finite, torch.nan)
+    return y.to(features.device)
 
 
 def border_sign(maps):
     """Maps (B, h, w) in [0, 1], or 1 - M if the border of M has the higher mean.
 
-    Alternative sign rule: the object is the side with the lower mean on the image border.
-    MaskCut has a similar rule about the four corners. NaN cells are ignored; grids without
-    inner cells are left unchanged.
+    Alternative sign rule: the object is the side with the lower mean on the image border
+    (MaskCut looks at the corners). NaN cells are ignored; without inner cells M stays.
     """
     border = torch.ones(maps.shape[1:], dtype=torch.bool, device=maps.device)
     border[1:-1, 1:-1] = False
@@ -216,52 +224,35 @@ def cut_maps(features, grid, settings):
     each further cut is made without the patches of the objects so far, and the maps are
     merged by their maximum.
     """
-    finite = features.isfinite().all(dim=(1, 2))
-    features = features.where(finite[:, None, None], 0.0).float()
+    features = features.float()
     removed = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
     m = merged = cut_once(features, removed, grid, settings)
     for _ in range(settings.objects - 1):
-        removed = removed | object_patches(m, removed)
+        # The object is the connected component above the mean that holds the maximum.
+        means = m.sum(dim=(1, 2)) / (~removed).sum(dim=1)
+        pairs = zip(m.cpu().numpy(), means.tolist(), strict=True)
+        objects = np.stack([peak_component(image, mean) for image, mean in pairs])
+        removed = removed | torch.from_numpy(objects).flatten(1).to(removed.device)
         m = cut_once(features, removed, grid, settings)
         merged = torch.maximum(merged, m)
-    return merged.masked_fill(~finite[:, None, None], torch.nan)
+    return merged
 
 
 def cut_once(features, removed, grid, settings):
     """Maps (B, *grid) in [0, 1] of one cut, 0 on the patches removed: bool (B, L).
 
-    settings.sign decides which end of the eigenvector is the object. The map is flat if
-    all patches are alike, or none, because then any vector is a solution.
+    settings.sign decides which end of the eigenvector is the object.
     """
     # Zero vectors have no edges, so this takes the patches out of the graph.
     features = features.masked_fill(removed[..., None], 0.0)
-    threshold = settings.affinity_threshold
+    y = tokencut(features, settings.affinity_threshold)
     # The peak may have been on a removed patch.
-    y = positive_peak(tokencut(features, threshold).masked_fill(removed, 0.0))
+    y = positive_peak(y.masked_fill(removed, 0.0))
     lowest = y.masked_fill(removed, torch.inf).amin(dim=1, keepdim=True)
     m = normalize_map(torch.where(removed, lowest, y))
-
-    # One image at a time saves memory. Each patch has an edge to itself.
-    unit = F.normalize(features, dim=-1)
-    edges = torch.stack([(x @ x.mT > threshold).sum() for x in unit])  # (B,)
-    patches = (~removed).sum(dim=1)
-    all_or_none = (edges == patches**2) | (edges <= patches)
-    m = m.masked_fill(all_or_none[:, None], 0.0)
     if settings.sign == "border":
         m = border_sign(m.masked_fill(removed, torch.nan).unflatten(1, grid)).flatten(1)
     return m.masked_fill(removed, 0.0).unflatten(1, grid)
-
-
-def object_patches(m, removed):
-    """MaskCut's object, bool (B, L), in the maps m (B, h, w) of cut_once.
-
-    The connected component above the mean of the patches not removed that holds the
-    maximum; empty if the map is flat.
-    """
-    means = m.sum(dim=(1, 2)) / (~removed).sum(dim=1)
-    pairs = zip(m.cpu().numpy(), means.tolist(), strict=True)
-    components = np.stack([peak_component(image, mean) for image, mean in pairs])
-    return torch.from_numpy(components).flatten(1).to(removed.device)
 
 
 # -- DINO, Grad-CAM, and features without weights --------------------------------------
@@ -328,8 +319,8 @@ class Backbone(NamedTuple):
 def download(url, remedy):
     """Path of the url's file in torch.hub's folder, downloaded once.
 
-    ValueError with the remedy if there is no network, or if the sha256 does not begin
-    with the digits in torchvision's file names. DINO publishes no checksums.
+    ValueError with the remedy if that fails. torch.hub checks the digits of a sha256 in
+    torchvision's file names; DINO publishes none.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     options = {"map_location": "cpu", "check_hash": True, "weights_only": True}
@@ -337,9 +328,8 @@ def download(url, remedy):
         torch.hub.load_state_dict_from_url(url, **options)
     # urllib raises many kinds.
     except Exception as error:
-        raise ValueError(
-            f"cannot download {url} ({error}); save it as {path}, or {remedy}"
-        ) from error
+        message = f"cannot download {url} ({error}); save it as {path}, or {remedy}"
+        raise ValueError(message) from error
     return path
 
 
@@ -370,12 +360,12 @@ def vit(settings, device):
     return Backbone(maps, cfg.size, cfg.grid, about)
 
 
-def pixels(settings, device):
-    """No weights: the cut of patch_statistics."""
-    size, p = settings.img_size or 224, 16
+def pixels(settings, device, p=16):
+    """No weights: the cut of patch_statistics of p x p patches."""
+    size = settings.img_size or 224
     if size < 2 * p or size % p:
         raise ValueError(
-            f"--img_size {size}: --backbone pixels takes multiples of {p} from {2 * p} on"
+            f"--img_size {size}: pixels takes {2 * p}, {3 * p}, {4 * p} ..."
         )
     grid = (size // p, size // p)
 
@@ -385,66 +375,55 @@ def pixels(settings, device):
     return Backbone(maps, (size, size), grid, {})
 
 
-# Torchvision's classifiers: how many of their layers lead to strides 16 and 32.
-CNNS = {"resnet50": (7, 8), "mobilenet_v2": (14, 19)}
+# Torchvision's classifiers: their layers of strides 16 and 32.
+CNNS = {
+    "resnet50": ("layer3", "layer4"),
+    "mobilenet_v2": ("features.13", "features.18"),
+}
 
 
 def cnn(settings, device):
     """A torchvision classifier: Grad-CAM of its last stage, or the cut at stride 16."""
     name, path = settings.backbone, settings.weights
-    side = settings.img_size or 224
-    if side < 32:
-        raise ValueError(f"--img_size {side}: {name} takes 32 pixels or more")
-    model = torchvision.models.get_model(name)
+    is_cam, side = settings.method == "gradcam", settings.img_size or 224
+    model = torchvision.models.get_model(name).to(device).eval().requires_grad_(False)
     if not path:
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
         path = download(url, "name a file of its weights: --weights FILE")
     try:
         model.load_state_dict(load_checkpoint(path))
     except RuntimeError as error:
-        raise ValueError(
-            f"--weights {path}: not torchvision's {name} ({error})"
-        ) from error
-    model = model.to(device).eval().requires_grad_(False)
-    # The layers of resnet50 are its children, then come the pooling and the classifier.
-    layers = list(model.features if name == "mobilenet_v2" else model.children())
-    middle, end = CNNS[name]
-    to_stride_16 = nn.Sequential(*layers[:middle])
-    to_stride_32 = nn.Sequential(*layers[middle:end])
+        message = f"--weights {path}: not torchvision's {name} ({error})"
+        raise ValueError(message) from error
+    extract = create_feature_extractor(model, {CNNS[name][is_cam]: "x"})
     head = list(model.children())[-1]
     classify = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
     # Each of four halvings rounds up.
-    cells = math.ceil(side / 16) if settings.method == "tokencut" else 14
+    cells = 14 if is_cam else math.ceil(side / 16)
     size, grid = (side, side), (cells, cells)
 
+    @torch.no_grad()
     def maps(imgs):
-        with torch.no_grad():
-            x = to_stride_16(normalize(imgs, IMAGENET))  # (B, C, h, w)
-            if settings.method == "tokencut":
-                x = x.flatten(2).mT  # (B, L, C)
-                # Without its mean, all patches would be alike.
-                return cut_maps(x - x.mean(dim=1, keepdim=True), grid, settings)
-            x = to_stride_32(x)
-        return grad_cam(x, classify, grid, size)
+        x = extract(normalize(imgs, IMAGENET))["x"]  # (B, C, h, w)
+        if is_cam:
+            return grad_cam(x, classify, grid, size)
+        x = x.flatten(2).mT  # (B, L, C)
+        # Without its mean, all patches would be alike.
+        return cut_maps(x - x.mean(dim=1, keepdim=True), grid, settings)
 
     return Backbone(maps, size, grid, {"sha256": sha256(path), **vars(IMAGENET)})
 
 
-def open_backbone(settings, device):
-    """The Backbone that the settings name."""
-    if settings.method == "masks":
-        # SquashedImages reads the masks instead of the images.
-        about = {"masks": str(Path(settings.masks))}
-        return Backbone(lambda imgs: imgs[:, 0].float(), (56, 56), (56, 56), about)
-    if settings.backbone == "pixels":
-        return pixels(settings, device)
-    return (cnn if settings.backbone in CNNS else vit)(settings, device)
+def masks(settings, device):
+    """The masks themselves, which SquashedImages reads instead of the images."""
+    about = {"masks": str(Path(settings.masks))}
+    return Backbone(lambda imgs: imgs[:, 0].float(), (56, 56), (56, 56), about)
 
 
 # -- The command line ------------------------------------------------------------------
 
 METHODS = ("tokencut", "dino", "gradcam", "masks")
-CUT_FLAGS = {"affinity_threshold", "sign", "objects"}
+CUT_FLAGS = ("affinity_threshold", "objects", "sign")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -487,15 +466,13 @@ class Settings(DataFlags, RunFlags):
 
 def resolve(settings):
     """Check the flags against each other, before any download, and fill in defaults."""
-    method, masks = settings.method, settings.masks
+    method = settings.method
     if method != "masks" and settings.backbone is None:
         settings.backbone = "resnet50" if method == "gradcam" else "dino_vits16"
     backbone = settings.backbone
-    unused = set() if method == "tokencut" else set(CUT_FLAGS)
-    if backbone not in CNNS:
-        unused.add("weights")
-    if method == "masks":
-        unused |= {"backbone", "img_size"}
+    unused = () if method == "tokencut" else CUT_FLAGS
+    unused += () if backbone in CNNS else ("weights",)
+    unused += ("backbone", "img_size") if method == "masks" else ()
     reason = f"--method {method} --backbone {backbone} does not use it"
     check_unused(settings, unused, reason)
     if settings.sign is None:
@@ -505,21 +482,35 @@ def resolve(settings):
 
     if settings.out.suffix != ".npy":
         raise ValueError(f"--out {settings.out}: must end in .npy")
-    if method == "gradcam" and backbone not in CNNS:
-        raise ValueError(f"--backbone {backbone}: gradcam takes {' or '.join(CNNS)}")
-    if method == "dino" and backbone in ("pixels", *CNNS):
-        raise ValueError(f"--backbone {backbone}: no attention; use --method tokencut")
-    if (masks or method == "masks") and not Path(str(masks)).is_dir():
-        raise ValueError(f"--masks {masks}: give the folder of the masks")
-    for path in settings.compare:
-        if not path.is_file():
-            raise ValueError(f"--compare {path}: no such map file")
+    takes = {"dino": f"{', '.join(DINO)} or a checkpoint", "gradcam": ", ".join(CNNS)}
+    is_cnn = backbone in CNNS
+    if method in takes and (backbone == "pixels" or is_cnn != (method == "gradcam")):
+        message = f"--backbone {backbone}: --method {method} takes {takes[method]}"
+        raise ValueError(message)
+    folder = settings.masks
+    if (folder or method == "masks") and not Path(str(folder)).is_dir():
+        raise ValueError(f"--masks {folder}: give the folder of the masks")
     return settings
 
 
+def read_maps(path, dataset):
+    """Load a map file and log its contents. Returns the maps (n, h, w)."""
+    maps, manifest = load_maps(path, dataset)
+    method, flat, failed = (manifest[key] for key in ("method", "flat", "failed"))
+    number, *grid = maps.shape
+    counts = f"{len(flat)} flat, {len(failed)} failed"
+    log_line(f"{path}: {number} maps of {grid} by {method}, {counts}")
+    if failed:
+        names = ", ".join(dataset.path(i) for i in failed[:10])
+        log_line(f"failed, delete {path} to try again: {names}")
+    return maps
+
+
 def make_maps(settings, dataset, dist_info):
-    """Run the map job. Returns the settings for the manifest, plain types."""
+    """Run the map job."""
     device, rank, world = dist_info
+    kinds = dict.fromkeys(CNNS, cnn) | {"pixels": pixels, None: masks}
+    open_backbone = kinds.get(settings.backbone, vit)
     # Rank 0 downloads, the others load what it has downloaded.
     if rank:
         wait(world)
@@ -529,9 +520,7 @@ def make_maps(settings, dataset, dist_info):
     about = {"method": settings.method, "backbone": settings.backbone}
     about |= {"input": backbone.size, "grid": backbone.grid, **backbone.about}
     if settings.method == "tokencut":
-        about |= {name: getattr(settings, name) for name in sorted(CUT_FLAGS)}
-    # Tuples become lists, as in a manifest that is read.
-    about = json.loads(json.dumps(about))
+        about |= {name: getattr(settings, name) for name in CUT_FLAGS}
     mask_folder = settings.masks if settings.method == "masks" else None
     # A backbone for grayscale images has one mean.
     channels = len(backbone.about.get("mean", IMAGENET_MEAN))
@@ -539,70 +528,39 @@ def make_maps(settings, dataset, dist_info):
     try:
         run_job(backbone.maps, images, backbone.grid, about, settings, dist_info)
     except OSError as error:
-        raise OSError(
-            f"--out {settings.out}: cannot be written ({error}); make room, or choose "
-            "another path, and run it again"
-        ) from error
-    return about
-
-
-def read_maps(path, flag_name, dataset):
-    """Load a map file and log its contents. Returns (maps (n, h, w), manifest)."""
-    try:
-        maps, manifest = load_maps(path, dataset)
-    except ValueError as error:
-        raise ValueError(f"--{flag_name}: {error}; or delete it") from error
-    flat, failed = manifest["flat"], manifest["failed"]
-    log_line(
-        f"{path}: {len(maps)} maps of {manifest['shape'][1:]} by {manifest['method']}, "
-        f"{len(flat)} flat, {len(failed)} failed"
-    )
-    if failed:
-        names = ", ".join(dataset.path(i) for i in failed[:10])
-        log_line(f"failed, delete {path} to try again: {names}")
-    return maps, manifest
+        message = f"--out {settings.out}: {error}; run it again, or choose another path"
+        raise OSError(message) from error
 
 
 def main(argv=None, data=None):
-    """Make the map file. Returns {"maps": path, "manifest": dict or, unless on rank 0,
-    None, "quality": {file: metrics}, empty without true masks}.
+    """Make the map file. Returns its metrics, {file: {"IoU" ...}}, if there are true masks.
 
     data: a data set of your own, which --data then names; see open_data.
     """
     settings = resolve(parse(Settings, __doc__, argv))
     out, data = settings.out, resolve_dataset(data, settings.data)
-    view = {"classes": settings.classes, "max_pixels": settings.max_pixels}
+    options = {"classes": settings.classes, "max_pixels": settings.max_pixels}
     with processes(settings.device, settings.timeout) as dist_info:
         _, rank, world = dist_info
-        dataset = open_data(data, "train", **view)
+        dataset = open_data(data, "train", **options)
         with exclusive_run(f"{out}.lock", f"--out {out}", rank, world):
-            about = make_maps(settings, dataset, dist_info)
-    result = {"maps": str(out), "manifest": None, "quality": {}}
+            make_maps(settings, dataset, dist_info)
     if rank:
-        return result
+        return {}
 
-    maps, manifest = read_maps(out, "out", dataset)
-    check_settings(out, about, manifest | manifest["settings"])
-    result["manifest"] = manifest
-    files = {str(out): maps}
-    for path in settings.compare:
-        files[str(path)], _ = read_maps(path, "compare", dataset)
-
+    files = {str(path): read_maps(path, dataset) for path in (out, *settings.compare)}
     # With --method masks, the masks are the maps themselves, not the ground truth.
     folder = None if settings.method == "masks" else settings.masks
+    metrics = {}
     if folder or dataset.masks is not None:
         for name, maps in files.items():
-            q = quality(maps, true_masks(dataset, folder))
-            log_line(
-                f"{name}: IoU {q['IoU']:.1f}, CorLoc {q['CorLoc']:.1f}, "
-                f"AUROC {q['AUROC']:.1f} on {q['images']} images"
-            )
-            result["quality"][name] = q
+            metrics[name] = quality(maps, true_masks(dataset, folder))
+        print_table([{"maps": name} | row for name, row in metrics.items()])
     if settings.show:
         sheet = out.with_suffix(".png")
         save_map_sheet(sheet, dataset, files, settings.show)
         log_line(f"sheet: {sheet}")
-    return result
+    return metrics
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from attg.images import MODES, to_8_bits
 from attg.kernels import normalize_map
 from attg.loader import default_workers, make_loader
 from attg.map_quality import read_mask
-from attg.maps import save_maps
+from attg.maps import read_manifest, write_maps
 
 
 class SquashedImages(Dataset):
@@ -62,51 +62,48 @@ def run_job(compute, images, grid, settings, options, dist_info):
     and workers as on the command line. dist_info: device, rank, world.
     """
     device, rank, world = dist_info
-    path, batch_size, workers = options.out, options.batch_size, options.workers
-    folder = Path(f"{path}.job")
-    complete = path.is_file() and path.with_suffix(".json").is_file()
-    if complete and not folder.is_dir():
-        return
-    blocks = torch.arange(len(images)).split(batch_size)
+    path, folder = options.out, Path(f"{options.out}.job")
+    # Tuples become lists, as in the settings that are read.
+    settings = json.loads(json.dumps(settings))
+    if path.is_file() and path.with_suffix(".json").is_file() and not folder.is_dir():
+        manifest = read_manifest(path)
+        return check_settings(path, settings, manifest | manifest["settings"])
+    blocks = torch.arange(len(images)).split(options.batch_size)
     files = [folder / str(number) for number in range(len(blocks))]
-    fingerprint = images.dataset.fingerprint
-    job = settings | {"batch_size": batch_size, "fingerprint": fingerprint}
+    job = settings | {"batch_size": options.batch_size}
+    job["fingerprint"] = images.dataset.fingerprint
     broadcast_from_rank0(lambda: begin_or_resume(path, files, job), rank, world)
     # A fixed share: which blocks are missing changes while other processes work.
     shard = list(zip(files, blocks, strict=True))[rank::world]
     missing = {file: rows.tolist() for file, rows in shard if not file.exists()}
-    if workers is None:
-        workers = default_workers(device)
+    workers = default_workers(device) if options.workers is None else options.workers
     loader = make_loader(images, batch_sampler=list(missing.values()), workers=workers)
-    bar = {"total": len(missing), "desc": "maps", "unit": "block"}
     # None: in terminals only.
-    bar["disable"] = True if rank else None
+    bar = {"total": len(missing), "desc": "maps", "disable": True if rank else None}
     for file, (imgs, readable) in progress(zip(missing, loader, strict=True), **bar):
         m = normalize_map(compute(imgs.to(device)).float().flatten(1)).cpu()  # (B, L)
-        # save_maps lists NaN as failed; zeros would count as flat.
+        # write_maps lists NaN as failed; zeros would count as flat.
         m[~readable] = torch.nan
         with replacing(file) as temporary:
             m.half().numpy().astype("<f2").tofile(temporary)
 
     wait(world)
-    broadcast_from_rank0(
-        lambda: finish(path, files, images, grid, settings), rank, world
-    )
+    finish = lambda: join_blocks(path, files, grid, images, settings)  # noqa: E731
+    broadcast_from_rank0(finish, rank, world)
 
 
 def begin_or_resume(path, files, job):
     """Write the settings of a new job; ValueError if a job with others has begun."""
-    folder = Path(f"{path}.job")
-    settings = folder / "settings.json"
+    settings = files[0].with_name("settings.json")
     if settings.is_file():
         check_settings(path, job, json.loads(settings.read_text()))
         done = sum(file.exists() for file in files)
         log_line(f"resuming: {done} of {len(files)} blocks are finished")
-    else:
-        # Blocks without settings are left over from a removal that was interrupted.
-        shutil.rmtree(folder, ignore_errors=True)
-        with replacing(settings) as temporary:
-            temporary.write_text(json.dumps(job))
+        return
+    # Blocks without settings are left over from a removal that was interrupted.
+    shutil.rmtree(settings.parent, ignore_errors=True)
+    with replacing(settings) as temporary:
+        temporary.write_text(json.dumps(job))
 
 
 def check_settings(path, new, old):
@@ -122,23 +119,13 @@ def check_settings(path, new, old):
         )
 
 
-def finish(path, files, images, grid, settings):
+def join_blocks(path, files, grid, images, settings):
     """Join the blocks into the map file and remove their folder."""
-    folder = Path(f"{path}.job")
-    joined = folder / "joined"
-    with open(joined, "wb") as output:
-        for file in files:
-            output.write(file.read_bytes())
-    rows = np.memmap(joined, "<f2", "r", shape=(len(images), *grid))
-    # A failed map is NaN everywhere.
-    failed = np.isnan(rows[:, 0, 0]).all()
-    if not failed:
-        save_maps(path, rows, images.dataset, **settings)
-    del rows  # Windows removes no file that is mapped.
-    shutil.rmtree(folder)
-    if failed:
-        raise ValueError(
-            f"none of {len(images)} maps is finite: no image could be read, or "
-            "--backbone, --masks or --max_pixels is wrong; the first image is "
-            f"{images.dataset.path(0)}"
-        )
+    method, shape = settings.pop("method"), (len(images), *grid)
+    blocks = (np.fromfile(file, "<f2").reshape(-1, *grid) for file in files)
+    try:
+        write_maps(path, shape, blocks, images.dataset, method, settings)
+    except ValueError:  # No map is finite.
+        shutil.rmtree(files[0].parent)
+        raise
+    shutil.rmtree(files[0].parent)

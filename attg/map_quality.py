@@ -58,8 +58,8 @@ def quality(maps, truth):
         if mask is None or mask.all() or not mask.any():
             continue
         m = np.float32(m)
-        m_4d = torch.from_numpy(m)[None, None]
-        upsampled = F.interpolate(m_4d, mask.shape, mode="bilinear")[0, 0].numpy()
+        upsampled = torch.from_numpy(m)[None, None]
+        upsampled = F.interpolate(upsampled, mask.shape, mode="bilinear")[0, 0].numpy()
         # As in TokenCut, the threshold is the mean of the map before upsampling.
         region = upsampled > m.mean()
         iou = (region & mask).sum() / (region | mask).sum()
@@ -76,14 +76,17 @@ def quality(maps, truth):
 def is_localized(m, mask):
     """CorLoc of one image: do the boxes of map and mask overlap with IoU > 0.5?
 
-    m (h, w): its box is that of the component that holds the maximum. mask: bool (H, W).
+    m (h, w): the box of the component that holds its maximum. mask: bool (H, W).
     """
     part = peak_component(m, m.mean())
     if not part.any():
         return False
+    regions = [torch.from_numpy(region)[None] for region in (part, mask)]
+    # Boxes (x0, y0, x1, y1); torchvision's end at the last pixel, not behind it.
+    ends = torch.tensor([0, 0, 1, 1])
+    box, true_box = (masks_to_boxes(region).double() + ends for region in regions)
     h, w = (side / cells for side, cells in zip(mask.shape, m.shape, strict=True))
-    scale = torch.tensor([w, h, w, h], dtype=torch.float64)
-    return box_iou(bounding_box(part) * scale, bounding_box(mask)).item() > 0.5
+    return box_iou(box * torch.tensor([w, h, w, h]), true_box).item() > 0.5
 
 
 def auroc(values, mask):
@@ -111,9 +114,3 @@ def peak_component(m, threshold):
         if (grown == part).all():
             return part
         part = grown
-
-
-def bounding_box(region):
-    """Box (x0, y0, x1, y1) of a region, bool (h, w), that is not empty: float64 (1, 4)."""
-    corners = masks_to_boxes(torch.from_numpy(region)[None]).double()
-    return corners + torch.tensor([0, 0, 1, 1])

@@ -7,13 +7,14 @@ Attention map files: written, checked and read.
 A map file is a pair:
     NAME.npy     float16 (n, h, w), C order, values in [0, 1]: one map per image of the
                  training split, in data set order
-    NAME.json    the manifest: version (of this format), method, fingerprint (of the
-                 data set, see ImageData), number (n), shape ([n, h, w]), flat and
-                 failed (rows that are zero because the map was constant, or not
-                 finite), checksum (sha256 of the .npy), settings (of the method)
+    NAME.json    the manifest: version (of this format), method, settings (of the
+                 method), fingerprint (of the data set, see ImageData), shape, checksum
+                 (sha256 of the .npy), flat and failed (rows that are zero because the
+                 map was constant, or not finite)
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,8 @@ from attg.kernels import normalize_map
 VERSION = 2
 MANIFEST = {"method": str, "fingerprint": str, "shape": list, "settings": dict}
 MANIFEST |= {"flat": list, "failed": list, "checksum": str}
-
-
-def chunks(maps, values=2**22):
-    """Yield (first row, rows) of about `values` numbers each, 32 MiB in float64."""
-    rows = max(1, values // max(1, maps.shape[1] * maps.shape[2]))
-    for first in range(0, len(maps), rows):
-        yield first, maps[first : first + rows]
+# save_maps reads about so many values at a time, 32 MiB in float64.
+CHUNK = 2**22
 
 
 def normalize_maps(chunk):
@@ -58,34 +54,41 @@ def save_maps(path, maps, dataset, method, **settings):
     finite) maps become zeros and are listed. settings: plain types, for the manifest.
     ValueError if the file name, or the shape or number of the maps is wrong.
     """
-    path = Path(path)
-    if path.suffix != ".npy" or len(maps.shape) != 3 or len(maps) != len(dataset):
+    rows = max(1, CHUNK // max(1, math.prod(maps.shape[1:])))
+    chunks = (maps[i : i + rows] for i in range(0, maps.shape[0], rows))
+    write_maps(path, maps.shape, chunks, dataset, method, settings)
+
+
+def write_maps(path, shape, chunks, dataset, method, settings):
+    """save_maps of maps that come in chunks (rows, h, w); shape: (n, h, w)."""
+    path, number = Path(path), len(dataset)
+    if path.suffix != ".npy" or len(shape) != 3 or shape[0] != number:
         raise ValueError(
-            f"map file {path}: needs a name ending in .npy and maps ({len(dataset)}, "
-            f"h, w), one per image, not {tuple(maps.shape)}"
+            f"map file {path}: needs a name ending in .npy and maps ({number}, h, w), one "
+            f"per image, not {tuple(shape)}"
         )
-    manifest = {
-        "version": VERSION,
-        "method": method,
-        "fingerprint": dataset.fingerprint,
-        "number": len(maps),
-        "shape": list(maps.shape),
-        "flat": [],
-        "failed": [],
-        "settings": settings,
-    }
+    manifest = {"version": VERSION, "method": method, "shape": list(shape)}
+    manifest |= {"fingerprint": dataset.fingerprint, "settings": settings}
     # Before anything is written: settings that JSON cannot hold raise TypeError.
     json.dumps(manifest)
+    flat, failed = [], []
     with replacing(path) as temporary:
-        layout = {"descr": "<f2", "fortran_order": False, "shape": tuple(maps.shape)}
+        layout = {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)}
         # Not a memory map: on a full disk that would be a bus error.
         with open(temporary, "wb") as file:
             np.lib.format.write_array_header_1_0(file, layout)
-            for first, chunk in chunks(maps):
-                m, flat, failed = normalize_maps(chunk)
+            for chunk in chunks:
+                m, *marks = normalize_maps(chunk)
                 file.write(m)
-                manifest["flat"] += (first + np.flatnonzero(flat)).tolist()
-                manifest["failed"] += (first + np.flatnonzero(failed)).tolist()
+                flat.append(marks[0])
+                failed.append(marks[1])
+        manifest["flat"] = np.flatnonzero(np.concatenate(flat)).tolist()
+        manifest["failed"] = np.flatnonzero(np.concatenate(failed)).tolist()
+        if len(manifest["failed"]) == number:
+            raise ValueError(
+                f"none of {number} maps is finite: no image could be read, or --backbone, "
+                f"--masks or --max_pixels is wrong; the first image is {dataset.path(0)}"
+            )
         manifest["checksum"] = sha256(temporary)
     with replacing(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1))
@@ -99,17 +102,16 @@ def refusal(path, reason, remedy="make the maps again with object_discovery.py")
 def read_manifest(path):
     """Read the manifest of the map file `path`, a dict as save_maps writes it."""
     file = path.with_suffix(".json")
-    if not file.is_file():
-        reason = f"the manifest {file} is missing"
-        raise refusal(path, reason, "keep it beside the .npy")
     try:
         manifest = json.loads(file.read_text())
         for key, kind in MANIFEST.items():
             if not isinstance(manifest[key], kind):
                 raise ValueError(f"{key} is not a {kind.__name__}")
-    # Not JSON, nested beyond Python's recursion limit, or JSON of something else.
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise refusal(path, f"the manifest {file} is damaged ({error!r})") from error
+    # Missing, not JSON, nested beyond Python's recursion limit, or of something else.
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise refusal(
+            path, f"no valid manifest {file} beside it ({error!r})"
+        ) from error
     version = manifest.setdefault("version", 1)
     if version not in (1, VERSION):
         raise refusal(path, f"version {version} instead of {VERSION}")
@@ -132,29 +134,22 @@ def load_maps(path, dataset):
     shape, fingerprint = tuple(manifest["shape"]), manifest["fingerprint"]
     if shape[:1] != (len(dataset),) or not dataset.matches(fingerprint):
         reason = (
-            f"made for other data (maps of shape {shape}, fingerprint "
-            f"{fingerprint[:12]}, but --data has {len(dataset)} images, "
-            f"{dataset.fingerprint[:12]}; number, names and sizes of the files count)"
+            f"made for other data (maps {shape}, fingerprint {fingerprint[:12]}, but --data "
+            f"has {len(dataset)} images, {dataset.fingerprint[:12]}; number, names and "
+            "sizes of the files count)"
         )
         raise refusal(path, reason, "use the --data and --classes it was made with")
+    if sha256(path) != manifest["checksum"]:
+        raise refusal(path, "truncated, or does not match the checksum in its manifest")
     try:
         # np.load would accept archives and pickles as well.
         maps = np.lib.format.open_memmap(path, mode="r")
     # The header is a Python expression: a damaged one raises anything.
     except Exception as error:
-        raise refusal(path, f"truncated or not a .npy file ({error})") from error
-    if maps.dtype != np.float16 or maps.ndim != 3 or maps.shape != shape:
+        raise refusal(path, f"not a .npy file ({error})") from error
+    if maps.dtype != np.float16 or maps.shape != shape or len(shape) != 3:
         reason = f"holds {maps.dtype} {maps.shape}, must be float16 {shape}"
         raise refusal(path, reason)
-    for first, chunk in chunks(maps):
-        # Written so that NaN, which fails every comparison, counts as bad.
-        good = ((chunk >= 0) & (chunk <= 1)).all((1, 2))
-        if not good.all():
-            bad = first + int(np.argmin(good))
-            reason = f"NaN, inf or values outside [0, 1] in map number {bad}"
-            raise refusal(path, reason)
-    if sha256(path) != manifest["checksum"]:
-        raise refusal(path, "does not match the checksum in its manifest")
     return maps, manifest
 
 

@@ -13,8 +13,7 @@ The mask is 1 where a patch was removed and is predicted:
 
     M_norm = (M - min M) / (max M - min M)        per image, over all L patches
     w      = exp(M_norm / tau)                    Eq. 1: the background (0) has weight 1
-    x_norm = (x - mean x) / sqrt(var x + eps)     per patch, over its P values,
-                                                  unbiased variance
+    x_norm = (x - mean x) / sqrt(var x + eps)     per patch, unbiased variance
     l      = mean_P (pred - x_norm)^2             per patch
     loss   = sum(mask * w * l) / sum(mask)        Eq. 2
     mse    = sum(mask * l) / sum(mask)            on request, from the same pass
@@ -33,7 +32,6 @@ import importlib.util
 import math
 import os
 import sys
-from fractions import Fraction
 from numbers import Real
 
 import torch
@@ -67,13 +65,6 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # -- The specification, in PyTorch -----------------------------------------------------
 
 
-def is_flat(attn: Tensor) -> Tensor:
-    """(B, L) maps -> (B,) bool: max - min <= 1e-5 max|M|, and finite."""
-    low, high = attn.aminmax(dim=1)
-    largest = torch.maximum(high.abs(), low.abs())
-    return (high - low <= FLAT * largest) & (high - low < math.inf)
-
-
 def normalize_map(attn: Tensor) -> Tensor:
     """Min-max normalize each map over its L patches.
 
@@ -86,7 +77,9 @@ def normalize_map(attn: Tensor) -> Tensor:
     if attn.dtype != torch.float64:
         attn = attn.float()
     low, high = attn.aminmax(dim=1, keepdim=True)
-    return torch.where(is_flat(attn)[:, None], 0.0, (attn - low) / (high - low))
+    spread = high - low
+    is_flat = spread <= FLAT * torch.maximum(high.abs(), low.abs())
+    return torch.where(is_flat & (spread < math.inf), 0.0, (attn - low) / spread)
 
 
 def _patch_loss(
@@ -770,9 +763,7 @@ def _has_tuples():
 
 def _group(pred, target, patch_size):
     """Return the pixels of a register group; 0 for the plain layout, always correct."""
-    if not _has_tuples():
-        return 0
-    if target.dim() < 4 or target.shape[1] != 3:
+    if not _has_tuples() or target.dim() < 4 or target.shape[1] != 3:
         return 0
     if pred.stride(2) != 1 or target.stride(3) != 1:
         return 0
@@ -945,33 +936,7 @@ def _differentiate(ctx, grad, *_):
     return gradient, *[None] * 10
 
 
-def _save_backward(ctx, inputs, output):
-    *tensors, patch_size = inputs
-    ctx.patch_size = patch_size
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_backward(ctx, v):
-    """Second derivative, in PyTorch: of grad * slope * (pred - x_norm)."""
-    grad, pred, target, mask, stats, divisor = ctx.saved_tensors
-    mean, rstd, w = stats.unbind(dim=-1)  # (B, L) each
-    slope = w * 2 / pred.shape[-1]
-    if divisor.numel():
-        slope = slope / divisor
-    x = _patches(target, ctx.patch_size, torch.float32)
-    error = pred.float() - (x - mean[..., None]) * rstd[..., None]
-    if mask is not None:
-        slope = torch.where(mask != 0, slope, 0.0)
-        error = torch.where(mask[..., None] != 0, error, 0.0)
-
-    v = v.float()
-    for_grad = ((v * error).sum(dim=-1) * slope).sum_to_size(grad.shape)
-    for_pred = (v * (grad * slope)[..., None]).to(pred.dtype)
-    return for_grad, for_pred, None, None, None, None, None
-
-
 _op.register_autograd(_differentiate, setup_context=_save)
-_op_backward.register_autograd(_differentiate_backward, setup_context=_save_backward)
 
 
 # -- The loss --------------------------------------------------------------------------
@@ -998,10 +963,9 @@ def attg_loss(
     target      patches (B, L, P), or images (B, C, H, W) with `patch_size`; float, or
                 uint8, which is read as value / 255.
     mask        (B, L) bool or 0/1, 1 = removed = enters the loss; None = every patch.
-                Values of pred and target in visible patches, NaN included, change
-                neither loss nor gradient. A map is always normalized as a whole.
-    attn        (B, L) attention map M; None = weight 1, the loss of MAE. -inf with
-                normalize_attn=False is weight 0.
+                Nothing in visible patches, not even NaN, changes loss or gradient.
+    attn        (B, L) attention map M, normalized as a whole; None = weight 1, the loss
+                of MAE. -inf with normalize_attn=False is weight 0.
     tau         temperature > 0: a float, or a 0-d tensor, whose value is not checked
                 (that would synchronize). torch.compile recompiles for each float, and a
                 CUDA graph bakes it in: pass a 0-d tensor on the GPU there.
@@ -1014,8 +978,7 @@ def attg_loss(
                 of shape (B, L).
     impl        "torch"; "triton", the fused kernels (on CPU tensors only under
                 TRITON_INTERPRET=1, for tests); "auto", the kernels on AMD GPUs and on
-                NVIDIA GPUs from Ampere on, otherwise and for float64 PyTorch. "auto"
-                logs its choice once.
+                NVIDIA GPUs from Ampere on, else PyTorch, and it logs the choice once.
     return_mse  return (loss, mse): the same reduction with all weights 1, detached,
                 from the same forward pass.
 
@@ -1023,9 +986,11 @@ def attg_loss(
     gradient flows to `pred` only. Raises ValueError for wrong shapes, dtypes or values,
     and for `target`, `attn` or `tau` that require a gradient.
     """
-    _check(_tensor_rules(pred, target, mask, attn, tau, patch_size), pred)
-    switches = norm_pix, normalize_attn, return_mse
-    _check(_option_rules(pred, tau, eps, reduction, impl, *switches), pred)
+    options = norm_pix, eps, patch_size
+    rules = _rules(pred, target, mask, attn, tau, *options, reduction, impl)
+    for name, value, is_valid, remedy in rules:
+        if not is_valid:
+            raise ValueError(f"{name}: got {_describe(value)}; {remedy}")
 
     if _is_fused(pred, target, mask, attn, tau, impl):
         if isinstance(tau, Tensor):
@@ -1051,20 +1016,17 @@ def _is_fused(pred, target, mask, attn, tau, impl):
     if impl == "torch":
         return False
     reason = _why_not_fused(pred, target, mask, attn, tau)
-    if impl == "triton":
-        if reason:
-            raise ValueError(
-                f'impl: "triton" cannot run here: {reason}; pass "auto" or "torch"'
-            )
-        return True
-
-    # "auto" uses PyTorch on CPUs, in Triton's interpreter too.
-    fused = pred.is_cuda and not reason
-    if not torch.compiler.is_compiling():
-        _log_once(
-            "fused Triton kernel" if fused else f"PyTorch ({reason or 'cpu tensors'})"
+    if impl == "triton" and reason:
+        raise ValueError(
+            f'impl: "triton" cannot run here: {reason}; pass "auto" or "torch"'
         )
-    return fused
+    if impl == "auto":
+        # PyTorch on CPUs, in Triton's interpreter too.
+        if not pred.is_cuda:
+            reason = reason or "cpu tensors"
+        if not torch.compiler.is_compiling():
+            _log_once(f"PyTorch ({reason})" if reason else "fused Triton kernel")
+    return not reason
 
 
 def _why_not_fused(pred, target, mask, attn, tau):
@@ -1081,7 +1043,6 @@ def _why_not_fused(pred, target, mask, attn, tau):
         if any(unwrap(x) is not x for x in tensors):
             return "a transform of torch.func"
 
-    # Dtypes and sizes
     if pred.dtype not in FUSED_DTYPES:
         return f"pred is {pred.dtype}"
     if target.dtype not in (*FUSED_DTYPES, torch.uint8):
@@ -1093,7 +1054,6 @@ def _why_not_fused(pred, target, mask, attn, tau):
     if pixels * channels > MAX_TILE:
         return f"a patch takes {pixels} x {channels} values, above {MAX_TILE}"
 
-    # Software and device
     if not HAS_TRITON:
         return "Triton is not installed"
     if INTERPRETED:
@@ -1113,91 +1073,65 @@ def _log_once(path):
 
 
 # -- Argument checks -------------------------------------------------------------------
-#
-# A table of rules (argument, value, whether it is valid, remedy). They are generated one
-# by one, so that each may rely on those above it.
-
-
-def _check(rules, pred):
-    """Raise ValueError with argument, value and remedy for the first broken rule."""
-    for name, value, is_valid, remedy in rules:
-        if not is_valid:
-            got = _describe(value)
-            if name != "pred" and isinstance(value, Tensor) and value.dim() > 0:
-                got += f" (pred: {_describe(pred)})"
-            raise ValueError(f"{name}: got {got}; {remedy.format(name=name)}")
 
 
 def _describe(x):
     """Describe a value for an error message."""
     if isinstance(x, Tensor):
         grad = ", requires_grad" if x.requires_grad else ""
-        return f"{x.dtype} {tuple(x.shape)} on {x.device}, {x.layout}{grad}"
+        return f"{x.dtype} {tuple(x.shape)} on {x.device}{grad}"
     is_short = x is None or isinstance(x, (str, Real))
     return repr(x) if is_short else f"an object of type {type(x).__name__}"
 
 
-def _tensor_rules(pred, target, mask, attn, tau, patch_size):
-    rows = [(name, x) for name, x in (("mask", mask), ("attn", attn)) if x is not None]
-    for name, x in [("pred", pred), ("target", target), *rows]:
+def _rules(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, impl):
+    """Yield (argument, value, whether it is valid, remedy) for each rule.
+
+    Each may rely on those above it, because they are generated one by one.
+    """
+    rows = {k: x for k, x in (("mask", mask), ("attn", attn)) if x is not None}
+    for name, x in {"pred": pred, "target": target, **rows}.items():
         yield name, x, isinstance(x, Tensor), "pass a torch.Tensor"
-        yield name, x, x.layout == torch.strided, "pass {name}.to_dense()"
-        yield name, x, x.device == pred.device, "move it with .to(pred.device)"
+        yield name, x, x.device == pred.device, f"move it to pred's, {pred.device}"
 
     is_valid = pred.dim() == 3 and pred.is_floating_point() and 0 not in pred.shape[1:]
     yield "pred", pred, is_valid, "pass floats of shape (B, L, P), L and P above 0"
     is_valid = target.is_floating_point() or target.dtype == torch.uint8
     yield "target", target, is_valid, "pass floats, or uint8 (read as value / 255)"
-    shape = tuple(target.shape)
+    shape = target.shape
     if target.dim() == 4:
-        B, C, H, W = shape
-        # bool is a subclass of int.
-        is_valid = isinstance(patch_size, int) and not isinstance(patch_size, bool)
+        is_valid = isinstance(patch_size, int) and patch_size >= 1
         remedy = "target is images (B, C, H, W): pass their patch size, 1 or above"
-        yield "patch_size", patch_size, is_valid and patch_size >= 1, remedy
+        yield "patch_size", patch_size, is_valid, remedy
+        B, C, H, W = shape
         is_valid = H % patch_size == 0 and W % patch_size == 0
         remedy = "crop or resize the images to multiples of patch_size"
         yield "target", target, is_valid, remedy
         shape = B, (H // patch_size) * (W // patch_size), patch_size**2 * C
-    remedy = "pass patches (B, L, P) like pred, or images (B, C, H, W) with patch_size"
-    yield "target", target, shape == tuple(pred.shape), remedy
+    remedy = f"pass patches like pred, {tuple(pred.shape)}, or images with patch_size"
+    yield "target", target, tuple(shape) == tuple(pred.shape), remedy
 
-    for name, x in rows:
-        is_valid = tuple(x.shape) == tuple(pred.shape[:2])
-        yield name, x, is_valid, "pass one value per patch of pred, shape (B, L)"
-    is_valid = mask is None or not mask.is_complex()
-    yield "mask", mask, is_valid, "pass bool or 0/1, 1 = removed"
+    shape = tuple(pred.shape[:2])
+    for name, x in rows.items():
+        remedy = f"pass one value per patch of pred, shape {shape}"
+        yield name, x, tuple(x.shape) == shape, remedy
     is_valid = attn is None or attn.is_floating_point()
     yield "attn", attn, is_valid, "pass floats"
-    for name, x in (("target", target), ("attn", attn), ("tau", tau)):
-        is_valid = not (isinstance(x, Tensor) and x.requires_grad)
-        yield name, x, is_valid, "pass {name}.detach(), only pred gets a gradient"
-
-
-def _option_rules(
-    pred, tau, eps, reduction, impl, norm_pix, normalize_attn, return_mse
-):
     if isinstance(tau, Tensor):
-        is_valid = tau.dim() == 0 and not tau.is_complex()
-        yield "tau", tau, is_valid, "pass a float or a 0-d tensor"
+        yield "tau", tau, tau.dim() == 0, "pass a float or a 0-d tensor"
     else:
-        is_valid = _is_number(tau) and FP32.tiny <= tau <= FP32.max
+        is_valid = isinstance(tau, Real) and FP32.tiny <= tau <= FP32.max
         yield "tau", tau, is_valid, "pass a float above 0 that fp32 can hold"
-    is_valid = _is_number(eps) and 0 <= eps <= FP32.max
-    yield "eps", eps, is_valid, "pass a float, 0 or above, that fp32 can hold"
+    for name, x in {"target": target, "attn": attn, "tau": tau}.items():
+        is_valid = not (isinstance(x, Tensor) and x.requires_grad)
+        yield name, x, is_valid, f"pass {name}.detach(), only pred gets a gradient"
 
+    is_valid = isinstance(eps, Real) and 0 <= eps <= FP32.max
+    yield "eps", eps, is_valid, "pass a float, 0 or above, that fp32 can hold"
     is_valid = reduction in ("mean", "sum", "none")
     yield "reduction", reduction, is_valid, 'pass "mean", "sum" or "none"'
     is_valid = impl in ("auto", "torch", "triton")
     yield "impl", impl, is_valid, 'pass "auto", "torch" or "triton"'
-    switches = {"norm_pix": norm_pix, "normalize_attn": normalize_attn}
-    for name, x in (switches | {"return_mse": return_mse}).items():
-        yield name, x, isinstance(x, bool), "pass True or False"
     is_valid = not norm_pix or pred.shape[2] > 1
     remedy = "patches of one value (P = 1) have no variance: pass False"
     yield "norm_pix", norm_pix, is_valid, remedy
-
-
-def _is_number(x):
-    """Return whether x is a real number of Python or NumPy that PyTorch accepts."""
-    return isinstance(x, Real) and not isinstance(x, (bool, Fraction))

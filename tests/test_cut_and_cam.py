@@ -41,15 +41,14 @@ def smooth_features(number, grid):
 def graphs(draw):
     """Features float64 (L, d): noise, smooth, two sides, clusters; some with zeros."""
     L, d = draw(st.integers(5, 120)), draw(st.integers(2, 64))
-    family = draw(st.sampled_from(["noise", "smooth", "sides", "weak", "clusters"]))
+    family = draw(st.sampled_from(["noise", "smooth", "sides", "clusters"]))
     rng = np.random.default_rng(draw(seeds))
     x = rng.normal(size=(L, d))
     if family == "smooth":
         x = np.cumsum(x, axis=0)
-    elif family in ("sides", "weak"):
-        side = (rng.random((L, 1)) < 0.3) * 1.0
-        a, b = rng.normal(size=(2, d))
-        x = side * a + (1 - side) * b + (0.05 if family == "weak" else 0.5) * x
+    elif family == "sides":
+        x *= draw(st.sampled_from([0.05, 0.5]))
+        x += rng.normal(size=(2, d))[rng.integers(0, 2, L)]
         # One patch holds the two sides together.
         x[0] = x.mean(0)
     elif family == "clusters":
@@ -73,7 +72,8 @@ def generalized_eigen(edges, eps):
     return *linalg.eigh(np.diag(d) - A, np.diag(d)), d, A
 
 
-def signed(y):
+def scipy_cut(edges, eps=1e-5):
+    y = generalized_eigen(edges, eps)[1][:, 1]
     return y * np.sign(y[np.abs(y).argmax()])
 
 
@@ -84,53 +84,53 @@ def distance(a, b):
 @given(graphs(), st.sampled_from([-0.1, 0.2, 0.5, 0.9]), st.sampled_from([1e-5, 0.01]))
 def test_tokencut_equals_scipy(x, tau, eps):
     edges = cosines(x) > tau
+    edges |= edges.T
     values, vectors, d, A = generalized_eigen(edges, eps)
-    graph = torch.from_numpy(edges | edges.T)[None]
-    S, scale, trivial = object_discovery.normalized_affinity(graph, eps)
+    S, scale, trivial = object_discovery.normalized_affinity(
+        torch.tensor(edges)[None], eps
+    )
     dense = scale * object_discovery.dense_solver(S, trivial)
     ours = tokencut(torch.from_numpy(x)[None], tau, eps)[0].numpy()
-    for y in (ours, signed(dense[0].numpy())):
+    if edges.all() or not (edges & ~np.eye(len(x), dtype=bool)).any():
+        assert not ours.any()  # Any vector is a solution.
+        return
+    for y in (ours, dense[0].numpy()):
         assert math.isclose(y @ (d * y), 1, rel_tol=1e-9)
         left, right = d * y - A @ y, d * y
-        value = y @ left
-        assert abs(value - values[1]) < 1e-9
+        assert abs(y @ left - values[1]) < 1e-9
         norm = np.linalg.norm
-        assert norm(left - value * right) < 1e-8 * norm(right)
+        assert norm(left - values[1] * right) < 1e-8 * norm(right)
         if values[2] - values[1] < 1e-6:
             continue  # Any vector of a plane is a solution.
-        want = signed(vectors[:, 1])
-        # If the two highest peaks are tied, the sign may be either's.
-        second, first = np.sort(np.abs(want))[-2:]
-        other = y if second < (1 - 1e-5) * first else -y
-        assert min(distance(y, want), distance(other, want)) < 1e-5
+        want = vectors[:, 1]
+        assert min(distance(y, want), distance(y, -want)) < 1e-5
+    # If the two highest peaks are tied, the sign may be either's.
+    second, first = np.sort(np.abs(ours))[-2:]
+    assert ours.max() == first or second > (1 - 1e-5) * first
 
 
 def test_that_tolerance_rejects_another_graph():
-    """Another vector, another eps, >= instead of > tau: all are told apart."""
+    """Another eps, >= instead of > tau: all are told apart."""
     x = randn(40, 3, seed=4, dtype=torch.float64)
     edges = cosines(x.numpy()) > 0.8
-    want = signed(generalized_eigen(edges, 1e-3)[1][:, 1])
+    want = scipy_cut(edges, 1e-3)
     assert distance(tokencut(x[None], 0.8, 1e-3)[0].numpy(), want) < 1e-8
-    assert distance(signed(generalized_eigen(edges, 1.1e-3)[1][:, 1]), want) > 1e-5
-    assert distance(np.roll(want, 1), want) > 0.1
+    assert distance(scipy_cut(edges, 1.1e-3), want) > 1e-5
     # One-hot features have a cosine of exactly 0, which is not above tau = 0.
     kinds = torch.tensor([0] * 5 + [1] * 12 + [2] * 8)
-    edges = (kinds[:, None] == kinds).numpy()
-    want = signed(generalized_eigen(edges, 1e-5)[1][:, 1])
+    want = scipy_cut((kinds[:, None] == kinds).numpy())
     onehot = F.one_hot(kinds).double()[None]
     assert distance(tokencut(onehot, tau=0.0)[0].numpy(), want) < 1e-6
-    # At -0.1 all are above it, and there is nothing to cut.
-    assert distance(tokencut(onehot, tau=-0.1)[0].numpy(), want) > 0.1
+    assert not tokencut(onehot, tau=-0.1).any()
 
 
 def test_a_graph_on_which_lanczos_does_not_converge():
-    """A path of 300 patches: its eigenvalues are close together."""
+    """A path of 300 patches: its eigenvalues are close together, both ends are peaks."""
     angle = torch.arange(300, dtype=torch.float64) * math.pi / 300
     x = torch.stack([angle.cos(), angle.sin()], dim=1)
     tau = math.cos(1.5 * math.pi / 300)
-    want = signed(generalized_eigen(cosines(x.numpy()) > tau, 1e-5)[1][:, 1])
+    want = scipy_cut(cosines(x.numpy()) > tau)
     y = tokencut(x[None], tau)[0].numpy()
-    # Both ends are peaks.
     assert min(distance(y, want), distance(-y, want)) < 1e-6
 
 
@@ -141,7 +141,7 @@ def test_which_peak_decides_the_sign():
     assert got.equal(torch.tensor([[-0.99, 1.0], [0.9999999, -1.0], [1.0, -1.0]]))
 
 
-def test_tokencut_is_independent_of_the_batch_and_refuses_nan():
+def test_tokencut_is_independent_of_the_batch():
     features = smooth_features(60, 14)
     alone = torch.cat([tokencut(x[None]) for x in features])
     assert torch.allclose(tokencut(features), alone, atol=1e-7)
@@ -151,20 +151,13 @@ def test_tokencut_is_independent_of_the_batch_and_refuses_nan():
     assert torch.allclose(tokencut(features.half()), alone, atol=1e-2)
     assert tokencut(features[:, :1]).equal(torch.zeros(60, 1))
     features[7, 3, 1], features[9, 0, 0] = math.nan, math.inf
-    with pytest.raises(ValueError, match="7, 9"):
-        tokencut(features)
+    y = tokencut(features)
+    assert y[[7, 9]].isnan().all() and y.isnan().any(1).sum() == 2
 
 
-@given(seeds, st.integers(1, 6), st.integers(1, 6))
-def test_border_sign(seed, h, w):
-    m = np.random.default_rng(seed).random((h, w))
-    m[0, -1] = np.nan
-    got = border_sign(torch.from_numpy(m)[None])[0].numpy()
-    inner = m[1:-1, 1:-1]
-    border = np.ma.array(m, mask=np.zeros_like(m))
-    border.mask[1:-1, 1:-1] = True
-    turned = inner.size > 0 and np.nanmean(border.compressed()) > inner.mean()
-    assert np.array_equal(got, 1 - m if turned else m, equal_nan=True)
+def test_border_sign_of_a_grid_without_inner_cells():
+    m = rand(3, 2, 5)
+    assert border_sign(m).equal(m) and border_sign(m.mT).equal(m.mT)
 
 
 # -- MaskCut ---------------------------------------------------------------------------
@@ -199,8 +192,7 @@ def test_cuts_equal_a_dense_maskcut(objects):
         settings = model_settings(objects=objects, sign=sign)
         maps[sign] = cut_maps(features, (12, 14), settings).numpy()
         for x, m in zip(features.double().numpy(), maps[sign], strict=True):
-            want = dense_maskcut(x, (12, 14), objects, sign)
-            assert np.abs(m - want).max() < 1e-3
+            assert np.abs(m - dense_maskcut(x, (12, 14), objects, sign)).max() < 1e-3
             other = dense_maskcut(x, (12, 14), objects % 3 + 1, sign)
             others.append(np.abs(m - other).max())
     assert np.mean(others) > 0.1
@@ -218,9 +210,9 @@ def test_cuts_without_a_solution():
     assert one.unique().tolist() == [0, 1]
     features = smooth_features(3, 14)
     features[1, 2, 0] = math.nan
-    m = cut_maps(features, (14, 14), model_settings())
-    assert m[1].isnan().all()
-    assert m[[0, 2]].flatten(1).equal(normalize_map(tokencut(features[[0, 2]])))
+    for changes in ({}, {"objects": 2, "sign": "border"}):
+        m = cut_maps(features, (14, 14), model_settings(**changes))
+        assert m.isnan().any(2).any(1).tolist() == [False, True, False]
 
 
 # -- Backbones -------------------------------------------------------------------------
@@ -229,17 +221,10 @@ def test_cuts_without_a_solution():
 @pytest.mark.parametrize("size", [32, 48])
 def test_class_attention_equals_hugging_face(size, tmp_path):
     hf = transformers()
-    config = hf.ViTConfig(
-        hidden_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        intermediate_size=1536,
-        image_size=32,
-        patch_size=8,
-        layer_norm_eps=1e-6,
-        attn_implementation="eager",
-    )
-    ref = shake(hf.ViTModel(config)).eval()
+    sizes = {"hidden_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6}
+    sizes |= {"intermediate_size": 1536, "image_size": 32, "patch_size": 8}
+    sizes |= {"layer_norm_eps": 1e-6, "attn_implementation": "eager"}
+    ref = shake(hf.ViTModel(hf.ViTConfig(**sizes))).eval()
     torch.save(ref.state_dict(), tmp_path / "vit.pt")
     file = str(tmp_path / "vit.pt")
     settings = model_settings(backbone=file, method="dino", img_size=size)
@@ -288,10 +273,9 @@ def test_grad_cam_clips_what_speaks_against_the_class():
         return x.mean((2, 3)).square() @ weight.T
 
     got = object_discovery.grad_cam(features, classify, (4, 6), (4, 6))
-    pooled = features.mean((2, 3))
-    best = (pooled.square() @ weight.T).argmax(1)
     # d score / d x, the same in each of the 24 cells.
-    alpha = 2 * pooled * weight[best] / 24
+    best = classify(features).argmax(1)
+    alpha = features.mean((2, 3)) * weight[best] / 12
     cam = torch.einsum("bc,bchw->bhw", alpha, features)
     assert 0.2 < (cam < 0).float().mean() < 0.8
     torch.testing.assert_close(got, cam.relu(), rtol=1e-4, atol=1e-6)
@@ -300,11 +284,9 @@ def test_grad_cam_clips_what_speaks_against_the_class():
 @pytest.mark.parametrize(("name", "size"), [("resnet50", 96), ("mobilenet_v2", 104)])
 def test_cut_of_a_classifier_equals_scipy(name, size, tmp_path):
     ref, backbone, imgs = random_cnn(name, size, tmp_path / "cnn.pt", "tokencut")
-    seen = []
-    layer = ref.layer3 if name == "resnet50" else ref.features[13]
-    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    with torch.no_grad():
-        ref(normalize(imgs, IMAGENET))
+    layer, seen = ref.layer3 if name == "resnet50" else ref.features[13], []
+    layer.register_forward_hook(lambda *values: seen.append(values[-1].detach()))
+    ref(normalize(imgs, IMAGENET))
     assert seen[0].shape[2:] == backbone.grid == (math.ceil(size / 16),) * 2
     for m, x in zip(backbone.maps(imgs), seen[0], strict=True):
         x = x.flatten(1).T.double().numpy()

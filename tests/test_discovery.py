@@ -3,6 +3,7 @@ The program object_discovery.py: maps of a folder, backbones, downloads, errors.
 """
 
 import hashlib
+import json
 import math
 import shutil
 import urllib.error
@@ -20,7 +21,7 @@ from attg.datasets import open_data
 from attg.kernels import normalize_map
 from attg.maps import load_maps
 from attg_mae import IMAGENET_MEAN
-from tests.helpers import SMALL, disc_images, losses, rand, train
+from tests.helpers import SMALL, disc_images, encoder_only, losses, rand, train
 
 
 def discover(folder, out, *flags, method="tokencut", data="data"):
@@ -43,10 +44,10 @@ def save_encoder(path, change=None, **settings):
 
 def test_maps_of_a_folder(tmp_path, capsys):
     out, masks = tmp_path / "maps" / "m.npy", ("--masks", tmp_path / "masks")
-    result = discover(disc_images(tmp_path, 10, bad=[3]), out, *masks, "--show", 4)
+    metrics = discover(disc_images(tmp_path, 10, bad=[3]), out, *masks, "--show", 4)
     dataset = open_data(str(tmp_path / "data"))
     maps, manifest = load_maps(out, dataset)
-    assert maps.shape == (10, 6, 6) and manifest == result["manifest"]
+    assert maps.shape == (10, 6, 6)
     assert manifest["failed"] == [3] and not maps[3].any() and manifest["flat"] == []
     want = {"backbone": "pixels", "input": [96, 96], "affinity_threshold": 0.2}
     want |= {"sign": "border"}
@@ -57,22 +58,23 @@ def test_maps_of_a_folder(tmp_path, capsys):
     y = object_discovery.tokencut(object_discovery.patch_statistics(imgs, 16))
     y = object_discovery.border_sign(normalize_map(y).view(1, 6, 6))
     assert np.array_equal(maps[5], y[0].half())
-    q = result["quality"][str(out)]
+    q = metrics[str(out)]
     assert q["images"] == 10 and q["AUROC"] > 80 and q["IoU"] > 30 and q["CorLoc"] > 40
     printed = capsys.readouterr().out
-    assert "0 flat, 1 failed\n" in printed and f"IoU {q['IoU']:.1f}" in printed
+    assert (
+        "0 flat, 1 failed\n" in printed
+        and f"{q['IoU']:.2f}  {q['CorLoc']:.2f}" in printed
+    )
     assert f"failed, delete {out} to try again: {tmp_path}/data/03.png\n" in printed
     assert sorted(p.name for p in out.parent.iterdir()) == ["m.json", "m.npy", "m.png"]
 
     # Nothing is done twice.
     stamp = out.stat().st_mtime_ns
-    assert discover(tmp_path, out)["manifest"] == manifest
+    discover(tmp_path, out)
     assert out.stat().st_mtime_ns == stamp
     other = tmp_path / "maps" / "other.npy"
     flags = ("--sign", "max", "--compare", out, "--show", 2)
-    both = discover(tmp_path, other, *flags, *masks)
-    assert set(both["quality"]) == {str(other), str(out)}
-    assert both["quality"][str(out)] == q
+    assert discover(tmp_path, other, *flags, *masks)[str(out)] == q
     sheets = [Image.open(p.with_suffix(".png")).size for p in (out, other)]
     # A column more, fewer rows.
     assert sheets[1][0] > sheets[0][0] and sheets[1][1] < sheets[0][1]
@@ -86,14 +88,16 @@ def test_maps_from_masks(tmp_path, capsys):
         Image.new("L", (side, side)).save(tmp_path / "masks" / name)
         Image.new("RGB", (side, side)).save(tmp_path / "data" / name)
     flags = ("--masks", tmp_path / "masks")
-    result = discover(tmp_path, tmp_path / "m.npy", *flags, method="masks")
-    maps, manifest = load_maps(tmp_path / "m.npy", open_data(str(tmp_path / "data")))
-    assert manifest["failed"] == [4] and result["quality"] == {}
-    assert manifest["flat"] == [0, 1] and "2 flat, 1 failed" in capsys.readouterr().out
+    assert discover(tmp_path, tmp_path / "m.npy", *flags, method="masks") == {}
+    dataset = open_data(str(tmp_path / "data"))
+    maps, manifest = load_maps(tmp_path / "m.npy", dataset)
+    assert manifest["failed"] == [4] and manifest["flat"] == [0, 1]
+    assert "2 flat, 1 failed" in capsys.readouterr().out
     mask = Image.open(tmp_path / "masks" / "02.png")
     want = np.asarray(mask.resize((56, 56), Image.Resampling.BOX)) / 255
     assert abs(maps[2] - want).max() < 1e-3 and want.any()
-    assert discover(tmp_path, tmp_path / "p.npy")["manifest"]["flat"] == [0, 1]
+    discover(tmp_path, tmp_path / "p.npy")
+    assert load_maps(tmp_path / "p.npy", dataset)[1]["flat"] == [0, 1]
 
 
 def test_discovered_maps_guide_a_run(labelled, tmp_path):
@@ -102,18 +106,18 @@ def test_discovered_maps_guide_a_run(labelled, tmp_path):
     flags = ["--backbone", str(file), "--data", labelled["data"], "--device", "cpu"]
     runs = [train(tmp_path / "masks", **labelled, epochs=1)]
     for method in ("tokencut", "dino"):
-        out = str(tmp_path / f"{method}.npy")
-        result = object_discovery.main([*flags, "--method", method, "--out", out])
-        manifest = result["manifest"]
+        out = tmp_path / f"{method}.npy"
+        object_discovery.main([*flags, "--method", method, "--out", str(out)])
+        manifest = json.loads(out.with_suffix(".json").read_text())
         assert manifest["shape"] == [25, 2, 2]
         assert manifest["settings"]["mean"] == list(IMAGENET_MEAN)
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
         assert manifest["settings"]["sha256"] == sha256
-        runs.append(train(tmp_path / method, **labelled | {"maps": out}, epochs=1))
+        runs.append(train(tmp_path / method, **labelled | {"maps": str(out)}, epochs=1))
         # The weights count, not the name of their file.
-        flags[1] = str(shutil.copy(file, tmp_path / f"{method}.pt"))
-        again = object_discovery.main([*flags, "--method", method, "--out", out])
-        assert again["manifest"] == manifest
+        flags[1], before = str(shutil.copy(file, tmp_path / f"{method}.pt")), out.stat()
+        object_discovery.main([*flags, "--method", method, "--out", str(out)])
+        assert out.stat() == before
     assert len({str(losses(run["out"])) for run in runs}) == 3
 
 
@@ -136,45 +140,38 @@ def test_a_data_set_from_python(tmp_path):
     disc_images(tmp_path, 6)
     discover(tmp_path, tmp_path / "files.npy")
     files = open_data(str(tmp_path / "data"))
-    data = [files.read(i) for i in range(6)]
-    flags = ["--backbone", "pixels", "--img_size", "96", "--device", "cpu"]
-    flags += ["--out", str(tmp_path / "own.npy"), "--data"]
-    made = object_discovery.main([*flags, "mine"], data)["maps"]
-    assert np.array_equal(np.load(made), np.load(tmp_path / "files.npy"))
+    flags = ["--backbone", "pixels", "--img_size", "96", "--device", "cpu", "--data"]
+    flags += ["mine", "--out", str(tmp_path / "own.npy")]
+    object_discovery.main(flags, [files.read(i) for i in range(6)])
+    maps = [np.load(tmp_path / name) for name in ("own.npy", "files.npy")]
+    assert np.array_equal(*maps)
 
 
 def test_weights_are_downloaded_once(tmp_path, monkeypatch):
     model, urls = attg_mae.build_model(attg_mae.Config("vit_small", depth=1)), []
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
-    def no_network(*_, **options):
-        raise urllib.error.URLError("no network")
-
-    def network(url, path, *_, **options):
+    def network(url, path, digits, **options):
         urls.append(url)
-        encoder = {k: v for k, v in model.state_dict().items() if "decoder" not in k}
-        torch.save({k: v for k, v in encoder.items() if k != "mask_token"}, path)
+        if len(urls) == 1:
+            raise urllib.error.URLError("no network")
+        if "dino" not in url:
+            # torchvision's names hold the first digits of the checksum.
+            assert url.endswith(f"resnet50-{digits}.pth") and len(digits) == 8
+            raise RuntimeError("invalid hash value")
+        torch.save(encoder_only(model.state_dict()), path)
 
-    settings = object_discovery.Settings(
-        backbone="dino_vits16", sign="max", img_size=32
-    )
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", network)
+    settings = object_discovery.Settings(backbone="dino_vits16", img_size=32)
+    settings = object_discovery.resolve(settings)
     file = tmp_path / "hub" / "checkpoints" / "dino_deitsmall16_pretrain.pth"
     url = "https://dl.fbaipublicfiles.com/dino/"
     with pytest.raises(ValueError, match=f"{url}.*no network.*{file}.*--backbone"):
         object_discovery.vit(settings, "cpu")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", network)
     for _ in range(2):
         backbone = object_discovery.vit(settings, "cpu")
-    assert len(urls) == 1 and backbone.grid == (2, 2)
+    assert len(urls) == 2 and backbone.grid == (2, 2)
     assert backbone.maps((rand(1, 3, 32, 32) * 255).byte()).shape == (1, 2, 2)
-
-    # torchvision's names hold the first digits of the checksum; torch.hub checks them.
-    def checked(url, path, digits, **options):
-        assert url.endswith(f"resnet50-{digits}.pth") and len(digits) == 8
-        raise RuntimeError("invalid hash value")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", checked)
     settings = object_discovery.Settings(method="gradcam", backbone="resnet50")
     with pytest.raises(ValueError, match="invalid hash value.*--weights"):
         object_discovery.cnn(settings, "cpu")
@@ -196,30 +193,24 @@ def folder(tmp_path, monkeypatch):
 
 
 PIXELS = "--backbone pixels --img_size 96"
-CAM = "--method gradcam --backbone mobilenet_v2 --weights mobilenet.pt"
 ERRORS = {  # flags: what the message names
     "--backbone none.pt": "--backbone none.pt dino_vits16",
     "--backbone cut.pt": "cut.pt damaged",
-    "--backbone mobilenet.pt": "mobilenet.pt",
     "--backbone nan.pt": "finite --backbone 00.png",
-    "--method dino --backbone nan.pt": "finite --backbone 00.png",
     "--method gradcam --weights mobilenet.pt": "--weights mobilenet.pt resnet50",
-    "--method dino --backbone resnet50": "--backbone resnet50 tokencut",
+    "--method dino --backbone resnet50": "--backbone resnet50 checkpoint",
     "--method gradcam --backbone pixels": "--backbone pixels resnet50 mobilenet_v2",
-    f"{CAM} --img_size 16": "--img_size 16 32",
-    f"{CAM} --objects 2": "--objects gradcam",
+    "--method gradcam --objects 2": "--objects gradcam",
     "--weights cut.pt": "--weights tokencut",
-    "--method dino --sign border": "--sign dino",
     "--method masks --masks data --img_size 64": "--img_size masks",
-    "--backbone pixels --img_size 40": "--img_size 40 16",
+    "--backbone pixels --img_size 40": "--img_size 40 32",
     "--method masks": "--masks folder",
-    f"{PIXELS} --masks nowhere": "--masks nowhere",
     f"{PIXELS} --out unlike.npy --masks empty": "--masks mask",
     f"{PIXELS} --out m.pt": "--out m.pt .npy",
     f"{PIXELS} --out cut.pt/m.npy": "--out cut.pt/m.npy",
-    f"{PIXELS} --out old.npy --data more/data": "--out old.npy other delete",
+    f"{PIXELS} --out old.npy --data more/data": "other data",
     f"{PIXELS} --out old.npy --affinity_threshold 0.4": "--out old.npy 0.2 0.4 delete",
-    f"{PIXELS} --compare none.npy": "--compare none.npy",
+    f"{PIXELS} --out old.npy --compare none.npy": "none.npy",
     f"{PIXELS} --max_pixels 9": "finite --max_pixels 00.png",
 }
 

@@ -1,5 +1,5 @@
 """
-The kernels: as operators of PyTorch, where they cannot run, compiled ahead of time, on GPUs.
+The kernels: as operators of PyTorch, where they cannot run, compiled ahead of time.
 
 tests/test_loss.py compares their results with the equations.
 """
@@ -17,32 +17,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import tests.helpers as helpers
 from tests.helpers import (
     DEVICE,
-    GRAD_TOL,
     ROOT,
-    check_grad,
     close,
     kernel,
-    needs_gpu,
     rand,
     randn,
     some_loss,
 )
-
-
-def python(code, cwd=ROOT, command=(), **env):
-    """Run code in another process and return what it printed to stderr."""
-    options = {
-        "cwd": cwd,
-        "env": os.environ | env,
-        "capture_output": True,
-        "text": True,
-    }
-    done = subprocess.run([*command, sys.executable, "-c", code], **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stderr
 
 
 def test_operators_are_registered():
@@ -58,27 +41,10 @@ def test_operators_are_registered():
         torch.library.opcheck(kernel._op, args)
         rows, mse, stats, divisor = kernel._op(*args)
         assert mse.shape == (rows.shape if return_mse else (0,))
-        args = torch.rand_like(rows), leaf, target, m, stats, divisor, side
+        args = torch.rand_like(rows), leaf.detach(), target, m, stats, divisor, side
         torch.library.opcheck(kernel._op_backward, args)
     importlib.reload(kernel)  # Operators of the same name replace the first ones.
     assert some_loss("triton")[0].equal(loss)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_derivative(reduction):
-    def second(impl, dtype):
-        _, leaf, (imgs, mask, attn) = some_loss("torch")
-        pred = leaf.detach().to(dtype).requires_grad_()
-        options = {"patch_size": 4, "reduction": reduction, "impl": impl}
-        loss = kernel.attg_loss(pred, imgs.to(dtype), mask, attn.to(dtype), **options)
-        up = torch.linspace(0.5, 1.5, loss.numel()).reshape(loss.shape)
-        up = up.to(loss).requires_grad_()
-        (grad,) = torch.autograd.grad(loss, pred, up, create_graph=True)
-        return torch.autograd.grad((grad * 100).square().sum(), (pred, up))
-
-    got, want = second("triton", torch.float32), second("torch", torch.float64)
-    for a, b in zip(got, want, strict=True):
-        check_grad(a.cpu(), b.cpu(), 1e-5)
 
 
 # -- Where the kernels cannot run ------------------------------------------------------
@@ -139,13 +105,11 @@ def test_reasons_against_the_kernels(monkeypatch, capsys):
     # On ROCm this is the major version of gfx9 and later.
     monkeypatch.setattr(kernel, "INTERPRETED", False)
     pred = SimpleNamespace(dtype=torch.float32, shape=(2, 9, 48))
-    pred.device = torch.device("cuda")
-    for major in (7, 8, 9):
-        properties = SimpleNamespace(major=major)
-        get = {"get_device_properties": lambda _, p=properties: p}
-        monkeypatch.setattr(torch.cuda, *get.popitem())
+    pred.device, properties = torch.device("cuda"), SimpleNamespace()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    for properties.major in (7, 8, 9):
         reason = kernel._why_not_fused(pred, torch.zeros(2, 9, 48), None, None, 0.75)
-        assert ("capability 7, below 8" in reason) == (major == 7) == bool(reason)
+        assert bool(reason) == ("7, below 8" in reason) == (properties.major == 7)
 
 
 # -- Launches --------------------------------------------------------------------------
@@ -174,9 +138,8 @@ def test_launches_can_be_captured_in_a_cuda_graph(monkeypatch):
     synchronizing = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"}
     assert not operators(read=False) & synchronizing
     assert operators(read=True) & synchronizing
-    numbers = [
-        [x for x in values if not isinstance(x, torch.Tensor)] for values in launches
-    ]
+    is_tensor = torch.is_tensor
+    numbers = [[x for x in values if not is_tensor(x)] for values in launches]
     assert len(numbers) == 6 and numbers[:3] == numbers[3:]
 
 
@@ -200,7 +163,7 @@ def test_offsets_beyond_2_to_31(shape, p):
         leaf = pred.detach().requires_grad_()
         options = {"patch_size": p, "impl": "triton", "reduction": "none"}
         loss = kernel.attg_loss(leaf, *args, **options)
-        loss.backward(torch.ones_like(loss))
+        loss.sum().backward()
         return loss.detach().cpu(), leaf.grad.cpu()
 
     want = run(*tensors)
@@ -237,7 +200,9 @@ def check_known(attg_loss, **options):
 
 @pytest.mark.parametrize("first", ["", "import sys; sys.modules['triton'] = None"])
 def test_kernel_file_works_alone(tmp_path, first):
-    code = """
+    code = (
+        f"{first}\n{inspect.getsource(check_known)}"
+        + """
 import sys, warnings
 warnings.simplefilter("error")
 import attg_loss, torch
@@ -245,14 +210,14 @@ assert not sys.modules.get("triton") and not {"attg", "kernels"} & {*sys.modules
 check_known(attg_loss.attg_loss)
 assert not sys.modules.get("triton") and not torch.cuda.is_initialized()
 """
+    )
     shutil.copy(kernel.__file__, tmp_path)
-    code = f"{first}\n{inspect.getsource(check_known)}{code}"
-    assert python(code, tmp_path).startswith("attg_loss: PyTorch (")
+    options = {"cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **options)
+    assert done.returncode == 0 and done.stderr.startswith("attg_loss: PyTorch (")
 
 
-@pytest.mark.skipif(
-    DEVICE != "cpu", reason="the kernels take CPU tensors without a GPU"
-)
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU takes no CPU tensors")
 def test_two_copies_of_the_kernel_file_in_one_process(tmp_path):
     path = shutil.copy(kernel.__file__, tmp_path)
     spec = importlib.util.spec_from_file_location("attg_loss", path)
@@ -297,50 +262,3 @@ def check_compiled(launches, oversized, groups):
             several = {"8", "16"} if x["case"] == "bytes" else {"16"}
             assert several <= set(x["loads"]) <= several | {"1", "4"}, x
     assert not oversized or oversized["spills"] > 16
-
-
-# -- On GPUs ---------------------------------------------------------------------------
-
-
-@needs_gpu
-def test_more_than_2_to_31_elements():
-    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
-        pytest.skip("needs 24 GB of free GPU memory")
-    imgs = torch.randint(0, 255, (15000, 3, 224, 224), device=DEVICE, dtype=torch.uint8)
-    pred = torch.randn(15000, 196, 768, device=DEVICE, dtype=torch.bfloat16)
-    parts = [(x[:2], x[-2:]) for x in (pred, imgs)]
-    options = {"patch_size": 16, "reduction": "none"}
-    rows = kernel.attg_loss(pred.requires_grad_(), imgs, impl="triton", **options)
-    rows.backward(torch.ones_like(rows))
-    for i, y, x in zip((slice(0, 2), slice(-2, None)), *parts, strict=True):
-        leaf = y.detach().clone().requires_grad_()
-        want = kernel.attg_loss(leaf, x, impl="torch", **options)
-        want.backward(torch.ones_like(want))
-        assert close(rows[i].cpu(), want.cpu(), 5e-6)
-        check_grad(pred.grad[i].cpu(), leaf.grad.cpu(), GRAD_TOL[torch.bfloat16])
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_second_gpu(monkeypatch):
-    want = some_loss("torch")[0]
-    monkeypatch.setattr(helpers, "DEVICE", "cuda:1")
-    loss, leaf, _ = some_loss("triton")
-    loss.backward()
-    assert loss.device == leaf.grad.device == torch.device("cuda:1")
-    assert torch.cuda.current_device() == 0
-    assert close(loss.cpu(), want.cpu(), 5e-6)
-
-
-@needs_gpu
-@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="not installed")
-def test_no_access_out_of_bounds():
-    code = """
-import torch
-from tests.helpers import some_loss
-for L, P in (9, 48), (1, 48), (49, 16), (100, 768), (4, 80):
-    loss, mse = some_loss("triton", L=L, P=P, return_mse=True)[0]
-    loss.backward()
-torch.cuda.synchronize()
-"""
-    command = "compute-sanitizer --tool memcheck --error-exitcode 9".split()
-    python(code, command=command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
