@@ -11,12 +11,12 @@ arXiv 2402.15172): by TokenCut, DINO's class attention or Grad-CAM, or from mask
 
 The first command needs no weights and no data: the embedded toy set takes about half a
 minute on one CPU core. tokencut and dino take any checkpoint of this project, MAE, timm
-or Hugging Face as their backbone; dino_vits16 is downloaded. resnet50 and mobilenet_v2
-are classifiers, trained with ImageNet's labels. DATA: see attg_mae.py.
+or Hugging Face; dino_vits16 is downloaded. resnet50 and mobilenet_v2 were trained with
+ImageNet's labels. DATA: see attg_mae.py.
 
-Maps cover the whole image, squashed to the input size; attg_mae.py --maps pools them over
-each crop. The same command resumes an interrupted job. --show N saves a sheet of examples
-beside the map file; --masks DIR (toy brings its masks) measures the quality of the maps.
+Maps cover the whole image, squashed to the input size; training pools them over each crop.
+The same command resumes an interrupted job. --show N saves a sheet of examples beside the
+map file; --masks DIR (toy brings its masks) measures the quality of the maps.
 
 Shapes: B images, H heads, L patches of a grid (h, w), d or D channels.
 """
@@ -76,8 +76,7 @@ def normalized_affinity(edges, eps):
     """
     A = edges.double().clamp_(min=eps)
     degree = A.sum(dim=-1)
-    # With eps = 0 a zero vector has degree 0: it is left out of the graph.
-    scale = torch.where(degree > 0, degree.rsqrt(), 0)
+    scale = degree.rsqrt()
     # In place, because A is what fills the cache.
     S = A.mul_(scale[:, :, None]).mul_(scale[:, None])
     trivial = (degree / degree.sum(dim=1, keepdim=True)).sqrt()
@@ -461,7 +460,6 @@ class Settings(DataFlags, RunFlags):
     )
     batch_size: int = flag(64, "images in a block of work", 1, 10**7)
     show: int = flag(0, "save a sheet of this many examples", 0, 10**4)
-    compare: tuple[Path, ...] = flag((), "further map files to compare with")
 
 
 def resolve(settings):
@@ -493,19 +491,6 @@ def resolve(settings):
     return settings
 
 
-def read_maps(path, dataset):
-    """Load a map file and log its contents. Returns the maps (n, h, w)."""
-    maps, manifest = load_maps(path, dataset)
-    method, flat, failed = (manifest[key] for key in ("method", "flat", "failed"))
-    number, *grid = maps.shape
-    counts = f"{len(flat)} flat, {len(failed)} failed"
-    log_line(f"{path}: {number} maps of {grid} by {method}, {counts}")
-    if failed:
-        names = ", ".join(dataset.path(i) for i in failed[:10])
-        log_line(f"failed, delete {path} to try again: {names}")
-    return maps
-
-
 def make_maps(settings, dataset, dist_info):
     """Run the map job."""
     device, rank, world = dist_info
@@ -533,7 +518,7 @@ def make_maps(settings, dataset, dist_info):
 
 
 def main(argv=None, data=None):
-    """Make the map file. Returns its metrics, {file: {"IoU" ...}}, if there are true masks.
+    """Make the map file. Returns its metrics, a dict: {} if there are no true masks.
 
     data: a data set of your own, which --data then names; see open_data.
     """
@@ -548,18 +533,25 @@ def main(argv=None, data=None):
     if rank:
         return {}
 
-    files = {str(path): read_maps(path, dataset) for path in (out, *settings.compare)}
+    maps, manifest = load_maps(out, dataset)
+    number, *grid = maps.shape
+    flat, failed = manifest["flat"], manifest["failed"]
+    counts = f"{len(flat)} flat, {len(failed)} failed"
+    log_line(f"{out}: {number} maps of {grid}, {counts}")
+    if failed:
+        names = ", ".join(dataset.path(i) for i in failed[:10])
+        log_line(f"failed, delete {out} to try again: {names}")
+    if settings.show:
+        save_map_sheet(
+            out.with_suffix(".png"), dataset, {str(out): maps}, settings.show
+        )
+        log_line(f"sheet: {out.with_suffix('.png')}")
     # With --method masks, the masks are the maps themselves, not the ground truth.
     folder = None if settings.method == "masks" else settings.masks
-    metrics = {}
-    if folder or dataset.masks is not None:
-        for name, maps in files.items():
-            metrics[name] = quality(maps, true_masks(dataset, folder))
-        print_table([{"maps": name} | row for name, row in metrics.items()])
-    if settings.show:
-        sheet = out.with_suffix(".png")
-        save_map_sheet(sheet, dataset, files, settings.show)
-        log_line(f"sheet: {sheet}")
+    if not folder and dataset.masks is None:
+        return {}
+    metrics = quality(maps, true_masks(dataset, folder))
+    print_table([metrics])
     return metrics
 
 

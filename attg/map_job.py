@@ -85,7 +85,8 @@ def run_job(compute, images, grid, settings, options, dist_info):
         # write_maps lists NaN as failed; zeros would count as flat.
         m[~readable] = torch.nan
         with replacing(file) as temporary:
-            m.half().numpy().astype("<f2").tofile(temporary)
+            # tofile would not notice a full disk.
+            temporary.write_bytes(m.half().numpy().astype("<f2").tobytes())
 
     wait(world)
     finish = lambda: join_blocks(path, files, grid, images, settings)  # noqa: E731
