@@ -103,8 +103,6 @@ def labeled_features(load_encoder, settings, data, dist_info):
     else:
         encoder = load_encoder(settings.checkpoint, img_size=settings.img_size)
         train_set, tests = open_sets(settings, data, encoder.cfg)
-        # Errors come here, before the features, which take much longer.
-        draw_shots(train_set.labels, settings, "")
         sets = {"train": train_set, **tests}
         parts = make_features(encoder.to(dist_info[0]), sets, settings, dist_info)
     train = parts.pop("train")
@@ -183,15 +181,13 @@ def mean_and_deviation(runs):
     return {"top-1": statistics.mean(top1), **deviation, "top-5": statistics.mean(top5)}
 
 
-def without_nan(result):
-    """A dict for JSON, which has no NaN: None in its place."""
-    return {k: None if v != v else v for k, v in result.items()}
-
-
 def report(results, settings, path):
     """Print results as a table and, with the settings, as the line of JSON in the file."""
     record = {"settings": settings, "torch": torch.__version__}
-    record["results"] = [without_nan(result) for result in results]
+    # JSON has no NaN.
+    record["results"] = [
+        {k: None if v != v else v for k, v in row.items()} for row in results
+    ]
     line = json.dumps(record, allow_nan=False)
     # A full disk must not lose the results, nor the reader of a pipe that closes it.
     try:

@@ -95,10 +95,8 @@ def test_recipes_are_those_of_mae():
 
 def test_mixup_cutmix_and_erasing(monkeypatch):
     imgs, labels, kinds = rand(64, 3, 16, 16), torch.arange(64) % 4, set()
-    for seed in range(30):
-        torch.manual_seed(seed)
+    for _ in range(30):
         mixed, targets = eval_finetune.mix(imgs.clone(), labels, 4)
-        assert mixed.shape == imgs.shape
         assert torch.allclose(targets.sum(1), torch.ones(64))
         assert targets.count_nonzero(1).max() <= 2
         # Fraction of pixels that are those of a single image.
@@ -107,7 +105,6 @@ def test_mixup_cutmix_and_erasing(monkeypatch):
         kinds.add("cutmix" if pure > 0.7 else "mixup")
     assert kinds == {"cutmix", "mixup"}
     # Erasing alone.
-    torch.manual_seed(0)
     keep = staticmethod(lambda _: lambda imgs, labels: (imgs, labels))
     monkeypatch.setattr(eval_finetune.v2, "RandomChoice", keep)
     erased = [eval_finetune.mix(imgs, labels, 4)[0] != imgs for _ in range(10)]

@@ -45,11 +45,10 @@ def test_results_of_a_data_set(encoder, labelled, tmp_path, capsys):
     assert few[1]["top-1"] == results[1]["top-1"] and few[0]["+-"] > 0 == few[1]["+-"]
     assert json.loads(out.read_text())["results"] == few
     # Both evaluations of the file of features are beside it.
-    lines = map(json.loads, (tmp_path / "eval_knn.jsonl").open())
-    for line, rows in zip(lines, (results, few), strict=True):
-        assert line["results"] == rows
-        for name in attg.features.SOURCE:
-            assert line["settings"][name] == report["settings"][name]
+    one, two = map(json.loads, (tmp_path / "eval_knn.jsonl").open())
+    assert [one["results"], two["results"]] == [results, few]
+    for name in attg.features.SOURCE:
+        assert two["settings"][name] == report["settings"][name]
 
 
 def test_deviations_are_those_of_samples_over_the_seeds(tmp_path):

@@ -30,22 +30,18 @@ def test_heads_equal_torch_sgd():
     # Batches of at most 25: 3 times 20, over 1,000 steps.
     orders = [torch.randperm(60, generator=generator) for _ in range(334)]
     batches = [rows for order in orders for rows in order.tensor_split(3)][:1000]
-    want = {}
-    for lr, momentum in ((0.003, 0.9), (0.3, 0.9), (0.3, 0.0)):
+    assert got.shape == (2, 17, 4) and not close(got[1], got[0], 1e-2)
+    for lr, weights in zip((0.003, 0.3), got, strict=True):
         head = nn.Linear(17, 4, bias=False)
         nn.init.zeros_(head.weight)
-        optimizer = torch.optim.SGD(head.parameters(), momentum=momentum)
+        optimizer = torch.optim.SGD(head.parameters(), momentum=0.9)
         for step, rows in enumerate(batches):
             rate = lr * (1 + math.cos(math.pi * step / 1000)) / 2
             optimizer.param_groups[0]["lr"] = rate
             optimizer.zero_grad()
             F.cross_entropy(head(x[rows]), labels[rows]).backward()
             optimizer.step()
-        want[lr, momentum] = head.weight.detach().T
-    assert got.shape == (2, 17, 4)
-    assert close(got[0], want[0.003, 0.9], 1e-4)
-    assert close(got[1], want[0.3, 0.9], 1e-4)
-    assert not close(got[1], want[0.3, 0.0], 1e-2) and not close(got[1], got[0], 1e-2)
+        assert close(weights, head.weight.T, 1e-4)
 
 
 @pytest.mark.parametrize(("n", "classes", "spread"), [(400, 10, 1.5), (11000, 2, 9.0)])
@@ -55,9 +51,9 @@ def test_probe_reaches_scikit_learn(n, classes, spread):
     preprocessing = pytest.importorskip("sklearn.preprocessing")
     x, y = blobs(n, classes, spread=spread)
     test, truth = blobs(6000, classes, spread=spread, seed=5)
-    tests = {"all": (test, truth), "few": (test[:50], truth[:50])}
+    probe = partial(eval_linear.linear_probe, x, y, {"t": (test, truth)})
     epochs = 100 if n < 10_000 else 20
-    got = eval_linear.linear_probe(x, y, tests, epochs=epochs)
+    got = probe(epochs=epochs)
     scaler = preprocessing.StandardScaler().fit(x)
     options = {"l1_ratios": (0,), "use_legacy_attributes": False, "max_iter": 2000}
     fit = linear_model.LogisticRegressionCV(
@@ -66,13 +62,10 @@ def test_probe_reaches_scikit_learn(n, classes, spread):
     votes = torch.from_numpy(fit.predict_proba(scaler.transform(test)))
     correct = votes.argsort(descending=True)[:, :5] == truth[:, None]
     want = 100 * correct[:, 0].double().mean()
-    top1, top5 = got["results"]["all"]
+    top1, top5 = got["results"]["t"]
     assert top1 >= want - 0.5 and top5 >= 100 * correct.any(1).double().mean() - 1
-    slow = eval_linear.linear_probe(x, y, tests, lrs=[1e-5], epochs=epochs)
-    assert slow["results"]["all"][0] < want - 0.5
+    assert probe(lrs=[1e-5], epochs=epochs)["results"]["t"][0] < want - 0.5
     assert got["lr"] == max(got["held_out"], key=got["held_out"].get)
-    top1, top5 = got["results"]["few"]
-    assert 0 < top1 <= top5 <= 100 and (top1 / 2) % 1 == 0  # of 50 images
 
 
 @pytest.fixture
@@ -85,8 +78,9 @@ def quick(monkeypatch):
 def test_test_labels_select_nothing(quick):
     (x, y), (a, truth) = blobs(100, 5), blobs(500, 5, seed=9)
     shuffled = truth[torch.randperm(500)]
-    one = eval_linear.linear_probe(x, y, {"t": (a, truth)})
-    two = eval_linear.linear_probe(x, y, {"t": (a, shuffled)})
+    one, two = (
+        eval_linear.linear_probe(x, y, {"t": (a, z)}) for z in (truth, shuffled)
+    )
     assert (one["lr"], one["held_out"]) == (two["lr"], two["held_out"])
     assert one["results"]["t"][0] > 50 > two["results"]["t"][0]
     # Training labels do.
@@ -105,12 +99,10 @@ def test_probe_at_the_limits(quick):
     # Classes 0 twice, 1, 2 and 3 once.
     few = probe(x[:5], y[:5], {"t": test})
     assert 0 <= min(few["held_out"].values()) <= 40 and few["results"]["t"][1] == 100
-    # Channels that never change, then a single class.
+    # Channels that never change.
     dead, padded = (F.pad(features, (0, 3), value=7.0) for features in (x, test[0]))
     got = probe(dead, y, {"t": (padded, test[1])})["results"]["t"][0]
     assert got == pytest.approx(probe(x, y, {"t": test})["results"]["t"][0], abs=2)
-    alone = probe(x, 0 * y, {"t": (test[0], 0 * test[1])})
-    assert alone["results"] == {"t": [100, 100]}
     infinite = x.index_fill(0, torch.tensor([7]), math.inf)
     for features, labels, lr, message in (
         (x[:4], y[:4], 1.0, "one image per class: .*two"),
@@ -124,24 +116,19 @@ def test_probe_at_the_limits(quick):
 # -- MAE's probe -----------------------------------------------------------------------
 
 
-def test_lars():
-    """Two steps, by its formula. Biases and weights of norm zero take SGD's."""
-    parameters = randn(6, 5), randn(5, seed=1), torch.zeros(4, 3)
-    ours = [p.clone() for p in parameters]
-    optimizer = eval_linear.LARS(ours, lr=0.4, weight_decay=0.3)
-    momenta = [torch.zeros_like(p) for p in parameters]
-    for step in range(2):
-        for p, want, momentum in zip(ours, parameters, momenta, strict=True):
-            p.grad = randn(*p.shape, seed=step + 2)
-            update = p.grad + 0.3 * want if want.dim() > 1 else p.grad
-            # timm adds the norms of gradient and decay instead.
-            if want.dim() > 1 and want.any():
-                update = update * 0.001 * want.norm() / update.norm()
-            momentum.mul_(0.9).add_(update)
-            want -= 0.4 * momentum
-        optimizer.step()
-    for p, want in zip(ours, parameters, strict=True):
-        assert close(p, want, 1e-6)
+def test_lars_with_decay_and_from_zero():
+    """Decay is added to the gradient of a matrix; of norm zero, it takes SGD's step."""
+    start, zero = randn(6, 5), torch.zeros(4, 3)
+    weights = [start.clone(), zero.clone()]
+    for p in weights:
+        p.grad = randn(*p.shape, seed=1)
+    eval_linear.LARS(weights, lr=0.4, weight_decay=0.3).step()
+    # timm adds the norms of gradient and decay instead.
+    update = weights[0].grad + 0.3 * start
+    want = start - 0.4 * 0.001 * start.norm() / update.norm() * update
+    assert close(weights[0], want, 1e-6) and close(
+        weights[1], -0.4 * weights[1].grad, 1e-6
+    )
 
 
 def test_mae_probe_starts_small_on_a_frozen_encoder():
@@ -165,15 +152,14 @@ def test_results_of_a_data_set(quick, encoder, labelled, tmp_path, capsys):
     flags = [encoder, "--data", labelled["data"], "--val", "test", other, *common]
     results = eval_linear.main([*flags, "--save_features", kept])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["settings"]["seconds"] > 0 and report["settings"]["epochs"] == 100
+    assert report["settings"]["epochs"] == 100
     cases = [(row["feature"], row["test"]) for row in results]
     assert cases == [(f, t) for f in FEATURES for t in ("test", other)]
     assert results[0]["top-1"] == results[1]["top-1"] and "+-" not in results[0]
     for row, stored in zip(results, report["results"], strict=True):
         assert row["top-5"] == 100 and row["images"] == 25  # 3 classes
         (grid,) = row["held_out"]
-        best = max(grid, key=grid.get)
-        assert len(grid) == 10 and row["lr"] == f"{best:.2g}"
+        assert len(grid) == 10 and row["lr"] == f"{max(grid, key=grid.get):.2g}"
         assert list(stored["held_out"][0].values()) == list(grid.values())
 
     from_file = [*common, "--features", kept]
