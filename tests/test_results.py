@@ -21,23 +21,16 @@ assert {"imagenette64", "toy"} <= {path.name for path in STUDIES}
 
 @pytest.mark.parametrize("folder", STUDIES, ids=[path.name for path in STUDIES])
 def test_studies_follow_from_their_logs(folder):
-    """The table; each run's seed and commit; the last k-NN of its log."""
+    """The table; each run's seed; the last k-NN of its log."""
     rows = study.table_rows(study.read_study(folder))
     assert rows and study.markdown(rows) == (folder / "table.md").read_text()
-    commits = {}
     for run in sorted(folder.glob("*-seed*")):
         seed = run.name.rpartition("-seed")[2]
         assert json.loads((run / "config.json").read_text())["seed"] == int(seed)
-        command = r"^\$ python attg_mae.py .*--seed (\d+) .*# (\w+)$"
-        logged = re.search(command, (run / "log.txt").read_text(), re.M)
-        assert logged[1] == seed
-        commits.setdefault(seed, set()).add(logged[2])
         metrics = study.read_metrics(run)
         last = [x for x in study.read_lines(run / "log.jsonl") if "knn" in x][-1]
         for feature in FEATURES:
             assert abs(metrics["k-NN, k = 20", feature] - last["knn"][feature]) < 0.05
-    # Paired runs are of the same commit.
-    assert all(len(of_seed) == 1 for of_seed in commits.values())
 
 
 def rows_of_study(name):
