@@ -82,30 +82,24 @@ def load_image(path, max_pixels=MAX_PIXELS):
 def to_8_bits(image, mode="RGB"):
     """Convert a PIL image of any mode to "RGB" or "L" (gray).
 
-    Alpha is dropped, as torchvision does.
+    Alpha is dropped, as torchvision does. White is 65535 in integers of 16 bits, 255 in
+    those of 32 bits and 1 in floats; ValueError if the image is brighter.
     """
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = wide_gray_to_8_bits(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        # PIL's own conversion clips at 255. Pillow 10 opens 16-bit PNGs in mode I.
+        narrow = {"F": 1, "I": 255}.get(image.mode, 65535)
+        white = 65535 if image.format == "PNG" else narrow
+        gray = np.nan_to_num(np.array(image, dtype=np.float32), posinf=0, neginf=0)
+        if gray.max() > 1.01 * white:
+            raise ValueError(
+                f"gray values up to {gray.max():g} in mode {image.mode}, where white is "
+                f"{white}; convert it to 8 bits"
+            )
+        image = Image.fromarray(np.uint8(gray.clip(0, white) * (255 / white) + 0.5))
     if image.mode == "P" and "transparency" in image.info:
         # Without this detour PIL warns.
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)
-
-
-def wide_gray_to_8_bits(image):
-    """Scale 16-bit and float gray to 8 bits; PIL's own conversion clips at 255."""
-    # Older versions of Pillow open 16-bit PNGs in mode I (32 bits). Float files do not
-    # record their white level: take the smallest that fits.
-    whites = (1, 255, 65535) if image.mode == "F" else (65535,)
-    gray = np.array(image, dtype=np.float64)
-    np.nan_to_num(gray, copy=False, posinf=0, neginf=0)
-    largest = gray.max()
-    gray /= next((white for white in whites if largest <= white), largest)
-    np.clip(gray, 0, 1, out=gray)
-    # Adding 0.5 rounds to the nearest level. In place: gray may take 800 MB.
-    gray *= 255
-    gray += 0.5
-    return Image.fromarray(gray.astype(np.uint8))
 
 
 # -- Views -----------------------------------------------------------------------------
@@ -173,25 +167,6 @@ def eval_view(image, size):
 # -- Data sets -------------------------------------------------------------------------
 
 
-class Names(Sequence):
-    """A list of strings without NUL, stored in one array of bytes.
-
-    Forked workers share the parent's memory until someone writes to it, and Python
-    writes a reference count whenever a string is read: a list of a million names would
-    soon be copied into every worker.
-    """
-
-    def __init__(self, names):
-        # File names need not be valid UTF-8.
-        self.encoded = np.array([os.fsencode(name) for name in names], dtype=bytes)
-
-    def __len__(self):
-        return len(self.encoded)
-
-    def __getitem__(self, i):
-        return os.fsdecode(self.encoded[i])
-
-
 class Sample(NamedTuple):
     """One item of a data set. default_collate makes a Sample of batched tensors."""
 
@@ -212,7 +187,9 @@ class ImageData(Dataset):
     """
 
     pairs: Dataset | None  # map-style, of (PIL image, label); None: files, see root
-    names: Sequence[str]  # one per image: order and identity of the rows of a map file
+    # One per image: order and identity of the rows of a map file. An array: workers write
+    # reference counts into what they read of a list, and so come to copy it.
+    names: np.ndarray
     known_labels: Sequence[int] | None  # None: only the source knows them
     known_classes: int | None  # 0 = no labels; None = the largest label + 1
     root: Path | str = ""  # the folder of the images, if names are names of files
@@ -226,7 +203,7 @@ class ImageData(Dataset):
 
     def __post_init__(self):
         self.num_images = len(self.names)
-        self.names = Names(self.names)
+        self.names = np.array(self.names)
         if isinstance(self.size, int):
             self.size = self.size, self.size
         if self.augment is True:
@@ -325,17 +302,17 @@ class ImageData(Dataset):
             self,
             # An array gives Python ints, as users' data sets may expect.
             pairs=Subset(self.pairs, array("q", rows.tolist())) if self.pairs else None,
-            names=[self.names[i] for i in rows],
+            names=self.names[rows.numpy()],
             known_labels=self.labels[rows].numpy(),
             known_classes=self.num_classes,
             masks=None if self.masks is None else self.masks[rows.numpy()],
         )
 
     def file_sizes(self):
-        """Sizes in bytes, as strings; none if the images are not files."""
+        """Sizes in bytes; none if the images are not files."""
         if self.pairs is not None:
             return []
-        return [str(os.stat(self.path(i)).st_size) for i in range(len(self))]
+        return [os.stat(self.path(i)).st_size for i in range(len(self))]
 
     @functools.cached_property
     def fingerprint(self):
@@ -344,17 +321,16 @@ class ImageData(Dataset):
         The hash is over the version, the number of images, their names and, if they are
         files, their sizes. Another version takes another prefix.
         """
-        number = str(len(self))
-        return "v2:" + sha256_of(["v2", number, *self.names, *self.file_sizes()])
+        return "v2:" + sha256_of("v2", len(self), *self.names, *self.file_sizes())
 
     def matches(self, fingerprint):
         """Whether a map file with this fingerprint was made for these images."""
         # Before v2 there was no prefix.
-        names, sizes = sha256_of([str(len(self)), *self.names]), self.file_sizes()
-        old = sha256_of([names, *sizes]) if sizes else names
+        names, sizes = sha256_of(len(self), *self.names), self.file_sizes()
+        old = sha256_of(names, *sizes) if sizes else names
         return fingerprint in (self.fingerprint, old)
 
 
-def sha256_of(strings):
-    text = "\0".join(strings)
+def sha256_of(*parts):
+    text = "\0".join(map(str, parts))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

@@ -21,10 +21,9 @@ class ResumableBatchSampler(Sampler):
     """Micro-batches of keys (epoch, index) of one rank, for the steps start to stop - 1.
 
     An epoch over n images has n // batch_size steps, and the global batch of a step is a
-    slice of the epoch's permutation. Each of `world` ranks takes `accum` micro-batches of
-    b = batch_size / (accum * world) images from it: micro-batch a of a rank has the rows
-    (a * world + rank) * b to (a * world + rank + 1) * b - 1. So the images of a step
-    depend on neither accum nor world.
+    slice of the epoch's permutation. Micro-batch a of a rank has its rows (a * world +
+    rank) * b to (a * world + rank + 1) * b - 1, b = batch_size / (accum * world): the
+    images of a step depend on neither accum nor world.
 
     Keys carry the epoch because persistent workers would not see an attribute of the data
     set that is set later.

@@ -80,7 +80,6 @@ LAYOUTS = [
     (AB, "train", "a\nzebra", "root", "--classes|['a', 'zebra']; ['zebra']"),
     ("0", "train", "\n", "root", "no images|--classes"),
     ("0", "train", "a", "root/0.png", "--classes|only for a folder"),
-    ("", "more", None, "toy", "split|--data toy: must be|test, only_fg"),
     ("", "more", None, "cifar10", "split|--data cifar10: must be train or test"),
 ]
 
@@ -274,7 +273,7 @@ def test_data_sets_of_files_hold_arrays_only(folder):
         write(folder / "train" / "a" / f"{i}.png", noise(2, 2))
     growth = len(pickle.dumps(open_data(folder))) - len(pickle.dumps(small))
     # Name, label and mark of each of 398 images.
-    assert growth < 398 * (len("a/sub/2.png") + 8 + 1) + 500
+    assert growth < 398 * (4 * len("a/sub/2.png") + 8 + 1) + 500
 
 
 # -- Unreadable images -----------------------------------------------------------------

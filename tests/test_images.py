@@ -60,13 +60,13 @@ def image_of(mode, random, shape=None):
     elif mode == "1":
         image, gray = Image.fromarray(gray > 127), (gray > 127) * 255
     elif mode == "F":
-        white = random.choice((1, 255, 65535, 10**6))
-        wide = np.float32(white * random.uniform(0.3, 1, shape))
-        image, white = Image.fromarray(wide), wide.max() if white > 65535 else white
-        gray = np.floor(wide.astype(float) * 255 / white + 0.5)
-    elif mode in ("I", "I;16"):
+        wide = random.random(shape, dtype=np.float32)
+        image, gray = Image.fromarray(wide), np.floor(wide * 255 + 0.5)
+    elif mode == "I":
+        image = Image.fromarray(gray.astype(np.int32))
+    elif mode == "I;16":
         wide = random.integers(0, 65536, shape)
-        image = Image.fromarray(wide.astype(np.int32 if mode == "I" else np.uint16))
+        image = Image.fromarray(wide.astype(np.uint16))
         gray = np.floor(wide / 257 + 0.5)
     return image, gray[..., None]
 
@@ -87,10 +87,12 @@ def test_every_mode_becomes_8_bits(tmp_path, suffix, mode, seed):
     assert abs(gray - rgb @ LUMA).max() <= 1
 
 
-def test_floats_without_a_value_are_black(tmp_path):
-    wide = np.float32([[np.nan, np.inf], [-3, 100]])
-    image = load_image(write(tmp_path / "0.tif", Image.fromarray(wide)))
-    assert np.array(to_8_bits(image, "L")).tolist() == [[0, 0], [0, 100]]
+def test_white_is_decided_by_the_type():
+    wide = Image.fromarray(np.float32([[np.nan, np.inf], [-3, 1.001]]))
+    assert np.array(to_8_bits(wide, "L")).tolist() == [[0, 0], [0, 255]]
+    for values, white in ((np.int32([[256, 300]]), 255), (np.float32([[2, 300]]), 1)):
+        with pytest.raises(ValueError, match=f"up to 300 .* white is {white}; convert"):
+            to_8_bits(Image.fromarray(values))
 
 
 def test_exif_rotation_is_ignored(tmp_path):
