@@ -170,17 +170,16 @@ def test_middle_of_strips(axis):
 def test_rand_augment_is_a_function_of_the_seed():
     view = partial(train_view, scale=(0.08, 1.0))
     augmented = partial(view, after=rand_augment((0.5, 0.5, 0.5)))
-    areas, unchanged = [], []
-    for seed in range(100):
-        crop, box, _ = augmented(ramp(48, 40), (32, 32), seed)
-        np.testing.assert_array_equal(crop, augmented(ramp(48, 40), (32, 32), seed)[0])
+    changed, areas = [], []
+    for seed in range(60):
+        (crop, box, _), again = (augmented(ramp(48, 40), (32, 32), seed) for _ in "ab")
         plain, same_box, _ = view(ramp(48, 40), (32, 32), seed)
-        assert box == same_box
+        assert np.array_equal(crop, again[0]) and box == same_box
+        changed.append(not np.array_equal(crop, plain))
         areas.append((box[2] - box[0]) * (box[3] - box[1]))
-        unchanged.append(np.array_equal(crop, plain))
     assert min(areas) < 0.15 and max(areas) > 0.8
     # Neither of two operations has a probability of 0.25; some have no effect.
-    assert 0.15 < np.mean(unchanged) < 0.5
+    assert 0.5 < np.mean(changed) < 0.85
 
 
 # -- Large, damaged and odd files ------------------------------------------------------
@@ -247,14 +246,12 @@ def test_decompression_bombs(tmp_path):
     (tmp_path / "2.png").write_bytes(png(13_000, 13_000, 16, 0, bytes(2 * 13_000)))
     write(tmp_path / "3.png", noise(9, 9))
     data = open_data(tmp_path, size=224, augment=True)
-    base = largest_memory(reset=True)
-    for i in range(3):
-        began = time.process_time()
-        with warnings.catch_warnings():
-            # Pillow's own, about the third.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            assert {data[i].index, data[0, i].index} == {3 if i == 2 else i}
-        assert time.process_time() - began < 4
+    base, began = largest_memory(reset=True), time.process_time()
+    with warnings.catch_warnings():
+        # Pillow's own, about the third.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        rows = [[data[i].index, data[0, i].index] for i in range(3)]
+    assert rows == [[0, 0], [1, 1], [3, 3]] and time.process_time() - began < 12
     # Resized as a whole, the strips would take 4.5 GB.
     assert largest_memory() - base < 400e6
 
