@@ -115,8 +115,8 @@ def check_settings(path, new, old):
     if changed:
         changes = [f"{name} {old.get(name)}, not {new[name]}" for name in changed]
         raise ValueError(
-            f"--out {path}: is there, made with {', '.join(changes)}; use its settings, "
-            f"choose another --out, or delete it and {path}.job"
+            f"--out {path}: made with {', '.join(changes)}; use its settings, choose "
+            f"another --out, or delete it and {path}.job"
         )
 
 

@@ -163,8 +163,7 @@ def open_maps(path, dataset, name):
     if dataset.masks is None:
         raise ValueError(
             f"--data {name} needs attention maps: make them with python "
-            "object_discovery.py --method tokencut --backbone dino_vits16 "
-            f"--data {name} --out maps.npy and pass --maps maps.npy, or "
-            "train a vanilla MAE with --guidance none"
+            f"object_discovery.py --data {name} --out maps.npy and pass --maps maps.npy, "
+            "or train a vanilla MAE with --guidance none"
         )
     return dataset.masks

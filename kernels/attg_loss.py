@@ -1077,11 +1077,10 @@ def _log_once(path):
 
 def _describe(x):
     """Describe a value for an error message."""
-    if isinstance(x, Tensor):
-        grad = ", requires_grad" if x.requires_grad else ""
-        return f"{x.dtype} {tuple(x.shape)} on {x.device}{grad}"
-    is_short = x is None or isinstance(x, (str, Real))
-    return repr(x) if is_short else f"an object of type {type(x).__name__}"
+    if not isinstance(x, Tensor):
+        return f"{x!r:.60}"
+    grad = ", requires_grad" if x.requires_grad else ""
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}{grad}"
 
 
 def _rules(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, impl):

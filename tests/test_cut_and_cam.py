@@ -162,21 +162,19 @@ def test_border_sign_of_a_grid_without_inner_cells():
 def dense_maskcut(x, grid, objects=1, sign="max"):
     """MaskCut of features (L, d) -> (h, w) in [0, 1], with scipy."""
     ndimage = pytest.importorskip("scipy.ndimage")
-    left = np.full(len(x), True)
-    merged, inside = np.zeros(grid), np.zeros(grid, bool)
+    left, merged, inside = np.ones(grid, bool), np.zeros(grid), np.zeros(grid, bool)
     inside[1:-1, 1:-1] = True
     for _ in range(objects):
-        edges = cosines(np.where(left[:, None], x, 0)) > 0.2
-        y = generalized_eigen(edges, 1e-5)[1][:, 1]
+        edges = cosines(np.where(left.reshape(-1, 1), x, 0)) > 0.2
+        y = scipy_cut(edges).reshape(grid)
         y = y * np.sign(y[left][np.abs(y[left]).argmax()])
         low, high = y[left].min(), y[left].max()
-        m = np.where(left, (y - low) / (high - low), 0).reshape(grid)
-        there = left.reshape(grid)
-        if sign == "border" and m[there & ~inside].mean() > m[there & inside].mean():
-            m = np.where(there, 1 - m, 0)
+        m = np.where(left, (y - low) / (high - low), 0)
+        if sign == "border" and m[left & ~inside].mean() > m[left & inside].mean():
+            m = np.where(left, 1 - m, 0)
         merged = np.maximum(merged, m)
-        regions, _ = ndimage.label(m > m[there].mean())
-        left = left & (regions != regions.flat[m.argmax()]).ravel()
+        regions, _ = ndimage.label(m > m[left].mean())
+        left = left & (regions != regions.flat[m.argmax()])
     return merged
 
 
@@ -260,14 +258,10 @@ def test_grad_cam_equals_the_package(name, size, tmp_path):
 def test_grad_cam_clips_what_speaks_against_the_class():
     """Features of both signs, the gradient in closed form."""
     features, weight = randn(3, 5, 4, 6), randn(7, 5, seed=1)
-
-    def classify(x):
-        return x.mean((2, 3)).square() @ weight.T
-
+    classify = lambda x: x.mean((2, 3)).square() @ weight.T  # noqa: E731
     got = object_discovery.grad_cam(features, classify, (4, 6), (4, 6))
     # d score / d x, the same in each of the 24 cells.
-    best = classify(features).argmax(1)
-    alpha = features.mean((2, 3)) * weight[best] / 12
+    alpha = features.mean((2, 3)) * weight[classify(features).argmax(1)] / 12
     cam = torch.einsum("bc,bchw->bhw", alpha, features)
     assert 0.2 < (cam < 0).float().mean() < 0.8
     torch.testing.assert_close(got, cam.relu(), rtol=1e-4, atol=1e-6)

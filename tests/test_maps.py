@@ -163,11 +163,12 @@ def test_other_files_are_refused(images, tmp_path):
 
 def test_map_files_without_a_version_load(images, tmp_path):
     """As commit cf99790 wrote them; its fingerprints: tests/test_datasets.py."""
-    save_maps(tmp_path / "m.npy", some_maps(), images, "tokencut", sign="max", cut=0.3)
-    manifest = json.loads((tmp_path / "m.json").read_text())
+    path, file = tmp_path / "m.npy", tmp_path / "m.json"
+    save_maps(path, some_maps(), images, "tokencut", sign="max", cut=0.3)
+    manifest = json.loads(file.read_text()) | {"number": 5}
     del manifest["version"]
-    (tmp_path / "m.json").write_text(json.dumps(manifest | {"number": 5}))
-    maps, manifest = load_maps(tmp_path / "m.npy", images)
+    file.write_text(json.dumps(manifest))
+    maps, manifest = load_maps(path, images)
     assert maps.shape == (5, 7, 9)
     assert manifest["settings"] == {"sign": "max", "affinity_threshold": 0.3}
 
@@ -280,20 +281,18 @@ def test_interrupted_jobs_resume(images, tmp_path, capsys):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize("ending", ["npy", "json", "settings"])
-def test_job_interrupted_at_its_end(ending, images, tmp_path, monkeypatch):
-    """After one of the files, after both, while the folder is removed.
+@pytest.mark.parametrize("removed", ["none", "m.json", "m.npy.job/settings.json"])
+def test_job_interrupted_at_its_end(removed, images, tmp_path, monkeypatch):
+    """After both files, after one, while the folder is removed.
 
     Blocks without settings may be of another job: they are made again.
     """
-    out, compute = tmp_path / "m.npy", partial(red, channel=int(ending == "settings"))
+    out, compute = tmp_path / "m.npy", partial(red, channel=len(removed) // 20)
     job(tmp_path / "whole.npy", images, compute)
-    remove = {"npy": out.with_suffix(".json"), "json": tmp_path / "none"}
-    remove["settings"] = tmp_path / "m.npy.job" / "settings.json"
 
     def write(*args):
         attg.maps.write_maps(*args)
-        remove[ending].unlink(missing_ok=True)
+        (tmp_path / removed).unlink(missing_ok=True)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -318,6 +317,7 @@ def maps_job(tmp_path_factory):
 DISCOVERY = (object_discovery.__file__,)
 
 
+# object_discovery.py, but it sleeps after each block.
 SLOW = """
 import time
 import attg.map_job, object_discovery
@@ -328,13 +328,6 @@ run_cli(object_discovery.main)
 """
 
 
-def slow_discovery(folder):
-    """A script that is object_discovery.py, but sleeps after each block."""
-    script = folder / "object_discovery.py"
-    script.write_text(SLOW)
-    return (str(script),)
-
-
 def blocks(out):
     return len([p for p in out.parent.glob(f"{out.name}.job/*") if p.name.isdigit()])
 
@@ -342,15 +335,16 @@ def blocks(out):
 def test_job_that_is_killed_and_fills_the_disk(ask, maps_job, tmp_path):
     """Two processes are killed; one goes on until the disk is full; two end the job."""
     settings, want = maps_job
-    out, slow = tmp_path / "maps.npy", slow_discovery(tmp_path)
-    runs = ranks(ask, out, settings, slow)
+    out, slow = tmp_path / "maps.npy", tmp_path / "object_discovery.py"
+    slow.write_text(SLOW)
+    runs = ranks(ask, out, settings, (str(slow),))
     assert runs[0].until(lambda: blocks(out) > 3)
     time.sleep(random.uniform(0, 0.05))
     for run in runs:
         os.kill(run.pid, signal.SIGKILL)
     assert {run.wait()[0] for run in runs} == {-9}
     killed = blocks(out)
-    run = Process(ask, out, settings, script=slow)
+    run = Process(ask, out, settings, script=(str(slow),))
     assert run.until(lambda: blocks(out) > killed + 3)
     resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (1000, 1000))
     code, _, errors = run.wait()
