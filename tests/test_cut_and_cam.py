@@ -80,7 +80,7 @@ def distance(a, b):
     return np.abs(a - b).max() / np.abs(b).max()
 
 
-@given(graphs(), st.sampled_from([-0.1, 0.2, 0.5, 0.9]), st.sampled_from([1e-5, 0.01]))
+@given(graphs(), st.sampled_from([-0.1, 0.0, 0.2, 0.9]), st.sampled_from([1e-5, 0.01]))
 def test_tokencut_equals_scipy(x, tau, eps):
     edges = cosines(x) > tau
     edges |= edges.T
@@ -106,19 +106,6 @@ def test_tokencut_equals_scipy(x, tau, eps):
     # If the two highest peaks are tied, the sign may be either's.
     second, first = np.sort(np.abs(ours))[-2:]
     assert ours.max() == first or second > (1 - 1e-5) * first
-
-
-def test_that_tolerance_rejects_another_graph():
-    """Another eps, >= instead of > tau."""
-    x = randn(40, 3, seed=4, dtype=torch.float64)
-    edges = cosines(x.numpy()) > 0.8
-    want = scipy_cut(edges, 1e-3)
-    assert distance(tokencut(x[None], 0.8, 1e-3)[0].numpy(), want) < 1e-8
-    assert distance(scipy_cut(edges, 1.1e-3), want) > 1e-5
-    # One-hot features have a cosine of exactly 0, which is not above tau = 0.
-    kinds = torch.tensor([0] * 5 + [1] * 12 + [2] * 8)
-    want = scipy_cut((kinds[:, None] == kinds).numpy())
-    assert distance(tokencut(F.one_hot(kinds)[None], tau=0.0)[0].numpy(), want) < 1e-5
 
 
 def test_a_graph_on_which_lanczos_does_not_converge():

@@ -21,7 +21,7 @@ from attg.datasets import open_data
 from attg.kernels import normalize_map
 from attg.maps import load_maps
 from attg_mae import IMAGENET_MEAN
-from tests.helpers import SMALL, disc_images, encoder_only, losses, rand, train
+from tests.helpers import SMALL, disc_images, encoder_only, rand
 
 
 def discover(folder, out, *flags, method="tokencut", data="data"):
@@ -92,25 +92,23 @@ def test_maps_from_masks(tmp_path, capsys):
     assert load_maps(tmp_path / "p.npy", dataset)[1]["flat"] == [0, 1]
 
 
-def test_discovered_maps_guide_a_run(labelled, tmp_path):
-    file = tmp_path / "encoder.pt"
+def test_maps_of_an_encoder(tmp_path):
+    """The weights count, not the name of their file."""
+    disc_images(tmp_path, 3)
+    file, out = tmp_path / "encoder.pt", tmp_path / "m.npy"
     save_encoder(file)
-    flags = ["--backbone", str(file), "--data", labelled["data"], "--device", "cpu"]
-    runs = [train(tmp_path / "masks", **labelled, epochs=1)]
-    for method in ("tokencut", "dino"):
-        out = tmp_path / f"{method}.npy"
-        object_discovery.main([*flags, "--method", method, "--out", str(out)])
-        manifest = json.loads(out.with_suffix(".json").read_text())
-        assert manifest["shape"] == [25, 2, 2]
-        assert manifest["settings"]["mean"] == list(IMAGENET_MEAN)
-        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        assert manifest["settings"]["sha256"] == sha256
-        runs.append(train(tmp_path / method, **labelled | {"maps": str(out)}, epochs=1))
-        # The weights count, not the name of their file.
-        flags[1], before = str(shutil.copy(file, tmp_path / f"{method}.pt")), out.stat()
-        object_discovery.main([*flags, "--method", method, "--out", str(out)])
-        assert out.stat() == before
-    assert len({str(losses(run["out"])) for run in runs}) == 3
+    discover(tmp_path, out, "--backbone", file, method="dino")
+    manifest = json.loads(out.with_suffix(".json").read_text())
+    assert manifest["shape"] == [3, 2, 2]
+    assert manifest["settings"]["mean"] == list(IMAGENET_MEAN)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert manifest["settings"]["sha256"] == sha256
+    other, before = shutil.copy(file, tmp_path / "other.pt"), out.stat()
+    discover(tmp_path, out, "--backbone", other, method="dino")
+    assert out.stat() == before
+    save_encoder(other, depth=2)
+    with pytest.raises(ValueError, match="--out .*sha256"):
+        discover(tmp_path, out, "--backbone", other, method="dino")
 
 
 def test_a_grayscale_backbone_sees_grayscale_images(tmp_path):

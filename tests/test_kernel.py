@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -116,20 +117,15 @@ def test_reasons_against_the_kernels(monkeypatch, capsys):
 
 
 def test_launches_can_be_captured_in_a_cuda_graph(monkeypatch):
-    """As far as a CPU can tell: no value is read, and all launches are alike."""
-    launches, tau = [], torch.tensor(0.75, device=DEVICE)
-
-    class Launcher:
-        def __getitem__(self, grid):
-            return lambda *args, **named: launches.append((grid, *args, named))
-
+    """As far as a CPU can tell: no value is read."""
     kernel._triton()
+    launcher = defaultdict(lambda: lambda *args, **named: None)
     for name in ("_forward_kernel", "_total_kernel", "_backward_kernel"):
-        monkeypatch.setattr(kernel, name, Launcher())
+        monkeypatch.setattr(kernel, name, launcher)
 
     def operators(read):
         with torch.profiler.profile() as profile:
-            loss = some_loss("triton", tau=tau)[0]
+            loss = some_loss("triton", tau=torch.tensor(0.75, device=DEVICE))[0]
             loss.backward()
             if read:
                 loss.item()
@@ -138,9 +134,6 @@ def test_launches_can_be_captured_in_a_cuda_graph(monkeypatch):
     synchronizing = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"}
     assert not operators(read=False) & synchronizing
     assert operators(read=True) & synchronizing
-    is_tensor = torch.is_tensor
-    numbers = [[x for x in values if not is_tensor(x)] for values in launches]
-    assert len(numbers) == 6 and numbers[:3] == numbers[3:]
 
 
 PATCHES = ((3, 3, 27), None)

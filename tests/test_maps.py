@@ -54,12 +54,11 @@ KINDS = ["", "flat", "below", "above", "nan", "inf"]
 
 @given(
     st.sampled_from([np.float16, np.float32, np.float64, np.int32]),
-    st.sampled_from([np.ascontiguousarray, np.asfortranarray, lambda a: a[:, ::-1]]),
     st.lists(st.sampled_from(KINDS), min_size=5, max_size=5).filter(any),
     st.tuples(st.integers(1, 9), st.integers(2, 9)),
     st.integers(1, 200),
 )
-def test_maps_round_trip(images, tmp_path, dtype, layout, kinds, shape, values):
+def test_maps_round_trip(images, tmp_path, dtype, kinds, shape, values):
     maps = np.random.default_rng(0).normal(300, 200, (5, *shape))
     for m, kind in zip(maps[1:], kinds[1:], strict=True):
         if kind == "flat" or kind in ("below", "above") and dtype is not np.float64:
@@ -69,7 +68,7 @@ def test_maps_round_trip(images, tmp_path, dtype, layout, kinds, shape, values):
             m[0, 1] += 0.9e-5 if kind == "below" else 1.1e-5
         elif kind and dtype is not np.int32:
             m[0, 1] = float(kind)
-    maps = layout(maps.astype(dtype))
+    maps = maps.astype(dtype)[:, ::-1]
     before, file = maps.copy(), tmp_path / "new" / "maps.npy"
     with pytest.MonkeyPatch.context() as patch:
         # So many values a chunk: the rows must not restart in each.
@@ -140,7 +139,6 @@ def test_other_files_are_refused(images, tmp_path):
         with pytest.raises(ValueError, match=rf"--maps {path}: .*{re.escape(words)}"):
             load_maps(path, images)
 
-    refused("method", method=None)
     refused("5 images", shape=[4, 7, 9])
     refused("flat", flat=5)
     refused("(5, 9, 7)", shape=[5, 9, 7])
@@ -153,12 +151,11 @@ def test_other_files_are_refused(images, tmp_path):
     with open(path, "wb") as archive:
         np.savez(archive, maps=maps)
     refused("not a .npy file", checksum=attg.maps.sha256(path))
-    path.unlink()
-    refused("no such .npy file")
-    np.save(path, maps)
     file.unlink()
     with pytest.raises(ValueError, match="--maps .*m.json"):
         load_maps(path, images)
+    with pytest.raises(ValueError, match="--maps .*no such .npy file"):
+        load_maps(file, images)
 
 
 def test_map_files_without_a_version_load(images, tmp_path):
