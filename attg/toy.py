@@ -216,10 +216,9 @@ def toy_coordinates(cx, cy, turn, unit):
     """Coordinates x, y (n, 32, 32) of all pixels in n frames.
 
     Each frame has its origin at the pixel (cx, cy), is rotated by `turn` full circles,
-    and its unit is `unit` pixels long; all four are (n,).
+    and its unit is `unit` pixels long; all four are (n, 1, 1).
     """
     cosines = toy_tables().cosines
-    cx, cy, turn, unit = (a[:, None, None] for a in (cx, cy, turn, unit))
     angle = (turn * DIRECTIONS).astype(int)
     cos = cosines[angle % DIRECTIONS] / unit
     sin = cosines[(angle - DIRECTIONS // 4) % DIRECTIONS] / unit
@@ -231,12 +230,11 @@ def toy_coordinates(cx, cy, turn, unit):
 
 
 def toy_color(hue, saturation, value):
-    """HSV, each (n,), hue in turns -> RGB (n, 1, 1, 3) in [0, 1]."""
+    """HSV, each (n, 1, 1, 1), hue in turns -> RGB (n, 1, 1, 3) in [0, 1]."""
     # Red, green and blue are full over a third of the circle and fade over a sixth.
-    sixths = 6 * hue[:, None] + np.array([0, 4, 2])
+    sixths = 6 * hue + [0, 4, 2]
     ramp = np.clip(abs(sixths % 6 - 3) - 1, 0, 1)
-    rgb = value[:, None] * (1 - saturation[:, None] * (1 - ramp))
-    return rgb[:, None, None]
+    return value * (1 - saturation * (1 - ramp))
 
 
 def render_objects(labels, numbers):
@@ -244,7 +242,8 @@ def render_objects(labels, numbers):
 
     labels (n,); numbers (n, 6), random in [0, 1).
     """
-    right, down, size, turn, jitter, light = numbers.T
+    right, down, size, turn = numbers.T[:4, :, None, None]
+    jitter, light = numbers.T[4:, :, None, None, None]
     tables = toy_tables()
     radius = between(TOY_RADIUS, size)
     # The whole object is inside the image.
@@ -254,15 +253,16 @@ def render_objects(labels, numbers):
     column = (x + 1) * TABLE / 2
     row = (y + 1) * TABLE / 2
     cells = np.clip([row, column], 0, TABLE - 1).astype(int)
-    cells = (labels[:, None, None], *cells)
+    labels = labels[:, None, None]
+    tone = tables.lights[labels, *cells]
 
-    hue = labels / len(TOY_CLASSES) + TOY_HUE_JITTER * (2 * jitter - 1)
+    usual_hue = labels[..., None] / len(TOY_CLASSES)
+    hue = usual_hue + TOY_HUE_JITTER * (2 * jitter - 1)
     bright = between(TOY_LIGHT, light)
-    light = toy_color(hue, np.full_like(hue, 0.75), bright)
-    dark = toy_color(hue + 0.03, np.full_like(hue, 0.9), TOY_DARK * bright)
-
-    colors = dark + tables.lights[cells][..., None] * (light - dark)
-    return colors, tables.shapes[cells]
+    light = toy_color(hue, 0.75, bright)
+    dark = toy_color(hue + 0.03, 0.9, TOY_DARK * bright)
+    colors = dark + tone[..., None] * (light - dark)
+    return colors, tables.shapes[labels, *cells]
 
 
 def render_backgrounds(family, numbers):
@@ -271,8 +271,9 @@ def render_backgrounds(family, numbers):
     family (n,): classes of the patterns, -1 = black; numbers (n, 13), random in [0, 1),
     of which the last two choose the family.
     """
-    right, down, turn, period, middle, contrast, brighter = numbers.T[:7]
-    hue, saturation, hue_step, other_saturation = numbers.T[7:11]
+    right, down, turn, period = numbers.T[:4, :, None, None]
+    middle, contrast, brighter = numbers.T[4:7, :, None, None, None]
+    hue, saturation, hue_step, other = numbers.T[7:11, :, None, None, None]
     corner = TOY_SIZE * right, TOY_SIZE * down
     x, y = toy_coordinates(*corner, turn, between(TOY_PERIOD, period))
     # Patterns are periodic, unlike objects.
@@ -284,11 +285,8 @@ def render_backgrounds(family, numbers):
     # Either tone may be the brighter one.
     half = between(TOY_CONTRAST, contrast) / 2 * np.sign(brighter - 0.5)
     one = toy_color(hue, 0.15 + 0.5 * saturation, np.clip(value + half, 0, 1))
-    two = toy_color(
-        hue + 0.3 * (hue_step - 0.5),
-        0.15 + 0.5 * other_saturation,
-        np.clip(value - half, 0, 1),
-    )
+    hue = hue + 0.3 * (hue_step - 0.5)
+    two = toy_color(hue, 0.15 + 0.5 * other, np.clip(value - half, 0, 1))
     visible = (family >= 0)[:, None, None, None]
     return (two + tone * (one - two)) * visible
 
