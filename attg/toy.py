@@ -4,8 +4,6 @@ The embedded `toy` set: objects on textured backgrounds, generated in seconds.
     images, masks, labels = toy("train")    # 10,000 images of 32 x 32 pixels
     images, masks, labels = toy("test")     # 2,000, and as many of each variant
 
-    python -m attg.toy --pairs DIR          # 200 images of two objects, and their masks
-
 How an image is made:
     1. The object. Its class determines the silhouette, the texture and, roughly, the
        hue; position, size, rotation, hue and brightness are random. It is never cut off
@@ -26,15 +24,12 @@ images look them up at rotated and scaled coordinates, with a table of cosines a
 That is fast, and gives the same bits on every machine.
 """
 
-import argparse
 import functools
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-
-from attg.cli import run_cli
 
 TOY_SEED = 2402
 # Side of an image in pixels, and of a table in cells.
@@ -374,22 +369,11 @@ def toy_pairs(n):
     return images, masks
 
 
-# -- Command line ----------------------------------------------------------------------
-
-
-def main(argv=None):
-    """Write toy_pairs(200) as FOLDER/images/NUMBER.png and FOLDER/masks/NUMBER.png."""
-    parser = argparse.ArgumentParser(prog="python -m attg.toy")
-    help = "folder for 200 images of two objects, and their masks"
-    parser.add_argument("--pairs", type=Path, required=True, help=help)
-    folder = parser.parse_args(argv).pairs
-    images, masks = toy_pairs(200)
+def save_pairs(folder, n=200):
+    """Write toy_pairs(n) as folder/images/NUMBER.png and folder/masks/NUMBER.png."""
+    images, masks = toy_pairs(n)
     for name, arrays in (("images", images), ("masks", 255 * masks.max(axis=1))):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        target = Path(folder, name)
+        target.mkdir(parents=True, exist_ok=True)
         for i, array in enumerate(arrays):
-            Image.fromarray(array).save(folder / name / f"{i:04d}.png")
-    print(f"200 images of two objects, and their masks: {folder}")
-
-
-if __name__ == "__main__":
-    run_cli(main)
+            Image.fromarray(array).save(target / f"{i:04d}.png")

@@ -1,5 +1,5 @@
 """
-The embedded data set: its pixels, its masks, its difficulty, its command.
+The embedded data set: its pixels, its masks, its variants.
 """
 
 import hashlib
@@ -7,9 +7,8 @@ import hashlib
 import numpy as np
 from PIL import Image
 
-import attg.toy
 from attg.datasets import open_data
-from attg.toy import TOY_VARIANTS, toy, toy_pairs
+from attg.toy import TOY_VARIANTS, save_pairs, toy, toy_pairs
 
 SPLITS = ("train", "test", *TOY_VARIANTS)
 
@@ -37,7 +36,7 @@ def test_splits_as_data_sets():
 
 
 def test_pairs_are_written_with_their_masks(tmp_path):
-    attg.toy.main(["--pairs", str(tmp_path)])
+    save_pairs(tmp_path)
     images, masks = toy_pairs(200)
     for folder, arrays in (("images", images), ("masks", 255 * masks.max(1))):
         files = sorted((tmp_path / folder).iterdir())
