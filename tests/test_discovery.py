@@ -164,7 +164,6 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     weights = torchvision.models.get_model("mobilenet_v2").state_dict()
     torch.save(weights, "mobilenet.pt")
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "mobilenet.pt").read_bytes()[:5000])
     save_encoder("nan.pt", lambda model: model.pos_embed.data.fill_(math.nan))
     discover(tmp_path, "old.npy")
     return tmp_path
@@ -173,19 +172,16 @@ def folder(tmp_path, monkeypatch):
 PIXELS = "--backbone pixels --img_size 96"
 ERRORS = {  # flags: what the message names
     "--backbone none.pt": "--backbone none.pt dino_vits16",
-    "--backbone cut.pt": "cut.pt damaged",
     "--backbone nan.pt": "finite --backbone 00.png",
     "--method gradcam --weights mobilenet.pt": "--weights mobilenet.pt resnet50",
     "--method dino --backbone resnet50": "--backbone resnet50 checkpoint",
     "--method gradcam --backbone pixels": "--backbone pixels resnet50 mobilenet_v2",
     "--method gradcam --objects 2": "--objects gradcam",
-    "--weights cut.pt": "--weights tokencut",
     "--method masks --masks data --img_size 64": "--img_size masks",
     "--backbone pixels --img_size 40": "--img_size 40 32",
     "--method masks": "--masks folder",
     f"{PIXELS} --out unlike.npy --masks empty": "--masks mask",
     f"{PIXELS} --out m.pt": "--out m.pt .npy",
-    f"{PIXELS} --out cut.pt/m.npy": "--out cut.pt/m.npy",
     f"{PIXELS} --out old.npy --data more/data": "other data",
     f"{PIXELS} --out old.npy --affinity_threshold 0.4": "--out old.npy 0.2 0.4 delete",
     f"{PIXELS} --max_pixels 9": "finite --max_pixels 00.png",

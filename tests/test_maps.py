@@ -95,19 +95,22 @@ def test_maps_round_trip(images, tmp_path, dtype, kinds, shape, values):
 
 
 def test_save_maps_errors(images, tmp_path):
-    wrong = [("m.npy", some_maps(4)), ("m.npy", some_maps()[0]), ("m.pt", some_maps())]
-    for name, maps in wrong:
-        with pytest.raises(ValueError, match=rf"{name}: .* \.npy .*\(5, h, w\)"):
-            save_maps(tmp_path / name, maps, images, "x")
-    save_maps(tmp_path / "m.npy", some_maps(), images, "x")
-    before = (tmp_path / "m.npy").read_bytes()
+    path = tmp_path / "m.npy"
+    for file, maps in (
+        (path, some_maps(4)),
+        (path, some_maps()[0]),
+        (tmp_path, some_maps()),
+    ):
+        with pytest.raises(ValueError, match=rf"{file}: .* \.npy .*\(5, h, w\)"):
+            save_maps(file, maps, images, "x")
+    save_maps(path, some_maps(), images, "x")
+    before = path.read_bytes()
     # Both leave the old files as they were; JSON cannot hold the second's settings.
     with pytest.raises(ValueError, match="none of 5 maps is finite"):
-        save_maps(tmp_path / "m.npy", some_maps() * np.nan, images, "x")
+        save_maps(path, some_maps() * np.nan, images, "x")
     with pytest.raises(TypeError):
-        save_maps(tmp_path / "m.npy", some_maps() ** 2, images, "x", bad=object())
-    assert (tmp_path / "m.npy").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
+        save_maps(path, some_maps() ** 2, images, "x", bad=object())
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
 @given(st.booleans(), RANDOM)
