@@ -196,7 +196,7 @@ def hf_model(kind, name="vit_micro", **kw):
 
 def from_hf(state):
     """Hugging Face's parameters or gradients under MAE's names; q, k, v joined."""
-    return join_qkv({rename(key): value for key, value in state.items()}, "HF")
+    return join_qkv({rename(key): value for key, value in state.items()})
 
 
 def timm_model(width=64, depth=2, heads=4, img_size=32, patch_size=8, **options):
