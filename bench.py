@@ -6,11 +6,10 @@ Speed beside peers, which take turns in one run.
     python bench.py data --data DIR   # decode, crop and collate, beside torchvision
     python bench.py maps              # TokenCut's normalized cut, beside scipy
     python bench.py knn               # k-NN, beside a one-hot vote and scikit-learn's
-    python bench.py gpu --minutes 9   # all of these on a GPU, the most important first
 
 Each prints a Markdown table. Peers that are not installed are left out by name.
-docs/speed.md describes what is measured. `gpu` stops when the time is up; the same command
-continues with what is left.
+docs/speed.md describes what is measured. benchmarks/gpu.sh runs all of them on a GPU, the
+most important first.
 """
 
 if __name__ == "__main__":
@@ -27,7 +26,7 @@ import importlib
 
 from attg.cli import flag, parse, run_cli
 
-BENCHMARKS = ("kernel", "step", "data", "maps", "knn", "gpu")
+BENCHMARKS = ("kernel", "step", "data", "maps", "knn")
 COUNT = {"low": 1, "high": 10**9}
 
 
@@ -45,10 +44,8 @@ class Settings:
     models: tuple[str, ...] = flag(("vit_base",), "step: presets")
     precision: tuple[str, ...] = flag(("bf16", "fp32"), "step: types of autocast")
     compile: bool = flag(False, "step: with torch.compile")
-    mae_repo: str | None = flag(None, "step, gpu: a copy of facebookresearch/mae")
-    data: str | None = flag(None, "data, gpu: folder of JPEG photographs")
-    minutes: float = flag(9, "gpu: stop after", 0, 10**6)
-    out: str = flag("out/bench", "gpu: folder of logs")
+    mae_repo: str | None = flag(None, "step: a copy of facebookresearch/mae")
+    data: str | None = flag(None, "data: folder of JPEG photographs")
 
 
 def main(argv=None):
@@ -56,9 +53,6 @@ def main(argv=None):
     if settings.benchmark is None:
         raise ValueError(f"benchmark: name one of {', '.join(BENCHMARKS)}")
     benchmark = importlib.import_module(f"benchmarks.{settings.benchmark}")
-    if settings.benchmark == "gpu":
-        return benchmark.run(settings)
-
     import torch
 
     from benchmarks.measure import machine, print_table

@@ -16,6 +16,7 @@ from itertools import product
 import numpy as np
 import torch
 
+from attg.export import DECODER, ENCODER
 from attg.loader import Batch
 from attg_mae import (
     Config,
@@ -43,20 +44,11 @@ def hugging_face(cfg):
     """transformers' ViTMAEForPreTraining with its fused attention."""
     import transformers
 
+    sizes = {new: getattr(cfg, old) for old, new in (ENCODER | DECODER).items()}
+    sizes["intermediate_size"] = 4 * cfg.width
+    sizes["decoder_intermediate_size"] = 4 * cfg.decoder_width
     config = transformers.ViTMAEConfig(
-        image_size=cfg.img_size,
-        patch_size=cfg.patch_size,
-        hidden_size=cfg.width,
-        num_hidden_layers=cfg.depth,
-        num_attention_heads=cfg.heads,
-        intermediate_size=4 * cfg.width,
-        decoder_hidden_size=cfg.decoder_width,
-        decoder_num_hidden_layers=cfg.decoder_depth,
-        decoder_num_attention_heads=cfg.decoder_heads,
-        decoder_intermediate_size=4 * cfg.decoder_width,
-        layer_norm_eps=1e-6,
-        norm_pix_loss=True,
-        attn_implementation="sdpa",
+        **sizes, layer_norm_eps=1e-6, attn_implementation="sdpa"
     )
     model = transformers.ViTMAEForPreTraining(config)
     # transformers 5.24 leaves the positions of a model without a checkpoint at zero.

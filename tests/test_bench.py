@@ -3,6 +3,8 @@ The benchmarks: whether they measure what they claim, on the smallest sizes.
 """
 
 import math
+import os
+import subprocess
 import time
 from functools import partial
 
@@ -12,8 +14,8 @@ from PIL import Image
 
 import attg_mae
 import bench
-from benchmarks import data, gpu, kernel, knn, maps, measure, step
-from tests.helpers import needs_gpu
+from benchmarks import data, kernel, knn, maps, measure, step
+from tests.helpers import ROOT, needs_gpu
 
 CPU = torch.device("cpu")
 
@@ -141,27 +143,22 @@ def test_bench_knn(monkeypatch):
     assert 10 < rows[0]["top-1 %"] < 90
 
 
-def test_bench_gpu_stops_in_time_and_continues(tmp_path, monkeypatch):
-    commands = {"fails": ["-c", "exit(3)"], "works": ["-c", "print(1)"]}
-    commands["late"] = ["-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(gpu, "commands", lambda _: commands)
-    settings = bench.Settings(out=str(tmp_path), minutes=0.05)
-    assert gpu.run(settings) == {"fails": 3, "works": 0, "late": "time is up"}
-    assert (tmp_path / "works.txt").read_text() == "1\n"
-    commands["late"] = commands["works"]
-    # What ended well is not repeated.
-    assert gpu.run(settings) == {"fails": 3, "late": 0}
-
-
-def test_bench_gpu_commands_parse():
-    """The programs accept these flags."""
-    settings = bench.Settings(mae_repo="mae", data="photographs")
+def test_gpu_script_runs_what_the_programs_accept(tmp_path):
+    """With a `python` that prints its arguments and fails for one of the benchmarks."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho "$@"\n[ "$2" != knn ]\n')
+    fake.chmod(0o755)
+    out = tmp_path / "out"
+    command = ["benchmarks/gpu.sh", out, "--data", "photographs", "--mae_repo", "mae"]
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
+    assert [path.name for path in out.glob("*.log")] == ["knn.log"]
     benchmarks = set()
-    for command in gpu.commands(settings).values():
-        command = list(map(str, command))
-        if command[0] == "bench.py":
-            benchmarks.add(bench.parse(bench.Settings, "", command[1:]).benchmark)
-        elif "attg_mae.py" in command:
-            flags = command[command.index("attg_mae.py") + 1 :]
-            attg_mae.parse(attg_mae.Config, "", flags)
-    assert benchmarks == set(bench.BENCHMARKS) - {"gpu"}
+    for path in out.iterdir():
+        _, _, flags = path.read_text().partition(".py ")
+        if path.read_text().startswith("bench"):
+            settings = bench.parse(bench.Settings, "", flags.split())
+            benchmarks.add(settings.benchmark)
+        elif path.stem != "tests":
+            attg_mae.parse(attg_mae.Config, "", flags.split())
+    assert benchmarks == set(bench.BENCHMARKS)
