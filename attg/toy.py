@@ -25,11 +25,9 @@ That is fast, and gives the same bits on every machine.
 """
 
 import functools
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 TOY_SEED = 2402
 # Side of an image in pixels, and of a table in cells.
@@ -338,42 +336,3 @@ def toy(split):
         images.append(drawn[0])
         masks.append(drawn[1])
     return np.concatenate(images), np.concatenate(masks), labels
-
-
-def toy_pairs(n):
-    """Images of two objects, uint8 (n, 64, 64, 3), and masks, uint8 (n, 2, 64, 64).
-
-    The objects are side by side in the upper or lower half, of different classes, on one
-    background; each has its own mask, 1 = object. None of them is in toy().
-    """
-    random = np.random.default_rng([TOY_SEED, 2])
-    classes = len(TOY_CLASSES)
-    left = random.integers(classes, size=n)
-    right = (left + random.integers(1, classes, size=n)) % classes
-    family = random.integers(classes, size=n)
-    numbers = random.random((2, n, 6))
-    q = random.random((n, 13))
-    lower = random.random(n) < 0.5
-
-    # A background of 64 x 64 pixels repeats one of 32 x 32.
-    empty = np.uint8(render_backgrounds(family, q) * 255 + 0.5)
-    images = np.tile(empty, (1, 2, 2, 1))
-    masks = np.zeros((n, 2, 2 * TOY_SIZE, 2 * TOY_SIZE), np.uint8)
-    for side, labels in enumerate((left, right)):
-        drawn, shapes = toy_render(labels, family, numbers[side], q)
-        columns = slice(side * TOY_SIZE, (side + 1) * TOY_SIZE)
-        for i in range(n):
-            rows = slice(lower[i] * TOY_SIZE, (lower[i] + 1) * TOY_SIZE)
-            images[i, rows, columns] = drawn[i]
-            masks[i, side, rows, columns] = shapes[i]
-    return images, masks
-
-
-def save_pairs(folder, n=200):
-    """Write toy_pairs(n) as folder/images/NUMBER.png and folder/masks/NUMBER.png."""
-    images, masks = toy_pairs(n)
-    for name, arrays in (("images", images), ("masks", 255 * masks.max(axis=1))):
-        target = Path(folder, name)
-        target.mkdir(parents=True, exist_ok=True)
-        for i, array in enumerate(arrays):
-            Image.fromarray(array).save(target / f"{i:04d}.png")
