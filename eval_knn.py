@@ -33,9 +33,7 @@ from attg.evaluation import (
 )
 from attg.features import FEATURES, knn_classify
 from attg_mae import load_encoder
-from eval_retrieval import retrieval_map
-
-__all__ = ["accuracy", "knn_classify", "main", "retrieval_map"]
+from eval_retrieval import retrieval_map  # noqa: F401, for others to import
 
 
 @dataclasses.dataclass(kw_only=True)

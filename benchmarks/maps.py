@@ -2,7 +2,6 @@
 TokenCut's normalized cut beside scipy's, and relative to the backbone's time.
 """
 
-import math
 from functools import partial
 from importlib.util import find_spec
 
@@ -16,19 +15,12 @@ from object_discovery import tokencut
 
 
 def cut_features(keys):
-    """{kind: features (B, L, d)} of five kinds of graphs, easy and hard."""
+    """{kind: features (B, L, d)} of three kinds of graphs, easy and hard."""
     B, L, _ = keys.shape
-    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    inside = randn(B, L, 1) > 0.5
-    blocks = torch.where(inside, randn(B, 1, 64), randn(B, 1, 64))
-    coarse = randn(B, 64, 4, 4)
-    smooth = F.interpolate(coarse, math.isqrt(L), mode="bilinear")
     return {
         "keys of ViT-S": keys,
         "keys, centered": keys - keys.mean(1, keepdim=True),
-        "two blocks": blocks + 0.3 * randn(B, L, 64),
-        "smooth": smooth.flatten(2).mT,
-        "noise": randn(B, L, 64),
+        "noise": torch.randn(B, L, 64, generator=torch.Generator().manual_seed(0)),
     }
 
 
