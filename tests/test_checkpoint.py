@@ -164,22 +164,6 @@ def test_moments_of_another_model(small, tmp_path):
     assert same(resumed(tmp_path / "a.pt", cfg), resumed(path, cfg))
 
 
-def test_settings_that_are_not_those_of_the_weights(small, tmp_path):
-    """They are refused before anything of their size is allocated."""
-    for key, value, words in (
-        ("depth", 10**9, "--depth 1000000000"),
-        ("depth", 2, "--depth 1"),
-        ("width", 32768, "--width 8"),
-        ("img_size", 8192, "17 positions"),
-        ("data", ["x"], "--data"),
-    ):
-        parts = load_parts(small[1])
-        parts["config"][key] = value
-        torch.save(parts, tmp_path / "a.pt")
-        with pytest.raises(ValueError, match=rf"a\.pt.*{words}"):
-            attg_mae.load_encoder(tmp_path / "a.pt")
-
-
 def test_a_small_file_of_large_tensors_and_endless_lists(small, tmp_path):
     path = tmp_path / "a.pt"
     state = load_parts(small[1])["model"]

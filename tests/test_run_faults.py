@@ -241,19 +241,11 @@ def test_signal_to_one_of_two_processes(ask, long, tmp_path):
     assert 5 <= step < 60 and step == records(tmp_path / "out")[-1]["step"]
 
 
-def test_torchrun_stops_and_resumes(ask, labelled, distributed, tmp_path):
-    """Stopped by SIGTERM and resumed, it equals the processes above bit for bit."""
-    out, settings = tmp_path / "out", TINY | labelled | {"eval_every": 2, "accum": 2}
-    # Slower steps, to be stopped in the middle.
-    slow = tmp_path / "slow.py"
-    slow.write_text(
-        f"import runpy, sys, time; sys.path.insert(0, {str(Path(SCRIPT).parent)!r})\n"
-        "from torch.optim.optimizer import register_optimizer_step_post_hook\n"
-        "register_optimizer_step_post_hook(lambda *_: time.sleep(0.2))\n"
-        f"runpy.run_path({SCRIPT!r}, run_name='__main__')\n"
-    )
+def test_torchrun_stops_and_resumes(ask, long, finished, tmp_path):
+    """Stopped by SIGTERM and resumed, it equals one process."""
+    out, settings = tmp_path / "out", long | {"accum": 2}
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    argv += ["--nproc_per_node=2", slow, *command(settings | {"out": str(out)})]
+    argv += ["--nproc_per_node=2", SCRIPT, *command(settings | {"out": str(out)})]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(argv, **pipes, cwd=tmp_path, env=environment) as launch:
@@ -263,12 +255,13 @@ def test_torchrun_stops_and_resumes(ask, labelled, distributed, tmp_path):
         launch.send_signal(signal.SIGTERM)
         output, errors = launch.communicate()
     step = last(out)["step"]
-    assert launch.returncode and 3 <= step < 24, errors
+    assert launch.returncode and 3 <= step < 60, errors
     assert len(records(out)) == step, errors
     assert output.count(f"stopped by a signal after step {step}") == 1
     runs = ranks(ask, out, settings)
     assert [run.wait()[0] for run in runs] == [0, 0]
-    assert_same_run(out, distributed)
+    got, want = ([row["loss"] for row in records(x)] for x in (out, finished))
+    np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
 # -- The command -----------------------------------------------------------------------
