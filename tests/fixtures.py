@@ -23,7 +23,7 @@ from tests.helpers import (
     make_data,
     make_images,
     noise,
-    save_small,
+    save_encoder,
     train,
     write,
 )
@@ -112,7 +112,9 @@ def folder(tmp_path):
 @pytest.fixture
 def encoder(tmp_path):
     """A small untrained encoder.pt, alone in its folder."""
-    return save_small(tmp_path / "run" / "encoder.pt")
+    path = tmp_path / "run" / "encoder.pt"
+    save_encoder(path)
+    return str(path)
 
 
 @pytest.fixture

@@ -357,15 +357,14 @@ def after_step(number, action):
         hook.remove()
 
 
-def save_small(path, change=None):
-    """Save an untrained model of SMALL's size, after change(model)."""
-    model = attg_mae.build_model(attg_mae.Config(**SMALL))
+def save_encoder(path, change=None, **settings):
+    """Save an untrained model of SMALL's size after change(model); returns it."""
+    model = attg_mae.build_model(attg_mae.Config(**SMALL | settings))
     if change:
         change(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
     config = dataclasses.asdict(model.cfg)
     attg_mae.save_checkpoint(path, model=model.state_dict(), config=config)
-    return str(path)
+    return model
 
 
 def blobs(n, classes, width=16, spread=1.5, seed=0):

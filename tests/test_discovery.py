@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import urllib.error
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from attg.datasets import open_data
 from attg.kernels import normalize_map
 from attg.maps import load_maps
 from attg_mae import IMAGENET_MEAN
-from tests.helpers import SMALL, disc_images, encoder_only, rand
+from tests.helpers import disc_images, encoder_only, rand, save_encoder
 
 
 def discover(folder, out, *flags, method="tokencut", data="data"):
@@ -31,15 +30,6 @@ def discover(folder, out, *flags, method="tokencut", data="data"):
     if method == "tokencut":
         usual += ["--backbone", "pixels", "--img_size", 96]
     return object_discovery.main([str(x) for x in (*usual, *flags)])
-
-
-def save_encoder(path, change=None, **settings):
-    model = attg_mae.build_model(attg_mae.Config(**SMALL | settings))
-    if change:
-        change(model)
-    config = asdict(model.cfg)
-    attg_mae.save_checkpoint(path, model=model.state_dict(), config=config)
-    return model
 
 
 def test_maps_of_a_folder(tmp_path, capsys):

@@ -2,20 +2,18 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-import attg_mae
 import eval_finetune
 import eval_knn
 import eval_linear
 from attg.datasets import open_data
 from tests.fuzz import within
-from tests.helpers import SMALL
+from tests.helpers import save_encoder
 
 PROGRAMS = [eval_knn, eval_linear, eval_finetune]
 
@@ -131,7 +129,6 @@ def test_data_sets_in_python(evaluate, labelled, tmp_path):
 
 
 def test_grey_encoders_see_grey_images(evaluate, labelled, tmp_path):
-    cfg = attg_mae.Config(**SMALL, in_chans=1, mean=(0.5,), std=(0.25,))
-    model, file = attg_mae.build_model(cfg), str(tmp_path / "grey.pt")
-    attg_mae.save_checkpoint(file, model=model.state_dict(), config=asdict(cfg))
+    file = str(tmp_path / "grey.pt")
+    save_encoder(file, in_chans=1, mean=(0.5,), std=(0.25,))
     assert evaluate("--data", labelled["data"], checkpoint=file)
