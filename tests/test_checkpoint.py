@@ -51,7 +51,7 @@ def resumed(path, cfg):
     load_state(model, parts["model"], path)
     groups = attg_mae.param_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-    restore(optimizer, torch.amp.GradScaler("cpu", enabled=False), parts)
+    restore(optimizer, torch.amp.GradScaler("cpu"), parts)
     # Hyperparameters of the file are not used, whatever they are.
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
     return [model.state_dict(), optimizer.state_dict()["state"]]
@@ -143,43 +143,77 @@ def test_damaged_files_of_save(tmp_path, rng):
         train_step(models[1], optimizers[1])
 
 
-def test_moments_of_another_model(small, tmp_path):
+SCALER = torch.amp.GradScaler("cpu").state_dict()
+FOREIGN = {  # what the error names: change of the states, of AdamW's parameter 3
+    "parameter 3: exp_avg": {"exp_avg": torch.zeros(1)},
+    "parameter 3: exp_avg_sq": {"exp_avg_sq": torch.zeros(32, dtype=torch.float64)},
+    "parameter 3: step": {"step": torch.tensor(3.0)},
+    "moments of 1 parameters": {},
+    "only one has .*extra": {"extra": torch.zeros(2)},
+    "scaler: scale must be": {"scale": -1.0},
+    "scaler: growth_factor must be": {"growth_factor": math.inf},
+}
+
+
+@pytest.mark.parametrize("message", FOREIGN)
+def test_states_of_another_run(message, small, tmp_path):
     """PyTorch's fused AdamW would write beyond the end of a moment that is too small."""
-    cfg, path = small
-    for change in (
-        lambda state: state[3].update(exp_avg=state[3]["exp_avg"].flatten()[:1]),
-        lambda state: state[3].update(exp_avg_sq=state[3]["exp_avg_sq"].double()),
-        lambda state: state[3].update(step=torch.tensor(7.0)),
-        lambda state: state.pop(3),
-        lambda state: state[3]["exp_avg_sq"].view(-1)[0].fill_(math.nan),
-    ):
-        parts = load_parts(path)
-        change(parts["optimizer"]["state"])
-        torch.save(parts, tmp_path / "a.pt")
-        with pytest.raises(ValueError, match=r"a\.pt: .*(parameter 3|moments|\[3\])"):
-            resumed(tmp_path / "a.pt", cfg)
+    (cfg, path), change = small, FOREIGN[message]
     parts = load_parts(path)
-    parts["optimizer"]["param_groups"][0]["betas"] = "nothing"
+    state = parts["optimizer"]["state"]
+    if "parameter 3" in message:
+        state[3] |= change
+    elif "extra" in message:
+        parts["model"] |= change
+    elif "scaler" in message:
+        parts["scaler"] = SCALER | change
+    else:
+        parts["optimizer"]["state"] = {0: state[0]}
     torch.save(parts, tmp_path / "a.pt")
-    assert same(resumed(tmp_path / "a.pt", cfg), resumed(path, cfg))
+    with pytest.raises(ValueError, match=rf"a\.pt: .*{message}"):
+        resumed(tmp_path / "a.pt", cfg)
 
 
-def test_a_small_file_of_large_tensors_and_endless_lists(small, tmp_path):
-    path = tmp_path / "a.pt"
-    state = load_parts(small[1])["model"]
-    state["pos_embed"] = torch.zeros(8).expand(1, 10**9, 8)
-    endless = []
+def test_small_files_of_large_tensors_and_endless_lists(tmp_path):
+    path, endless, twice = tmp_path / "a.pt", [], []
     endless.append(endless)
-    twice = []
     for _ in range(40):
         twice = [twice, twice]
-    meta = torch.zeros(10**9, device="meta")
-    sparse = torch.zeros(4, 4).to_sparse()
-    for content in (state, {"a": endless}, {"a": twice}, {"a": meta}, {"a": sparse}):
-        torch.save(content, path)
+    for x, message in (
+        (torch.zeros(8).expand(10**7, 8), "has the shape .* but 32 bytes"),
+        (torch.zeros(10**9, device="meta"), "on the device meta"),
+        (torch.zeros(4, 4).to_sparse(), "is a torch.sparse_coo tensor"),
+        (endless, "too many values"),
+        (twice, "too many values"),
+    ):
+        torch.save({"a": x}, path)
         assert path.stat().st_size < 10**6
-        with within(20), pytest.raises(ValueError, match=r"a\.pt: damaged"):
-            attg_mae.load_encoder(path)
+        with (
+            within(20),
+            pytest.raises(ValueError, match=rf"a\.pt: damaged: .*{message}"),
+        ):
+            attg_mae.load_checkpoint(path)
+
+
+def test_checksums_cover_names_types_and_shapes(tmp_path):
+    """Bytes, names and values may each stay the same while another changes."""
+    w = torch.arange(6, dtype=torch.float32).view(2, 3)
+    path, parts = tmp_path / "a.pt", {"w": w, "m": 1, "n": 2}
+    attg_mae.save_checkpoint(path, **parts)
+    assert same(attg_mae.load_checkpoint(path), parts)
+    checksums = torch.load(path)["checksums"]
+    for changed in (
+        parts | {"w": w.view(torch.int32)},
+        parts | {"w": w.view(3, 2)},
+        parts | {"w": w + 1},
+        {"w": w, "m": 1, "x": 2},
+        {"x": w, "m": 1, "n": 2},
+        {"w": w, "m": 1},
+        {"m": 1, "n": 2},
+    ):
+        torch.save(changed | {"checksums": checksums}, path)
+        with pytest.raises(ValueError, match="changed since they were written"):
+            attg_mae.load_checkpoint(path)
 
 
 @pytest.mark.parametrize("kind", ["archive", "old", "safetensors"])
