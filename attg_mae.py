@@ -650,7 +650,8 @@ def train(cfg, data=None):
         if checkpoint or cfg.init:
             load_initial(model, run, checkpoint, sincos_table)
         if cfg.epochs == 0:
-            save_examples(model, run, mask_noise, pool_maps)
+            step = checkpoint["step"] if checkpoint else 0
+            save_examples(model, run, step, mask_noise, model_inputs, pool_maps)
             return result(run, step=0)
 
         groups = param_groups(model, cfg.weight_decay)
@@ -679,7 +680,8 @@ def train(cfg, data=None):
                 return trainer.stop(step + 1)
 
         metrics = trainer.finish()
-        save_examples(model, run, mask_noise, pool_maps)
+        step = run.total_steps
+        save_examples(model, run, step, mask_noise, model_inputs, pool_maps)
         return metrics
 
 

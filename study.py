@@ -7,6 +7,7 @@ vanilla MAE of the same seed (Sick et al., arXiv 2402.15172, Tables 9 to 11).
         --variants cut cam cut+tau=0.7+tau_schedule=constant self --seeds 0 1 2 3 4 \\
         -- --img_size 64 --patch_size 8 --epochs 30 --eval_every 5
     python study.py --table out/photos                 # the table of finished runs
+    python study.py --compare out/a out/b              # any runs of attg_mae.py
 
 Flags after -- are those of attg_mae.py, for all runs. A variant is the source of the maps,
 and +FLAG=VALUE for each flag of attg_mae.py that differs. Sources:
@@ -39,10 +40,11 @@ from pathlib import Path
 
 import numpy as np
 
-from attg.cli import flag, log_line, parse, run_cli
+from attg.cli import flag, log_line, parse, print_table, run_cli
 from attg.datasets import open_data
+from attg.figures import PANELS, append_images, panels_of, plot_panels
 from attg.files import replacing
-from attg.log import revision
+from attg.log import read_log, rename, revision
 from attg.maps import save_maps
 from attg_mae import Config
 
@@ -70,6 +72,7 @@ class Settings:
     val: tuple[str, ...] = flag(("test",), "test sets, see eval_knn.py")
     out: str = flag("out/study", "folder of the runs and the table")
     table: str | None = flag(None, "only write the table of this folder")
+    compare: tuple[str, ...] = flag((), "only compare these run folders")
     train: tuple = ()
 
 
@@ -305,6 +308,37 @@ def write_table(folder):
     return rows
 
 
+# -- Runs side by side -----------------------------------------------------------------
+
+
+def compare(folders):
+    """Print the settings that differ between runs and their last metrics.
+
+    Draws compare.png beside the first: curves over each other, and reconstructions.
+    """
+    settings, metrics, panels = {}, {}, {}
+    for folder in map(Path, folders):
+        config = json.loads((folder / "config.json").read_text())
+        for name, value in rename(config).items():
+            settings.setdefault(name, {})[str(folder)] = str(value)
+        log, last = read_log(folder / "log.jsonl"), {}
+        for record in log:
+            last |= record | record.get("knn", {})
+        last = {name: last[name] for name in ("step", *PANELS) if name in last}
+        last |= {", ".join(key): top1 for key, top1 in read_metrics(folder).items()}
+        for name, value in last.items():
+            metrics.setdefault(name, {})[str(folder)] = f"{value:.4g}"
+        for title, curves in panels_of(log, str(folder)).items():
+            panels.setdefault(title, {}).update(curves)
+    changed = {k: row for k, row in settings.items() if len({*row.values()}) > 1}
+    print_table([{"setting": name} | row for name, row in changed.items()])
+    print_table([{"metric": name} | row for name, row in metrics.items()])
+    path = Path(folders[0]).with_name("compare.png")
+    plot_panels(path, panels)
+    append_images(path, [Path(folder, "reconstructions.png") for folder in folders])
+    log_line(f"figure: {path}")
+
+
 # -- Command line ----------------------------------------------------------------------
 
 
@@ -314,6 +348,8 @@ def main(argv=None):
     end = argv.index("--") if "--" in argv else len(argv)
     settings = parse(Settings, __doc__, argv[:end])
     settings.train = tuple(argv[end + 1 :])
+    if settings.compare:
+        return compare(settings.compare)
     folder = Path(settings.table or settings.out)
     if not settings.table:
         run_study(settings)

@@ -3,19 +3,18 @@ Figures of a run: reconstructions, sheets of maps, curves.
 """
 
 import math
-from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import default_collate
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from attg.cli import log_line
 from attg.images import generator_for
+from attg.loader import Batch
 from attg.map_job import SquashedImages
 
 
@@ -55,29 +54,39 @@ def denormalize(imgs, cfg):
     return (imgs * std + mean).clamp(0, 1)
 
 
-def save_examples(model, run, draw_noise, pool_maps, count=8):
-    """Save reconstructions.png: image | map, if any | masked | reconstruction.
+def save_examples(model, run, step, draw_noise, model_inputs, pool_maps):
+    """Save reconstructions.png of eight training images, evenly spaced, after a step.
 
-    The training images are evenly spaced. run: attg.trainer.Setup. draw_noise, pool_maps:
-    attg_mae's.
+    image | map and weight, if any | masked | reconstruction | error. run:
+    attg.trainer.Setup; the functions are attg_mae's.
     """
     cfg, path = run.cfg, Path(run.cfg.out, "reconstructions.png")
     if run.rank:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    ids = evenly_spaced(run.train_set, count)
+    ids = evenly_spaced(run.train_set, 8)
     sample = default_collate([run.train_set[i] for i in ids])
-    imgs = model.normalize(sample.image.to(run.device))
     noise = draw_noise(len(ids), cfg.grid, generator_for("masks", cfg.seed, 0))
-    columns = [("image", denormalize(imgs, cfg))]
+    maps = None
     if run.maps is not None:
         maps = torch.from_numpy(run.maps[sample.index.numpy()])
-        m_norm = pool_maps(maps, sample.box, sample.flip, cfg.grid)
-        cells = F.interpolate(m_norm.view(-1, 1, *cfg.grid), cfg.size)
-        columns.append(("map", cells.expand_as(imgs)))
-    masked, completed = reconstruct(model, imgs, noise.to(run.device))
+    batch = Batch(sample.image, maps, sample.box, sample.flip, noise)
+    batch = Batch(*(None if x is None else x.to(run.device) for x in batch))
+    imgs, weight, noise = model_inputs(batch, cfg, cfg.tau)
+    image = denormalize(imgs, cfg)
+    columns = [("image", image)]
+    if maps is not None:
+        m = pool_maps(batch.maps, batch.box, batch.flip, cfg.size)
+        columns.append(("map", m.view(-1, 1, *cfg.size).expand_as(imgs)))
+    if weight is not None:
+        cells = F.interpolate(weight.view(-1, 1, *cfg.grid) / weight.max(), cfg.size)
+        title = f"weight (white {weight.max():.2f})"
+        columns.append((title, cells.expand_as(imgs)))
+    masked, completed = reconstruct(model, imgs, noise)
+    error = (completed - image).abs().mean(dim=1, keepdim=True)
     columns += [("masked", masked), ("reconstruction", completed)]
-    save_sheet(path, columns)
+    columns.append(("error (white 0.5)", (2 * error).clamp(0, 1).expand_as(imgs)))
+    save_sheet(path, columns, f"{path.parent.name}, step {step}")
     run.log.say(f"examples: {path}")
 
 
@@ -88,89 +97,179 @@ def evenly_spaced(dataset, count):
     return ids.long().tolist()
 
 
+def squashed(dataset, ids):
+    """Whole images as floats (n, 3, 192, 192) in [0, 1]."""
+    images = SquashedImages(dataset, (192, 192))
+    return torch.stack([images[i][0] for i in ids]) / 255
+
+
 def save_map_sheet(path, dataset, files, count):
     """Save a sheet: image | the first map and its overlay | further maps.
 
     The images are evenly spaced. files: {name: maps (n, h, w) in [0, 1]}.
     """
-    size = (112, 112)
     ids = evenly_spaced(dataset, count)
-    squashed = SquashedImages(dataset, size)
-    imgs = torch.stack([squashed[i][0] for i in ids])
-    imgs = imgs / 255  # (count, 3, *size)
-    columns = [("image", imgs)]
+    imgs = squashed(dataset, ids)
+    columns = [("image", imgs, [Path(dataset.names[i]).name for i in ids])]
     for name, maps in files.items():
         m = torch.from_numpy(maps[ids]).float()
-        cells = F.interpolate(m[:, None], size)  # (count, 1, *size)
-        cells = cells.expand_as(imgs)
-        columns.append((Path(name).stem, cells))
+        cells = F.interpolate(m[:, None], imgs.shape[2:]).expand_as(imgs)
+        texts = ["" if one.any() else "flat" for one in m]
+        columns.append((Path(name).stem, cells, texts))
         if len(columns) == 2:
             columns.append(("overlay", imgs * (0.15 + 0.85 * cells)))
-    save_sheet(path, columns, cell=size[0])
+    save_sheet(path, columns)
+
+
+def save_neighbors(path, train_set, test_set, bank, queries):
+    """Save a sheet: eight test images, evenly spaced | their five nearest neighbors.
+
+    bank (n, D), queries (B, D): features of the two sets of images.
+    """
+    names = class_names(train_set)
+    ids = evenly_spaced(test_set, 8)
+    similarity = F.normalize(queries[ids], dim=1) @ F.normalize(bank, dim=1).T
+    nearest = similarity.topk(min(5, len(bank)), dim=1).indices  # (8, 5)
+    columns = [("test image", test_set, ids)]
+    for number, rows in enumerate(nearest.T.tolist(), start=1):
+        columns.append((f"neighbor {number}", train_set, rows))
+    sheet = []
+    for title, dataset, rows in columns:
+        texts = [names[label] for label in dataset.labels[rows].tolist()]
+        sheet.append((title, squashed(dataset, rows), texts))
+    save_sheet(path, sheet)
+
+
+def class_names(dataset):
+    """The folder of each class, or its number."""
+    names = [str(label) for label in range(dataset.num_classes)]
+    if dataset.pairs is None:
+        for name, label in zip(dataset.names, dataset.labels.tolist(), strict=True):
+            names[label] = name.partition("/")[0]
+    return names
+
+
+def save_confusion(path, counts, names):
+    """Save a confusion matrix: counts (C, C) by class and prediction, names of classes."""
+    percent = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    side = 3 + 0.4 * len(names)
+    figure = new_figure(path, side, side)
+    if figure is None:
+        return
+    labels = {"xlabel": "predicted", "ylabel": "class", "title": "percent of a class"}
+    axes = figure.add_subplot(**labels)
+    axes.imshow(percent.numpy(), "Oranges", vmin=0, vmax=150)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    style = {"ha": "center", "va": "center", "fontsize": 8}
+    for row, column in percent.nonzero().tolist():
+        axes.text(column, row, f"{percent[row, column]:.0f}", **style)
+    figure.savefig(path, dpi=100)
 
 
 # Panel of each curve.
-PANELS = dict.fromkeys(("loss", "mse", "val_mse"), "reconstruction")
+PANELS = {"loss": "loss", "mse": "mse (unweighted loss)"}
+PANELS |= {"val_mse": "mse (unweighted loss)", "lr": "learning rate"}
 PANELS |= dict.fromkeys(("class_token", "patch_mean"), "k-NN on the test split, %")
-PANELS |= {"lr": "learning rate", "tau": "temperature"}
+PANELS |= {"tau": "temperature"}
 
 
 def save_curves(path, records):
-    """Save curves of the records of a log.jsonl over the steps."""
-    panels = {title: defaultdict(list) for title in PANELS.values()}
-    for record in records:
-        values = record | record.get("knn", {})
-        for name, title in PANELS.items():
-            if values.get(name) is not None:
-                point = record["step"], values[name]
-                panels[title][name.replace("_", " ")].append(point)
-    plot_panels(path, panels)
+    """Save curves of the records of a log.jsonl over the steps.
+
+    Loss and temperature are left out if the loss is unweighted: it is the mse then.
+    """
+    plot_panels(path, panels_of(records))
+
+
+def panels_of(records, run=""):
+    """{title: {label: [(step, value), ...]}} of the records of a log.jsonl.
+
+    run: its name, for the labels.
+    """
+    weighted = any(x["loss"] != x["mse"] for x in records if "loss" in x)
+    panels = {}
+    for name, title in PANELS.items():
+        points = []
+        for record in records:
+            value = (record | record.get("knn", {})).get(name)
+            if value is not None:
+                points.append((record["step"], value))
+        # A single point is in the log.
+        if len(points) > 1 and (weighted or name not in ("loss", "tau")):
+            label = f"{run} {name.replace('_', ' ')}".strip()
+            panels.setdefault(title, {})[label] = points
+    return panels
 
 
 def plot_panels(path, panels):
-    """Save a figure with a panel for each {title: {label: [(step, value), ...]}}.
-
-    It needs matplotlib; without it there is a line that says so.
-    """
-    if find_spec("matplotlib") is None:
-        log_line(f"{path} is not drawn: pip install matplotlib")
-        return
-    # Not pyplot, which would look for a display.
-    from matplotlib.figure import Figure
-
+    """Save a figure with a panel for each {title: {label: [(step, value), ...]}}."""
     rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(10, 4 * rows), layout="constrained")
+    figure = new_figure(path, 12, 4 * rows)
+    if figure is None:
+        return
     for number, (title, curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, 2, number, title=title, xlabel="step")
         for label, points in curves.items():
             steps, values = zip(*points, strict=True)
-            # A line of one point is invisible.
             marker = "." if len(points) < 30 else None
             axes.plot(steps, values, label=label, marker=marker)
-        if curves:
-            axes.legend()
+        axes.legend()
     figure.savefig(path, dpi=100)
 
 
-def save_sheet(path, columns, cell=96):
-    """Save a sheet of images, small ones enlarged to about `cell` px of height.
+def append_images(path, others):
+    """Paste images below the image in a file, side by side; missing ones are left out."""
+    images = [Image.open(x) for x in (path, *others) if Path(x).exists()]
+    first, *rest = images
+    width = max(first.width, sum(x.width for x in rest))
+    height = first.height + max((x.height for x in rest), default=0)
+    sheet = Image.new("RGB", (width, height), "white")
+    sheet.paste(first, (0, 0))
+    x = 0
+    for image in rest:
+        sheet.paste(image, (x, first.height))
+        x += image.width
+    sheet.save(path)
 
-    columns: pairs (title, floats (n, 3, h, w) in [0, 1]).
+
+def new_figure(path, width, height):
+    """A matplotlib figure, in inches; None, and a line that says so, without matplotlib."""
+    if find_spec("matplotlib") is None:
+        log_line(f"{path} is not drawn: pip install matplotlib")
+        return None
+    # Not pyplot, which would look for a display.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_sheet(path, columns, heading="", side=192):
+    """Save a sheet of images, small ones enlarged to at least `side` px.
+
+    columns: title, floats (n, C, h, w) in [0, 1] and, optionally, n texts to write below
+    the images.
     """
-    gap, top = 4, 20  # px
-    titles, images = zip(*columns, strict=True)
-    images = torch.stack([x.cpu() for x in images], dim=1)
-    images = images.flatten(0, 1)  # row by row
+    gap, line = 6, 22  # px
+    font = ImageFont.load_default(size=16)
+    rows, _, h, w = columns[0][1].shape
     # A whole factor, so that each pixel of a small image stays a square.
-    zoom = max(1, cell // images.shape[2])
-    tiles = F.interpolate(images, scale_factor=zoom)
-    grid = make_grid(tiles, nrow=len(titles), padding=gap, pad_value=1)
-    grid = to_pil_image(grid)
-
-    sheet = Image.new("RGB", (grid.width, top + grid.height), "white")
-    sheet.paste(grid, (0, top - gap))
+    zoom = math.ceil(side / min(h, w))
+    size = (zoom * w, zoom * h)
+    below = line if any(len(column) > 2 for column in columns) else 0
+    top = line * (2 if heading else 1) + gap
+    x_step, y_step = size[0] + gap, size[1] + gap + below
+    shape = (gap + len(columns) * x_step, top + rows * y_step)
+    sheet = Image.new("RGB", shape, "white")
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        x = gap + column * (tiles.shape[3] + gap)
-        draw.text((x, 4), title, fill="black")
+    draw.text((gap, 2), heading, "black", font)
+    for column, (title, images, *texts) in enumerate(columns):
+        x = gap + column * x_step
+        draw.text((x, top - line), title, "black", font)
+        for row, image in enumerate(images):
+            y = top + row * y_step
+            tile = to_pil_image(image.cpu()).resize(size, Image.Resampling.NEAREST)
+            sheet.paste(tile, (x, y))
+            if texts:
+                draw.text((x, y + size[1]), texts[0][row], "black", font)
     sheet.save(path)

@@ -7,21 +7,27 @@ The figure of the README: what guidance changes in a masked autoencoder.
 
 A row per image: the image, its map M, the weights w = exp(M / tau) of its patches, the
 visible patches, and the reconstruction of each model from the same patches. The images are
-evenly spaced in the data set, not selected. Predicted patches get the mean and deviation
-of the true ones (attg/figures.py).
+the first three of a permutation of the test set (SEED) whose map covers 10 to 40 % of the
+image. Predicted patches get the mean and deviation of the true ones. Below: the paired
+differences of the studies in results/.
 """
 
+import math
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 from attg.datasets import open_data
-from attg.figures import denormalize, evenly_spaced, reconstruct, save_sheet
+from attg.features import FEATURES
+from attg.figures import append_images, denormalize, new_figure, reconstruct, save_sheet
 from attg.images import generator_for
-from attg.maps import open_maps
 from attg_mae import MAE, Config, load_checkpoint, mask_noise, normalize, pool_maps
+from study import read_study, table_rows
+
+SEED = 0
 
 
 def load_model(path):
@@ -32,35 +38,74 @@ def load_model(path):
     return model
 
 
+def errors(model, imgs, noise, m_norm):
+    """Mean squared error of the hidden patches, on the object and off it, as a text."""
+    values = []
+    for weight in (m_norm, 1 - m_norm):
+        loss, _, mask = model(imgs, noise=noise, weight=weight)
+        values.append(loss * mask.sum() / (mask * weight).sum())
+    return "object {:.3f}, rest {:.3f}".format(*values)
+
+
 @torch.no_grad()
-def main(vanilla, guided, maps=None, out="assets/idea.png"):
-    """Draw the figure of two last.pt. maps: of the training images [toy: its masks]."""
+def main(vanilla, guided, out="assets/idea.png"):
+    """Draw the figure of two last.pt of a data set that brings its maps."""
     vanilla, guided = load_model(vanilla), load_model(guided)
     cfg = guided.cfg
-    dataset = open_data(cfg.data, "train", cfg.size)
-    ids = evenly_spaced(dataset, 3)
-    sample = default_collate([dataset[i] for i in ids])
-    maps = torch.from_numpy(open_maps(maps, dataset, cfg.data)[ids])
-
+    dataset = open_data(cfg.data, "test", cfg.size)
+    sample = default_collate(list(dataset))
+    masks = torch.from_numpy(dataset.masks)
     imgs = normalize(sample.image, cfg)
     # The same noise, so the same hidden patches, for both models.
     noise = mask_noise(len(imgs), cfg.grid, generator_for("masks", cfg.seed, 0))
+    m_norm = pool_maps(masks, sample.box, sample.flip, cfg.grid)
+    heading = "Error on the test set: vanilla " + errors(vanilla, imgs, noise, m_norm)
+    heading += "; guided " + errors(guided, imgs, noise, m_norm)
+
+    order = torch.randperm(len(imgs), generator=torch.Generator().manual_seed(SEED))
+    share = m_norm[order].mean(dim=1)
+    ids = order[(share >= 0.1) & (share <= 0.4)][:3]
+    imgs, noise, m_norm = imgs[ids], noise[ids], m_norm[ids]
+    rows = list(zip(imgs.split(1), noise.split(1), m_norm.split(1), strict=True))
+    texts = [[errors(model, *row) for row in rows] for model in (vanilla, guided)]
+    weight = torch.exp((m_norm - 1) / cfg.tau)  # the largest is white
+    cells = F.interpolate(weight.view(-1, 1, *cfg.grid), cfg.size)
     masked, by_vanilla = reconstruct(vanilla, imgs, noise)
     _, by_guided = reconstruct(guided, imgs, noise)
-    # One cell per pixel: the map itself, cropped like the image.
-    m = pool_maps(maps, sample.box, sample.flip, cfg.size).view(-1, 1, *cfg.size)
-    m_norm = pool_maps(maps, sample.box, sample.flip, cfg.grid).view(-1, 1, *cfg.grid)
-    weight = torch.exp((m_norm - 1) / cfg.tau)  # the largest is white
-    weight = F.interpolate(weight, cfg.size)
     columns = [
         ("image", denormalize(imgs, cfg)),
-        ("map M", m.expand(-1, 3, -1, -1)),
-        (f"w = exp(M / {cfg.tau})", weight.expand(-1, 3, -1, -1)),
-        ("masked", masked),
-        ("vanilla MAE", by_vanilla),
-        ("guided", by_guided),
+        ("map M", masks[ids, None].float()),
+        (f"weight, 1 to {math.exp(1 / cfg.tau):.2f}", cells),
+        (f"masked, {cfg.mask_ratio:.0%}", masked),
+        ("vanilla MAE", by_vanilla, texts[0]),
+        ("guided", by_guided, texts[1]),
     ]
-    save_sheet(out, columns, cell=128)
+    save_sheet(out, columns, heading)
+    plot = Path(out).with_suffix(".plot.png")
+    draw_differences(plot)
+    append_images(out, [plot])
+    plot.unlink()
+
+
+def draw_differences(path):
+    """Draw the paired differences of k-NN accuracy, guided minus vanilla."""
+    figure, ticks = new_figure(path, 11.9, 4.5), {}
+    axes = figure.add_subplot()
+    axes.set_title("k-NN (k = 20), guided - vanilla, in points: mean and 95 % interval")
+    axes.axvline(0, color="gray")
+    for name in ("toy", "imagenette64"):
+        for row in table_rows(read_study(Path("results/study", name))):
+            if row["metric"] == "k-NN, k = 20" and "difference" in row:
+                label = f"{name}: {row['variant']}, n = {row['pairs']}"
+                tick = ticks.setdefault(label, -len(ticks))
+                feature = FEATURES.index(row["feature"])
+                y, color = tick - 0.3 * feature, f"C{feature}"
+                axes.plot([row["low"], row["high"]], [y, y], color)
+                axes.plot(row["difference"], y, f"{color}o")
+    axes.set_yticks(list(ticks.values()), list(ticks))
+    names = [name.replace("_", " ") for name in FEATURES]
+    axes.legend(axes.lines[2:5:2], names, loc="lower left")
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

@@ -203,7 +203,12 @@ def test_walkthrough_adds_up_and_quotes_the_code(tmp_path, capsys):
     assert [line for line in lines if line != "..." and line not in source] == []
 
 
-def test_figure_of_the_idea_is_drawn(labelled, whole, tmp_path):
-    guided, vanilla = whole() / "last.pt", whole(guidance="none") / "last.pt"
-    idea.main(vanilla, guided, labelled["maps"], tmp_path / "idea.png")
-    assert Image.open(tmp_path / "idea.png").width > 6 * 128
+def test_figure_of_the_idea_is_drawn(monkeypatch, tmp_path):
+    paths = [tmp_path / f"{name}.pt" for name in ("vanilla", "guided")]
+    cfg = attg_mae.Config(**SMALL)
+    for path in paths:
+        model = attg_mae.MAE(cfg).state_dict()
+        attg_mae.save_checkpoint(path, model=model, config=asdict(cfg))
+    monkeypatch.chdir(ROOT)  # reads results/
+    idea.main(*paths, tmp_path / "idea.png")
+    assert Image.open(tmp_path / "idea.png").width > 6 * 96

@@ -6,9 +6,11 @@ import importlib
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import study
 from attg.datasets import open_data
@@ -74,7 +76,7 @@ def test_differences_are_those_of_the_same_seed(tmp_path):
     )
 
 
-def test_a_study_is_resumed(tmp_path, monkeypatch):
+def test_a_study_is_resumed(tmp_path, monkeypatch, capsys):
     """What has been done is not done again; the runs differ as the variants say."""
     data, out, ran = tmp_path / "data", tmp_path / "out", []
     for name in "abc":
@@ -116,6 +118,18 @@ def test_a_study_is_resumed(tmp_path, monkeypatch):
                 assert math.isclose(evaluated, last["knn"][feature], rel_tol=1e-6)
     assert len(rows) == 2 * 8 and all(row["n"] == 2 for row in rows)
     assert any(abs(row.get("difference", 0)) > 0.1 for row in rows)
+
+    capsys.readouterr()
+    runs = [str(out / name) for name in ("none-seed0", "bright+tau=0.6-seed0")]
+    study.main(["--compare", *runs])
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines()]
+    assert ["guidance", "none", "attg"] in lines and ["tau", "0.75", "0.6"] in lines
+    assert "epochs" not in text and "val_mse" in text
+    sheets = [Image.open(Path(run, "reconstructions.png")) for run in runs]
+    both = Image.open(out / "compare.png")
+    assert both.width >= sum(sheet.width for sheet in sheets)
+    assert both.height > sheets[0].height + 400
 
 
 def test_gaussian_maps_are_centered(plain, tmp_path):

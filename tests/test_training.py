@@ -198,6 +198,13 @@ def test_curves(whole, tmp_path, monkeypatch, capsys):
     out = whole(eval_every=2)
     rows, tests = records(out), records(out, "knn")
     figures.save_curves(tmp_path / "curves.png", rows + tests)
+    figures.save_curves(tmp_path / "one.png", rows + tests[:1])
+    vanilla = [row | {"loss": row["mse"]} for row in rows]
+    figures.save_curves(tmp_path / "vanilla.png", vanilla)
+    first, one, vanilla = ([a.get_title() for a in x.axes] for x in drawn)
+    k_nn = "k-NN on the test split, %"
+    assert [x for x in first if x not in one] == [k_nn]  # a point is no curve
+    assert [x for x in one if x not in vanilla] == ["loss", "temperature"]
     lines = [line for axes in drawn[0].axes for line in axes.lines]
     want = {k: [(r["step"], r[k]) for r in rows] for k in ("loss", "mse", "lr", "tau")}
     want["val mse"] = [(r["step"], r["val_mse"]) for r in tests]
@@ -317,9 +324,9 @@ def sheets(monkeypatch):
     """The sheets that are drawn: {first word of the title: images (n, C, H, W)}."""
     drawn, save_sheet = [], figures.save_sheet
 
-    def spy(path, columns):
+    def spy(path, columns, heading):
         drawn.append({title.split()[0]: images.cpu() for title, images in columns})
-        save_sheet(path, columns)
+        save_sheet(path, columns, heading)
 
     monkeypatch.setattr(figures, "save_sheet", spy)
     return drawn
@@ -333,14 +340,15 @@ def test_reconstructions(norm_pix, whole, labelled, sheets, tmp_path):
     sheets.clear()
     train(tmp_path, **settings, resume=str(weights))
     with Image.open(tmp_path / "reconstructions.png") as sheet:
-        assert min(sheet.size) > 60
+        assert sheet.width > 6 * 192 and sheet.height > 8 * 192
     (columns,) = sheets
-    assert list(columns) == ["image", "map", "masked", "reconstruction"]
+    names = ["image", "map", "weight", "masked", "reconstruction", "error"]
+    assert list(columns) == names
     dataset = open_data(labelled["data"], size=16)
     ids = np.linspace(0, 24, 8).astype(int).tolist()
     images = torch.stack([dataset[i].image for i in ids]) / 255
     torch.testing.assert_close(columns["image"], images, rtol=0, atol=1e-5)
-    original, m, masked, predicted = (
+    original, m, weight, masked, predicted, error = (
         attg_mae.patchify(x, 4).unflatten(2, (16, 3)) for x in columns.values()
     )  # (8, 16 patches, 16 pixels, 3)
     hidden = (masked - torch.tensor(CFG.mean)).abs().amax((2, 3)) < 1e-5
@@ -348,7 +356,11 @@ def test_reconstructions(norm_pix, whole, labelled, sheets, tmp_path):
     for x in (masked, predicted):
         torch.testing.assert_close(x[~hidden], original[~hidden], rtol=0, atol=1e-5)
     assert 0.004 < (predicted - original).abs()[hidden].mean() < 0.18
+    want = 2 * (predicted - original).abs().mean(3)
+    torch.testing.assert_close(error[..., 0], want.clamp(max=1), rtol=0, atol=1e-5)
     luma, m = (original @ torch.tensor(LUMA)).mean(2), m.mean((2, 3))
+    w = torch.exp(m / CFG.tau)
+    assert (weight.mean((2, 3)) - w / w.max()).abs().max() < 0.02 < w.std()
     for i in range(8):
         assert torch.corrcoef(torch.stack([m[i], luma[i]]))[0, 1] > 0.95
         assert torch.corrcoef(torch.stack([m[i], luma[i - 1]]))[0, 1] < 0.95
@@ -358,7 +370,8 @@ def test_epochs_0_draws_the_images_of_a_checkpoint(
     whole, labelled, plain, sheets, tmp_path, capsys
 ):
     """In a run's folder of its own weights; --init needs another."""
-    out = shutil.copytree(whole(), tmp_path / "out")
+    # The sheet names its run.
+    out = shutil.copytree(whole(), tmp_path / whole().name)
     other = str(whole(seed=1) / "last.pt")
     files = {p.name: p.read_bytes() for p in out.iterdir()}
     (out / "reconstructions.png").unlink()
@@ -379,7 +392,7 @@ def test_epochs_0_draws_the_images_of_a_checkpoint(
     train(tmp_path / "b", **settings | {"init": other})
     train(tmp_path / "c", **settings | without)
     first, a, b, c = (x["reconstruction"] for x in sheets)
-    assert a.equal(b) and not a.equal(first) and len(c) == 8 and len(sheets[3]) == 3
+    assert a.equal(b) and not a.equal(first) and len(c) == 8 and len(sheets[3]) == 4
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["reconstructions.png"]
 
 
