@@ -168,7 +168,8 @@ def finetune(settings, data, dist_info):
     groups = layer_groups(model, settings.weight_decay, settings.layer_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
     fit(model, optimizer, train_set, settings, lr_at, dist_info, mix, smoothing=0.1)
-    return score(model, tests, ["patch_mean"], "finetune", settings, dist_info)
+    features = ["patch_mean"]
+    return score(model, tests, features, "finetune", settings, data, dist_info)
 
 
 def main(argv=None, data=None):

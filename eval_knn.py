@@ -26,6 +26,8 @@ from attg.evaluation import (
     FeatureFlags,
     LabelFlags,
     count_correct,
+    count_pairs,
+    draw,
     draw_shots,
     evaluate,
     labeled_features,
@@ -72,6 +74,12 @@ def evaluate_knn(settings, data, dist_info):
             result = {"feature": feature, "test": name, "protocol": protocol, "k": k}
             counts = {"seeds": len(runs), "images": len(bank[1])}
             results.append(result | mean_and_deviation(runs) | counts)
+    if settings.show and dist_info[1] == 0:
+        bank, labels = train[FEATURES[1]], train["labels"]
+        test = tests[settings.val[0]]
+        queries, truth = test[FEATURES[1]], test["labels"]
+        guesses = knn_classify(bank, labels, queries, settings.k[0])[:, 0]
+        draw(settings, data, count_pairs(truth, guesses, num_classes), (bank, queries))
     return results
 
 

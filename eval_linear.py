@@ -36,6 +36,8 @@ from attg.evaluation import (
     EvalFlags,
     FeatureFlags,
     LabelFlags,
+    count_pairs,
+    draw,
     draw_shots,
     evaluate,
     fill,
@@ -77,7 +79,8 @@ def linear_probe(features, labels, tests, lrs=LRS, seed=0, device="cpu", **train
     Features are standardized by the training images' mean and variance (a BatchNorm
     without affine, with exact statistics). Cross-validation selects one of lrs, then a
     layer is trained on all images. Returns {"lr": the selected one, "held_out": {lr: top-1
-    in cross-validation}, "results": {name: [top-1, top-5]}}, in percent.
+    in cross-validation}, "results": {name: [top-1, top-5]}}, in percent, and "guesses":
+    {name: classes (B,)}.
     """
     if labels.bincount().max() < 2:
         raise ValueError("one image per class: selecting a learning rate takes two")
@@ -97,12 +100,13 @@ def linear_probe(features, labels, tests, lrs=LRS, seed=0, device="cpu", **train
     weights = train_heads(x, y, [lr], **training)
     if not weights.isfinite().all():
         raise ValueError(f"learning rate {lr:g}: diverged")
-    results = {}
+    results, guesses = {}, {}
     for name, (test_features, truth) in tests.items():
         test = standardize(test_features)
         results[name] = percent_correct(test, truth.to(device), weights)[0].tolist()
+        guesses[name] = (test @ weights[0]).argmax(dim=1).cpu()
     held_out = dict(zip(lrs, top1.tolist(), strict=True))
-    return {"lr": lr, "held_out": held_out, "results": results}
+    return {"lr": lr, "held_out": held_out, "results": results, "guesses": guesses}
 
 
 def cross_validate(x, labels, lrs, seed, **training):
@@ -185,6 +189,12 @@ def probe_features(settings, data, dist_info):
             metrics = mean_and_deviation([run["results"][name] for run in runs])
             counts = chosen | {"images": len(x), "held_out": held_out}
             results.append(result | metrics | counts)
+    if settings.show:
+        name = settings.val[0]
+        truth, guesses = parts[name]["labels"], runs[-1]["guesses"][name]
+        draw(
+            settings, data, count_pairs(truth, guesses, int(train["labels"].max()) + 1)
+        )
     return results
 
 
@@ -270,7 +280,7 @@ def probe_mae(settings, data, dist_info):
     probe = Probe(encoder, train_set.num_classes).to(dist_info[0])
     optimizer = LARS(probe.heads.parameters(), weight_decay=settings.weight_decay)
     fit(probe, optimizer, train_set, settings, lr_at, dist_info)
-    return score(probe, tests, FEATURES, "mae", settings, dist_info)
+    return score(probe, tests, FEATURES, "mae", settings, data, dist_info)
 
 
 PROTOCOLS = {"features": probe_features, "mae": probe_mae}

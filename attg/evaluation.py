@@ -14,6 +14,7 @@ from attg.cli import check_unused, flag, make_folder, print_table
 from attg.datasets import open_labeled, resolve_dataset, shot_indices
 from attg.distributed import exclusive_run, processes
 from attg.features import SOURCE, make_features, read_features
+from attg.figures import class_names, save_confusion, save_neighbors
 from attg.files import sha256
 from attg.loader import default_workers
 
@@ -44,6 +45,11 @@ class LabelFlags:
     val: tuple[str, ...] = flag(
         ("test",),
         "test sets: test, other folders of the same classes, or variants of toy",
+        resume="free",
+    )
+    show: bool = flag(
+        False,
+        "draw confusion.png of the first test set (up to 50 classes); k-NN: neighbors.png",
         resume="free",
     )
 
@@ -152,6 +158,32 @@ def evaluate(program, settings, protocol, data=None):
             seconds = round(time.perf_counter() - start, 1)
             report(results, dataclasses.asdict(settings) | {"seconds": seconds}, out)
     return results
+
+
+def draw(settings, data, counts, features=None):
+    """Draw the figures of --show beside --out: confusion.png and neighbors.png.
+
+    counts (C, C): images of the first test set by class and prediction. features: (bank,
+    queries) of k-NN.
+    """
+    source = settings.out or settings.checkpoint or settings.features
+    options = {"classes": settings.classes, "max_pixels": settings.max_pixels}
+    if data is None or isinstance(data, str):
+        data = settings.data
+    train_set, tests = open_labeled(data, settings.val[:1], 32, **options)
+    if len(counts) <= 50:
+        path = Path(source).with_name("confusion.png")
+        save_confusion(path, counts, class_names(train_set))
+    if features:
+        path = Path(source).with_name("neighbors.png")
+        save_neighbors(path, train_set, tests[settings.val[0]], *features)
+
+
+def count_pairs(truth, guesses, num_classes):
+    """Counts (C, C) of images by class and prediction, both (n,)."""
+    pairs = truth * num_classes + guesses
+    counts = pairs.bincount(minlength=num_classes**2)
+    return counts.view(num_classes, num_classes)
 
 
 def check_outputs(settings):

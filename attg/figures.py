@@ -16,6 +16,7 @@ from attg.cli import log_line
 from attg.images import generator_for
 from attg.loader import Batch
 from attg.map_job import SquashedImages
+from attg.toy import TOY_CLASSES
 
 
 @torch.no_grad()
@@ -142,6 +143,8 @@ def save_neighbors(path, train_set, test_set, bank, queries):
 
 def class_names(dataset):
     """The folder of each class, or its number."""
+    if dataset.names[0].startswith("toy/"):
+        return TOY_CLASSES
     names = [str(label) for label in range(dataset.num_classes)]
     if dataset.pairs is None:
         for name, label in zip(dataset.names, dataset.labels.tolist(), strict=True):
@@ -162,7 +165,7 @@ def save_confusion(path, counts, names):
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
     style = {"ha": "center", "va": "center", "fontsize": 8}
-    for row, column in percent.nonzero().tolist():
+    for row, column in (percent >= 0.5).nonzero().tolist():
         axes.text(column, row, f"{percent[row, column]:.0f}", **style)
     figure.savefig(path, dpi=100)
 

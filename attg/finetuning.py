@@ -27,7 +27,7 @@ from attg.checkpoint import (
 )
 from attg.cli import flag, log_line, progress, resume_class
 from attg.datasets import refuse_unreadable, shot_indices
-from attg.evaluation import count_correct, fill, open_sets
+from attg.evaluation import count_correct, count_pairs, draw, fill, open_sets
 from attg.images import seed_for, train_view
 from attg.loader import ResumableBatchSampler, make_loader
 
@@ -233,11 +233,11 @@ def topk_correct(logits, truth):
 
 
 @torch.no_grad()
-def score(model, tests, features, protocol, settings, dist_info):
+def score(model, tests, features, protocol, settings, data, dist_info):
     """Results in percent: top-1 and top-5 of each feature on each test set.
 
     tests: {name: data set}; features: names of the model's rows of logits. Each rank
-    scores a shard of the images.
+    scores a shard of the images. data: as in attg.evaluation.evaluate.
     """
     device, rank, world = dist_info
     # The size of a micro-batch in training, which is known to fit in memory.
@@ -247,6 +247,7 @@ def score(model, tests, features, protocol, settings, dist_info):
     for name, dataset in tests.items():
         shard = Subset(dataset, range(rank, len(dataset), world))
         counts = torch.zeros(len(features), 2, dtype=torch.int64, device=device)
+        pairs = 0
         for sample in make_loader(shard, batch_size, settings.workers):
             imgs, labels = to_device(sample, model, device)
             with autocast(settings, device):
@@ -254,9 +255,14 @@ def score(model, tests, features, protocol, settings, dist_info):
             if not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite; try a lower --blr")
             counts += topk_correct(logits, labels)
+            guesses = logits[-1].argmax(dim=1)
+            pairs = pairs + count_pairs(labels, guesses, logits.shape[-1])
         refuse_unreadable(dataset)
         if world > 1:
             dist.all_reduce(counts)
+            dist.all_reduce(pairs)
+        if settings.show and rank == 0 and name == settings.val[0]:
+            draw(settings, data, pairs.cpu())
         percent = 100 * counts.cpu().double() / len(dataset)
         for feature, (top1, top5) in zip(features, percent.tolist(), strict=True):
             result = {"feature": feature, "protocol": protocol, "test": name}

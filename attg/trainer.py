@@ -79,6 +79,8 @@ def setup(cfg, data, dist_info):
         )
 
     cfg = resolve(cfg, train_set.num_images)
+    if cfg.eval_every is None:
+        cfg.eval_every = max(1, cfg.epochs // 4) if test_set else 0
     maps = None if cfg.guidance == "none" else train_set.masks
     # Drawing examples (--epochs 0) works without maps, guided training does not.
     if cfg.maps or (cfg.guidance != "none" and maps is None and cfg.epochs > 0):

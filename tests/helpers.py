@@ -262,7 +262,7 @@ def some_truth(images, queries):
 SIZE = dict(depth=1, heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
 SMALL = SIZE | dict(width=16, img_size=32, patch_size=16)
 TINY = SIZE | dict(width=32, img_size=16, patch_size=4, epochs=4, batch_size=4, lr=1e-3)
-TINY |= dict(warmup_epochs=1.0, log_every=1, workers=0, device="cpu")
+TINY |= dict(warmup_epochs=1.0, log_every=1, eval_every=0, workers=0, device="cpu")
 
 
 def make_images(folder, count, hue=0, size=(48, 40), suffix=".png"):

@@ -212,6 +212,7 @@ def test_curves(whole, tmp_path, monkeypatch, capsys):
     want["patch mean"] = [(r["step"], r["knn"]["patch_mean"]) for r in tests]
     assert {x.get_label(): [*map(tuple, x.get_xydata())] for x in lines} == want
     assert len(rows) == 24 and len(tests) == 2
+    assert len(records(whole(eval_every=None), "knn")) == 4
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     figures.save_curves(tmp_path / "curves.png", rows)

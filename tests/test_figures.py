@@ -1,0 +1,68 @@
+"""Sheets of maps and neighbors, and the confusion matrices of the evaluations."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval_finetune
+import eval_knn
+import eval_linear
+from attg import evaluation, figures
+from attg.datasets import open_data
+from tests.helpers import randn
+
+
+@pytest.fixture
+def sheets(monkeypatch):
+    """The columns of the sheets that are drawn."""
+    drawn = []
+    monkeypatch.setattr(figures, "save_sheet", lambda _, columns: drawn.append(columns))
+    return drawn
+
+
+def test_neighbors_are_those_of_highest_cosine(labelled, sheets):
+    train_set, test_set = (open_data(labelled["data"], x) for x in ("train", "test"))
+    bank, queries = randn(25, 6), randn(15, 6, seed=1)
+    figures.save_neighbors("x.png", train_set, test_set, 3 * bank, queries)
+    (columns,) = sheets
+    cosine = torch.cosine_similarity(queries[:, None], bank[None], dim=2)
+    folders = [name.partition("/")[0] for name in train_set.names]
+    for row, query in enumerate(np.linspace(0, 14, 8).astype(int)):
+        assert columns[0][2][row] == test_set.names[query].partition("/")[0]
+        best = cosine[query].argsort(descending=True)[:5].tolist()
+        assert [texts[row] for _, _, texts in columns[1:]] == [folders[i] for i in best]
+        image = train_set.read(best[4])[0].resize((192, 192), Image.Resampling.BICUBIC)
+        shown = columns[5][1][row].movedim(0, -1) * 255
+        assert np.abs(shown.numpy() - np.asarray(image)).max() < 1
+
+
+def test_sheet_of_maps_names_images_and_flat_maps(plain, sheets):
+    dataset, maps = open_data(plain), np.random.default_rng(0).random((13, 4, 4))
+    maps[3] = 0
+    figures.save_map_sheet("x.png", dataset, {"a/cut.npy": maps, "cam.npy": maps}, 13)
+    (columns,) = sheets
+    titles = ["image", "cut", "overlay", "cam"]
+    assert [title for title, *_ in columns] == titles
+    assert columns[0][2] == [f"{i:03d}.jpg" for i in range(13)]
+    assert columns[1][2] == columns[3][2] == 3 * [""] + ["flat"] + 9 * [""]
+
+
+def test_confusion_matrices_agree_with_the_accuracy(encoder, labelled, monkeypatch):
+    drawn, save = [], evaluation.save_confusion
+
+    def spy(path, counts, names):
+        save(path, counts, names)
+        drawn.append((Image.open(path).size, counts, names))
+
+    monkeypatch.setattr(evaluation, "save_confusion", spy)
+    flags = [encoder, "--data", labelled["data"], "--device", "cpu", "--show"]
+    quick = ["--epochs", "1", "--batch_size", "8"]
+    for program in (eval_knn, eval_linear, eval_finetune):
+        more = [] if program is eval_knn else quick
+        result = program.main([*flags, *more])[-1]
+        size, counts, names = drawn.pop()
+        assert names == ["b", "g", "r"] and min(size) > 300
+        # Five test images of each class; rows are the classes.
+        assert counts.sum(dim=1).tolist() == [5, 5, 5]
+        assert 100 * counts.trace() / 15 == pytest.approx(result["top-1"])
