@@ -61,10 +61,11 @@ def save_examples(model, run, step, draw_noise, model_inputs, pool_maps):
     image | map and weight, if any | masked | reconstruction | error. run:
     attg.trainer.Setup; the functions are attg_mae's.
     """
-    cfg, path = run.cfg, Path(run.cfg.out, "reconstructions.png")
     if run.rank:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    cfg = run.cfg
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
     ids = evenly_spaced(run.train_set, 8)
     sample = default_collate([run.train_set[i] for i in ids])
     noise = draw_noise(len(ids), cfg.grid, generator_for("masks", cfg.seed, 0))
@@ -78,16 +79,19 @@ def save_examples(model, run, step, draw_noise, model_inputs, pool_maps):
     columns = [("image", image)]
     if maps is not None:
         m = pool_maps(batch.maps, batch.box, batch.flip, cfg.size)
-        columns.append(("map", m.view(-1, 1, *cfg.size).expand_as(imgs)))
+        columns.append(("map", m.view(-1, 1, *cfg.size)))
     if weight is not None:
-        cells = F.interpolate(weight.view(-1, 1, *cfg.grid) / weight.max(), cfg.size)
-        title = f"weight (white {weight.max():.2f})"
-        columns.append((title, cells.expand_as(imgs)))
+        largest = weight.max()
+        cells = weight.view(-1, 1, *cfg.grid) / largest
+        title = f"weight (white {largest:.2f})"
+        columns.append((title, F.interpolate(cells, cfg.size)))
     masked, completed = reconstruct(model, imgs, noise)
+    columns.append(("masked", masked))
+    columns.append(("reconstruction", completed))
     error = (completed - image).abs().mean(dim=1, keepdim=True)
-    columns += [("masked", masked), ("reconstruction", completed)]
-    columns.append(("error (white 0.5)", (2 * error).clamp(0, 1).expand_as(imgs)))
-    save_sheet(path, columns, f"{path.parent.name}, step {step}")
+    columns.append(("error (white 0.5)", (2 * error).clamp(0, 1)))
+    path = out / "reconstructions.png"
+    save_sheet(path, columns, f"{out.name}, step {step}")
     run.log.say(f"examples: {path}")
 
 
@@ -111,10 +115,11 @@ def save_map_sheet(path, dataset, files, count):
     """
     ids = evenly_spaced(dataset, count)
     imgs = squashed(dataset, ids)
-    columns = [("image", imgs, [Path(dataset.names[i]).name for i in ids])]
+    names = [Path(dataset.names[i]).name for i in ids]
+    columns = [("image", imgs, names)]
     for name, maps in files.items():
         m = torch.from_numpy(maps[ids]).float()
-        cells = F.interpolate(m[:, None], imgs.shape[2:]).expand_as(imgs)
+        cells = F.interpolate(m[:, None], imgs.shape[2:])
         texts = ["" if one.any() else "flat" for one in m]
         columns.append((Path(name).stem, cells, texts))
         if len(columns) == 2:
@@ -129,7 +134,8 @@ def save_neighbors(path, train_set, test_set, bank, queries):
     """
     names = class_names(train_set)
     ids = evenly_spaced(test_set, 8)
-    similarity = F.normalize(queries[ids], dim=1) @ F.normalize(bank, dim=1).T
+    bank = F.normalize(bank, dim=1)
+    similarity = queries[ids] @ bank.T
     nearest = similarity.topk(min(5, len(bank)), dim=1).indices  # (8, 5)
     columns = [("test image", test_set, ids)]
     for number, rows in enumerate(nearest.T.tolist(), start=1):
@@ -154,7 +160,8 @@ def class_names(dataset):
 
 def save_confusion(path, counts, names):
     """Save a confusion matrix: counts (C, C) by class and prediction, names of classes."""
-    percent = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    images = counts.sum(dim=1, keepdim=True)
+    percent = 100 * counts / images.clamp(min=1)
     side = 3 + 0.4 * len(names)
     figure = new_figure(path, side, side)
     if figure is None:
@@ -208,7 +215,7 @@ def panels_of(records, run=""):
 def plot_panels(path, panels):
     """Save a figure with a panel for each {title: {label: [(step, value), ...]}}."""
     rows = math.ceil(len(panels) / 2)
-    figure = new_figure(path, 12, 4 * rows)
+    figure = new_figure(path, 12, 4 * rows) if panels else None
     if figure is None:
         return
     for number, (title, curves) in enumerate(panels.items(), start=1):
@@ -223,8 +230,8 @@ def plot_panels(path, panels):
 
 def append_images(path, others):
     """Paste images below the image in a file, side by side; missing ones are left out."""
-    images = [Image.open(x) for x in (path, *others) if Path(x).exists()]
-    first, *rest = images
+    paths = [x for x in (path, *others) if Path(x).exists()]
+    first, *rest = map(Image.open, paths)
     width = max(first.width, sum(x.width for x in rest))
     height = first.height + max((x.height for x in rest), default=0)
     sheet = Image.new("RGB", (width, height), "white")
@@ -259,9 +266,10 @@ def save_sheet(path, columns, heading="", side=192):
     # A whole factor, so that each pixel of a small image stays a square.
     zoom = math.ceil(side / min(h, w))
     size = (zoom * w, zoom * h)
-    below = line if any(len(column) > 2 for column in columns) else 0
+    has_texts = any(len(column) > 2 for column in columns)
     top = line * (2 if heading else 1) + gap
-    x_step, y_step = size[0] + gap, size[1] + gap + below
+    x_step = size[0] + gap
+    y_step = size[1] + gap + line * has_texts
     shape = (gap + len(columns) * x_step, top + rows * y_step)
     sheet = Image.new("RGB", shape, "white")
     draw = ImageDraw.Draw(sheet)
@@ -269,9 +277,10 @@ def save_sheet(path, columns, heading="", side=192):
     for column, (title, images, *texts) in enumerate(columns):
         x = gap + column * x_step
         draw.text((x, top - line), title, "black", font)
-        for row, image in enumerate(images):
+        for row, image in enumerate(images.cpu()):
             y = top + row * y_step
-            tile = to_pil_image(image.cpu()).resize(size, Image.Resampling.NEAREST)
+            tile = to_pil_image(image)
+            tile = tile.resize(size, Image.Resampling.NEAREST)
             sheet.paste(tile, (x, y))
             if texts:
                 draw.text((x, y + size[1]), texts[0][row], "black", font)

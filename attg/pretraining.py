@@ -43,7 +43,11 @@ class TrainFlags(DataFlags, RunFlags):
         "auto", "auto = from OUT/last.pt, none = start over, or a checkpoint", **FREE
     )
     eval_every: int | None = flag(
-        None, "epochs between evaluations [a quarter of all]; 0 = last", 0, 10**6, **FREE
+        None,
+        "epochs between evaluations [a quarter of all]; 0 = last",
+        0,
+        10**6,
+        **FREE,
     )
     save_every: int = flag(1, "epochs between checkpoints", 1, 10**6, **FREE)
     keep_ckpt_every: int = flag(

@@ -27,14 +27,15 @@ def test_neighbors_are_those_of_highest_cosine(labelled, sheets):
     figures.save_neighbors("x.png", train_set, test_set, 3 * bank, queries)
     (columns,) = sheets
     cosine = torch.cosine_similarity(queries[:, None], bank[None], dim=2)
-    folders = [name.partition("/")[0] for name in train_set.names]
     for row, query in enumerate(np.linspace(0, 14, 8).astype(int)):
-        assert columns[0][2][row] == test_set.names[query].partition("/")[0]
         best = cosine[query].argsort(descending=True)[:5].tolist()
-        assert [texts[row] for _, _, texts in columns[1:]] == [folders[i] for i in best]
-        image = train_set.read(best[4])[0].resize((192, 192), Image.Resampling.BICUBIC)
-        shown = columns[5][1][row].movedim(0, -1) * 255
-        assert np.abs(shown.numpy() - np.asarray(image)).max() < 1
+        names = [test_set.names[query], *(train_set.names[i] for i in best)]
+        texts = [column[2][row] for column in columns]
+        assert texts == [name.partition("/")[0] for name in names]
+        image = train_set.read(best[4])[0]
+        image = image.resize((192, 192), Image.Resampling.BICUBIC)
+        shown = 255 * columns[5][1][row].movedim(0, -1).numpy()
+        assert np.abs(shown - np.asarray(image)).max() < 1
 
 
 def test_sheet_of_maps_names_images_and_flat_maps(plain, sheets):
@@ -42,10 +43,11 @@ def test_sheet_of_maps_names_images_and_flat_maps(plain, sheets):
     maps[3] = 0
     figures.save_map_sheet("x.png", dataset, {"a/cut.npy": maps, "cam.npy": maps}, 13)
     (columns,) = sheets
-    titles = ["image", "cut", "overlay", "cam"]
-    assert [title for title, *_ in columns] == titles
+    titles = [title for title, *_ in columns]
+    assert titles == ["image", "cut", "overlay", "cam"]
     assert columns[0][2] == [f"{i:03d}.jpg" for i in range(13)]
-    assert columns[1][2] == columns[3][2] == 3 * [""] + ["flat"] + 9 * [""]
+    flat = 3 * [""] + ["flat"] + 9 * [""]
+    assert columns[1][2] == columns[3][2] == flat
 
 
 def test_confusion_matrices_agree_with_the_accuracy(encoder, labelled, monkeypatch):

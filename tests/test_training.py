@@ -199,6 +199,7 @@ def test_curves(whole, tmp_path, monkeypatch, capsys):
     rows, tests = records(out), records(out, "knn")
     figures.save_curves(tmp_path / "curves.png", rows + tests)
     figures.save_curves(tmp_path / "one.png", rows + tests[:1])
+    figures.save_curves(tmp_path / "empty.png", rows[:1])
     vanilla = [row | {"loss": row["mse"]} for row in rows]
     figures.save_curves(tmp_path / "vanilla.png", vanilla)
     first, one, vanilla = ([a.get_title() for a in x.axes] for x in drawn)
@@ -326,7 +327,8 @@ def sheets(monkeypatch):
     drawn, save_sheet = [], figures.save_sheet
 
     def spy(path, columns, heading):
-        drawn.append({title.split()[0]: images.cpu() for title, images in columns})
+        shown = [(title.split()[0], images.cpu()) for title, images in columns]
+        drawn.append({title: x.expand(-1, 3, -1, -1) for title, x in shown})
         save_sheet(path, columns, heading)
 
     monkeypatch.setattr(figures, "save_sheet", spy)
