@@ -598,6 +598,8 @@ class Config(TrainFlags):
     def __post_init__(self):
         if not MISSING:
             validate(self)
+        # Then resolve chooses them for vit_micro by the images.
+        self.default_size = (self.img_size, self.patch_size) == (None, None)
         for name, value in zip(SHAPE, PRESETS[self.model], strict=True):
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -629,26 +631,26 @@ def mask_noise(batch_size, grid, generator):
     return torch.rand(batch_size, math.prod(grid), generator=generator)
 
 
-def train(cfg, data=None):
+def train(cfg, data=None, on_log=None):
     """Pre-train a model and write the run folder, cfg.out; resumes an interrupted run.
 
     data: a data set of your own, which cfg.data then names: map-style, of (PIL image,
-    label), a label being an int or None; or {"train": one, "test": another}. Returns
-    {"step": the last one, "val_mse": mse on the test split or None, "knn": {feature: top-1
-    in percent}, "out": the folder, "stopped": the signal that stopped the run, or None}.
+    label), a label being an int or None; or {"train": one, "test": another}. on_log: called
+    on rank 0 with each record of log.jsonl, a dict. Returns {"step": the last one,
+    "val_mse": mse on the test split or None, "knn": {feature: top-1 in percent}, "out": the
+    folder, "stopped": the signal that stopped the run, or None}.
     """
     if MISSING:
         raise ModuleNotFoundError(MISSING)
     with (
         stop_signals() as signals,
         processes(cfg.device, cfg.timeout) as dist_info,
-        setup(cfg, data, dist_info) as (run, checkpoint),
+        setup(cfg, data, dist_info, signals, on_log) as (run, checkpoint),
     ):
         cfg, device = run.cfg, run.device
         torch.manual_seed(seed_for("weights", cfg.seed))
         model = build_model(cfg).to(device)
-        if checkpoint or cfg.init:
-            load_initial(model, run, checkpoint, sincos_table)
+        load_initial(model, run, checkpoint, sincos_table)
         if cfg.epochs == 0:
             step = checkpoint["step"] if checkpoint else 0
             save_examples(model, run, step, mask_noise, model_inputs, pool_maps)

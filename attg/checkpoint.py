@@ -9,9 +9,11 @@ PyTorch 1.6 have no checksums.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
 import zipfile
 import zlib
@@ -21,7 +23,7 @@ import torch
 
 from attg.cli import resume_class
 from attg.files import replacing
-from attg.log import rename
+from attg.log import read_log, rename
 
 # -- Writing ---------------------------------------------------------------------------
 
@@ -242,17 +244,37 @@ def load_scaler(scaler, stored, name):
 
 
 def checkpoint_path(cfg):
-    """Path of the checkpoint to resume, or with --epochs 0 to draw; or None."""
+    """Path of the checkpoint to resume, or with --epochs 0 to draw; or None.
+
+    If last.pt is missing, the latest complete temporary file takes its place: not every
+    file system renames atomically. ValueError if there is none, but steps in the log,
+    which a new run would overwrite.
+    """
     if cfg.resume != "auto":
         return None if cfg.resume == "none" else Path(cfg.resume)
-    last = Path(cfg.out, "last.pt")
-    return last if last.exists() else None
+    last, complete = Path(cfg.out, "last.pt"), {}
+    if last.exists():
+        return last
+    for path in last.parent.glob("last.pt*.tmp"):
+        with contextlib.suppress(ValueError, OSError):
+            complete[read_run(path)["step"]] = path
+    if complete:
+        os.replace(complete[max(complete)], last)
+        return last
+    log = last.with_name("log.jsonl")
+    if cfg.epochs and log.exists() and read_log(log):
+        raise ValueError(
+            f"--out {cfg.out}: last.pt is missing, but log.jsonl has the steps of a run; "
+            "restore last.pt, change --out, or start over: --resume none"
+        )
+    return None
 
 
 def read_run(path):
     """The parts of a training checkpoint, with its path; ValueError if it is not one."""
     parts = load_checkpoint(path)
-    missing = {"model", "optimizer", "scaler", "step", "config"} - set(parts)
+    names = {"model", "optimizer", "scaler", "step", "config", "data", "maps"}
+    missing = names - set(parts)
     if missing:
         raise ValueError(
             f"{path}: not a training checkpoint of this project, it lacks "
@@ -263,6 +285,26 @@ def read_run(path):
         raise ValueError(f"{path}: its step is damaged ({step!r})")
     config = read_settings(parts["config"], path)
     return parts | {"config": config, "path": str(path)}
+
+
+def check_data(cfg, checkpoint, train_set, maps_id):
+    """ValueError unless images and maps are those that the checkpoint was trained on.
+
+    They are compared, not their paths. maps_id: checksum of the maps, or None.
+    """
+    flags = []
+    if not train_set.matches(checkpoint["data"]):
+        flags.append(
+            f"--data {cfg.data}: number, names, sizes or content of the images"
+        )
+    # A run may change its --guidance, from or to none.
+    if maps_id and checkpoint["maps"] and maps_id != checkpoint["maps"]:
+        flags.append(f"--maps {cfg.maps}: content of the maps")
+    if flags:
+        raise ValueError(
+            f"{checkpoint['path']} was trained on other data ({'; '.join(flags)}); "
+            "restore the data, change --out, or start over: --resume none"
+        )
 
 
 def check_settings(cfg, checkpoint, total_steps):
@@ -276,16 +318,19 @@ def check_settings(cfg, checkpoint, total_steps):
     # A setting that is newer than the checkpoint had its default.
     defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
     stored = json.loads(json.dumps(defaults)) | checkpoint["config"]
-    fixed, free = resume_class(type(cfg), "fixed"), resume_class(type(cfg), "free")
+    # Data are compared by check_data, wherever they lie now.
+    data = {"data", "classes", "maps"}
+    fixed = resume_class(type(cfg), "fixed") - data
+    free = resume_class(type(cfg), "free") | data
     ended = checkpoint["step"] >= total_steps
     if cfg.epochs == 0:
         # Only draws: the weights must be those that the settings name.
-        fixed -= {"data", "classes", "batch_size", "seed"}
+        fixed -= {"batch_size", "seed"}
         fixed |= {"init"} if cfg.init else set()
         ended = False
     elif cfg.resume == "auto":
-        # lr and tau follow the number of epochs.
-        fixed |= {"epochs"}
+        # lr and tau follow the number of steps.
+        fixed |= {"epochs", "max_steps"}
     changed, refused = {}, []
     for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
         if stored.get(name) != value:

@@ -16,10 +16,13 @@ import numbers
 import os
 import signal
 import sys
+import traceback
 import types
 import typing
 from importlib.util import find_spec
 from pathlib import Path
+
+from attg.files import naming
 
 # -- Flags -----------------------------------------------------------------------------
 
@@ -185,12 +188,13 @@ def make_folder(name, path):
 def log_line(text):
     """Print a line at once, above a progress bar if there is one."""
     tqdm = sys.modules.get("tqdm")
-    if tqdm is None:
-        print(text)
-    else:
-        tqdm.tqdm.write(text)
-    # Without it, output that is piped to a file arrives in blocks of 8 KB.
-    sys.stdout.flush()
+    with naming("standard output"):
+        if tqdm is None:
+            print(text)
+        else:
+            tqdm.tqdm.write(text)
+        # Without it, output that is piped to a file arrives in blocks of 8 KB.
+        sys.stdout.flush()
 
 
 def progress(steps, **options):
@@ -219,9 +223,18 @@ def print_table(rows):
 
 
 def ignore_sigint_during_import():
-    """From here to run_cli, Ctrl-C ends the process at once and without a traceback."""
+    """From here to run_cli, Ctrl-C ends the process at once and without a traceback.
+
+    Imports can take many seconds, so a line says that the program has started.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for stream in ("stdout", "stderr"):
+        # Closed by >&-. Otherwise the next file that is opened would take its number.
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w"))
+    if os.environ.get("RANK", "0") == "0" and not {"-h", "--help"} & set(sys.argv):
+        print(f"{Path(sys.argv[0]).name}: importing PyTorch", flush=True)
 
 
 def run_cli(main, memory_hint="lower --batch_size", interrupted="interrupted"):
@@ -239,11 +252,14 @@ def run_cli(main, memory_hint="lower --batch_size", interrupted="interrupted"):
             result = main()
         finally:
             # A closed pipe must raise here, where it is handled. --help passes by, too.
-            sys.stdout.flush()
+            with naming("standard output"):
+                sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
+        if is_worker_killed(error):
+            sys.exit(f"{name}: error: {WORKER_KILLED}")
         if stdout_is_closed(error):
             # Python flushes the rest at exit, which needs a file that takes it.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -251,16 +267,32 @@ def run_cli(main, memory_hint="lower --batch_size", interrupted="interrupted"):
             sys.exit(128 + 13)
         sys.exit(f"{name}: error: {message_of(error)}")
     except (RuntimeError, MemoryError) as error:
-        # A loader worker that a signal killed.
-        if str(error).startswith("DataLoader worker (pid"):
-            hint = "if memory is short: fewer --workers, or --workers 0"
-            sys.exit(f"{name}: error: {error}; {hint}")
+        if is_worker_killed(error):
+            sys.exit(f"{name}: error: {WORKER_KILLED}")
         if not is_out_of_memory(error):
             raise
         reason = str(error).partition(". ")[0] or "memory"
         sys.exit(f"{name}: error: out of memory ({reason}); {memory_hint}")
     stopped = result.get("stopped") if isinstance(result, dict) else None
     sys.exit(128 + stopped if stopped else 0)
+
+
+WORKER_KILLED = (
+    "a loader worker was killed; if memory is short: fewer --workers, or --workers 0"
+)
+
+
+def is_worker_killed(error):
+    """Whether an error came from receiving what a loader worker should have sent.
+
+    Depending on the moment that is a RuntimeError of PyTorch, or an OSError or EOFError of
+    a pipe, which would blame a file or the network.
+    """
+    if str(error).startswith("DataLoader worker (pid"):
+        return True
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    received = any("multiprocessing" in Path(file).parts for file in files)
+    return received and any(file.endswith("dataloader.py") for file in files)
 
 
 def message_of(error):

@@ -108,7 +108,7 @@ def exclusive_run(lock, output, rank, world, read=lambda: None):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that collects SIGTERM and SIGINT during the block, instead of an exit.
+    """A list that collects SIGTERM, SIGINT and SIGHUP in the block, instead of an exit.
 
     A second signal of the same kind takes effect at once.
     """
@@ -118,7 +118,10 @@ def stop_signals():
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:  # ignored by nohup
+        numbers.append(hangup)
     previous = [signal.signal(number, receive) for number in numbers]
     try:
         yield received

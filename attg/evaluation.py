@@ -15,7 +15,7 @@ from attg.datasets import open_labeled, resolve_dataset, shot_indices
 from attg.distributed import exclusive_run, processes
 from attg.features import SOURCE, make_features, read_features
 from attg.figures import class_names, save_confusion, save_neighbors
-from attg.files import sha256
+from attg.files import is_replaceable, naming, sha256
 from attg.loader import default_workers
 
 # -- Flags -----------------------------------------------------------------------------
@@ -192,7 +192,9 @@ def check_outputs(settings):
         path = getattr(settings, name, None)
         if path:
             make_folder(name, Path(path).parent)
-            if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
+            # A device can take the lines of --out, but not be replaced.
+            wrong = Path(path).is_dir() or name != "out" and not is_replaceable(path)
+            if wrong or not os.access(Path(path).parent, os.W_OK):
                 raise OSError(f"--{name} {path}: not writable; choose another file")
 
 
@@ -227,5 +229,5 @@ def report(results, settings, path):
         print_table([{k: r[k] for k in r if k not in hidden} for r in results])
         print(line, flush=True)
     finally:
-        with open(path, "a") as file:
+        with naming(path), open(path, "a") as file:
             file.write(line + "\n")

@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms.functional import to_pil_image
 
 from attg.cli import log_line
+from attg.files import replacing
 from attg.images import generator_for
 from attg.loader import Batch
 from attg.map_job import SquashedImages
@@ -174,7 +175,8 @@ def save_confusion(path, counts, names):
     style = {"ha": "center", "va": "center", "fontsize": 8}
     for row, column in (percent >= 0.5).nonzero().tolist():
         axes.text(column, row, f"{percent[row, column]:.0f}", **style)
-    figure.savefig(path, dpi=100)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
 
 
 # Panel of each curve.
@@ -225,7 +227,8 @@ def plot_panels(path, panels):
             marker = "." if len(points) < 30 else None
             axes.plot(steps, values, label=label, marker=marker)
         axes.legend()
-    figure.savefig(path, dpi=100)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
 
 
 def append_images(path, others):
@@ -240,7 +243,8 @@ def append_images(path, others):
     for image in rest:
         sheet.paste(image, (x, first.height))
         x += image.width
-    sheet.save(path)
+    with replacing(path) as temporary:
+        sheet.save(temporary, "png")
 
 
 def new_figure(path, width, height):
@@ -284,4 +288,5 @@ def save_sheet(path, columns, heading="", side=192):
             sheet.paste(tile, (x, y))
             if texts:
                 draw.text((x, y + size[1]), texts[0][row], "black", font)
-    sheet.save(path)
+    with replacing(path) as temporary:
+        sheet.save(temporary, "png")

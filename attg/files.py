@@ -1,11 +1,13 @@
 """Atomic writes, file locks and checksums."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import socket
 import sys
 import time
+import warnings
 from pathlib import Path
 
 try:
@@ -21,21 +23,57 @@ def sha256(path):
 
 
 @contextlib.contextmanager
+def naming(path):
+    """Add the path to errors such as "No space left on device", which name no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def is_replaceable(path):
+    """Whether there is a regular file of this name, or none."""
+    return Path(path).is_file() or not Path(path).exists()
+
+
+@contextlib.contextmanager
 def replacing(path):
     """A temporary path that replaces `path` when the block ends without an error.
 
     Readers see the old file or the complete new one, even if the process is killed.
+    Symbolic links are followed; ValueError for what is no regular file.
     """
-    temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
+    target = Path(os.path.realpath(path))
+    if not is_replaceable(path):
+        raise ValueError(f"{path}: a folder or device; choose the name of a file")
+    temporary = Path(f"{target}.{os.getpid()}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-        # Without fsync, a power cut can leave the new name on an empty file.
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            with open(temporary, "r+b") as file:
+                sync(file)
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(file):
+    """Write an open file to the disk; a power cut could leave an empty one under its name.
+
+    Some file systems do not support it: that is a warning.
+    """
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        message = (
+            f"fsync: {error.strerror}; a power cut may lose files that are written"
+        )
+        warnings.warn(message, stacklevel=2)
 
 
 @contextlib.contextmanager

@@ -108,7 +108,8 @@ def fit(
     epoch_steps = len(train_set) // settings.batch_size
     total_steps, start = settings.epochs * epoch_steps, 0
     if settings.save and Path(settings.save).exists():
-        start = resume(settings.save, model, optimizer, identity(settings), total_steps)
+        shared = identity(settings, train_set)
+        start = resume(settings.save, model, optimizer, shared, total_steps)
         if rank == 0:
             log_line(f"resuming {settings.save} after {start} of {total_steps} steps")
     order = settings.batch_size, start, total_steps, settings.seed
@@ -146,7 +147,8 @@ def fit(
             if rank == 0:
                 log_line(f"epoch {epoch}/{settings.epochs} loss {loss:.4f} lr {lr:.2e}")
                 if settings.save:
-                    save(settings.save, model, optimizer, identity(settings), step + 1)
+                    shared = identity(settings, train_set)
+                    save(settings.save, model, optimizer, shared, step + 1)
     if world > 1:
         # BatchNorm's statistics differ, since each rank has seen other images.
         for buffer in model.buffers():
@@ -183,10 +185,12 @@ def backward(model, imgs, targets, settings, smoothing):
 # -- The file of --save ----------------------------------------------------------------
 
 
-def identity(settings):
-    """The settings that a resumed run must share, the encoder's checksum included."""
-    free = resume_class(type(settings), "free")
+def identity(settings, train_set):
+    """What a resumed run must share: settings, checksum of the encoder, images."""
+    free = resume_class(type(settings), "free") | {"classes"}
     shared = dataclasses.asdict(settings)
+    # The images themselves, wherever they lie.
+    shared |= {"data": train_set.fingerprint}
     return {name: value for name, value in shared.items() if name not in free}
 
 

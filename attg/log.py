@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from attg.cli import log_line
-from attg.files import replacing
+from attg.files import naming, replacing
 
 # Names of settings and metrics in older configs, logs and results, and their new names.
 RENAMED_SETTINGS = {
@@ -55,47 +56,94 @@ def read_log(path):
     return records
 
 
+def describe_machine(device):
+    """Log lines on versions and device, and on other programs that keep the cores busy."""
+    name, threads = device.type, torch.get_num_threads()
+    if name == "cuda":
+        name = torch.cuda.get_device_name(device)
+    python = sys.version.split()[0]
+    line = f"attg_mae {revision()}, python {python}, torch {torch.__version__}, {name}"
+    line += f", {threads} threads"
+    load, cores = getattr(os, "getloadavg", lambda: [0])()[0], os.cpu_count()
+    if name == "cpu" and threads > 1 and load > cores:
+        line += (
+            f"\nload {load:.1f} on {cores} cores: threads wait for each other on a busy "
+            "machine, OMP_NUM_THREADS=1 may be several times faster"
+        )
+    return line
+
+
+def tensorboard_hook(folder, step):
+    """A function that writes records for TensorBoard, instead of those after `step`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard: needs pip install tensorboard") from error
+    writer = SummaryWriter(folder, purge_step=step + 1)
+
+    def write(record):
+        for name, value in (record | record.get("knn", {})).items():
+            if isinstance(value, int | float):
+                writer.add_scalar(name, value, record["step"])
+        writer.flush()
+
+    return write
+
+
 @dataclasses.dataclass
 class Log:
-    """Prints log lines and writes log.jsonl, on rank 0 only."""
+    """Prints log lines and writes log.jsonl, on rank 0 only.
 
-    path: Path
+    hooks: functions that get each record. signals: see attg.distributed.stop_signals.
+    """
+
     is_rank0: bool
+    hooks: list
+    signals: list
+    path: Path | None = None  # of log.jsonl, from begin on
 
     def say(self, text):
-        if self.is_rank0:
+        if not self.is_rank0:
+            return
+        try:
             log_line(text)
+        except BrokenPipeError:
+            # The reader has ended, as `| head` does: the run saves and ends, too.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print("the reader of the output has ended: saving", file=sys.stderr)
+            self.signals.append(13)  # SIGPIPE, which Windows does not define
 
     def write(self, record, line):
         """Append a record to log.jsonl and print it as `line`."""
         if self.is_rank0:
-            with open(self.path, "a") as file:
+            with naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            log_line(line)
+            for hook in self.hooks:
+                hook(record)
+            self.say(line)
 
-    def begin(self, cfg, step, device, header):
-        """Write config.json, drop the records that will be repeated, print versions.
+    def begin(self, cfg, step, header):
+        """Write config.json, drop the records that will be repeated, print the header.
 
         A run that resumes after `step` repeats all later steps, and the evaluation after
-        `step` itself. header: further lines to print.
+        `step` itself.
         """
+        self.path = Path(cfg.out, "log.jsonl")
         if not self.is_rank0:
             return
+        if cfg.tensorboard:
+            self.hooks.append(tensorboard_hook(self.path.parent, step))
         kept = read_log(self.path) if step and self.path.exists() else []
         # Only evaluations have no loss.
         kept = [r for r in kept if r["step"] + ("loss" not in r) <= step]
         with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        config = json.dumps(dataclasses.asdict(cfg), indent=1)
-        self.path.with_name("config.json").write_text(config)
-        name = device.type
-        if name == "cuda":
-            name = torch.cuda.get_device_name(device)
-        log_line(
-            f"attg_mae {revision()}, python {sys.version.split()[0]}, torch "
-            f"{torch.__version__}, {name}, {torch.get_num_threads()} threads, "
-            f"{cfg.precision}\n{header}"
-        )
+        with replacing(self.path.with_name("config.json")) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+        # Of processes that were killed while they wrote a checkpoint.
+        for path in self.path.parent.glob("*.pt.*.tmp"):
+            path.unlink()
+        self.say(header)
 
 
 class Meter:

@@ -19,15 +19,15 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 @dataclasses.dataclass(kw_only=True)
 class TrainFlags(DataFlags, RunFlags):
-    """Training. None in the schedule and out stays None until `resolve`."""
+    """Training; epochs, batch size and lr by default follow the number of images."""
 
-    epochs: int | None = flag(None, "passes over the data [800; vit_micro 8]", 0, 10**6)
+    # None stays None until `resolve`.
+
+    epochs: int | None = flag(None, "passes over the data", 0, 10**6)
     batch_size: int | None = flag(
-        None, "images per step, all processes [4096; vit_micro 64]", 1, 10**7, **FIXED
+        None, "images per step over all processes", 1, 10**7, **FIXED
     )
-    blr: float | None = flag(
-        None, "lr = blr * batch_size / 256 [1.5e-4; vit_micro 6e-3]", 0, 1e38
-    )
+    blr: float | None = flag(None, "lr = blr * batch_size / 256", 0, 1e38)
     lr: float | None = flag(None, "peak learning rate, instead of blr", 0, 1e38)
     warmup_epochs: float | None = flag(
         None, "epochs of linear warm-up [40 from 400 epochs on, 5 %% of fewer]", 0, 1e6
@@ -54,6 +54,8 @@ class TrainFlags(DataFlags, RunFlags):
         0, "epochs between checkpoints that are kept [the last]", 0, 10**6, **FREE
     )
     log_every: int = flag(20, "steps between log lines", 1, 10**9, **FREE)
+    max_steps: int | None = flag(None, "end the run after so many steps", 1, 10**9)
+    tensorboard: bool = flag(False, "log for TensorBoard, too", **FREE)
 
 
 def check_config(cfg):
@@ -78,11 +80,38 @@ def check_config(cfg):
         )
 
 
-def resolve(cfg, num_images=None):
+# Defaults of batch size, epochs and lr: MAE's from so many images on, below them one rule.
+# It was set on toy (10,000 images, vit_micro) and keeps the number of images seen; wider
+# models need a lower lr. MAE's lr at width 1024 is 2.4e-3 for 4096 images a step.
+MAE_IMAGES = 100_000
+RULE = (
+    "batch size 64 (fewer for less than 4 steps an epoch), 80,000 / images epochs (8 to "
+    "800), lr 1.5e-3 * 128 / width at batch size 64"
+)
+
+
+def schedule_defaults(num_images, width):
+    """(epochs, batch_size, blr) for a number of training images, see RULE."""
+    if num_images >= MAE_IMAGES:
+        return 800, 4096, 1.5e-4
+    quarter = max(1, num_images // 4)
+    batch_size = min(64, 2 ** (quarter.bit_length() - 1))
+    epochs = min(max(8, 80_000 // num_images), 800)
+    return epochs, batch_size, 6e-3 * 128 / width
+
+
+def fit_size(dataset):
+    """(image size, patch size) of the smallest model by the images, 8 x 8 patches."""
+    ids = torch.linspace(0, len(dataset) - 1, 9).long().tolist()
+    sides = sorted(min(dataset.decode(i)[1].size) for i in ids)
+    return (64, 8) if sides[4] >= 64 else (32, 4)  # by the median
+
+
+def resolve(cfg, dataset=None):
     """A copy of a Config in which the defaults of the run are filled in.
 
-    num_images: size of the training set (no default depends on it yet). ValueError for
-    flags that contradict each other.
+    dataset: the training set, ImageData; without it the defaults are those of toy.
+    ValueError for flags that contradict each other.
     """
     for name in ("mean", "std"):
         values = getattr(cfg, name)
@@ -95,12 +124,11 @@ def resolve(cfg, num_images=None):
         raise ValueError(
             f"--maps {cfg.maps}: --guidance none uses no maps; leave out one of the two"
         )
-    epochs, batch_size, blr = 800, 4096, 1.5e-4  # MAE's
-    if cfg.model == "vit_micro":
-        epochs, batch_size, blr = 8, 64, 6e-3
-    elif cfg.data == "toy":
+    num_images = 10_000 if dataset is None else dataset.num_images
+    epochs, batch_size, blr = schedule_defaults(num_images, cfg.width)
+    if cfg.data == "toy" and cfg.model != "vit_micro":
         # Enlarged to 224 pixels, it only shows that everything runs.
-        epochs, batch_size = 1, 64
+        epochs = 1
     data = Path(cfg.data).resolve().name
     defaults = {
         "epochs": epochs,
@@ -109,6 +137,9 @@ def resolve(cfg, num_images=None):
         "out": f"out/{data}-{cfg.model}-{cfg.guidance}",
     }
     cfg = copy.copy(cfg)
+    small = cfg.model == "vit_micro" and cfg.data != "toy"
+    if small and cfg.default_size and dataset is not None:
+        cfg.img_size, cfg.patch_size = fit_size(dataset)
     for name, value in defaults.items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
@@ -117,8 +148,12 @@ def resolve(cfg, num_images=None):
         if torch.cuda.is_available() and "cuda" in (cfg.device or "cuda"):
             cfg.precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     if cfg.warmup_epochs is None:
+        epochs = cfg.epochs
+        if cfg.max_steps:
+            steps_per_epoch = max(1, num_images // cfg.batch_size)
+            epochs = min(epochs, cfg.max_steps / steps_per_epoch)
         # MAE's 40 epochs do not depend on the length; a short run would be all warm-up.
-        cfg.warmup_epochs = 40 if cfg.epochs >= 400 else 0.05 * cfg.epochs
+        cfg.warmup_epochs = 40 if epochs >= 400 else 0.05 * epochs
 
     scale = cfg.batch_size / 256
     if cfg.lr is None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.utils.data import Subset
 
 from attg.checkpoint import (
+    check_data,
     check_settings,
     checkpoint_path,
     read_run,
@@ -33,9 +34,9 @@ from attg.loader import (
     default_workers,
     make_loader,
 )
-from attg.log import Log, Meter, read_log
-from attg.maps import open_maps
-from attg.pretraining import resolve
+from attg.log import Log, Meter, describe_machine, read_log
+from attg.maps import open_maps, read_manifest
+from attg.pretraining import MAE_IMAGES, RULE, resolve
 from attg.weights import DECODER
 
 # -- Setup -----------------------------------------------------------------------------
@@ -55,52 +56,71 @@ class Setup:
     train_set: ImageData
     test_set: ImageData | None
     maps: np.ndarray | None  # (n, h, w) on the host
+    maps_id: str | None  # checksum of the maps
     steps_per_epoch: int
     total_steps: int
     dtype: torch.dtype | None  # of autocast, None for fp32
 
 
 @contextlib.contextmanager
-def setup(cfg, data, dist_info):
+def setup(cfg, data, dist_info, signals, on_log=None):
     """(Setup, checkpoint to resume or None), while this run has its folder to itself.
 
-    data: see attg_mae.train. dist_info: (device, rank, world).
+    data, on_log: see attg_mae.train. dist_info: (device, rank, world). signals: see
+    attg.distributed.stop_signals.
     """
     device, rank, world = dist_info
+    log = Log(rank == 0, [on_log] if on_log else [], signals)
+    log.say(describe_machine(device))
     name = cfg.data if data is None else resolve_dataset(data, cfg.data)
-    view = {"size": cfg.img_size, "classes": cfg.classes}
-    view |= {"channels": cfg.in_chans, "max_pixels": cfg.max_pixels}
-    train_set = open_data(name, "train", augment=True, seed=cfg.seed, **view)
-    test_set = open_data(name, "test", **view)
+    view = {"classes": cfg.classes, "channels": cfg.in_chans}
+    view |= {"max_pixels": cfg.max_pixels}
+    train_set = open_data(
+        name, "train", cfg.img_size, augment=True, seed=cfg.seed, **view
+    )
+    default_size, cfg = cfg.img_size, resolve(cfg, train_set)
+    if cfg.img_size != default_size:
+        train_set.size = cfg.size
+    test_set = open_data(name, "test", cfg.img_size, **view)
     if cfg.eval_every and not test_set:
         raise ValueError(
             f"--eval_every {cfg.eval_every}: --data {cfg.data} has no test split; leave "
             "it out"
         )
 
-    cfg = resolve(cfg, train_set.num_images)
     if cfg.eval_every is None:
         cfg.eval_every = max(1, cfg.epochs // 4) if test_set else 0
     maps = None if cfg.guidance == "none" else train_set.masks
+    maps_id = None if maps is None else "masks of the data set"
     # Drawing examples (--epochs 0) works without maps, guided training does not.
     if cfg.maps or (cfg.guidance != "none" and maps is None and cfg.epochs > 0):
         maps = open_maps(cfg.maps, train_set, cfg.data)
+        maps_id = read_manifest(Path(cfg.maps))["checksum"]
 
-    log = Log(Path(cfg.out, "log.jsonl"), rank == 0)
     steps_per_epoch = max(1, train_set.num_images // cfg.batch_size)
     total_steps = cfg.epochs * steps_per_epoch
+    total_steps = min(total_steps, cfg.max_steps or total_steps)
     lock, output = Path(cfg.out, ".lock"), f"--out {cfg.out}"
-    # Called on rank 0: other machines need not share the folder.
-    read = lambda: (path := checkpoint_path(cfg)) and read_run(path)  # noqa: E731
+
+    def read():
+        """The checkpoint to resume; on rank 0, as others need not share the folder."""
+        path = checkpoint_path(cfg)
+        checkpoint = read_run(path) if path else None
+        if checkpoint and cfg.epochs:
+            check_data(cfg, checkpoint, train_set, maps_id)
+        return checkpoint
+
     with exclusive_run(lock, output, rank, world, read) as checkpoint:
         if checkpoint:
             changed = check_settings(cfg, checkpoint, total_steps)
             where = f"{checkpoint['path']} after step {checkpoint['step']}"
             changes = f" with {', '.join(changed)}" if changed else ""
             log.say(f"resuming {where}{changes}" if cfg.epochs else f"from {where}")
-        sets, steps = (train_set, test_set, maps), (steps_per_epoch, total_steps)
-        dtype = DTYPES[cfg.precision]
-        yield Setup(cfg, device, rank, world, log, *sets, *steps, dtype), checkpoint
+            if checkpoint["step"] == total_steps:
+                log.say("nothing left to train: only its evaluation is repeated")
+        sets = (train_set, test_set, maps, maps_id)
+        steps = (steps_per_epoch, total_steps, DTYPES[cfg.precision])
+        yield Setup(cfg, device, rank, world, log, *sets, *steps), checkpoint
 
 
 # -- Results ---------------------------------------------------------------------------
@@ -163,7 +183,10 @@ class Trainer:
         self.loader = BatchIterator(*data, draw, ties, self.workers)
         self.batches = iter(self.loader)
         self.meter = Meter(run, start)
-        run.log.begin(cfg, start, run.device, self.header())
+        run.log.begin(cfg, start, self.header())
+        if start == 0:
+            # A log with steps but without a checkpoint is then the sign of a loss.
+            self.save("last.pt", 0)
         # The last evaluation is in finish.
         every = cfg.eval_every * run.steps_per_epoch
         self.eval_steps = range(every, run.total_steps, every) if every else ()
@@ -177,22 +200,27 @@ class Trainer:
         kind, tau = "a vanilla MAE", ""
         if run.maps is not None:
             kind = f"an MAE guided by attention maps ({cfg.guidance})"
-            end = "" if cfg.tau_schedule == "constant" else f" to {cfg.tau_end}"
-            tau = f", tau {cfg.tau}{end}"
+            if cfg.guidance != "input_masking":  # which has no weights
+                end = "" if cfg.tau_schedule == "constant" else f" to {cfg.tau_end}"
+                tau = f", tau {cfg.tau}{end} ({cfg.tau_schedule})"
         if cfg.data == "toy" and cfg.model != "vit_micro":
             kind += ", a smoke test on the enlarged toy set"
+        number, rule = run.train_set.num_images, "MAE's"
+        if number < MAE_IMAGES:
+            rule = f"below {MAE_IMAGES:,} images: {RULE}"
         trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
         height, width = run.train_set.size
         micro = cfg.batch_size // (cfg.accum * run.world)
         return (
             f"training {kind}: {cfg.model}, {sum(trained) / 1e6:.1f} M parameters\n"
-            f"{run.train_set.num_images} images of {cfg.data}, {height} x {width} pixels, "
+            f"{number} images of {cfg.data}, {height} x {width} pixels, "
             f"patches {cfg.patch_size} x {cfg.patch_size}; {cfg.epochs} epochs of "
             f"{run.steps_per_epoch} steps\n"
             f"batch size {cfg.batch_size} = {micro} x {run.world} (processes) x "
-            f"{cfg.accum} (--accum), lr {cfg.lr:.2e} (base lr {cfg.blr:.2e}), warm-up "
-            f"{cfg.warmup_epochs:g} epochs{tau}\n"
-            f"run folder {cfg.out}, all settings in its config.json"
+            f"{cfg.accum} (--accum), {cfg.precision}; lr {cfg.lr:.2e} (base lr "
+            f"{cfg.blr:.2e}, cosine), warm-up {cfg.warmup_epochs:g} epochs{tau}\n"
+            f"defaults {rule}\n"
+            f"run folder {cfg.out}: settings in config.json, all metrics in log.jsonl"
         )
 
     def after_step(self, done, values, lr, tau):
@@ -300,6 +328,8 @@ class Trainer:
                 optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(),
                 step=done,
+                data=self.run.train_set.fingerprint,
+                maps=self.run.maps_id,
                 config=dataclasses.asdict(self.run.cfg),
             )
 

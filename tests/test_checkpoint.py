@@ -3,6 +3,7 @@ attg/checkpoint.py and the lock of a run: damaged and hostile files, two runs at
 """
 
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -12,12 +13,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
+from PIL import Image
 
 import attg_mae
+import eval_finetune
 import eval_knn
 import eval_linear
 import object_discovery
@@ -28,7 +32,10 @@ from attg.checkpoint import (
     read_run,
     restore,
 )
+from attg.cli import log_line
+from attg.figures import save_sheet
 from attg.finetuning import resume, save
+from attg.log import Log
 from tests.fuzz import RANDOM, damaged_checkpoint, damaged_parts, within
 from tests.helpers import (
     TINY,
@@ -244,6 +251,69 @@ def test_damaged_lines_of_a_log(copy):
     train(**settings)
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == sorted(steps) and [r["step"] for r in records(out)] == steps[:-1]
+
+
+# -- Files -----------------------------------------------------------------------------
+
+
+def test_links_are_followed_and_devices_refused(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link, target = tmp_path / "last.pt", tmp_path / "disk" / "last.pt"
+    link.symlink_to(target)
+    for step in (1, 2):
+        attg_mae.save_checkpoint(link, step=step)
+        assert link.is_symlink() and attg_mae.load_checkpoint(target) == {"step": step}
+    (tmp_path / "null").symlink_to("/dev/null")
+    for path in (tmp_path / "null", tmp_path / "disk"):
+        with pytest.raises(ValueError, match=f"{path}: a folder or device"):
+            attg_mae.save_checkpoint(path, step=1)
+    flags = ["x.pt", "--save", str(tmp_path / "null"), "--device", "cpu"]
+    with pytest.raises(OSError, match="--save .*null: not writable"):
+        eval_finetune.main(flags)
+    assert Path("/dev/null").is_char_device()
+    assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_full_disks_are_named(tmp_path, monkeypatch):
+    """Errors of writing name no file by themselves; the earlier file stays."""
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sheet = tmp_path / "sheet.png"
+    columns = [("image", torch.rand(2, 3, 16, 16))]
+    save_sheet(sheet, columns)
+    content = sheet.read_bytes()
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space left on device: .*sheet.png"):
+        save_sheet(sheet, columns)
+    assert sheet.read_bytes() == content
+    log = tmp_path / "log.jsonl"
+    log.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: .*log.jsonl"):
+        Log(True, [], [], log).write({"step": 1}, "a line")
+    full = open("/dev/full", "w")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(OSError, match="on device: 'standard output'"):
+            log_line("a line")
+    with pytest.raises(OSError):
+        full.close()
+
+
+def test_file_systems_without_fsync(tmp_path, monkeypatch):
+    path, number = tmp_path / "a.pt", [errno.EINVAL]
+
+    def fail(_):
+        raise OSError(number[0], "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.warns(UserWarning, match="fsync: Invalid argument"):
+        attg_mae.save_checkpoint(path, step=1)
+    number[0] = errno.EIO
+    with pytest.raises(OSError, match=f"{path} could not be written"):
+        attg_mae.save_checkpoint(path, step=2)
+    assert attg_mae.load_checkpoint(path) == {"step": 1}
 
 
 # -- One run at a time -----------------------------------------------------------------

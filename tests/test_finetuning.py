@@ -1,6 +1,7 @@
 """attg/finetuning.py, by both of its programs: MAE's probe and fine-tuning."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import eval_finetune
 import eval_linear
 from attg.datasets import open_data, shot_indices
 from attg.features import FEATURES
-from attg.finetuning import open_training, to_device
+from attg.finetuning import identity, open_training, to_device
 from attg.images import Sample
 from attg.loader import make_loader
 from tests.helpers import SMALL, after_step, same, timm_model
@@ -119,6 +120,18 @@ def test_fraction_of_the_labels(labelled):
     rows = shot_indices(whole.labels, 0.5, 3).sort().values.tolist()
     assert len(rows) == len(train_set) == 12 and len(tests["test"]) == 15
     assert [train_set.path(i) for i in range(12)] == [whole.path(i) for i in rows]
+
+
+def test_a_saved_run_belongs_to_its_images(labelled, tmp_path):
+    """They may lie elsewhere, but not change."""
+    settings, first = eval_finetune.Settings(checkpoint="x.pt"), Path(labelled["data"])
+    copy, shared = shutil.copytree(first, tmp_path / "copy"), []
+    for folder in (first, copy):
+        settings.data = str(folder)
+        shared.append(identity(settings, open_data(settings.data)))
+    next(copy.glob("train/*/*.png")).unlink()
+    shared.append(identity(settings, open_data(settings.data)))
+    assert shared[0] == shared[1] != shared[2]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import re
 import shutil
 import signal
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +25,9 @@ from attg.cli import resume_class
 from attg.datasets import open_data
 from attg.images import generator_for
 from attg.loader import make_loader
-from attg.log import RENAMED_SETTINGS, read_log
+from attg.log import RENAMED_SETTINGS, describe_machine, read_log
 from attg.maps import save_maps
+from attg.pretraining import schedule_defaults
 from tests.helpers import (
     LUMA,
     TINY,
@@ -32,6 +35,9 @@ from tests.helpers import (
     assert_same_run,
     last,
     losses,
+    make_data,
+    make_images,
+    make_maps,
     records,
     same,
     train,
@@ -82,8 +88,8 @@ def test_stopped_and_resumed_equals_uninterrupted(
 def test_workers_and_the_frequency_of_the_log_change_nothing(labelled, whole, tmp_path):
     """Log lines hold means since the line before; a stop does not wait for the next."""
     settings = labelled | {"workers": 2, "log_every": 4}
-    with stop_after(9):
-        assert train(tmp_path, **settings)["step"] == 9
+    with stop_after(9, signal.SIGHUP):
+        assert train(tmp_path, **settings)["stopped"] == signal.SIGHUP
     train(tmp_path, **settings)
     rows, single = records(tmp_path), records(whole())
     ends = [r["step"] for r in rows]
@@ -150,6 +156,59 @@ def test_accumulation_breaks_the_same_ties(labelled, passes, tmp_path):
     assert 0.1 < dropped[1][hidden].float().mean() < 0.15
 
 
+# -- Defaults --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "images, width, expected",
+    [
+        (10_000, 128, (8, 64, 6e-3)),  # toy
+        (402, 128, (199, 64, 6e-3)),
+        (60, 128, (800, 8, 6e-3)),
+        (1, 128, (800, 1, 6e-3)),
+        (99_999, 768, (8, 64, 1e-3)),
+        (100_000, 768, (800, 4096, 1.5e-4)),  # MAE's
+        (1_281_167, 128, (800, 4096, 1.5e-4)),
+    ],
+)
+def test_defaults_follow_the_number_of_images(images, width, expected):
+    assert schedule_defaults(images, width) == expected
+
+
+def test_the_smallest_model_fits_the_images(tmp_path):
+    """Never 32 pixels for larger images, unless that was chosen."""
+    for name, size in {"small": (48, 80), "large": (70, 64)}.items():
+        make_images(tmp_path / name, 5, size=size)
+    shapes = {}
+    for name, given in (("small", {}), ("large", {}), ("large", {"img_size": 32})):
+        cfg = attg_mae.Config(data=str(tmp_path / name), **given)
+        cfg = attg_mae.resolve(cfg, open_data(cfg.data))
+        shapes[name, *given] = cfg.size, cfg.patch_size
+    assert list(shapes.values()) == [((32, 32), 4), ((64, 64), 8), ((32, 32), 4)]
+    small = {"guidance": "none", "batch_size": 5, "img_size": None, "patch_size": None}
+    out = tmp_path / "out"
+    for _ in range(2):  # resumes
+        train(out, **small, data=str(tmp_path / "large"), epochs=1)
+    assert last(out)["config"]["img_size"] == 64
+    sheet = Image.open(out / "reconstructions.png")
+    assert min(sheet.size) > 128
+
+
+def test_max_steps(labelled, tmp_path, capsys):
+    """A complete run of so many steps, whose schedules end there."""
+    settings = labelled | {"max_steps": 8, "warmup_epochs": None}
+    assert train(tmp_path, **settings)["step"] == 8
+    warmup = 0.05 * 8
+    rates = [attg_mae.lr_at(step, 8, warmup, 1e-3) for step in range(8)]
+    assert [r["lr"] for r in records(tmp_path)] == pytest.approx(rates, rel=1e-3)
+    assert (tmp_path / "encoder.pt").exists() and records(tmp_path, "knn")
+    assert "nothing left" not in capsys.readouterr().out
+    train(tmp_path, **settings)
+    assert "nothing left to train" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--max_steps 8 -> 9"):
+        train(tmp_path, **settings | {"max_steps": 9})
+
+
 # -- Log -------------------------------------------------------------------------------
 
 
@@ -181,6 +240,58 @@ def test_log(guidance, guided, tmp_path, capsys):
         assert "img/s" in line and re.match(r"\d+:\d\d:\d\d", shown["ETA"])
 
 
+def test_header(guided, tmp_path, capsys):
+    """tau with its schedule, where the use of the map has one; where the metrics are."""
+    for guidance, schedule, shown in (
+        ("inverted", "cosine", "tau 0.75 to 1.0 (cosine)"),
+        ("attg", "constant", "tau 0.75 (constant)"),
+        ("input_masking", "cosine", None),
+        ("none", "cosine", None),
+    ):
+        settings = guided(guidance) | {"tau_schedule": schedule, "max_steps": 1}
+        train(tmp_path / guidance, **settings)
+        header = capsys.readouterr().out.partition("\nstep")[0]
+        assert shown in header if shown else "tau" not in header
+        assert "lr 1.00e-03" in header and "cosine" in header and "log.jsonl" in header
+        assert "below 100,000 images: batch size 64" in header
+
+
+def test_hooks(labelled, tmp_path, monkeypatch):
+    """on_log gets the records of log.jsonl; --tensorboard writes their numbers."""
+    seen, scalars = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            scalars.append((str(folder), purge_step))
+
+        def add_scalar(self, *scalar):
+            scalars.append(scalar)
+
+        def flush(self):
+            scalars.append("flush")
+
+    settings = TINY | labelled | {"out": str(tmp_path), "max_steps": 2}
+    cfg = attg_mae.Config(**settings, tensorboard=True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="--tensorboard: .* pip install tensorboard"):
+        attg_mae.train(cfg)
+    fake = SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    attg_mae.train(cfg, on_log=seen.append)
+    assert seen == records(tmp_path, "step") and len(seen) == 3
+    assert scalars[0] == (str(tmp_path), 1) and scalars[-1] == "flush"
+    assert ("loss", seen[1]["loss"], 2) in scalars
+    assert ("patch_mean", seen[2]["knn"]["patch_mean"], 2) in scalars
+
+
+def test_busy_machines_are_named(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for load, named in ((os.cpu_count() + 0.5, True), (0.5, False)):
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))  # noqa: B023
+        text = describe_machine(torch.device("cpu"))
+        assert ("OMP_NUM_THREADS=1" in text) == named and torch.__version__ in text
+
+
 def test_older_logs_have_todays_names(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 3, "mse_test": 0.5}\nnoise\n{"step": 4, "loss": 1}\n')
@@ -193,7 +304,11 @@ def test_curves(whole, tmp_path, monkeypatch, capsys):
     """All values of the log, if matplotlib is installed."""
     figure = pytest.importorskip("matplotlib.figure")
     drawn = []
-    spy = lambda self, *_, **__: drawn.append(self)  # noqa: E731
+
+    def spy(self, path, **_):
+        drawn.append(self)
+        path.touch()
+
     monkeypatch.setattr(figure.Figure, "savefig", spy)
     out = whole(eval_every=2)
     rows, tests = records(out), records(out, "knn")
@@ -469,9 +584,10 @@ def test_precision_auto(bf16, monkeypatch):
 
 # -- Resuming with other settings ------------------------------------------------------
 
+DATA = ("data", "classes", "maps")  # these are compared by their content
 OTHER = {"img_size": 32, "patch_size": 8, "in_chans": 1, "width": 16, "depth": 2}
 OTHER |= {"heads": 4, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4}
-OTHER |= {"batch_size": 5, "seed": 1, "data": "elsewhere", "classes": "c.txt"}
+OTHER |= {"batch_size": 5, "seed": 1}
 
 
 def test_resume_class_decides_what_may_change(copy):
@@ -481,11 +597,12 @@ def test_resume_class_decides_what_may_change(copy):
     checkpoint = read_run(out / "last.pt")
     checkpoint["config"]["out"] = cfg.out
     fixed, free = (resume_class(attg_mae.Config, name) for name in ("fixed", "free"))
-    assert fixed == set(OTHER) and "lr" not in free | fixed
+    assert fixed == {*OTHER, *DATA[:2]} and "lr" not in free | fixed
+    fixed, free = fixed - set(DATA), free | set(DATA)
     assert {"workers", "log_every", "precision"} <= free
     assert check_settings(cfg, checkpoint, 12) == []
     for field in dataclasses.fields(cfg):
-        if field.name == "epochs":
+        if field.name in ("epochs", "max_steps"):
             continue
         old = getattr(cfg, field.name)
         other = dataclasses.replace(cfg)
@@ -538,6 +655,71 @@ def test_other_epochs(copy, tmp_path):
     train(**settings)
     with pytest.raises(ValueError, match="last.pt is of another run: --epochs 2 -> 1"):
         train(**settings | {"epochs": 1, "resume": str(path)})
+
+
+# -- Other data and lost checkpoints ---------------------------------------------------
+
+
+def test_data_may_move(tmp_path, monkeypatch):
+    """Images and maps are compared, not their paths."""
+    (tmp_path / "a").mkdir()
+    settings = make_data(tmp_path / "a") | {"epochs": 2}
+    train(tmp_path / "whole", **settings)
+    with stop_after(8):
+        train(tmp_path / "out", **settings)
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    moved = settings | {"data": "b/data", "maps": "b/maps.npy"}
+    assert train(tmp_path / "out", **moved)["step"] == 12
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    train(tmp_path / "out", **moved)
+
+
+@pytest.mark.parametrize("change", ["renamed", "removed", "replaced", "added", "maps"])
+def test_a_run_never_continues_on_other_data(change, tmp_path):
+    settings = make_data(tmp_path) | {"epochs": 2}
+    if change != "maps":
+        settings |= {"maps": None, "guidance": "none"}
+    out, folder = tmp_path / "out", Path(settings["data"], "train", "r")
+    with stop_after(7):
+        train(out, **settings)
+    files = {p.name: p.read_bytes() for p in out.iterdir()}
+    if change == "maps":
+        make_maps(settings["maps"], settings["data"], flat=True)
+    elif change == "removed":
+        (folder / "003.png").unlink()
+    elif change == "renamed":
+        (folder / "003.png").rename(folder / "003b.png")
+    elif change == "replaced":
+        shutil.copy(folder / "004.png", folder / "003.png")
+    else:
+        shutil.copy(folder / "004.png", folder / "new.png")
+    flag = "maps" if change == "maps" else "data"
+    message = f"last.pt was trained on other data .--{flag} .*--resume none"
+    with pytest.raises(ValueError, match=message):
+        train(out, **settings)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+    assert train(out, **settings, resume="none")["step"] == 12
+
+
+def test_a_lost_checkpoint(copy, whole):
+    """The latest complete temporary file replaces it; without one, the run is kept."""
+    out, settings = copy
+    content = (out / "last.pt").read_bytes()
+    older = whole() / "encoder.pt"
+    (out / "last.pt").unlink()
+    files = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(ValueError, match="last.pt is missing.*--resume none"):
+        train(**settings)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+    shutil.copy(older, out / "last.pt.1.tmp")
+    (out / "last.pt.2.tmp").write_bytes(content)
+    (out / "last.pt.3.tmp").write_bytes(content[:-1000])
+    assert train(**settings)["step"] == 12
+    assert [r["step"] for r in records(out)] == [*range(1, 13)]
+    assert not list(out.glob("*.tmp"))
+    (out / "last.pt").unlink()
+    assert train(**settings, resume="none")["step"] == 12
 
 
 # -- Bad checkpoints -------------------------------------------------------------------
