@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 import attg_mae
 import eval_finetune
 import eval_linear
 from attg.finetuning import resolve
-from tests.helpers import SMALL, close, rand, randn, shake, timm_model
+from tests.helpers import SMALL, close, noise, rand, randn, shake, timm_model
 
 
 def classifier_and_timm(drop_path=0.0):
@@ -111,3 +112,18 @@ def test_mixup_cutmix_and_erasing(monkeypatch):
     area = torch.stack(erased).any(2).flatten(2).float().mean(2)  # (10, 64)
     assert 0.2 < (area > 0).float().mean() < 0.3
     assert 0.01 < area[area > 0].min() and area.max() < 0.4
+
+
+def test_rand_augment_has_magnitude_9_of_10(monkeypatch):
+    """Of a rotation by up to 30 degrees, 27; the corners are filled."""
+    space = v2.RandAugment._AUGMENTATION_SPACE
+    only = {"Rotate": space["Rotate"]}
+    monkeypatch.setattr(v2.RandAugment, "_AUGMENTATION_SPACE", only)
+    first, second = eval_finetune.rand_augment((0.5, 0.4, 0.3)).transforms
+    assert first.p == second.p == 0.5
+    image, seen = noise(32, 32), set()
+    options = v2.InterpolationMode.BICUBIC, False, None, [128, 102, 76]
+    want = {v2.functional.rotate(image, x, *options).tobytes() for x in (27, -27)}
+    for one in (*first.transforms, *second.transforms):
+        seen |= {one(image).tobytes() for _ in range(10)}
+    assert seen == want

@@ -329,6 +329,8 @@ def test_curves(whole, tmp_path, monkeypatch, capsys):
     assert {x.get_label(): [*map(tuple, x.get_xydata())] for x in lines} == want
     assert len(rows) == 24 and len(tests) == 2
     assert len(records(whole(eval_every=None), "knn")) == 4
+    # Few points are marked: a line of a single one would be invisible.
+    assert {x.get_marker() for x in lines} == {"."}
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     figures.save_curves(tmp_path / "curves.png", rows)
