@@ -5,9 +5,12 @@ The embedded data set: its pixels, its masks, its variants.
 import hashlib
 
 import numpy as np
+import torch
 
+import attg_mae
 from attg.datasets import open_data
 from attg.toy import TOY_VARIANTS, toy
+from attg.trainer import setup
 
 SPLITS = ("train", "test", *TOY_VARIANTS)
 
@@ -32,3 +35,12 @@ def test_splits_as_data_sets():
         np.testing.assert_array_equal(sample.image.permute(1, 2, 0), images[13])
         assert (sample.label, sample.box.tolist()) == (3, [0, 0, 1, 1])
     assert len({open_data("toy", split).fingerprint for split in SPLITS}) == 6
+
+
+def test_a_guided_run_takes_toys_masks(tmp_path):
+    """The default run has no --maps, a vanilla one no maps."""
+    for guidance, maps in (("attg", toy("train")[1]), ("none", None)):
+        cfg = attg_mae.Config(guidance=guidance, out=str(tmp_path / guidance))
+        with setup(cfg, None, (torch.device("cpu"), 0, 1)) as (run, checkpoint):
+            assert run.maps is maps and checkpoint is None
+            assert len(run.train_set) == 10_000 and len(run.test_set) == 2_000
