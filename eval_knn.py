@@ -74,7 +74,7 @@ def evaluate_knn(settings, data, dist_info):
             result = {"feature": feature, "test": name, "protocol": protocol, "k": k}
             counts = {"seeds": len(runs), "images": len(bank[1])}
             results.append(result | mean_and_deviation(runs) | counts)
-    if settings.show and dist_info[1] == 0:
+    if settings.show:
         bank, labels = train[FEATURES[1]], train["labels"]
         test = tests[settings.val[0]]
         queries, truth = test[FEATURES[1]], test["labels"]

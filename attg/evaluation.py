@@ -145,6 +145,8 @@ def evaluate(program, settings, protocol, data=None):
     data = resolve_dataset(data, settings.data)
     with processes(settings.device, settings.timeout) as dist_info:
         device, rank, world = dist_info
+        if world > 1 and getattr(settings, "show", False):
+            raise ValueError(f"--show: {world} processes; use one, or leave it out")
         if rank == 0:
             check_outputs(settings)
         if settings.checkpoint:

@@ -116,7 +116,7 @@ def save_map_sheet(path, dataset, files, count):
     """
     ids = evenly_spaced(dataset, count)
     imgs = squashed(dataset, ids)
-    names = [Path(dataset.names[i]).name for i in ids]
+    names = [Path(dataset.names[i]).name[-22:] for i in ids]
     columns = [("image", imgs, names)]
     for name, maps in files.items():
         m = torch.from_numpy(maps[ids]).float()

@@ -264,8 +264,7 @@ def score(model, tests, features, protocol, settings, data, dist_info):
         refuse_unreadable(dataset)
         if world > 1:
             dist.all_reduce(counts)
-            dist.all_reduce(pairs)
-        if settings.show and rank == 0 and name == settings.val[0]:
+        if settings.show and name == settings.val[0]:
             draw(settings, data, pairs.cpu())
         percent = 100 * counts.cpu().double() / len(dataset)
         for feature, (top1, top5) in zip(features, percent.tolist(), strict=True):
