@@ -53,7 +53,7 @@ def test_installed_files_and_metadata(site):
     top = {path.stem for path in site.iterdir() if path.suffix == ".py"}
     folders = {path.name for path in site.iterdir() if path.is_dir()} - {"__pycache__"}
     (info,) = (name for name in folders if name.endswith(".dist-info"))
-    assert top == PROGRAMS and folders == {"attg", info}
+    assert top == PROGRAMS and folders == {"attg", "bin", info}
     for folder, target in ((ROOT / "attg", "attg"), (ROOT / "kernels", "attg/kernels")):
         for path in folder.glob("*.py"):
             assert (site / target / path.name).read_bytes() == path.read_bytes()
@@ -62,9 +62,33 @@ def test_installed_files_and_metadata(site):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert distribution.version == project["version"]
     assert distribution.metadata["License-Expression"] == "MIT"
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    wanted = {line.replace(" ", "") for line in lines if not line.startswith("#")}
-    assert {line.replace(" ", "") for line in distribution.requires} == wanted
+    extras = project["optional-dependencies"]
+    required = [x for x in distribution.requires if "extra ==" not in x]
+    tests = extras.pop("test")
+    for name, found in (
+        ("requirements.txt", required),
+        ("requirements-test.txt", tests),
+    ):
+        lines = (ROOT / name).read_text().splitlines()
+        wanted = {line.replace(" ", "") for line in lines if not line.startswith("#")}
+        assert {line.replace(" ", "") for line in found} == wanted
+    assert set().union(*extras.values()) <= set(tests)
+
+
+def test_console_commands_in_an_empty_folder(site, tmp_path):
+    (info,) = site.glob("*.dist-info")
+    commands = {
+        entry.name: entry.load() for entry in Distribution.at(info).entry_points
+    }
+    assert {command.args[0] for command in commands.values()} == PROGRAMS
+    options = {"cwd": tmp_path, "capture_output": True, "text": True}
+    options["env"] = os.environ | {"PYTHONPATH": str(site)}
+    for command, flag, end in (
+        ("attg-mae", "--demo", "step 2: loss"),
+        ("attg-knn", "x.pt", "attg-knn: error: x.pt: "),
+    ):
+        done = subprocess.run([sys.executable, site / "bin" / command, flag], **options)
+        assert end in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("where", ["installed", "checkout"])
