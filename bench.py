@@ -5,7 +5,7 @@ Speed beside peers, which take turns in one run.
     python bench.py step              # training steps, beside HF's and MAE's
     python bench.py data --data DIR   # decode, crop and collate, beside torchvision
     python bench.py maps              # TokenCut's normalized cut, beside scipy
-    python bench.py knn               # k-NN, beside a one-hot vote and scikit-learn's
+    python bench.py knn               # k-NN, beside faiss, scikit-learn, one-hot votes
 
 Each prints a Markdown table. Peers that are not installed are left out by name.
 docs/speed.md describes what is measured. benchmarks/gpu.sh runs all of them on a GPU, the
@@ -46,6 +46,7 @@ class Settings:
     compile: bool = flag(False, "step: with torch.compile")
     mae_repo: str | None = flag(None, "step: a copy of facebookresearch/mae")
     data: str | None = flag(None, "data: folder of JPEG photographs")
+    peer_checkout: str | None = flag(None, "data: another version of this repository")
 
 
 def main(argv=None):

@@ -6,7 +6,10 @@ pipeline (RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize) does all
 the worker. torchvision's fastest decodes to a tensor and stays in 8 bits, as ours.
 """
 
+import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,19 @@ from attg.loader import ResumableBatchSampler, make_loader
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.measure import compare, take_turns
 
+# What a checkout runs in a process of its own: it answers lines with the arguments of
+# our_batches, which every version has had, with the CPU time of a batch.
+SERVER = """
+import functools, json, sys, time
+from benchmarks.data import our_batches
+open_batches = functools.cache(our_batches)
+for line in sys.stdin:
+    batches = open_batches(*json.loads(line))
+    start = time.process_time()
+    next(batches)
+    print(time.process_time() - start, flush=True)
+"""
+ROOT = Path(__file__).parents[1]
 CROP = {"scale": (0.2, 1.0), "interpolation": v2.InterpolationMode.BICUBIC}
 
 
@@ -97,17 +113,41 @@ PIPELINES = {
 }
 
 
+def start_server(root):
+    command = [sys.executable, "-c", SERVER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=root, **pipes)
+
+
+def checkouts_in_turns(servers, arguments, repeats):
+    """take_turns of our_batches(*arguments) in checkouts, {name: process}."""
+    times = {name: [] for name in servers}
+    for _ in range(repeats + 1):
+        for name, server in servers.items():
+            print(json.dumps(arguments), file=server.stdin, flush=True)
+            times[name].append(float(server.stdout.readline()))
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
 def run(settings, device):
-    """Rows: CPU time of an image of each set of files in each pipeline."""
-    cpu = torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        sets = write_sets(folder, settings.data, settings.batch_size)
+    """Rows: CPU time of an image of each set of files in each pipeline, or checkout."""
+    cpu, repeats, servers = torch.device("cpu"), settings.repeats, {}
+    if settings.peer_checkout:
+        peer = start_server(settings.peer_checkout)
+        servers = {"ours": start_server(ROOT), settings.peer_checkout: peer}
+    with tempfile.TemporaryDirectory() as parent:
+        sets = write_sets(parent, settings.data, settings.batch_size)
         for name, count in sets.items():
-            calls = {}
-            for pipeline, open_batches in PIPELINES.items():
-                batches = open_batches(Path(folder, name), settings.size, count)
-                calls[pipeline] = partial(next, batches)
-            times = take_turns(calls, cpu, settings.repeats)
+            arguments = str(Path(parent, name)), settings.size, count
+            if servers:
+                times = checkouts_in_turns(servers, (*arguments, 0), repeats)
+            else:
+                calls = {}
+                for pipeline, open_batches in PIPELINES.items():
+                    calls[pipeline] = partial(next, open_batches(*arguments))
+                times = take_turns(calls, cpu, repeats)
             for pipeline, columns in compare(times, count).items():
                 case = {"files": name, "pipeline": pipeline}
                 yield case | {"img/s": 1e3 / columns["ms"]} | columns
+    for server in servers.values():
+        server.communicate()

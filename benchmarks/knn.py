@@ -1,5 +1,5 @@
 """
-k-NN: the vote of the 20 nearest neighbors beside a one-hot vote and scikit-learn's.
+k-NN: the vote of the 20 nearest neighbors beside one-hot votes, faiss and scikit-learn.
 """
 
 from functools import partial
@@ -15,22 +15,41 @@ from benchmarks.measure import compare, peak_memory, take_turns
 # Images in the bank, queries, width: ImageNet's with a ViT-L, and a tenth of these.
 SIZES = {"cuda": (1_281_167, 50_000, 1024), "cpu": (128_117, 5_000, 102)}
 K, CLASSES = 20, 1000
+# Queries at once in the peers, to bound the memory.
+CHUNK = 500
 
 
 def ours(bank, labels, queries):
     return knn_classify(bank, labels, queries, K, num_classes=CLASSES)[:, 0]
 
 
-def one_hot(bank, labels, queries, chunks=100):
-    """k-NN as it is usually written: a vote through a one-hot (q, K, C), in chunks."""
+def one_hot_votes(similarity, neighbors):
+    """k-NN's vote as it is usually written: similarities and labels (b, K) -> (b,)."""
+    weights = (similarity / 0.07).exp()
+    one_hot = F.one_hot(neighbors, CLASSES)  # (b, K, C)
+    votes = (one_hot * weights[..., None]).sum(dim=1)
+    return votes.argmax(dim=1)
+
+
+def one_hot(bank, labels, queries):
     bank = F.normalize(bank, dim=1).T
     guesses = []
-    for x in F.normalize(queries, dim=1).chunk(chunks):
+    for x in F.normalize(queries, dim=1).split(CHUNK):
         similarity, ids = (x @ bank).topk(K, dim=1)
-        weights = (similarity / 0.07).exp()
-        classes = F.one_hot(labels[ids], CLASSES)
-        votes = (classes * weights[..., None]).sum(dim=1)
-        guesses.append(votes.argmax(dim=1))
+        guesses.append(one_hot_votes(similarity, labels[ids]))
+    return torch.cat(guesses)
+
+
+def faiss_flat(bank, labels, queries):
+    """faiss's exact index of inner products, and the same votes."""
+    import faiss
+
+    index = faiss.IndexFlatIP(bank.shape[1])
+    index.add(F.normalize(bank, dim=1).numpy())
+    guesses = []
+    for x in F.normalize(queries, dim=1).split(CHUNK):
+        similarity, ids = map(torch.from_numpy, index.search(x.numpy(), K))
+        guesses.append(one_hot_votes(similarity, labels[ids]))
     return torch.cat(guesses)
 
 
@@ -64,8 +83,12 @@ def run(settings, device):
     bank, labels = noisy_copies(points, n, generator)
     queries, truth = noisy_copies(points, q, generator)
     functions = {"knn_classify": ours, "one-hot": one_hot}
-    if device.type == "cpu" and find_spec("sklearn"):
-        functions["scikit-learn"] = scikit_learn
+    if device.type == "cpu":
+        for name, peer in (("faiss", faiss_flat), ("sklearn", scikit_learn)):
+            if find_spec(name):
+                functions[name] = peer
+            else:
+                print(f"without {name}: not installed")
     calls = {}
     for name, function in functions.items():
         calls[name] = partial(function, bank, labels, queries)

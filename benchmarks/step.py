@@ -148,6 +148,8 @@ def run(settings, device):
     """Rows: time and images per second of the steps of all implementations."""
     B = settings.batch_size
     for name, precision in product(settings.models, settings.precision):
+        if precision not in DTYPES:
+            raise ValueError(f"--precision {precision}: choose from bf16 and fp32")
         cfg = resolve(Config(name))
         impls = available_impls(cfg, device, settings.mae_repo)
         batch = random_batch(cfg, B, device)

@@ -97,6 +97,8 @@ def test_bench_kernel_on_a_gpu():
 def test_bench_step():
     # This copy of facebookresearch/mae does not exist.
     rows = rows_of(step, models=("vit_micro",), mae_repo="/nowhere")
+    with pytest.raises(ValueError, match="--precision fp8: choose from bf16 and fp32"):
+        rows_of(step, precision=("fp8",))
     names = ["ours", "HF sdpa", "train_step, vanilla", "train_step, guided"]
     assert [row["step"] for row in rows] == names * 2
     cfg = attg_mae.Config()
@@ -125,6 +127,10 @@ def test_bench_data(tmp_path):
     assert [x.dtype for x in first] == [torch.uint8, torch.uint8, torch.float32]
     with pytest.raises(ValueError, match="--data None: name a folder of JPEG"):
         rows_of(data)
+    rows = rows_of(data, data=str(tmp_path), peer_checkout=str(ROOT))
+    assert [row["pipeline"] for row in rows] == ["ours", str(ROOT)] * 3
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        rows_of(data, data=str(tmp_path), peer_checkout="/nowhere")
 
 
 def test_bench_maps():
@@ -135,10 +141,15 @@ def test_bench_maps():
     assert [row["cut"] for row in rows[:5]] == names
 
 
-def test_bench_knn(monkeypatch):
+def test_bench_knn(monkeypatch, capsys):
     monkeypatch.setitem(knn.SIZES, "cpu", (5000, 300, 32))
     rows = rows_of(knn)
-    assert [row["k-NN"] for row in rows] == ["knn_classify", "one-hot", "scikit-learn"]
+    names = ["knn_classify", "one-hot", "faiss", "sklearn"]
+    found = [row["k-NN"] for row in rows]
+    printed = capsys.readouterr().out
+    missing = [name for name in names if f"without {name}: not installed" in printed]
+    assert found == [name for name in names if name not in missing]
+    assert not {*missing} - {"faiss"}
     assert len({round(row["top-1 %"], 3) for row in rows}) == 1
     assert 10 < rows[0]["top-1 %"] < 90
 
