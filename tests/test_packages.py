@@ -85,7 +85,7 @@ def test_console_commands_in_an_empty_folder(site, tmp_path):
     options["env"] = os.environ | {"PYTHONPATH": str(site)}
     for command, flag, end in (
         ("attg-mae", "--demo", "step 2: loss"),
-        ("attg-knn", "x.pt", "attg-knn: error: x.pt: "),
+        ("attg-knn", "x.pt", "attg-knn: error: "),
     ):
         done = subprocess.run([sys.executable, site / "bin" / command, flag], **options)
         assert end in done.stdout + done.stderr and "Traceback" not in done.stderr
