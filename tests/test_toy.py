@@ -41,6 +41,6 @@ def test_a_guided_run_takes_toys_masks(tmp_path):
     """The default run has no --maps, a vanilla one no maps."""
     for guidance, maps in (("attg", toy("train")[1]), ("none", None)):
         cfg = attg_mae.Config(guidance=guidance, out=str(tmp_path / guidance))
-        with setup(cfg, None, (torch.device("cpu"), 0, 1)) as (run, checkpoint):
+        with setup(cfg, None, (torch.device("cpu"), 0, 1), []) as (run, checkpoint):
             assert run.maps is maps and checkpoint is None
             assert len(run.train_set) == 10_000 and len(run.test_set) == 2_000
