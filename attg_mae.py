@@ -250,8 +250,9 @@ class ViT(nn.Module):
     def patchify(self, imgs):
         """(B, C, H, W) -> (B, L, P). ValueError for another image size."""
         C, H, W = self.cfg.in_chans, *self.cfg.size
-        if imgs.shape[1:] != (C, H, W):
-            raise ValueError(f"imgs: got {tuple(imgs.shape)}; pass (B, {C}, {H}, {W})")
+        if imgs.shape[1:] != (C, H, W) or not imgs.is_floating_point():
+            got = f"imgs: got {imgs.dtype} {tuple(imgs.shape)}; pass model.normalize of"
+            raise ValueError(f"{got} uint8, or floats (B, {C}, {H}, {W})")
         return patchify(imgs, self.cfg.patch_size)
 
     def embed(self, patches, ids_keep=None):

@@ -6,7 +6,8 @@ PyTorch; on NVIDIA and AMD GPUs it uses Triton, which comes with PyTorch.
     from attg_loss import attg_loss
     loss = attg_loss(pred, imgs, mask, attn, tau=0.75, patch_size=16)
 
-Without a map (attn=None) this is the loss of MAE.
+Without a map (attn=None) this is the loss of MAE. `crop_map` turns maps of whole images
+into attn of their random crops.
 
 A batch has B images of L patches. A patch has P = p*p*C values in the order (p, p, C).
 The mask is 1 where a patch was removed and is predicted:
@@ -39,8 +40,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 # A map with max - min <= FLAT * max|M| has no object. Without this rule noise of 1e-7
-# would be stretched to the full range.
-FLAT = 1e-5
+# would be stretched to the full range. FLOOR: below it, numbers are denormal or nearly.
+FLAT, FLOOR = 1e-5, 1e-30
 
 # Triton is only looked up here; the first call of a kernel imports it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -60,6 +61,7 @@ NAMESPACE = __name__.replace(".", "_")
 FP32 = torch.finfo(torch.float32)
 # Dtypes that the kernels read. Targets may also be uint8.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (*FUSED_DTYPES, torch.float64)
 
 
 # -- The specification, in PyTorch -----------------------------------------------------
@@ -72,14 +74,61 @@ def normalize_map(attn: Tensor) -> Tensor:
     flat map becomes zeros, that is weight 1. Raises ValueError for other shapes and
     dtypes.
     """
-    if attn.dim() != 2 or not attn.is_floating_point():
+    if attn.dim() != 2 or attn.dtype not in FLOATS:
         raise ValueError(f"attn: got {_describe(attn)}; pass floats of shape (B, L)")
     if attn.dtype != torch.float64:
         attn = attn.float()
     low, high = attn.aminmax(dim=1, keepdim=True)
     spread = high - low
-    is_flat = spread <= FLAT * torch.maximum(high.abs(), low.abs())
-    return torch.where(is_flat & (spread < math.inf), 0.0, (attn - low) / spread)
+    largest = torch.maximum(high.abs(), low.abs())
+    is_flat = (spread <= (FLAT * largest).clamp(min=FLOOR)) & (spread < math.inf)
+    return torch.where(is_flat, 0.0, (attn - low) / spread)
+
+
+def crop_map(
+    maps: Tensor, boxes: Tensor, flips: Tensor | None, grid: tuple[int, int]
+) -> Tensor:
+    """Average maps of whole images under each patch of random crops.
+
+    maps (B, H, W) cover the whole images, at any resolution. boxes (B, 4) are the crops,
+    x0, y0, x1, y1 as fractions of the image's width and height. flips (B,), bool: mirror
+    after the crop; None: none. grid: rows and columns of patches. Returns (B, L) fp32.
+
+    Normalize the maps before, over the whole image, and pass normalize_attn=False to
+    `attg_loss`: a crop without the object then has weights near 1. Equals torchvision's
+    roi_align(aligned=True), which is not needed.
+    """
+    B, H, W = maps.shape
+    if boxes.shape != (B, 4) or (not boxes.is_cuda and (boxes > 1.001).any()):
+        message = f"pass x0, y0, x1, y1 as fractions of width and height, ({B}, 4)"
+        raise ValueError(f"boxes: got {_describe(boxes)} for {B} maps; {message}")
+    x0, y0, x1, y1 = boxes.float().unbind(1)
+    rows = _pooling(y0 * H, y1 * H, H, grid[0])  # (B, h, H)
+    columns = _pooling(x0 * W, x1 * W, W, grid[1])  # (B, w, W)
+    pooled = rows @ maps.float() @ columns.mT  # (B, h, w)
+    if flips is not None:
+        pooled = torch.where(flips[:, None, None], pooled.flip(-1), pooled)
+    return pooled.flatten(1)
+
+
+def _pooling(start, end, size, parts):
+    """Return weights (B, parts, size) that average a row of `size` cells.
+
+    start, end (B,): a section of each row, which is divided into equal parts. Of each
+    part the mean of samples is taken, linearly interpolated, one for every cell.
+    """
+    step = (end - start)[:, None, None] / parts
+    number = step.ceil().clamp(min=1)
+    i = torch.arange(math.ceil(size / parts) + 1, device=start.device)
+    part = torch.arange(parts, device=start.device)[:, None]
+    at = (
+        start[:, None, None] + (part + (i + 0.5) / number) * step
+    )  # (B, parts, samples)
+    # Centers of cells are at 0.5, 1.5 ... Beyond them a map is level.
+    at = (at - 0.5).clamp(0, size - 1)
+    cell = torch.arange(size, device=start.device)
+    near = (1 - (at[..., None] - cell).abs()).clamp(min=0)  # (B, parts, samples, size)
+    return (near * (i < number)[..., None]).sum(dim=2) / number
 
 
 def _patch_loss(
@@ -456,7 +505,7 @@ def _nan_max(a, b):
 
 @_jit
 def _map_range(
-    attn, L, flat, attn_l, MAP_BLOCK: tl.constexpr, NUM_MAP_BLOCKS: tl.constexpr
+    attn, L, flat, floor, attn_l, MAP_BLOCK: tl.constexpr, NUM_MAP_BLOCKS: tl.constexpr
 ):
     """Return minimum and maximum of the whole map that `attn` points at.
 
@@ -473,7 +522,8 @@ def _map_range(
     low = tl.reduce(low, 0, _nan_min)
     high = tl.reduce(high, 0, _nan_max)
     if high - low < float("inf"):
-        if high - low <= flat * tl.maximum(tl.abs(high), tl.abs(low)):
+        limit = flat * tl.maximum(tl.abs(high), tl.abs(low))
+        if high - low <= tl.maximum(limit, floor):
             high = low + float("inf")
     return low, high
 
@@ -517,6 +567,7 @@ def _forward_kernel(
     columns,  # patches side by side in an image
     eps,
     flat,
+    floor,
     pred_b,
     pred_l,
     pred_e,
@@ -554,7 +605,7 @@ def _forward_kernel(
         t = tl.load(tau).to(tl.float32)
         if NORMALIZE_ATTN:
             low, high = _map_range(
-                attn + b * attn_b, L, flat, attn_l, MAP_BLOCK, NUM_MAP_BLOCKS
+                attn + b * attn_b, L, flat, floor, attn_l, MAP_BLOCK, NUM_MAP_BLOCKS
             )
 
     loss_sum = tl.zeros([ROWS], tl.float32)
@@ -858,6 +909,7 @@ def _op(
             *(stats, sums, mse_sums),
             eps=eps,
             flat=FLAT,
+            floor=FLOOR,
             HAS_ATTN=attn is not None,
             NORMALIZE_ATTN=normalize_attn,
             NORM_PIX=norm_pix,
@@ -1093,9 +1145,9 @@ def _rules(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, 
         yield name, x, isinstance(x, Tensor), "pass a torch.Tensor"
         yield name, x, x.device == pred.device, f"move it to pred's, {pred.device}"
 
-    is_valid = pred.dim() == 3 and pred.is_floating_point() and 0 not in pred.shape[1:]
+    is_valid = pred.dim() == 3 and pred.dtype in FLOATS and 0 not in pred.shape[1:]
     yield "pred", pred, is_valid, "pass floats of shape (B, L, P), L and P above 0"
-    is_valid = target.is_floating_point() or target.dtype == torch.uint8
+    is_valid = target.dtype in (*FLOATS, torch.uint8)
     yield "target", target, is_valid, "pass floats, or uint8 (read as value / 255)"
     shape = target.shape
     if target.dim() == 4:
@@ -1114,8 +1166,8 @@ def _rules(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, 
     for name, x in rows.items():
         remedy = f"pass one value per patch of pred, shape {shape}"
         yield name, x, tuple(x.shape) == shape, remedy
-    is_valid = attn is None or attn.is_floating_point()
-    yield "attn", attn, is_valid, "pass floats"
+    is_valid = attn is None or attn.dtype in FLOATS
+    yield "attn", attn, is_valid, "pass floats of 16 bits or more"
     if isinstance(tau, Tensor):
         yield "tau", tau, tau.dim() == 0, "pass a float or a 0-d tensor"
     else:

@@ -97,7 +97,8 @@ def oracle(pred, target, mask=None, attn=None, tau=0.75, **options):
         m = attn.double()
         if options.get("normalize_attn", True):
             low, high = m.aminmax(dim=1, keepdim=True)
-            flat = high - low <= 1e-5 * m.abs().amax(1, keepdim=True)
+            limit = (1e-5 * m.abs().amax(1, keepdim=True)).clamp(min=1e-30)
+            flat = high - low <= limit
             m = torch.where(flat, 0.0, (m - low) / (high - low))
         w = torch.where(hidden.bool(), torch.exp(m / float(tau)), 0.0)
     rows = w * (y - x).square().mean(-1)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import attg_mae
 from tests.helpers import (
     DEVICE,
     GRAD_TOL,
@@ -75,15 +76,16 @@ def arguments(draw, impl, kind):
     m = rand(B, L, seed=seed + 3)
     flat, kind_of_map = (
         torch.tensor([0.3, -9.0])[:B, None].expand(B, L),
-        pick(*range(7)),
+        pick(*range(8)),
     )
-    maps = [m, m * 40 - 7, flat, flat * (1 + 1e-7 * m)], [m, m.log()], [None]
+    tiny = 1e-39 * m  # denormal
+    maps = [m, m * 40 - 7, flat, flat * (1 + 1e-7 * m), tiny], [m, m.log()], [None]
     maps[1][1][m < 0.4] = -math.inf
     attn = sum(maps, [])[kind_of_map]
     attn = attn if attn is None else attn.to(pick(*floats))
     tau = pick(0.75, 0.25, 100.0)
     tau = pick(tau, torch.tensor(tau), torch.tensor(tau).double())
-    options = {"patch_size": p, "normalize_attn": kind_of_map < 4, "tau": tau}
+    options = {"patch_size": p, "normalize_attn": kind_of_map < 5, "tau": tau}
     options |= {"norm_pix": P > 1 and pick(True, False), "eps": pick(1e-6, 0.1, 0.0)}
     layouts = list(LAYOUTS)
     if kind == "groups":  # The values of a row have stride 1.
@@ -92,7 +94,7 @@ def arguments(draw, impl, kind):
         x if x is None else LAYOUTS[pick(*layouts)](x)
         for x in (pred, target, mask, attn)
     ]
-    return tensors, options, kind_of_map in (2, 3)
+    return tensors, options, kind_of_map in (2, 3, 4)
 
 
 def check_loss(pred, target, mask, attn, impl, reduction, return_mse=True, **options):
@@ -302,7 +304,7 @@ BAD = {
     "pred": [ZEROS[0], ZEROS[:, :0], ZEROS[..., :0], ZEROS.long(), ZEROS.numpy()],
     "target": [ZEROS[..., :10], ZEROS[:1], ZEROS.long(), ZEROS + GRAD[..., None]],
     "mask": WRONG,
-    "attn": [*WRONG, GRAD, ROWS.long()],
+    "attn": [*WRONG, GRAD, ROWS.long(), ROWS.to(torch.float8_e4m3fn)],
     "tau": [0, -0.5, math.nan, "1", None, 1e39, 1e-50, ZEROS, GRAD.sum()],
     "eps": [-1e-6, math.nan, None],
     "reduction": ["avg", None],
@@ -345,3 +347,45 @@ def test_normalize_map():
     for bad in (rand(9), rand(2, 3, 4), torch.zeros(2, 9).long()):
         with pytest.raises(ValueError, match="attn"):
             kernel.normalize_map(bad)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    st.tuples(st.integers(1, 16), st.integers(1, 16)),
+)
+def test_crop_map_is_that_of_training(seed, size, grid):
+    torch.manual_seed(seed)
+    maps, flips = torch.rand(8, *size), torch.rand(8) < 0.5
+    corner, end = torch.rand(2, 8, 2).sort(0).values
+    boxes = torch.cat([corner, end + 0.01], 1).clamp(0, 1)
+    got = kernel.crop_map(maps, boxes, flips, grid)
+    want = attg_mae.pool_maps(maps, boxes, flips, grid)
+    # Rounding decides how many samples torchvision takes of a patch of 2 or 3 cells.
+    cells = (boxes[:, 2:] - boxes[:, :2]) * torch.tensor(size[::-1])
+    steps = cells / torch.tensor(grid[::-1])
+    sure = ((steps - steps.round()).abs() > 1e-4).all(1)
+    torch.testing.assert_close(got[sure], want[sure], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got, want, atol=0.3, rtol=0)
+
+
+def test_crop_map_errors():
+    maps, boxes = torch.rand(2, 4, 4), torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2)
+    for wrong in (boxes[:1], boxes[:, :3], 224 * boxes):
+        with pytest.raises(ValueError, match="boxes: got .* fractions"):
+            kernel.crop_map(maps, wrong, None, (2, 2))
+    # The whole map, and its left half mirrored
+    assert close(kernel.crop_map(maps, boxes, None, (4, 4)), maps.flatten(1), 1e-6)
+    half, flips = torch.tensor([[0.0, 0.0, 0.5, 1.0]] * 2), torch.tensor([True, False])
+    want = torch.stack([maps[0, :, :2].flip(1), maps[1, :, :2]]).flatten(1)
+    assert close(kernel.crop_map(maps, half, flips, (4, 2)), want, 1e-6)
+
+
+def test_the_loss_of_parts_with_unequal_masks():
+    """As docs/kernel.md says for accumulation and ranks."""
+    pred, target, mask = randn(4, 9, 12), randn(4, 9, 12, seed=1), rand(4, 9) < 0.5
+    attn, total = rand(4, 9, seed=2), mask.sum()
+    parts = zip(*(x.split(1) for x in (pred, target, mask, attn)), strict=True)
+    losses = [kernel.attg_loss(*part, reduction="sum") / total for part in parts]
+    want = kernel.attg_loss(pred, target, mask, attn)
+    assert close(sum(losses), want, 1e-6) and mask.sum(1).unique().numel() > 1

@@ -163,7 +163,8 @@ def test_forward_refuses_wrong_arguments():
     for arguments, message in (*wrong, (both, "attn, weight: pass one")):
         with pytest.raises(ValueError, match=message):
             model(imgs, **arguments)
-    with pytest.raises(ValueError, match=r"imgs: got .*\(B, 3, 32, 32\)"):
-        model(imgs[..., 1:])
+    for bad in (imgs[..., 1:], imgs.byte()):
+        with pytest.raises(ValueError, match=r"imgs: got .*\(B, 3, 32, 32\)"):
+            model(bad)
     with pytest.raises(ValueError, match="--img_size 34x32"):
         attg_mae.Config(**SMALL | {"img_size": (34, 32)})
