@@ -59,6 +59,7 @@ from attg.kernels import normalize_map
 from attg.map_job import SquashedImages, run_job
 from attg.map_quality import peak_component, quality, true_masks
 from attg.maps import load_maps
+from attg.masks import MaskFolder
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD, load_encoder, normalize
 
 IMAGENET = SimpleNamespace(mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -413,10 +414,9 @@ def cnn(settings, device):
     return Backbone(maps, size, grid, {"sha256": sha256(path), **vars(IMAGENET)})
 
 
-def masks(settings, device):
+def own_masks(settings, device):
     """The masks themselves, which SquashedImages reads instead of the images."""
-    about = {"masks": str(Path(settings.masks))}
-    return Backbone(lambda imgs: imgs[:, 0].float(), (56, 56), (56, 56), about)
+    return Backbone(lambda imgs: imgs[:, 0].float(), (56, 56), (56, 56), {})
 
 
 # -- The command line ------------------------------------------------------------------
@@ -454,6 +454,10 @@ class Settings(DataFlags, RunFlags):
     masks: str | None = flag(
         None, "folder of PNG masks: the maps of --method masks, else the ground truth"
     )
+    mask_values: tuple[str, ...] = flag(
+        (),
+        "values of the masks that are object, colors as 0xRRGGBB [see attg/masks.py]",
+    )
     out: Path = flag(Path("maps.npy"), "map file")
     img_size: int | None = flag(
         None, "input size in pixels [the checkpoint's, else 224]", 1, 8192
@@ -471,6 +475,7 @@ def resolve(settings):
     unused = () if method == "tokencut" else CUT_FLAGS
     unused += () if backbone in CNNS else ("weights",)
     unused += ("backbone", "img_size") if method == "masks" else ()
+    unused += () if settings.masks else ("mask_values",)
     reason = f"--method {method} --backbone {backbone} does not use it"
     check_unused(settings, unused, reason)
     if settings.sign is None:
@@ -491,10 +496,10 @@ def resolve(settings):
     return settings
 
 
-def make_maps(settings, dataset, dist_info):
+def make_maps(settings, dataset, masks, dist_info):
     """Run the map job."""
     device, rank, world = dist_info
-    kinds = dict.fromkeys(CNNS, cnn) | {"pixels": pixels, None: masks}
+    kinds = dict.fromkeys(CNNS, cnn) | {"pixels": pixels, None: own_masks}
     open_backbone = kinds.get(settings.backbone, vit)
     # Rank 0 downloads, the others load what it has downloaded.
     if rank:
@@ -506,10 +511,12 @@ def make_maps(settings, dataset, dist_info):
     about |= {"input": backbone.size, "grid": backbone.grid, **backbone.about}
     if settings.method == "tokencut":
         about |= {name: getattr(settings, name) for name in CUT_FLAGS}
-    mask_folder = settings.masks if settings.method == "masks" else None
+    if settings.method == "masks":
+        about["masks"] = masks.rule
     # A backbone for grayscale images has one mean.
     channels = len(backbone.about.get("mean", IMAGENET_MEAN))
-    images = SquashedImages(dataset, backbone.size, mask_folder, channels)
+    masks = masks if settings.method == "masks" else None
+    images = SquashedImages(dataset, backbone.size, masks, channels)
     try:
         run_job(backbone.maps, images, backbone.grid, about, settings, dist_info)
     except OSError as error:
@@ -525,11 +532,15 @@ def main(argv=None, data=None):
     settings = resolve(parse(Settings, __doc__, argv))
     out, data = settings.out, resolve_dataset(data, settings.data)
     options = {"classes": settings.classes, "max_pixels": settings.max_pixels}
+    masks = None
     with processes(settings.device, settings.timeout) as dist_info:
         _, rank, world = dist_info
         dataset = open_data(data, "train", **options)
         with exclusive_run(f"{out}.lock", f"--out {out}", rank, world):
-            make_maps(settings, dataset, dist_info)
+            if settings.masks:
+                masks = MaskFolder(settings.masks, dataset, settings.mask_values)
+                log_line(masks.rule)
+            make_maps(settings, dataset, masks, dist_info)
     if rank:
         return {}
 
@@ -542,15 +553,16 @@ def main(argv=None, data=None):
         names = ", ".join(dataset.path(i) for i in failed[:10])
         log_line(f"failed, delete {out} to try again: {names}")
     if settings.show:
-        save_map_sheet(
-            out.with_suffix(".png"), dataset, {str(out): maps}, settings.show
-        )
-        log_line(f"sheet: {out.with_suffix('.png')}")
-    # With --method masks, the masks are the maps themselves, not the ground truth.
-    folder = None if settings.method == "masks" else settings.masks
-    if not folder and dataset.masks is None:
+        sheet = out.with_suffix(".png")
+        save_map_sheet(sheet, dataset, {str(out): maps}, settings.show)
+        log_line(f"sheet: {sheet}")
+    if settings.method == "masks":
+        list(true_masks(masks, failed))  # logs the reason
         return {}
-    metrics = quality(maps, true_masks(dataset, folder))
+    if masks is None and dataset.masks is None:
+        return {}
+    truth = 255 * dataset.masks if masks is None else masks
+    metrics = quality(maps, true_masks(truth, range(number)))
     print_table([metrics])
     return metrics
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL.Image import Resampling
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -23,20 +23,19 @@ from attg.files import replacing
 from attg.images import MODES, to_8_bits
 from attg.kernels import normalize_map
 from attg.loader import default_workers, make_loader
-from attg.map_quality import read_mask
 from attg.maps import read_manifest, write_maps
 
 
 class SquashedImages(Dataset):
     """Whole images resized to (h, w): [i] -> (uint8 (C, h, w), whether it is readable).
 
-    C = channels, 3 or (grayscale) 1. With mask_folder: the masks of the images in it,
-    C = 1. Unreadable images are black.
+    C = channels, 3 or (grayscale) 1. With masks, a MaskFolder: the masks instead, C = 1.
+    Unreadable images are black.
     """
 
-    def __init__(self, dataset, size, mask_folder=None, channels=3):
-        self.dataset, self.size, self.mask_folder = dataset, size, mask_folder
-        self.channels = 1 if mask_folder else channels
+    def __init__(self, dataset, size, masks=None, channels=3):
+        self.dataset, self.size, self.masks = dataset, size, masks
+        self.channels = 1 if masks else channels
 
     def __len__(self):
         return len(self.dataset)
@@ -44,11 +43,11 @@ class SquashedImages(Dataset):
     def __getitem__(self, i):
         h, w = self.size
         try:
-            if self.mask_folder:
-                image = read_mask(self.mask_folder, self.dataset.names[i])
-                return pil_to_tensor(image.resize((w, h), Resampling.BOX)), True
+            if self.masks:
+                image = Image.fromarray(self.masks[i].filled(0))
+                return pil_to_tensor(image.resize((w, h), Image.Resampling.BOX)), True
             image = to_8_bits(self.dataset.read(i)[0], MODES[self.channels])
-            return pil_to_tensor(image.resize((w, h), Resampling.BICUBIC)), True
+            return pil_to_tensor(image.resize((w, h), Image.Resampling.BICUBIC)), True
         # Decoders raise OSError, SyntaxError, ValueError and others.
         except Exception:
             return torch.zeros(self.channels, h, w, dtype=torch.uint8), False

@@ -1,69 +1,50 @@
 """Quality of attention maps against object masks: IoU, CorLoc, AUROC."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torchvision.ops import box_iou, masks_to_boxes
 
-from attg.images import load_image, to_8_bits
+from attg.cli import log_line
 
 
-def read_mask(folder, name):
-    """Load the mask of image `name`: a PNG of the same relative path in `folder`.
+def true_masks(masks, rows):
+    """Yield the mask of each of the rows, bool (H, W), or None if it cannot be read.
 
-    Returns a grayscale PIL image, 0 to 255. In palette PNGs index 0 is background, in
-    images of zeros and ones 1 is object. OSError if there is none; see load_image.
+    masks: a MaskFolder, or arrays uint8 (H, W), 255 = object.
     """
-    path = Path(folder, name).with_suffix(".png")
-    # Opening a named pipe or a device would block.
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    image = load_image(path)
-    if image.mode == "P":
-        gray = np.uint8(np.asarray(image) > 0)
-    else:
-        gray = np.asarray(to_8_bits(image).convert("L"))
-    return Image.fromarray(gray * 255 if gray.max() <= 1 else gray)
-
-
-def true_masks(dataset, folder=None):
-    """Yield the mask of each image, bool (H, W), or None for an image without one.
-
-    They come from a folder of PNGs, or from the data set itself (toy). Pixels above half
-    of the mask's maximum are object, so that masks of 0/1 and 0/255 both work.
-    """
-    for i in range(len(dataset)):
+    errors = []
+    for i in rows:
         try:
-            if folder:
-                mask = np.asarray(read_mask(folder, dataset.names[i]))
-            else:
-                mask = dataset.masks[i]
-            yield mask > mask.max() / 2
+            yield masks[i] > 127
         # Missing, or not an image: decoders raise OSError, SyntaxError, ValueError.
-        except Exception:
+        except Exception as error:
+            errors.append(error)
             yield None
+    if errors:
+        log_line(f"{len(errors)} masks are missing or refused, the first: {errors[0]}")
 
 
 def quality(maps, truth):
     """Compare maps (h, w) with true masks, an iterable of bool (H, W) or None.
 
     Returns {"IoU", "CorLoc", "AUROC": mean in percent, "images": number}. Images whose
-    mask is missing, empty or full are skipped; ValueError if none is left.
+    mask is missing, empty or full are skipped, and pixels that a masked array leaves out.
+    ValueError if none is left.
     """
     scores = []
     for m, mask in zip(maps, truth, strict=True):
         if mask is None or mask.all() or not mask.any():
             continue
-        m = np.float32(m)
+        m, mask = np.float32(m), np.ma.asarray(mask)
         upsampled = torch.from_numpy(m)[None, None]
         upsampled = F.interpolate(upsampled, mask.shape, mode="bilinear")[0, 0].numpy()
         # As in TokenCut, the threshold is the mean of the map before upsampling.
         region = upsampled > m.mean()
         iou = (region & mask).sum() / (region | mask).sum()
-        scores.append((iou, is_localized(m, mask), auroc(upsampled, mask)))
+        valid = ~np.ma.getmaskarray(mask)
+        area = auroc(upsampled[valid], mask.data[valid])
+        scores.append((iou, is_localized(m, mask.filled(False)), area))
     if not scores:
         raise ValueError(
             "--masks: no image has a mask with both object and background; "
@@ -90,7 +71,7 @@ def is_localized(m, mask):
 
 
 def auroc(values, mask):
-    """Area under the ROC curve of values (H, W): how often one inside is above one outside.
+    """Area under the ROC curve: how often a value in the mask is above one outside.
 
     Ties count half.
     """

@@ -37,7 +37,8 @@ def normalize_maps(chunk):
     chunk: (rows, h, w) of any real type. Returns float16 (rows, h, w), flat and failed:
     bool (rows,).
     """
-    m = torch.from_numpy(np.array(chunk, dtype=np.float64, order="C")).flatten(1)
+    m = np.ma.asarray(chunk).astype(np.float64).filled(np.nan)
+    m = torch.from_numpy(np.ascontiguousarray(m)).flatten(1)
     failed = ~m.isfinite().all(dim=1)
     m[failed] = 0
     m = normalize_map(m)
@@ -49,9 +50,10 @@ def normalize_maps(chunk):
 def save_maps(path, maps, dataset, method, **settings):
     """Write NAME.npy (= path) and NAME.json, each under a temporary name first.
 
-    maps: array (n, h, w) of any real type, may be memory-mapped. Each map is min-max
-    normalized over the whole image; flat (max - min <= 1e-5 max|M|) and failed (not
-    finite) maps become zeros and are listed. settings: plain types, for the manifest.
+    maps: array (n, h, w) of any real type; memory-mapped, NumPy's masked and zarr's will
+    do. Each map is min-max normalized over the whole image; flat (max - min <= 1e-5 max|M|)
+    and failed ones (with NaN, inf or masked cells) become zeros and are listed. settings:
+    plain types, for the manifest.
     ValueError if the file name, or the shape or number of the maps is wrong.
     """
     rows = max(1, CHUNK // max(1, math.prod(maps.shape[1:])))

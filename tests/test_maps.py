@@ -24,8 +24,9 @@ import attg.maps
 import object_discovery
 from attg.datasets import open_data
 from attg.map_job import SquashedImages, run_job
-from attg.map_quality import peak_component, quality, read_mask, true_masks
+from attg.map_quality import peak_component, quality, true_masks
 from attg.maps import load_maps, save_maps
+from attg.masks import MaskFolder
 from tests.fuzz import RANDOM, damage, png, within
 from tests.helpers import make_images, noise, write
 from tests.processes import Process, command, ranks
@@ -111,6 +112,25 @@ def test_save_maps_errors(images, tmp_path):
     with pytest.raises(TypeError):
         save_maps(path, some_maps() ** 2, images, "x", bad=object())
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+class Lazy:
+    """An array without len(), such as zarr's."""
+
+    def __init__(self, array):
+        self.array, self.shape = array, array.shape
+
+    def __getitem__(self, rows):
+        return self.array[rows]
+
+
+def test_maps_with_masked_cells(images, tmp_path):
+    """They are not finite, whatever their fill value."""
+    maps = np.ma.array(some_maps(), mask=False)
+    maps[1, 2, 3] = np.ma.masked
+    save_maps(tmp_path / "m.npy", Lazy(maps), images, "x")
+    loaded, manifest = load_maps(tmp_path / "m.npy", images)
+    assert manifest["failed"] == [1] and not loaded[1].any() and loaded[0].any()
 
 
 @given(st.booleans(), RANDOM)
@@ -214,25 +234,97 @@ def test_quality_of_maps_smaller_than_their_masks():
         quality([mask], [None])
 
 
-def test_masks(images, tmp_path):
-    """8 and 16 bits, 0 and 1, palettes; pipes, huge files and missing ones are none."""
-    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
-    write(tmp_path / "0.png", Image.fromarray(ramp))
-    got = np.asarray(read_mask(tmp_path, "0.jpg"), float)
-    assert abs(got - ramp / 257).max() <= 1
-    write(tmp_path / "1.png", Image.fromarray(np.uint8(ramp > 30000)))
-    assert np.array_equal(read_mask(tmp_path, "1.jpg"), 255 * (ramp > 30000))
-    palette = Image.fromarray(np.uint8([[0, 0, 3], [0, 2, 1]]), "P")
-    palette.putpalette([0, 0, 0] * 256)
-    write(tmp_path / "2.png", palette)
-    want = [[0, 0, 255], [0, 255, 255]]
-    assert np.asarray(read_mask(tmp_path, "2.jpg")).tolist() == want
+OBJECT = np.zeros((8, 8), int)
+OBJECT[2:6, 3:7] = 1
+IDS = OBJECT * (1 + np.arange(8) % 2)  # of two objects
+BORDER = np.where(np.roll(OBJECT, 1, 0) > OBJECT, 255, IDS)
+SOFT = np.arange(64).reshape(8, 8) ** 2 % 251
+
+
+def colored(x, *colors):
+    return Image.fromarray(np.uint8(colors)[x])
+
+
+def indexed(x):
+    image = Image.fromarray(np.uint8(x))
+    image.putpalette(range(255, -1, -1))
+    return image
+
+
+def gray(x, dtype=np.uint8):
+    return Image.fromarray(x.astype(dtype))
+
+
+ENCODINGS = {  # image, the map as parts of 1, words of the rule
+    "0 and 1": (gray(OBJECT), OBJECT, "object is 1"),
+    "0 and 255": (gray(255 * OBJECT), OBJECT, "object is 255"),
+    "1 bit": (gray(OBJECT, bool), OBJECT, "object is 1"),
+    "1 and 2": (gray(1 + OBJECT), OBJECT, "object is 2"),
+    "palette": (indexed(OBJECT), OBJECT, "any but 0"),
+    "palette, white first": (indexed(1 - OBJECT), OBJECT, "any but 1"),
+    "palette with ids": (indexed(BORDER), OBJECT, "any but 0, 255 is ignored"),
+    "gray ids": (gray(BORDER), OBJECT, "any but 0, 255 is ignored"),
+    "two colors": (
+        colored(OBJECT, (192, 128, 128), (128, 0, 0)),
+        OBJECT,
+        "any but 0xC08080",
+    ),
+    "colors": (
+        colored(IDS, (0, 0, 0), (128, 0, 0), (0, 128, 0)),
+        OBJECT,
+        "0xE0E0C0 is ignored",
+    ),
+    "soft": (gray(SOFT), SOFT / 255, "parts of 255"),
+    "soft, RGB": (gray(SOFT).convert("RGB"), SOFT / 255, "parts of 255"),
+    "16 bits": (gray(SOFT * 257, np.uint16), SOFT / 255, "parts of 65535"),
+    "16 bits, small": (
+        gray(SOFT * 9, np.uint16),
+        SOFT / SOFT.max(),
+        f"of {9 * SOFT.max()}",
+    ),
+}
+for mode in ("RGBA", "LA"):
+    ENCODINGS[mode] = Image.new(mode, (8, 8), "white"), OBJECT, "alpha"
+    ENCODINGS[mode][0].putalpha(gray(255 * OBJECT))
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_encodings_of_masks(name, images, tmp_path):
+    image, want, rule = ENCODINGS[name]
+    for i in range(5):
+        write(tmp_path / f"{i}.png", image)
+    masks = MaskFolder(tmp_path, images)
+    assert rule in masks.rule and str(tmp_path) in masks.rule
+    assert np.abs(masks[3].filled(0) / 255 - want).max() < 0.01
+    assert np.array_equal(masks[3].mask, (BORDER == 255) & ("ids" in name))
+
+
+def test_masks_that_need_a_flag_or_are_refused(images, tmp_path, capsys):
+    trimap = 2 - OBJECT
+    trimap[2] = 3
+    for i in range(3):
+        write(tmp_path / f"{i}.png", gray(trimap))
+    with pytest.raises(ValueError, match="--masks .*trimaps.*--mask_values 1"):
+        MaskFolder(tmp_path, images)
+    masks = MaskFolder(tmp_path, images, ("1",))
+    assert np.array_equal(masks[2] > 0, trimap == 1)
+    # Of another shape than the image, a pipe, a huge one
+    write(tmp_path / "2.png", gray(trimap[:7]))
     os.mkfifo(tmp_path / "3.png")
     (tmp_path / "4.png").write_bytes(png(10**5, 10**4, row=b"", rows=1))
     with within(10):
-        masks = list(true_masks(images, tmp_path))
-    assert [mask is None for mask in masks] == [False] * 3 + [True] * 2
-    assert np.array_equal(masks[0], ramp // 256 > 127)
+        read = list(true_masks(masks, range(5)))
+    assert [mask is None for mask in read] == [False, False, True, True, True]
+    printed = capsys.readouterr().out
+    assert "3 masks are missing or refused" in printed
+    assert "2.png: 8 x 7, but the image is 40 x 40" in printed
+
+
+def test_ignored_pixels_are_left_out_of_the_quality():
+    mask = np.ma.array(OBJECT > 0, mask=np.roll(OBJECT, 2, 0) > OBJECT)
+    m = np.where(mask.mask, 1, OBJECT)  # wrong where it does not count
+    q = quality([m], [mask])
+    assert q["IoU"] == q["AUROC"] == 100
 
 
 # -- The job ---------------------------------------------------------------------------
