@@ -536,10 +536,13 @@ def main(argv=None, data=None):
     with processes(settings.device, settings.timeout) as dist_info:
         _, rank, world = dist_info
         dataset = open_data(data, "train", **options)
+        if rank == 0:
+            log_line(f"data {settings.data}, train split: {len(dataset):,} images")
         with exclusive_run(f"{out}.lock", f"--out {out}", rank, world):
             if settings.masks:
                 masks = MaskFolder(settings.masks, dataset, settings.mask_values)
-                log_line(masks.rule)
+                if rank == 0:
+                    log_line(masks.rule)
             make_maps(settings, dataset, masks, dist_info)
     if rank:
         return {}

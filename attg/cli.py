@@ -16,6 +16,7 @@ import numbers
 import os
 import signal
 import sys
+import time
 import traceback
 import types
 import typing
@@ -197,14 +198,36 @@ def log_line(text):
         sys.stdout.flush()
 
 
-def progress(steps, **options):
-    """The steps under tqdm's progress bar, in a terminal and if tqdm is installed."""
-    if find_spec("tqdm") is None:
-        return steps
-    from tqdm import tqdm
+def progress(steps, total=None, desc=None, **options):
+    """The steps under a progress bar in a terminal that has tqdm, else with log lines.
 
-    # disable=None shows the bar in terminals only.
-    return tqdm(steps, **({"disable": None, "leave": False} | options))
+    Rank 0 alone shows either. The first line comes after 5 s, the next after twice as
+    long, up to 5 minutes; without desc there is none. total: by default len(steps).
+    options: further ones of tqdm.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return steps
+    if sys.stderr.isatty() and find_spec("tqdm") is not None:
+        from tqdm import tqdm
+
+        return tqdm(steps, total=total, desc=desc, leave=False, **options)
+    if desc is None:
+        return steps
+    return log_steps(steps, len(steps) if total is None else total, desc)
+
+
+def log_steps(steps, total, desc):
+    """Yield the steps and log how many are done, see progress."""
+    start, wait = time.monotonic(), 5
+    due = start + wait
+    for done, step in enumerate(steps):
+        now = time.monotonic()
+        if done and now >= due:
+            left = (now - start) / done * (total - done)
+            log_line(f"{desc}: {done} of {total}, {left:.0f} s left")
+            wait = min(2 * wait, 300)
+            due = now + wait
+        yield step
 
 
 def print_table(rows):

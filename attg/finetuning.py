@@ -120,7 +120,7 @@ def fit(
     model.train()
 
     losses = []  # of this epoch, on the device
-    bar = {"initial": start, "total": total_steps, "disable": rank != 0 or None}
+    bar = {"initial": start, "total": total_steps}
     for step in progress(range(start, total_steps), **bar):
         warmup_steps = settings.warmup_epochs * epoch_steps
         # min_lr is added to the whole schedule, warm-up included.

@@ -66,7 +66,11 @@ def run_job(compute, images, grid, settings, options, dist_info):
     settings = json.loads(json.dumps(settings))
     if path.is_file() and path.with_suffix(".json").is_file() and not folder.is_dir():
         manifest = read_manifest(path)
-        return check_settings(path, settings, manifest | manifest["settings"])
+        check_settings(path, settings, manifest | manifest["settings"])
+        if not images.dataset.matches(manifest["fingerprint"]):
+            message = "made for other images; delete it, or choose another --out"
+            raise ValueError(f"--out {path}: {message}")
+        return
     blocks = torch.arange(len(images)).split(options.batch_size)
     files = [folder / str(number) for number in range(len(blocks))]
     job = settings | {"batch_size": options.batch_size}
@@ -77,8 +81,7 @@ def run_job(compute, images, grid, settings, options, dist_info):
     missing = {file: rows.tolist() for file, rows in shard if not file.exists()}
     workers = default_workers(device) if options.workers is None else options.workers
     loader = make_loader(images, batch_sampler=list(missing.values()), workers=workers)
-    # None: in terminals only.
-    bar = {"total": len(missing), "desc": "maps", "disable": True if rank else None}
+    bar = {"total": len(missing), "desc": f"maps, blocks of {options.batch_size}"}
     for file, (imgs, readable) in progress(zip(missing, loader, strict=True), **bar):
         m = normalize_map(compute(imgs.to(device)).float().flatten(1)).cpu()  # (B, L)
         # write_maps lists NaN as failed; zeros would count as flat.

@@ -5,6 +5,7 @@ Flags generated from dataclasses, their ranges, and how a program exits: attg/cl
 import ast
 import dataclasses
 import importlib
+import itertools
 import math
 import os
 import re
@@ -222,10 +223,19 @@ def test_closed_pipe(code):
     assert run.returncode == 141
 
 
-def test_without_tqdm(monkeypatch):
-    assert list(progress(range(3), desc="x")) == [0, 1, 2]
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    """Lines after 5 s and after twice as long, on rank 0 and with a description."""
+    monkeypatch.setattr(
+        sys.modules["attg.cli"].time, "monotonic", itertools.count().__next__
+    )
+    assert list(progress(range(20), desc="maps")) == list(range(20))
+    assert capsys.readouterr().out.splitlines() == [
+        "maps: 4 of 20, 20 s left",
+        "maps: 14 of 20, 6 s left",
+    ]
     steps = range(3)
+    assert progress(steps) is steps
+    monkeypatch.setenv("RANK", "1")
     assert progress(steps, desc="x") is steps
 
 

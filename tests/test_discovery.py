@@ -172,7 +172,7 @@ ERRORS = {  # flags: what the message names
     "--method masks": "--masks folder",
     f"{PIXELS} --out unlike.npy --masks empty": "--masks mask",
     f"{PIXELS} --out m.pt": "--out m.pt .npy",
-    f"{PIXELS} --out old.npy --data more/data": "other data",
+    f"{PIXELS} --out old.npy --data more/data": "--out old.npy other delete",
     f"{PIXELS} --out old.npy --affinity_threshold 0.4": "--out old.npy 0.2 0.4 delete",
     f"{PIXELS} --max_pixels 9": "finite --max_pixels 00.png",
 }

@@ -190,7 +190,14 @@ def test_map_files_without_a_version_load(images, tmp_path):
     file.write_text(json.dumps(manifest))
     maps, manifest = load_maps(path, images)
     assert maps.shape == (5, 7, 9)
-    assert manifest["settings"] == {"sign": "max", "affinity_threshold": 0.3}
+    settings = {"sign": "max", "affinity_threshold": 0.3}
+    assert manifest["settings"] == settings
+    # A job with these settings has nothing to do, one with others is refused.
+    job(path, images, None, method="tokencut", threshold=None, **settings)
+    with pytest.raises(
+        ValueError, match=f"--out {path}: .*affinity_threshold 0.3, not"
+    ):
+        job(path, images, None, method="tokencut", affinity_threshold=0.4)
 
 
 # -- Quality ---------------------------------------------------------------------------
@@ -368,6 +375,11 @@ def test_interrupted_jobs_resume(images, tmp_path, capsys):
     with pytest.raises(ValueError, match=f"--out .*fingerprint .*{remedy}"):
         job(out, other, stopping)
     job(out, images, stopping)
+    # The map file of other images, as after one was added
+    with pytest.raises(
+        ValueError, match="--out .*maps.npy: made for other .* delete it"
+    ):
+        job(out, other, stopping)
     assert len(calls) == 5 + 2 and files_of(out) == files_of(tmp_path / "whole.npy")
     assert "3 of 5 blocks" in capsys.readouterr().out
     assert len(list(tmp_path.iterdir())) == 4
