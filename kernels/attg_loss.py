@@ -105,7 +105,8 @@ def crop_map(
     x0, y0, x1, y1 = boxes.float().unbind(1)
     rows = _pooling(y0 * H, y1 * H, H, grid[0])  # (B, h, H)
     columns = _pooling(x0 * W, x1 * W, W, grid[1])  # (B, w, W)
-    pooled = rows @ maps.float() @ columns.mT  # (B, h, w)
+    with torch.autocast(maps.device.type, enabled=False):
+        pooled = rows @ maps.float() @ columns.mT  # (B, h, w)
     if flips is not None:
         pooled = torch.where(flips[:, None, None], pooled.flip(-1), pooled)
     return pooled.flatten(1)
@@ -121,11 +122,9 @@ def _pooling(start, end, size, parts):
     number = step.ceil().clamp(min=1)
     i = torch.arange(math.ceil(size / parts) + 1, device=start.device)
     part = torch.arange(parts, device=start.device)[:, None]
-    at = (
-        start[:, None, None] + (part + (i + 0.5) / number) * step
-    )  # (B, parts, samples)
+    at = start[:, None, None] + (part + (i + 0.5) / number) * step
     # Centers of cells are at 0.5, 1.5 ... Beyond them a map is level.
-    at = (at - 0.5).clamp(0, size - 1)
+    at = (at - 0.5).clamp(0, size - 1)  # (B, parts, samples)
     cell = torch.arange(size, device=start.device)
     near = (1 - (at[..., None] - cell).abs()).clamp(min=0)  # (B, parts, samples, size)
     return (near * (i < number)[..., None]).sum(dim=2) / number
