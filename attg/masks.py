@@ -85,7 +85,13 @@ class MaskFolder:
         """Choose the rule by all sampled values, and those on the border; describe it."""
         is_gray = self.kind == "gray"
         if mask_values:
-            self.listed = {int(value, 0) for value in mask_values}
+            try:
+                self.listed = {int(value, 0) for value in mask_values}
+            except ValueError as error:
+                message = (
+                    f"--mask_values {' '.join(mask_values)}: give 1, 255, 0xC08080 ..."
+                )
+                raise ValueError(message) from error
             return "object is {listed}"
         if self.has_alpha:
             self.scale = 255

@@ -313,6 +313,8 @@ def test_masks_that_need_a_flag_or_are_refused(images, tmp_path, capsys):
         write(tmp_path / f"{i}.png", gray(trimap))
     with pytest.raises(ValueError, match="--masks .*trimaps.*--mask_values 1"):
         MaskFolder(tmp_path, images)
+    with pytest.raises(ValueError, match="--mask_values x: "):
+        MaskFolder(tmp_path, images, ("x",))
     masks = MaskFolder(tmp_path, images, ("1",))
     assert np.array_equal(masks[2] > 0, trimap == 1)
     # Of another shape than the image, a pipe, a huge one
