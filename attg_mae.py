@@ -653,8 +653,7 @@ def train(cfg, data=None, on_log=None):
         model = build_model(cfg).to(device)
         load_initial(model, run, checkpoint, sincos_table)
         if cfg.epochs == 0:
-            step = checkpoint["step"] if checkpoint else 0
-            save_examples(model, run, step, mask_noise, model_inputs, pool_maps)
+            save_examples(model, run, checkpoint, model_inputs, pool_maps)
             return result(run, step=0)
 
         groups = param_groups(model, cfg.weight_decay)
@@ -683,8 +682,7 @@ def train(cfg, data=None, on_log=None):
                 return trainer.stop(step + 1)
 
         metrics = trainer.finish()
-        step = run.total_steps
-        save_examples(model, run, step, mask_noise, model_inputs, pool_maps)
+        save_examples(model, run, checkpoint, model_inputs, pool_maps)
         return metrics
 
 

@@ -56,11 +56,12 @@ def denormalize(imgs, cfg):
     return (imgs * std + mean).clamp(0, 1)
 
 
-def save_examples(model, run, step, draw_noise, model_inputs, pool_maps):
-    """Save reconstructions.png of eight training images, evenly spaced, after a step.
+def save_examples(model, run, checkpoint, model_inputs, pool_maps):
+    """Save reconstructions.png of eight training images, evenly spaced, after a run.
 
     image | map and weight, if any | masked | reconstruction | error. run:
-    attg.trainer.Setup; the functions are attg_mae's.
+    attg.trainer.Setup; checkpoint: the one it resumed, or None; the functions are
+    attg_mae's.
     """
     if run.rank:
         return
@@ -69,7 +70,8 @@ def save_examples(model, run, step, draw_noise, model_inputs, pool_maps):
     out.mkdir(parents=True, exist_ok=True)
     ids = evenly_spaced(run.train_set, 8)
     sample = default_collate([run.train_set[i] for i in ids])
-    noise = draw_noise(len(ids), cfg.grid, generator_for("masks", cfg.seed, 0))
+    generator = generator_for("masks", cfg.seed, 0)
+    noise = torch.rand(len(ids), math.prod(cfg.grid), generator=generator)
     maps = None
     if run.maps is not None:
         maps = torch.from_numpy(run.maps[sample.index.numpy()])
@@ -92,6 +94,8 @@ def save_examples(model, run, step, draw_noise, model_inputs, pool_maps):
     error = (completed - image).abs().mean(dim=1, keepdim=True)
     columns.append(("error (white 0.5)", (2 * error).clamp(0, 1)))
     path = out / "reconstructions.png"
+    # --epochs 0 draws what it reads.
+    step = checkpoint["step"] if checkpoint and not cfg.epochs else run.total_steps
     save_sheet(path, columns, f"{out.name}, step {step}")
     run.log.say(f"examples: {path}")
 
