@@ -528,7 +528,7 @@ try:
     from attg.kernels import attg_loss
     from attg.pretraining import TrainFlags, check_config, resolve
     from attg.trainer import Trainer, result, setup
-    from attg.weights import load_initial, load_weights, read_encoder
+    from attg.weights import encoder_config, load_initial, load_weights, read_weights
 except ModuleNotFoundError as error:
     if error.name.partition(".")[0] != "attg":
         raise
@@ -686,18 +686,20 @@ def train(cfg, data=None, on_log=None):
         return metrics
 
 
-def load_encoder(path_or_state_dict, heads=None, img_size=None):
+def load_encoder(
+    path_or_state_dict, heads=None, img_size=None, weights_key=None, weights_prefix=None
+):
     """Load a ViT in eval mode from a file of this project, MAE, DINO, timm or HF.
 
     Its .cfg.mean and .cfg.std are ImageNet's unless the file has others (many ViTs of timm
-    and HF want 0.5 and 0.5). heads: for widths of no standard ViT. img_size: int or (height,
-    width) if not the file's; positions are resized. ValueError if there is no encoder.
+    and HF want 0.5 and 0.5). heads, img_size, an int or (height, width): instead of the
+    file's. weights_key, weights_prefix: see --help. ValueError if there is no encoder.
     """
     if MISSING:
         raise ModuleNotFoundError(MISSING)
-    cfg, weights, name = read_encoder(Config, path_or_state_dict, heads, img_size)
-    model = ViT(cfg)
-    load_weights(model, weights, name, sincos_table)
+    weights = read_weights(path_or_state_dict, weights_key, weights_prefix)
+    model = ViT(encoder_config(Config, weights, sincos_table, heads, img_size))
+    load_weights(model, weights, sincos_table)
     return model.eval()
 
 

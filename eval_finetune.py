@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
     ignore_sigint_during_import()
 
+import copy
 import dataclasses
 import functools
 
@@ -27,7 +28,7 @@ from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
 from attg.cli import DataFlags, RunFlags, flag, parse, run_cli
-from attg.evaluation import EvalFlags, LabelFlags, evaluate
+from attg.evaluation import EvalFlags, LabelFlags, evaluate, open_encoder
 from attg.finetuning import RecipeFlags, fit, open_training, score
 from attg.images import seed_for
 from attg_mae import ViT, load_encoder, lr_at
@@ -53,9 +54,12 @@ class Classifier(ViT):
 
     def __init__(self, encoder, num_classes, drop_path):
         super().__init__(encoder.cfg)
-        self.load_state_dict(encoder.state_dict())
+        encoder = copy.deepcopy(encoder)
+        self.cls_token, self.pos_embed = encoder.cls_token, encoder.pos_embed
+        self.patch_embed, self.blocks = encoder.patch_embed, encoder.blocks
         self.norm = nn.Identity()
-        self.fc_norm = nn.LayerNorm(self.cfg.width, eps=1e-6)
+        fresh = nn.LayerNorm(self.cfg.width, eps=1e-6)
+        self.fc_norm = getattr(encoder, "fc_norm", fresh)
         self.head = nn.Linear(self.cfg.width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
@@ -158,7 +162,7 @@ RECIPES = {24: VIT_LARGE, 32: VIT_HUGE}  # by the encoder's depth
 
 def finetune(settings, data, dist_info):
     """Results of a fine-tuned encoder."""
-    encoder = load_encoder(settings.checkpoint, img_size=settings.img_size)
+    encoder = open_encoder(load_encoder, settings, only_files=True)
     cfg, after = encoder.cfg, rand_augment(encoder.cfg.mean)
     recipe = RECIPES.get(cfg.depth, VIT_BASE)
     train_set, tests = open_training(cfg, settings, data, recipe, 128, dist_info, after)

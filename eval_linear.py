@@ -23,6 +23,7 @@ if __name__ == "__main__":
     ignore_sigint_during_import()
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -43,8 +44,9 @@ from attg.evaluation import (
     fill,
     labeled_features,
     mean_and_deviation,
+    open_encoder,
 )
-from attg.features import FEATURES
+from attg.features import FEATURES, pool_tokens
 from attg.finetuning import RecipeFlags, fit, open_training, score, topk_correct
 from attg.images import seed_for
 from attg_mae import load_encoder, lr_at
@@ -238,6 +240,7 @@ class Probe(nn.Module):
         super().__init__()
         self.normalize = encoder.normalize
         self.tokens = encoder.forward_features
+        self.pool = functools.partial(pool_tokens, encoder)
         width = encoder.cfg.width
         self.norm = nn.BatchNorm1d(2 * width, eps=1e-6, affine=False)
         self.heads = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(2))
@@ -250,7 +253,7 @@ class Probe(nn.Module):
             tokens = self.tokens(imgs).float()  # (B, N, D)
         # The probe and its statistics are fp32 in any precision.
         with torch.autocast(imgs.device.type, enabled=False):
-            features = torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
+            features = torch.cat(self.pool(tokens), dim=1)
             class_token, patch_mean = self.norm(features).chunk(2, dim=1)  # (B, D)
             logits = self.heads[0](class_token), self.heads[1](patch_mean)
             return torch.stack(logits)  # (F, B, C)
@@ -271,7 +274,7 @@ RECIPES = {24: VIT_LARGE, 32: VIT_LARGE}  # by the encoder's depth
 
 def probe_mae(settings, data, dist_info):
     """Results of MAE's probe."""
-    encoder = load_encoder(settings.checkpoint, img_size=settings.img_size)
+    encoder = open_encoder(load_encoder, settings)
     encoder = encoder.to(dist_info[0])
     cfg = encoder.cfg
     recipe = RECIPES.get(cfg.depth, VIT_BASE)

@@ -28,7 +28,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from attg.cli import DataFlags, RunFlags, check_unused, flag, parse, progress, run_cli
-from attg.evaluation import EvalFlags, evaluate
+from attg.evaluation import EvalFlags, evaluate, open_encoder
 from attg.features import FEATURES
 from attg.images import MODES, load_image, to_8_bits
 from attg.weights import resize_positions
@@ -178,7 +178,7 @@ def evaluate_retrieval(settings, data, dist_info):
     if rank != 0:
         return []  # rank 0 works alone
     truth = load_ground_truth(settings.gnd)
-    encoder = load_encoder(settings.checkpoint).to(device)
+    encoder = open_encoder(load_encoder, settings, True, img_size=None).to(device)
     longest = settings.img_size or max(encoder.cfg.size)
     names = truth["imlist"] + truth["qimlist"]
     paths = [Path(settings.data, f"{name}.jpg") for name in names]

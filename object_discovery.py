@@ -40,10 +40,11 @@ import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from attg.checkpoint import load_checkpoint
+from attg.backbones import is_named, load_cnn, open_backbone, weights_sha256
 from attg.cli import (
     DataFlags,
     RunFlags,
+    WeightFlags,
     check_unused,
     flag,
     log_line,
@@ -335,6 +336,9 @@ def download(url, remedy):
 
 def vit(settings, device):
     """A Vision Transformer: the cut of its last keys, or its last class attention."""
+    if is_named(settings.backbone):
+        model = open_backbone(settings.backbone, settings.img_size)
+        return vit_backbone(model, settings, device, weights_sha256(model))
     path = Path(settings.backbone)
     if settings.backbone in DINO:
         url = DINO_URL.format(DINO[settings.backbone])
@@ -342,21 +346,38 @@ def vit(settings, device):
     if not path.is_file():
         raise ValueError(
             f"--backbone {path}: no such file; choose from {', '.join(DINO)}, pixels, or "
-            "a checkpoint of this project, MAE, DINO, timm or Hugging Face"
+            "timm:NAME, hf:NAME, or a file of this project, MAE, DINO, timm, Hugging Face"
         )
-    model = load_encoder(str(path), img_size=settings.img_size).to(device)
-    cfg = model.cfg
+    options = {name: getattr(settings, name) for name in ("img_size", *VIT_FLAGS)}
+    model = load_encoder(str(path), **options)
+    return vit_backbone(model, settings, device, sha256(path))
+
+
+def vit_backbone(model, settings, device, checksum):
+    """The Backbone of this project's ViT, or of a NamedViT."""
+    cfg, is_ours = model.cfg, hasattr(model, "last_qkv")
+    if settings.method == "dino" and not is_ours:
+        # An error for a model without class token comes before the images.
+        model.class_attention(torch.zeros(1, cfg.in_chans, *cfg.size))
+    model = model.to(device)
 
     @torch.no_grad()
     def maps(imgs):
-        q, k, _ = model.last_qkv(normalize(imgs, cfg))  # (B, H, 1 + L, d)
+        imgs = normalize(imgs, cfg)
+        if is_ours:
+            q, k, _ = model.last_qkv(imgs)  # (B, H, 1 + L, d)
         if settings.method == "dino":
-            return class_attention(q, k).unflatten(1, cfg.grid)
-        # Heads concatenated, without the class token.
-        keys = k[:, :, 1:].transpose(1, 2).flatten(2)  # (B, L, H * d)
+            m = class_attention(q, k) if is_ours else model.class_attention(imgs)
+            return m.unflatten(1, cfg.grid)
+        # Heads concatenated, without the class token: (B, L, H * d).
+        keys = (
+            k[:, :, 1:].transpose(1, 2).flatten(2)
+            if is_ours
+            else model.patch_keys(imgs)
+        )
         return cut_maps(keys, cfg.grid, settings)
 
-    about = {"sha256": sha256(path), "mean": cfg.mean, "std": cfg.std}
+    about = {"sha256": checksum, "mean": cfg.mean, "std": cfg.std}
     return Backbone(maps, cfg.size, cfg.grid, about)
 
 
@@ -386,15 +407,17 @@ def cnn(settings, device):
     """A torchvision classifier: Grad-CAM of its last stage, or the cut at stride 16."""
     name, path = settings.backbone, settings.weights
     is_cam, side = settings.method == "gradcam", settings.img_size or 224
-    model = torchvision.models.get_model(name).to(device).eval().requires_grad_(False)
     if not path:
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
         path = download(url, "name a file of its weights: --weights FILE")
+    names = settings.weights_key, settings.weights_prefix
     try:
-        model.load_state_dict(load_checkpoint(path))
-    except RuntimeError as error:
-        message = f"--weights {path}: not torchvision's {name} ({error})"
-        raise ValueError(message) from error
+        model, has_classifier = load_cnn(name, path, *names)
+    except ValueError as error:
+        raise ValueError(f"--weights of {name}: {error}") from error
+    if is_cam and not has_classifier:
+        raise ValueError(f"--weights {path}: no classifier, which gradcam needs")
+    model = model.to(device)
     extract = create_feature_extractor(model, {CNNS[name][is_cam]: "x"})
     head = list(model.children())[-1]
     classify = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
@@ -423,17 +446,19 @@ def own_masks(settings, device):
 
 METHODS = ("tokencut", "dino", "gradcam", "masks")
 CUT_FLAGS = ("affinity_threshold", "objects", "sign")
+VIT_FLAGS = ("heads", "weights_key", "weights_prefix")
 
 
 @dataclasses.dataclass(kw_only=True)
-class Settings(DataFlags, RunFlags):
+class Settings(DataFlags, WeightFlags, RunFlags):
     """Flags of the command line."""
 
     method: str = flag("tokencut", "where the maps come from", choices=METHODS)
     backbone: str | None = flag(
         None,
-        f"{', '.join(DINO)}, a checkpoint; {', '.join(CNNS)} (tokencut, gradcam); "
-        "pixels (tokencut) [dino_vits16, for gradcam resnet50]",
+        f"{', '.join(DINO)}, a file, timm:NAME, timm:NAME@FILE, hf:NAME; "
+        f"{', '.join(CNNS)} (tokencut, gradcam); pixels (tokencut) "
+        "[dino_vits16, for gradcam resnet50]",
     )
     weights: str | None = flag(
         None, f"file with weights of {', '.join(CNNS)} [downloaded from torchvision]"
@@ -462,6 +487,7 @@ class Settings(DataFlags, RunFlags):
     img_size: int | None = flag(
         None, "input size in pixels [the checkpoint's, else 224]", 1, 8192
     )
+    heads: int | None = flag(None, "of a ViT [by its file or width]", 1, 1024)
     batch_size: int = flag(64, "images in a block of work", 1, 10**7)
     show: int = flag(0, "save a sheet of this many examples", 0, 10**4)
 
@@ -476,6 +502,10 @@ def resolve(settings):
     unused += () if backbone in CNNS else ("weights",)
     unused += ("backbone", "img_size") if method == "masks" else ()
     unused += () if settings.masks else ("mask_values",)
+    if backbone in (None, "pixels") or is_named(backbone):
+        unused += VIT_FLAGS
+    elif backbone in CNNS:
+        unused += ("heads",)
     reason = f"--method {method} --backbone {backbone} does not use it"
     check_unused(settings, unused, reason)
     if settings.sign is None:

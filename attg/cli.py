@@ -57,6 +57,14 @@ class DataFlags:
 
 
 @dataclasses.dataclass(kw_only=True)
+class WeightFlags:
+    """Weights of other code bases."""
+
+    weights_key: str | None = flag(None, "their entry in the file [see docs]")
+    weights_prefix: str | None = flag(None, "of their names, if there are several")
+
+
+@dataclasses.dataclass(kw_only=True)
 class RunFlags:
     """Running."""
 

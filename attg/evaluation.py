@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from attg.cli import check_unused, flag, make_folder, print_table
+from attg.backbones import is_named, open_backbone, weights_sha256
+from attg.cli import WeightFlags, check_unused, flag, make_folder, print_table
 from attg.datasets import open_labeled, resolve_dataset, shot_indices
 from attg.distributed import exclusive_run, processes
 from attg.features import SOURCE, make_features, read_features
@@ -22,13 +23,17 @@ from attg.loader import default_workers
 
 
 @dataclasses.dataclass(kw_only=True)
-class EvalFlags:
+class EvalFlags(WeightFlags):
     """Evaluation."""
 
     checkpoint: str | None = flag(
-        None, "file with an encoder", positional=True, resume="free"
+        None,
+        "file with an encoder, timm:NAME or hf:NAME",
+        positional=True,
+        resume="free",
     )
     img_size: int | None = flag(None, "in pixels [the checkpoint's]", 1, 8192)
+    heads: int | None = flag(None, "of the encoder [by its file or width]", 1, 1024)
     out: str | None = flag(
         None,
         "append results to this file [PROGRAM.jsonl beside the input]",
@@ -76,7 +81,9 @@ def check_source(settings):
         raise ValueError("checkpoint: missing; give the file of an encoder")
     if "train" in getattr(settings, "val", ()):
         raise ValueError("--val train: this is the training set; choose test sets")
-    return Path(features or settings.checkpoint)
+    # Results of named models go to the current folder.
+    named = is_named(settings.checkpoint)
+    return Path(features or ("named" if named else settings.checkpoint))
 
 
 def fill(settings, **defaults):
@@ -95,19 +102,36 @@ def open_sets(settings, data, cfg, **options):
     return open_labeled(data, settings.val, cfg.size, channels=cfg.in_chans, **options)
 
 
+def open_encoder(load_encoder, settings, only_files=False, **options):
+    """The encoder that settings.checkpoint names; settings.sha256 is that of its weights.
+
+    load_encoder: attg_mae's; options replace its arguments.
+    """
+    source, names = settings.checkpoint, {"heads", "weights_key", "weights_prefix"}
+    if is_named(source):
+        if only_files:
+            raise ValueError(f"checkpoint {source}: this program takes files only")
+        check_unused(settings, names, "has no effect on timm: and hf:")
+        encoder = open_backbone(source, settings.img_size)
+        settings.sha256 = weights_sha256(encoder)
+        return encoder
+    settings.sha256 = sha256(source)
+    arguments = {name: getattr(settings, name) for name in {"img_size", *names}}
+    return load_encoder(source, **arguments | options)
+
+
 def labeled_features(load_encoder, settings, data, dist_info):
     """Features of the labeled training images, and {name: features} of the test sets.
 
     They are read from --features, whose SOURCE becomes that of the settings, or computed
-    with load_encoder(checkpoint, img_size=...). Each is a dict of features (n, D) and
-    "labels" (n,).
+    by the encoder. Each is a dict of features (n, D) and "labels" (n,).
     """
     if settings.features:
         parts = read_features(settings.features)
         for name, value in parts.pop("settings").items():
             setattr(settings, name, value)
     else:
-        encoder = load_encoder(settings.checkpoint, img_size=settings.img_size)
+        encoder = open_encoder(load_encoder, settings)
         train_set, tests = open_sets(settings, data, encoder.cfg)
         sets = {"train": train_set, **tests}
         parts = make_features(encoder.to(dist_info[0]), sets, settings, dist_info)
@@ -149,8 +173,6 @@ def evaluate(program, settings, protocol, data=None):
             raise ValueError(f"--show: {world} processes; use one, or leave it out")
         if rank == 0:
             check_outputs(settings)
-        if settings.checkpoint:
-            settings.sha256 = sha256(settings.checkpoint)
         fill(settings, workers=default_workers(device))
         save = getattr(settings, "save", None)
         lock = exclusive_run(f"{save}.lock", f"--save {save}", rank, world)

@@ -1,24 +1,16 @@
 """
-Export to Hugging Face transformers.
+Export to timm and to Hugging Face transformers.
 
-    model = to_hugging_face("out/NAME/last.pt")       # ViTMAEForPreTraining
-    model = to_hugging_face("out/NAME/encoder.pt")    # ViTModel without its pooler
-    model.save_pretrained("folder")
+    arguments = torch.load("out/NAME/encoder.pt")["timm"]
+    model = timm.create_model(**arguments, checkpoint_path="out/NAME/encoder.pt")
+
+    to_hugging_face("out/NAME/encoder.pt", "folder")
+    model = ViTModel.from_pretrained("folder", add_pooling_layer=False)
 """
 
-import re
+from attg.weights import HF_SETTINGS, read_weights, rename
 
-from attg.weights import read_weights, rename
-
-# Settings of Config -> those of Hugging Face.
-ENCODER = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "in_chans": "num_channels",
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "heads": "num_attention_heads",
-}
+# Settings of Config -> those of Hugging Face's ViTMAEConfig.
 DECODER = {
     "decoder_width": "decoder_hidden_size",
     "decoder_depth": "decoder_num_hidden_layers",
@@ -28,36 +20,61 @@ DECODER = {
 }
 
 
-def to_hugging_face(path):
+def timm_arguments(cfg):
+    """Keyword arguments of timm.create_model for the encoder of a Config."""
+    images = {"input_size": (cfg.in_chans, *cfg.size), "mean": cfg.mean, "std": cfg.std}
+    return {
+        "model_name": "vit_base_patch16_224",  # the sizes below replace its own
+        "img_size": cfg.size,
+        "patch_size": cfg.patch_size,
+        "in_chans": cfg.in_chans,
+        "embed_dim": cfg.width,
+        "depth": cfg.depth,
+        "num_heads": cfg.heads,
+        "num_classes": 0,
+        "pretrained_cfg_overlay": images,
+    }
+
+
+def to_hugging_face(path, folder=None):
     """Convert last.pt to ViTMAEForPreTraining, encoder.pt to ViTModel, in eval mode.
 
+    folder: where to save the model and preprocessor_config.json, for from_pretrained.
     ValueError for files of other projects, which lack this project's settings.
     """
     import transformers as hf
 
-    state, config, name = read_weights(path)
-    if config is None:
+    weights = read_weights(path)
+    state, config, name = weights.state, weights.settings, weights.name
+    if not weights.is_own:
         raise ValueError(
             f"{name}: not written by this project; give last.pt or encoder.pt of a run"
         )
-    settings = {new: config[old] for old, new in ENCODER.items()}
+    settings = {new: config[old] for old, new in HF_SETTINGS.items()}
     settings |= {"layer_norm_eps": 1e-6, "intermediate_size": 4 * config["width"]}
-    if "mask_token" in state:
+    sides = config["img_size"]
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    if "mask_token" not in state:
+        model = hf.ViTModel(hf.ViTConfig(**settings), add_pooling_layer=False)
+    elif height != width:
+        raise ValueError(f"{name}: ViTMAE takes squares, not {sides}; give encoder.pt")
+    else:
         settings |= {new: config[old] for old, new in DECODER.items()}
         settings["decoder_intermediate_size"] = 4 * config["decoder_width"]
         model = hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**settings))
-    else:
-        model = hf.ViTModel(hf.ViTConfig(**settings), add_pooling_layer=False)
 
     # Going by the model's keys works for the names of any version of transformers.
-    weights = model.state_dict()
-    for key in weights:
-        ours = rename(key)
-        part = re.search(r"attn\.([qkv])\.", ours)
-        if part:
-            qkv = state[ours.replace(part[0], "attn.qkv.")]
-            weights[key] = qkv.chunk(3)["qkv".index(part[1])]
-        else:
-            weights[key] = state[ours]
-    model.load_state_dict(weights)
+    for key in [key for key in state if ".qkv." in key]:
+        parts = zip("qkv", state[key].chunk(3), strict=True)
+        state |= {key.replace(".qkv.", f".{x}."): part for x, part in parts}
+    names = {key: rename(key.removeprefix("vit.")) for key in model.state_dict()}
+    missing = [ours for ours in names.values() if ours not in state]
+    if missing:
+        raise ValueError(f"{name}: lacks {missing[:3]}, which Hugging Face's model has")
+    model.load_state_dict({key: state[ours] for key, ours in names.items()})
+    if folder:
+        images = {"image_mean": config["mean"], "image_std": config["std"]}
+        images |= {"size": {"height": height, "width": width}, "resample": 3}  # bicubic
+        model.save_pretrained(folder)
+        hf.ViTImageProcessor(**images).save_pretrained(folder)
     return model.eval()

@@ -18,6 +18,7 @@ from attg.loader import make_loader
 FEATURES = ("class_token", "patch_mean")
 # Settings that determine the features; they are stored in the file of --save_features.
 SOURCE = ("checkpoint", "sha256", "data", "classes", "val", "img_size", "precision")
+SOURCE += ("heads", "weights_key", "weights_prefix")
 
 # -- Extraction ------------------------------------------------------------------------
 
@@ -28,16 +29,24 @@ def extract_features(model, loader, dtype=None):
 
     The tokens are those after the last norm. loader yields Samples; dtype: for autocast.
     """
-    device = model.cls_token.device
+    device = next(model.parameters()).device
     class_tokens, patch_means, labels = [], [], []
     for sample in progress(loader, desc="features"):
         imgs = model.normalize(sample.image.to(device))
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             tokens = model.forward_features(imgs).float()  # (B, 1 + L, D)
-        class_tokens.append(tokens[:, 0].cpu())
-        patch_means.append(tokens[:, 1:].mean(dim=1).cpu())
+        class_token, patch_mean = pool_tokens(model, tokens)
+        class_tokens.append(class_token.cpu())
+        patch_means.append(patch_mean.cpu())
         labels.append(sample.label)
     return torch.cat(class_tokens), torch.cat(patch_means), torch.cat(labels)
+
+
+def pool_tokens(model, tokens):
+    """Class tokens and means of the patch tokens, (B, D) each, of tokens (B, 1 + L, D)."""
+    # A fine-tuned encoder normalizes the mean (fc_norm of timm and mae), not the tokens.
+    norm = getattr(model, "fc_norm", lambda x: x)
+    return norm(tokens[:, 0]), norm(tokens[:, 1:].mean(dim=1))
 
 
 def extract_sharded(model, dataset, loader_args, dtype, rank, world):
@@ -147,7 +156,7 @@ def knn_classify(
 
 def knn_accuracy(model, train_set, test_set, loader_args, dtype, rank, world):
     """{feature: top-1 in percent} of the k-NN (k = 20) from train_set to test_set."""
-    device = model.cls_token.device
+    device = next(model.parameters()).device
     options = (loader_args, dtype, rank, world)
     *banks, labels = extract_sharded(model, train_set, *options)
     *queries, truth = extract_sharded(model, test_set, *options)

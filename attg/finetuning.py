@@ -197,6 +197,9 @@ def identity(settings, train_set):
 def save(path, model, optimizer, settings, step):
     """Write the file of --save."""
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    if hasattr(model, "cfg"):
+        # A fine-tuned encoder, for load_encoder.
+        states["config"] = dataclasses.asdict(model.cfg)
     save_checkpoint(path, **states, settings=settings, step=step)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from attg.cli import DataFlags, RunFlags, flag
+from attg.cli import DataFlags, RunFlags, WeightFlags, flag
 
 # Whether a resumed run may change a flag; see attg.cli.flag.
 FIXED, FREE = {"resume": "fixed"}, {"resume": "free"}
@@ -18,7 +18,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclasses.dataclass(kw_only=True)
-class TrainFlags(DataFlags, RunFlags):
+class TrainFlags(DataFlags, RunFlags, WeightFlags):
     """Training; epochs, batch size and lr by default follow the number of images."""
 
     # None stays None until `resolve`.

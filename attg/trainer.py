@@ -25,6 +25,7 @@ from attg.checkpoint import (
 from attg.cli import progress
 from attg.datasets import open_data, resolve_dataset
 from attg.distributed import all_reduce_sum, exclusive_run
+from attg.export import timm_arguments
 from attg.features import knn_accuracy
 from attg.figures import save_curves
 from attg.images import ImageData, generator_for
@@ -348,7 +349,8 @@ class Trainer:
             state = self.model.state_dict()
             encoder = {k: v for k, v in state.items() if not DECODER.match(k)}
             config = dataclasses.asdict(run.cfg)
-            save_checkpoint(out / "encoder.pt", model=encoder, config=config)
+            timm = timm_arguments(run.cfg)
+            save_checkpoint(out / "encoder.pt", model=encoder, config=config, timm=timm)
         run.log.say(f"encoder: {out / 'encoder.pt'}")
         metrics = self.evaluate(run.total_steps)
         if run.rank == 0:

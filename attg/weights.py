@@ -1,37 +1,53 @@
 """
-Reading weights of other code bases: the layouts of facebookresearch/mae, DINO, timm and
-Hugging Face are mapped to the names of this project, which are MAE's and timm's.
+Reading weights of other code bases: facebookresearch/mae, DINO, timm, Hugging Face, and
+whatever wraps their encoders. Their names become this project's, which are MAE's and timm's.
+
+The prefix of the patch embedding is that of the encoder, and what lies outside is left out.
+Sizes follow from the weights; grid, heads and eps from the settings in the file or from
+Hugging Face's config.json beside it. Where nothing tells the heads, they are guessed, and a
+line says so.
 """
 
 import dataclasses
+import json
 import math
 import re
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 
 from attg.checkpoint import load_checkpoint, load_state
+from attg.cli import log_line
 
-DECODER = re.compile("decoder|mask_token")
-CLASSIFIER = re.compile("head|fc_norm|pooler|classifier")
-POSITIONS = ("pos_embed", "decoder_pos_embed")
+# Entries of a file that may hold the weights; the first one found is taken. As in timm,
+# averaged weights come first.
+ENTRIES = ("state_dict_ema", "model_ema", "teacher", "target_encoder", "state_dict")
+ENTRIES += ("model", "model_state_dict", "module", "net")
+PATCH_EMBED = r"(patch_embed\.proj|(embeddings\.)?patch_embeddings\.projection)\.weight"
+DECODER = re.compile("decoder_|mask_token")
+# Names of this project's models. Others are refused, because they may change the features,
+# but for heads of any method, and networks with blocks of their own.
+KNOWN = re.compile(
+    r"(cls_token|pos_embed|patch_embed|blocks|norm|fc_norm)\b|decoder_|mask_"
+)
+HEAD = re.compile(r"\w*head|pooler|classifier|projector|predictor|embeddings\.mask")
+NETWORK = re.compile(r"(\w+)\..*\b(?:blocks|layers?)\.\d")
 # Weights that every ViT encoder has, and their number of dimensions.
-ESSENTIAL = {
-    "cls_token": 3,
-    "pos_embed": 3,
-    "patch_embed.proj.weight": 4,
-    "blocks.0.attn.qkv.weight": 2,
-}
+ESSENTIAL = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
+ESSENTIAL |= {"blocks.0.attn.qkv.weight": 2}
 # Heads of the standard ViTs by width, for files without settings.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-# Prefixes of wrappers, then Hugging Face's names before and since transformers 5.
+# Hugging Face's names before and since transformers 5.
 RENAMES = (
-    (r"^((module|_orig_mod|backbone|vit|decoder)\.)+", ""),
-    (r"^embeddings\.", ""),
+    (r"^decoder\.(?=decoder_|mask_token)", ""),
+    (r"^decoder_(encoder\.layer|layers)\.", "decoder_blocks."),
+    (r"^embeddings\.(?!mask_token)", ""),
     (r"^position_embeddings", "pos_embed"),
     (r"^patch_embeddings\.projection", "patch_embed.proj"),
     (r"^(encoder\.)?layers?\.", "blocks."),
-    (r"^decoder_layers\.", "decoder_blocks."),
     (r"layernorm_before", "norm1"),
     (r"layernorm_after", "norm2"),
     (r"^layernorm\.", "norm."),
@@ -40,38 +56,163 @@ RENAMES = (
     (r"intermediate\.dense", "mlp.fc1"),
     (r"(\d)\.output\.dense", r"\1.mlp.fc2"),
 )
+# Settings of Config, and their names in Hugging Face's config.json.
+HF_SETTINGS = {
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "in_chans": "num_channels",
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+}
+
+
+@dataclasses.dataclass
+class Weights:
+    """Weights under MAE's names, and what the file tells about their model."""
+
+    state: dict
+    name: str  # of the file, for messages
+    settings: dict  # of Config, or those that settings_beside returns
+    is_own: bool  # written by this project
+    left_out: list  # names in the file
+    grid: tuple | None = None  # of the positions, from encoder_config
+
+
+def log_once(text):
+    """Print a line, on rank 0 only."""
+    if not (dist.is_initialized() and dist.get_rank()):
+        log_line(text)
+
 
 # -- Reading a file --------------------------------------------------------------------
 
 
-def read_weights(source):
-    """Read a file or state dict of any known layout.
+def read_weights(source, key=None, prefix=None):
+    """Weights of a file or state dict; ValueError if there is no ViT encoder in it.
 
-    Returns (state dict under MAE's names, settings of a file of this project or None,
-    name of the source for messages). ValueError if there is no ViT encoder in it.
+    key, prefix: --weights_key and --weights_prefix.
     """
     in_memory = isinstance(source, dict)
-    name = "the state dict" if in_memory else source
-    state = source if in_memory else load_checkpoint(source)
-    config = state.get("config")
-    if not (isinstance(config, dict) and "decoder_heads" in config):
-        config = None  # another project's config
-    for key in ("model", "state_dict", "teacher"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    if not all(isinstance(key, str) for key in state):
-        raise ValueError(f"{name}: not a state dict, its keys are not strings")
-    try:
-        weights = join_qkv({rename(key): value for key, value in state.items()})
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{name}: damaged query, key or value: {error}") from error
-    tensors = {key: x.dim() for key, x in weights.items() if torch.is_tensor(x)}
-    missing = [key for key, dims in ESSENTIAL.items() if tensors.get(key) != dims]
+    name = "the state dict" if in_memory else str(source)
+    content = source if in_memory else read_file(Path(source))
+    settings = content.get("config")
+    is_own = isinstance(settings, dict) and "decoder_heads" in settings
+    if not is_own:
+        settings = {} if in_memory else settings_beside(Path(source).parent)
+    state = select_entry(content, key, name)
+    start = find_prefix(state, PATCH_EMBED, prefix, name)
+    state, left_out = rename_all(state, start, name)
+    state = join_qkv(state, name)
+    dims = {key: x.dim() for key, x in state.items() if x.numel()}
+    missing = [key for key in ESSENTIAL if dims.get(key) != ESSENTIAL[key]]
     if missing:
         raise ValueError(
-            f"{name}: no ViT encoder: {missing} missing, keys are {sorted(weights)[:8]}"
+            f"{name}: no ViT encoder: {missing} missing, keys are {sorted(state)[:8]}"
         )
-    return weights, config, name
+    return Weights(state, name, settings, is_own, left_out)
+
+
+def read_file(path):
+    """The content of a checkpoint, or of all files that an index of shards names."""
+    if not path.name.endswith(".index.json"):
+        return load_checkpoint(path)
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{path}: not an index of shards, it has no weight_map")
+    content = {}
+    for shard in sorted(set(map(str, shards.values()))):
+        content |= load_checkpoint(path.with_name(Path(shard).name))
+    if absent := sorted(set(shards) - set(content)):
+        raise ValueError(f"{path}: {absent[:3]} are not in the files that it names")
+    return content
+
+
+def read_json(path):
+    """The dict in a JSON file; ValueError names the file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not settings")
+    return content
+
+
+def settings_beside(folder):
+    """Settings of Config, and eps, by Hugging Face's JSON files in a folder."""
+    files = [folder / "config.json", folder / "preprocessor_config.json"]
+    config, images = (read_json(path) if path.is_file() else {} for path in files)
+    if "hidden_size" not in config:
+        return {}
+    settings = {old: config[new] for old, new in HF_SETTINGS.items() if new in config}
+    for name in ("mean", "std"):
+        if f"image_{name}" in images:
+            settings[name] = images[f"image_{name}"]
+    eps, activation = config.get("layer_norm_eps"), config.get("hidden_act")
+    if activation != "gelu" or not isinstance(eps, float):
+        told = f"hidden_act {activation}, layer_norm_eps {eps}"
+        raise ValueError(f"{files[0]}: {told}: not a plain ViT; try hf:{folder}")
+    return settings | {"eps": eps}
+
+
+def select_entry(content, key, name):
+    """The state dict in the content of a file; logs the choice if there is one."""
+    while True:
+        entries = [k for k, x in content.items() if isinstance(x, dict) and x]
+        chosen = key or next((k for k in ENTRIES if k in entries), None)
+        if chosen is None:
+            break
+        if chosen not in entries:
+            raise ValueError(f"--weights_key {key}: {name} has the entries {entries}")
+        nets = [k for k in entries if any(map(torch.is_tensor, content[k].values()))]
+        if len(nets) > 1 and not key:
+            log_once(f"{name}: takes {chosen} of {nets}; see --weights_key")
+        content, key = content[chosen], None
+    if not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{name}: not a state dict, its keys are not strings")
+    return content
+
+
+def find_prefix(state, anchor, prefix, name):
+    """The prefix of the network that has a weight whose name matches a pattern.
+
+    prefix: --weights_prefix, for files that hold several such networks.
+    """
+    matches = (re.fullmatch(rf"(|.*?\.){anchor}", key) for key in state)
+    found = sorted({match[1] for match in matches if match})
+    wanted = f"{prefix.rstrip('.')}." if prefix else ""
+    chosen = [start for start in found if start.startswith(wanted)]
+    if wanted in chosen or len(chosen) == 1:
+        return wanted if wanted in chosen else chosen[0]
+    if chosen:
+        remedy = f"choose one: --weights_prefix {chosen[-1]}"
+        raise ValueError(f"{name}: holds the networks {', '.join(chosen)}; {remedy}")
+    flag = f"--weights_prefix {prefix}: " if prefix else ""
+    raise ValueError(f"{flag}{name}: no such network, keys are {sorted(state)[:8]}")
+
+
+def rename_all(state, start, name):
+    """(weights of the encoder with the prefix `start` by MAE's names, names left out)."""
+    # Hugging Face's decoder is beside vit.
+    outer, names = start.removesuffix("vit."), {}
+    for old in state:
+        inside = old.startswith(start)
+        new = rename(old[len(start) :] if inside else old.removeprefix(outer))
+        if inside or DECODER.match(new):
+            if new in names:
+                raise ValueError(f"{name}: {names[new]} and {old} are both {new}")
+            names[new] = old
+    networks = {match[1] for match in map(NETWORK.match, names) if match}
+    weights = {}
+    for new, old in names.items():
+        if KNOWN.match(new):
+            check_parameter(state[old], f"{name}: {old}")
+            weights[new] = state[old]
+        elif not HEAD.match(new) and new.split(".")[0] not in networks:
+            raise ValueError(f"{name}: unexpected {old}: not part of a plain ViT")
+    kept = {names[new] for new in weights}
+    return weights, [old for old in state if old not in kept]
 
 
 def rename(key):
@@ -81,12 +222,29 @@ def rename(key):
     return key
 
 
-def join_qkv(weights):
-    """Concatenate Hugging Face's separate query, key and value weights."""
-    for key in [key for key in weights if ".attn.q." in key]:
-        parts = [weights.pop(key.replace(".q.", f".{x}.")) for x in "qkv"]
-        weights[key.replace(".q.", ".qkv.")] = torch.cat(parts)
-    return weights
+def check_parameter(x, name):
+    """ValueError unless x is a dense tensor of finite floating-point numbers."""
+    dense = torch.is_tensor(x) and x.layout == torch.strided and not x.is_meta
+    if not dense or not x.is_floating_point():
+        kind = f"{x.dtype} {x.layout}" if torch.is_tensor(x) else type(x).__name__
+        raise ValueError(f"{name} is {kind}; must be a dense floating-point tensor")
+    # float8 has no isfinite.
+    if not x.to(torch.promote_types(x.dtype, torch.bfloat16)).isfinite().all():
+        raise ValueError(f"{name} is not finite")
+
+
+def join_qkv(state, name):
+    """Concatenate Hugging Face's separate query, key and value; absent biases are zero."""
+    for key in [key for key in state if ".attn.q." in key]:
+        names = [key.replace(".q.", f".{x}.") for x in "qkv"]
+        parts = [state.pop(part, torch.empty(0)) for part in names]
+        if len({part.shape for part in parts}) != 1:
+            raise ValueError(f"{name}: {names}: one is missing or has another shape")
+        state[key.replace(".q.", ".qkv.")] = torch.cat(parts)
+    if not any(key.endswith("attn.qkv.bias") for key in state):
+        for key in [key for key in state if key.endswith("attn.qkv.weight")]:
+            state[key.removesuffix("weight") + "bias"] = torch.zeros(len(state[key]))
+    return state
 
 
 # -- The config of an encoder ----------------------------------------------------------
@@ -104,58 +262,88 @@ def weight_sizes(state):
     return sizes
 
 
-def read_encoder(kind, source, heads=None, img_size=None):
-    """Config (of class `kind`), weights and name of the encoder in a file or state dict.
+def encoder_config(kind, weights, sincos_table, heads=None, img_size=None):
+    """Config (of class `kind`) of the encoder of Weights; sets the grid of their positions.
 
-    Without stored settings the Config follows from the shapes of the weights. heads:
-    required if the width is not that of a standard ViT. img_size: instead of the file's.
+    heads, img_size: instead of the file's. Logs what is guessed.
     """
-    weights, settings, name = read_weights(source)
-    sizes, tokens = weight_sizes(weights), weights["pos_embed"].shape[1]
-    config = settings
-    if settings is None:
-        heads = heads or HEADS.get(sizes["width"])
-        if not heads:
-            raise ValueError(
-                f"{name}: width {sizes['width']} is not standard; pass heads="
-            )
-        sizes = {key: x for key, x in sizes.items() if not DECODER.match(key)}
-        side = sizes["patch_size"] * math.isqrt(tokens - 1)
-        config = {"model": "vit_base", "heads": heads, "img_size": side, **sizes}
+    name, told, positions = weights.name, weights.settings, weights.state["pos_embed"]
+    sizes = weight_sizes(weights.state)
+    if not weights.is_own:
+        sizes = {key: value for key, value in sizes.items() if not DECODER.match(key)}
+    channels = sizes["in_chans"]
+    settings = {"model": "vit_base"} | sizes
+    if channels != 3:
+        # The averages of ImageNet's, as there is no better guess.
+        settings |= {"mean": (0.449,) * channels, "std": (0.226,) * channels}
+    settings |= told
+    settings["heads"] = heads or told.get("heads") or HEADS.get(sizes["width"])
+    if not settings["heads"]:
+        raise ValueError(
+            f"{name}: width {sizes['width']} is not standard; give --heads"
+        )
+    if not heads and "heads" not in told:
+        log_once(
+            f"{name}: {settings['heads']} heads, a guess by the width; see --heads"
+        )
+    if "img_size" not in told:
+        grid, p = position_grid(positions, sincos_table), sizes["patch_size"]
+        settings["img_size"] = (grid[0] * p, grid[1] * p) if grid else img_size
     known = {field.name for field in dataclasses.fields(kind)}
     try:
-        # None is the default, whatever that was when the file was written.
-        given = {key: x for key, x in config.items() if x is not None and key in known}
-        cfg = kind(**given)
+        cfg = kind(**{key: value for key, value in settings.items() if key in known})
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{name}: damaged settings ({error})") from error
     # Before anything of the settings' size is allocated.
-    check_sizes(cfg, sizes, name)
-    if settings and tokens != 1 + math.prod(cfg.grid):
-        raise ValueError(
-            f"{name}: pos_embed has {tokens} positions, not 1 + {cfg.grid}"
-        )
-    return dataclasses.replace(cfg, img_size=img_size or cfg.img_size), weights, name
+    for key, value in sizes.items():
+        if getattr(cfg, key) != value:
+            raise ValueError(
+                f"{name}: its settings have {key} {getattr(cfg, key)}, its weights {value}"
+            )
+    if positions.shape[1] != 1 + math.prod(cfg.grid):
+        shape = tuple(positions.shape)
+        raise ValueError(f"{name}: pos_embed {shape} is not of the grid {cfg.grid}")
+    weights.grid = cfg.grid
+    return dataclasses.replace(cfg, img_size=img_size or cfg.img_size)
 
 
 # -- Positions -------------------------------------------------------------------------
 
 
-def fit_positions(positions, own, grid, sincos_table):
-    """Positions (1, 1 + L, D) of a square grid, adapted to a model of another grid.
+def is_table(positions, grid, sincos_table):
+    """Whether positions (1, 1 + L, D) are the sin-cos table of a grid, in any precision."""
+    table = sincos_table(positions.shape[2], grid)
+    atol = max(1e-4, torch.finfo(positions.dtype).eps)
+    same_shape = positions.shape[1:] == table.shape
+    return same_shape and torch.allclose(positions[0].float(), table, atol=atol)
 
-    own: the model's positions, which replace a sin-cos table; learned positions are
-    resized. Positions of other shapes are returned unchanged, for load_weights to reject.
+
+def position_grid(positions, sincos_table):
+    """(rows, columns) of positions (1, 1 + L, D): those of a sin-cos table, or a square's.
+
+    None if L is no square.
     """
-    side = math.isqrt(positions.shape[1] - 1)
-    table = sincos_table(positions.shape[2], (side, side))  # (1 + L, D)
-    if positions.shape[1:] != table.shape:
-        return positions
-    if torch.allclose(positions[0].float(), table, atol=1e-4):
-        return own
-    if table.shape == own.shape[1:]:
-        return positions
-    return resize_positions(positions, (side, side), grid)
+    L = positions.shape[1] - 1
+    # The first patch is in the first row and column of any table.
+    if L and is_table(positions[:, :2], (1, 1), sincos_table):
+        for rows in range(1, L + 1):
+            if L % rows == 0 and is_table(positions, (rows, L // rows), sincos_table):
+                return rows, L // rows
+    side = math.isqrt(max(L, 0))
+    return (side, side) if side * side == L > 0 else None
+
+
+def fit_positions(positions, old, grid, sincos_table):
+    """Positions (1, 1 + L, D) of the grid `old` for another; a sin-cos table is computed.
+
+    Positions that are not of the grid `old` are returned unchanged, to be rejected later.
+    """
+    if positions.shape[1] == 1 + math.prod(old):
+        if is_table(positions, old, sincos_table):
+            return sincos_table(positions.shape[2], grid)[None]
+        if old != grid:
+            return resize_positions(positions, old, grid)
+    return positions
 
 
 def resize_positions(positions, old, grid):
@@ -178,45 +366,58 @@ def load_initial(model, run, checkpoint, sincos_table):
     if checkpoint:
         load_state(model, checkpoint["model"], checkpoint["path"])
     elif cfg.init:
-        weights = read_weights(cfg.init)[0]
-        message = load_weights(model, weights, cfg.init, sincos_table)
+        weights = read_weights(cfg.init, cfg.weights_key, cfg.weights_prefix)
+        sizes = weight_sizes(weights.state)
+        sizes["heads"] = weights.settings.get("heads", cfg.heads)
+        flags = [f"--{key} {n}" for key, n in sizes.items() if n != getattr(cfg, key)]
+        if flags:
+            use = " ".join(flags)
+            raise ValueError(f"{cfg.init} does not fit this {cfg.model}; use {use}")
+        encoder_config(type(cfg), weights, sincos_table, cfg.heads)
+        message = load_weights(model, weights, sincos_table)
         run.log.say(f"--init {cfg.init}: {message}")
 
 
-def load_weights(model, state, name, sincos_table):
-    """Load the state dict of read_weights; returns a note on unused and missing weights.
+def load_weights(model, weights, sincos_table):
+    """Load Weights into a ViT or an MAE; returns a note on unused and missing weights.
 
     ValueError if the encoder is incomplete, or if a weight does not fit the model.
     """
-    state = dict(state)
+    state, name, fresh, notes = dict(weights.state), weights.name, set(), []
     if not hasattr(model, "mask_token"):
         state = {key: x for key, x in state.items() if not DECODER.match(key)}
-    for key in set(POSITIONS) & set(state):
-        own = model.get_parameter(key)
-        state[key] = fit_positions(state[key], own, model.cfg.grid, sincos_table)
-    check_sizes(model.cfg, weight_sizes(state), name)
-    mismatch = f"{name} does not fit this {model.cfg.model}"
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        # A line for each weight of another shape, below a title.
-        raise ValueError(f"{mismatch}: {' '.join(str(error).split())}") from error
-    has_decoder = any(DECODER.match(key) for key in state)
-    missing = [key for key in missing if has_decoder or not DECODER.match(key)]
-    surplus = [key for key in unexpected if not CLASSIFIER.match(key)]
-    if missing or surplus:
-        raise ValueError(f"{mismatch}: missing {missing[:4]}, unexpected {surplus[:4]}")
-    notes = [f"{key} is not used" for key in unexpected]
-    if not has_decoder:
-        notes.insert(0, "no decoder in the file, it starts from random weights")
+        if "fc_norm.weight" in state:
+            # As in timm and mae, the mean of the patches is normalized, not each token.
+            model.norm, model.fc_norm = nn.Identity(), nn.LayerNorm(model.cfg.width)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = weights.settings.get("eps", 1e-6)
+    else:
+        if not any(map(DECODER.match, state)):
+            fresh |= {key for key in model.state_dict() if DECODER.match(key)}
+            notes.append("no decoder in the file, it starts from random weights")
+        if state.pop("fc_norm.weight", None) is not None:
+            del state["fc_norm.bias"]
+            fresh |= {"norm.weight", "norm.bias"}
+            notes.append("no norm of each token in the file, it starts fresh")
+    for key in {"pos_embed", "decoder_pos_embed"} & set(state):
+        if not state[key].any():
+            log_once(f"{name}: {key} is all zero, so patches do not know their place")
+        grid = model.cfg.grid
+        state[key] = fit_positions(state[key], weights.grid, grid, sincos_table)
+    load_checked(model, state, fresh, name)
+    if weights.left_out:
+        some = ", ".join(weights.left_out[:3])
+        notes.append(f"{len(weights.left_out)} weights are not used, such as {some}")
     return ", ".join(notes) or "all weights loaded"
 
 
-def check_sizes(cfg, sizes, name):
-    """ValueError with the flags of the model that weights of these sizes would fit."""
-    flags = [f"--{k} {x}" for k, x in sizes.items() if x != getattr(cfg, k)]
-    if flags:
-        heads = HEADS.get(sizes["width"], "NUMBER")
-        raise ValueError(
-            f"{name} does not fit this {cfg.model}; use {' '.join(flags)} --heads {heads}"
-        )
+def load_checked(model, state, fresh, name):
+    """Load weights of any precision; ValueError unless names and shapes agree.
+
+    fresh: names that may be missing.
+    """
+    own = model.state_dict()
+    kept = {key: own[key] for key in fresh}
+    same = {key: x.to(own[key].dtype) if key in own else x for key, x in state.items()}
+    load_state(model, kept | same, name)

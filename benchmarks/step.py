@@ -16,8 +16,9 @@ from itertools import product
 import numpy as np
 import torch
 
-from attg.export import DECODER, ENCODER
+from attg.export import DECODER
 from attg.loader import Batch
+from attg.weights import HF_SETTINGS
 from attg_mae import (
     Config,
     build_model,
@@ -44,7 +45,7 @@ def hugging_face(cfg):
     """transformers' ViTMAEForPreTraining with its fused attention."""
     import transformers
 
-    sizes = {new: getattr(cfg, old) for old, new in (ENCODER | DECODER).items()}
+    sizes = {new: getattr(cfg, old) for old, new in (HF_SETTINGS | DECODER).items()}
     sizes["intermediate_size"] = 4 * cfg.width
     sizes["decoder_intermediate_size"] = 4 * cfg.decoder_width
     config = transformers.ViTMAEConfig(

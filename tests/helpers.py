@@ -197,7 +197,8 @@ def hf_model(kind, name="vit_micro", **kw):
 
 def from_hf(state):
     """Hugging Face's parameters or gradients under MAE's names; q, k, v joined."""
-    return join_qkv({rename(key): value for key, value in state.items()})
+    names = {key: rename(key.removeprefix("vit.")) for key in state}
+    return join_qkv({names[key]: value for key, value in state.items()}, "HF")
 
 
 def timm_model(width=64, depth=2, heads=4, img_size=32, patch_size=8, **options):

@@ -238,7 +238,7 @@ def test_weights_of_others_must_be_finite(kind, small, tmp_path):
     attg_mae.load_encoder(file, heads=2)
     state["blocks.0.norm1.bias"][3] = float("inf")
     save_file(state, file)
-    with pytest.raises(ValueError, match="norm1.bias'] is not finite"):
+    with pytest.raises(ValueError, match="norm1.bias is not finite"):
         attg_mae.load_encoder(file, heads=2)
 
 

@@ -162,8 +162,10 @@ def folder(tmp_path, monkeypatch):
 PIXELS = "--backbone pixels --img_size 96"
 ERRORS = {  # flags: what the message names
     "--backbone none.pt": "--backbone none.pt dino_vits16",
-    "--backbone nan.pt": "finite --backbone 00.png",
+    "--backbone nan.pt": "nan.pt pos_embed finite",
     "--method gradcam --weights mobilenet.pt": "--weights mobilenet.pt resnet50",
+    "--backbone timm:no_model": "timm:no_model",
+    "--backbone timm:a --heads 3": "--heads timm:a",
     "--method dino --backbone resnet50": "--backbone resnet50 checkpoint",
     "--method gradcam --backbone pixels": "--backbone pixels resnet50 mobilenet_v2",
     "--method gradcam --objects 2": "--objects gradcam",

@@ -1,6 +1,6 @@
 """
 attg/export.py against Hugging Face's own models: the same features, loss and
-predictions, in memory and read again from the folder that they write.
+predictions, in memory and read again from the folder that it writes; and against timm.
 """
 
 import re
@@ -8,9 +8,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from PIL import Image
 
 import attg_mae
-from attg.export import to_hugging_face
+from attg.export import timm_arguments, to_hugging_face
+from attg.weights import encoder_config, load_weights, read_weights
 from tests.helpers import close, encoder_only, rand, randn, shake, transformers
 
 
@@ -26,21 +28,30 @@ def saved(path, keep=dict, **settings):
 @pytest.mark.parametrize("size", [32, (16, 40)])
 def test_encoder_is_a_vit_model(size, tmp_path):
     hf = transformers()
-    model, path = saved(tmp_path / "encoder.pt", encoder_only, img_size=size)
+    statistics = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    path = tmp_path / "encoder.pt"
+    model, path = saved(path, encoder_only, img_size=size, **statistics)
     imgs = randn(3, 3, *model.cfg.size)
     want = model.forward_features(imgs)
-    ours = to_hugging_face(path)
+    ours = to_hugging_face(path, tmp_path / "folder")
     assert isinstance(ours, hf.ViTModel) and not ours.training
-    ours.save_pretrained(tmp_path / "folder")
     read = hf.ViTModel.from_pretrained(tmp_path / "folder", add_pooling_layer=False)
-    for theirs in (ours, read.eval()):
-        got = theirs(imgs).last_hidden_state
+    # What it wrote is what load_encoder reads.
+    again = attg_mae.load_encoder(tmp_path / "folder" / "model.safetensors")
+    assert again.cfg.size == model.cfg.size and again.cfg.std == (0.4, 0.5, 0.6)
+    outputs = [theirs(imgs).last_hidden_state for theirs in (ours, read.eval())]
+    for got in (*outputs, again.forward_features(imgs)):
         assert close(got, want, 1e-5) and not close(got, want.roll(1, 1), 1e-1)
-    for name, weights in theirs.named_parameters():
+    for name, weights in read.named_parameters():
         # Their names before and since transformers 5.
         if re.search(r"2\.attention\.(v_proj|attention\.value)\.weight", name):
             weights.data *= 1.01
-    assert not close(theirs(imgs).last_hidden_state, want, 1e-5)
+    assert not close(read(imgs).last_hidden_state, want, 1e-5)
+
+    pixels = torch.randint(256, (*model.cfg.size, 3), dtype=torch.uint8)
+    processor = hf.AutoImageProcessor.from_pretrained(tmp_path / "folder")
+    got = processor(Image.fromarray(pixels.numpy()), return_tensors="pt").pixel_values
+    assert close(got, model.normalize(pixels.permute(2, 0, 1)[None]), 1e-5)
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -49,21 +60,37 @@ def test_whole_model_is_a_vit_mae(norm_pix, tmp_path):
     settings = {"img_size": 16, "mask_ratio": 0.6, "norm_pix": norm_pix}
     model, path = saved(tmp_path / "last.pt", **settings)
     imgs, order = randn(4, 3, 16, 16), rand(4, 16)
-    loss, pred, mask = model(imgs, mask_ratio=0.6, noise=order)
-    ours = to_hugging_face(path)
-    ours.save_pretrained(tmp_path / "folder")
+    loss, pred, mask = model(imgs, noise=order)
+    ours = to_hugging_face(path, tmp_path / "folder")
     read = hf.ViTMAEForPreTraining.from_pretrained(tmp_path / "folder")
     for theirs in (ours, read.eval()):
         got = theirs(imgs, noise=order)
         assert got.mask.equal(mask) and close(got.logits, pred, 1e-5)
         assert close(got.loss, loss, 1e-5)
-    assert not close(got.loss, model(imgs, mask_ratio=0.6)[0], 1e-3)
-    # And back
-    again = attg_mae.load_encoder(read.state_dict(), heads=model.cfg.heads)
-    assert close(again.forward_features(imgs), model.forward_features(imgs), 1e-5)
+    assert not close(got.loss, model(imgs)[0], 1e-3)
+    # And back from the folder, with the decoder
+    again = attg_mae.MAE(model.cfg)
+    weights = read_weights(tmp_path / "folder" / "model.safetensors")
+    encoder_config(attg_mae.Config, weights, attg_mae.sincos_table)
+    assert load_weights(again, weights, attg_mae.sincos_table) == "all weights loaded"
+    assert close(again(imgs, noise=order)[1], pred, 1e-5)
 
 
-def test_export_refuses_files_of_others(tmp_path):
+def test_export_refuses_other_files(tmp_path):
     torch.save(attg_mae.MAE(attg_mae.Config()).state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth: not written by this project"):
         to_hugging_face(tmp_path / "other.pth")
+    _, path = saved(tmp_path / "wide.pt", img_size=(16, 32))
+    with pytest.raises(ValueError, match=r"wide.pt: .*squares, not \(16, 32\)"):
+        to_hugging_face(path)
+
+
+def test_timm_takes_the_arguments_of_a_file(tmp_path):
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": (16, 40), "in_chans": 1, "mean": (0.4,), "std": (0.2,)}
+    model, path = saved(tmp_path / "encoder.pt", encoder_only, **sizes)
+    peer = timm.create_model(**timm_arguments(model.cfg), checkpoint_path=path).eval()
+    imgs = randn(2, 1, 16, 40)
+    assert close(peer.forward_features(imgs), model.forward_features(imgs), 1e-5)
+    images = timm.data.resolve_model_data_config(peer)
+    assert images["mean"] == (0.4,) and images["input_size"] == (1, 16, 40)

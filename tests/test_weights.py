@@ -1,15 +1,23 @@
 """Weights of other code bases, what is refused, and checkpoint files."""
 
 import argparse
+import json
+import math
 import re
 import sys
 from dataclasses import asdict
 
 import pytest
 import torch
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
 
 import attg_mae
-from attg.weights import HEADS
+import eval_finetune
+from attg.backbones import load_cnn
+from attg.features import pool_tokens
+from attg.weights import HEADS, load_weights, read_weights
 from tests.helpers import (
     Evil,
     close,
@@ -18,82 +26,195 @@ from tests.helpers import (
     randn,
     shake,
     timm_model,
-    transformers,
 )
+
+IMGS = randn(2, 3, 32, 32)
+
+
+def same_features(model, ref, imgs=IMGS):
+    """Whether all tokens are those of timm's model, and differ from swapped channels'."""
+    want = ref.forward_features(imgs)
+    got = model.forward_features(imgs)
+    return close(got, want, 1e-5) and not close(
+        got, ref.forward_features(imgs.flip(1)), 1e-3
+    )
+
+
+def save(content, path):
+    torch.save(content, path)
+    return path
+
 
 # -- Layouts of other code bases -------------------------------------------------------
 
 
 def layouts():
-    """{name: content of a file that holds the weights of timm_model()}."""
+    """{name: (content of a file with the weights of timm_model(), options)}."""
     state = timm_model().state_dict()
+    wrong = {k: x + 1 for k, x in state.items()}
     args = argparse.Namespace(model="mae_vit_base_patch16", lr=None)
-    cfg = attg_mae.Config(
-        img_size=32, patch_size=8, width=64, depth=2, heads=4, decoder_depth=1
-    )
-    full = attg_mae.build_model(cfg).state_dict() | state
-    head = {"head.weight": randn(10, 64), "head.bias": randn(10)}
-    dino = {f"backbone.{k}": v for k, v in state.items()}
-    dino["head.mlp.0.weight"] = randn(9, 64)
-    dino["head.last_layer.weight_g"] = randn(9, 1)
-    wrapped = {f"module.{k}": v for k, v in dino.items()}
+    sizes = dict(img_size=32, patch_size=8, width=64, depth=2, heads=4, decoder_depth=1)
+    full = attg_mae.MAE(attg_mae.Config(**sizes)).state_dict() | state
+    dino = prefixed(state, "backbone.") | {"head.mlp.0.weight": randn(9, 64)}
     training = {"optimizer": {"state": {}}, "epoch": 3, "args": args}
+    both = prefixed(state, "module.base_encoder.")
+    both |= prefixed(wrong, "module.momentum_encoder.")
+    callback = {"kth_value": torch.tensor(math.inf), "best_model_path": ""}
+    lightning = {"callbacks": {"ModelCheckpoint": callback}, "loops": {}}
+    lightning["state_dict"] = prefixed(state, "model.encoder.")
+    decoder = prefixed(timm_model(width=32, heads=2).state_dict(), "decoder.")
+    blocks = {key: x for key, x in decoder.items() if "patch_embed" not in key}
+    heads = dict.fromkeys(
+        ("projector.0.weight", "dino_head.x", "student_head.x"), randn(3)
+    )
+    averaged = torch.optim.swa_utils.AveragedModel(timm_model()).state_dict()
     return {
-        "mae encoder": {"model": state},
+        "timm": state,
         "mae training": training | {"model": full, "scaler": {}},
-        "timm or dino backbone": state,
-        "timm with head": state | head,
-        "module": {f"module.{k}": v for k, v in state.items()},
-        "dino training": training | {"student": wrapped, "teacher": dino},
-        "dino module": {"teacher": wrapped},
-    }
+        "dino training": training
+        | {"student": wrong, "teacher": prefixed(dino, "module.")},
+        "timm EMA": {"state_dict": wrong, "state_dict_ema": state},
+        "timm EMA of 2020": {"state_dict": wrong, "model_ema": state},
+        "Lightning": lightning,
+        "averaged": averaged,
+        "i-jepa": {"encoder": wrong, "target_encoder": prefixed(state, "module.")},
+        "heads": state | heads | {"head.weight": randn(10, 64)},
+        "beside a network": prefixed(state, "encoder.") | blocks,
+        "above a network": state | decoder,
+    } | {key: {key: state} for key in ("model_state_dict", "module", "net")}
+
+
+def prefixed(state, prefix):
+    return {prefix + key: x for key, x in state.items()}
 
 
 @pytest.mark.parametrize("layout", layouts())
-def test_load_encoder_of_mae_timm_dino(layout, tmp_path):
-    content, imgs = layouts()[layout], randn(2, 3, 32, 32)
-    want = timm_model().forward_features(imgs)
-    torch.save(content, tmp_path / "weights.pth")
-    model = attg_mae.load_encoder(str(tmp_path / "weights.pth"), heads=4)
-    assert not model.training and close(model.forward_features(imgs), want, 1e-5)
+def test_layouts(layout, tmp_path):
+    content = layouts()[layout]
+    model = attg_mae.load_encoder(save(content, tmp_path / "a.pth"), heads=4)
+    assert not model.training and same_features(model, timm_model())
     other_heads = attg_mae.load_encoder(content, heads=2)
-    assert not close(other_heads.forward_features(imgs), want, 1e-3)
+    assert not same_features(other_heads, timm_model())
 
 
-def test_standard_widths_have_known_heads():
+WORDS = st.sampled_from(
+    "module model student visual backbone timm_model net vit x1".split()
+)
+
+
+def test_any_prefix():
+    """The encoder is found below any names; two of them need --weights_prefix."""
+    ref = timm_model(depth=1)
+    wrong = {key: x + 1 for key, x in ref.state_dict().items()}
+
+    @given(st.lists(WORDS, max_size=4), st.lists(WORDS, max_size=2), st.booleans())
+    def check(words, others, twice):
+        start = "".join(f"{word}." for word in words)
+        content, options = prefixed(ref.state_dict(), start), {"heads": 4}
+        if twice:
+            content |= prefixed(wrong, "".join(f"{word}." for word in ["a", *others]))
+        if twice and words:
+            message = f"networks .*{re.escape(start)}.*--weights_prefix"
+            with pytest.raises(ValueError, match=message):
+                attg_mae.load_encoder(content, **options)
+            options["weights_prefix"] = start.rstrip(".")
+        model = attg_mae.load_encoder(content, **options)
+        assert model.norm.bias.equal(ref.norm.bias)
+        assert model.blocks[0].attn.qkv.weight.equal(ref.blocks[0].attn.qkv.weight)
+
+    check()
+
+
+def test_entries_are_chosen_and_told(capsys):
+    ref = timm_model()
+    content = {"state_dict": ref.state_dict(), "state_dict_ema": {"pos_embed": 3}}
+    content["state_dict_ema"] |= {k: x + 1 for k, x in ref.state_dict().items()}
+    attg_mae.load_encoder(content, heads=4)
+    assert "takes state_dict_ema of ['state_dict', 'state_d" in capsys.readouterr().out
+    model = attg_mae.load_encoder(content, heads=4, weights_key="state_dict")
+    assert same_features(model, ref) and capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="--weights_key x: .*state_dict_ema"):
+        attg_mae.load_encoder(content, weights_key="x")
+
+
+def test_standard_widths_have_known_heads(capsys):
     for width, heads in HEADS.items():
         assert width == 64 * heads or width == 80 * heads == 1280  # ViT-H
-        ref, imgs = timm_model(width, 1, heads), randn(1, 3, 32, 32)
-        got = attg_mae.load_encoder(ref.state_dict()).forward_features(imgs)
-        assert close(got, ref.forward_features(imgs), 1e-5)
-    with pytest.raises(ValueError, match="heads="):
+        ref = timm_model(width, 1, heads)
+        assert same_features(attg_mae.load_encoder(ref.state_dict()), ref)
+        assert f": {heads} heads, a guess" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--heads"):
         attg_mae.load_encoder(timm_model().state_dict())
 
 
-@pytest.mark.parametrize("saved", [False, True], ids=["in memory", "saved"])
+FILES = {"file": ("model.safetensors", "10MB")}
+FILES["shards"] = ("model.safetensors.index.json", "1MB")
+
+
+@pytest.mark.parametrize("saved", ["in memory", *FILES])
 @pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTMAEForPreTraining"])
-def test_load_encoder_of_hugging_face(kind, saved, tmp_path):
-    """By its names in memory and by those of its files, which differ."""
-    safetensors = pytest.importorskip("safetensors.torch")
+def test_load_encoder_of_hugging_face(kind, saved, tmp_path, capsys):
+    """By its names in memory and by those of its files, with what config.json tells."""
+    pytest.importorskip("safetensors.torch")
     mae = "MAE" in kind
-    ref = shake(hf_model(kind, **({"mask_ratio": 0.0} if mae else {})))
-    imgs = randn(2, 3, 32, 32)
-    ref.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    state = safetensors.load_file(file) if saved else ref.state_dict()
+    # In memory, nothing tells eps.
+    options = {"layer_norm_eps": 1e-6 if saved == "in memory" else 0.1}
+    options |= {"mask_ratio": 0.0} if mae else {"qkv_bias": False}
+    ref = shake(hf_model(kind, **options))
     unmasked = {"noise": torch.arange(64.0).expand(2, -1)} if mae else {}
-    want = ref.vit(imgs, **unmasked).last_hidden_state
-    got = attg_mae.load_encoder(state, heads=4).forward_features(imgs)
+    want = ref.vit(IMGS, **unmasked).last_hidden_state
+    if saved == "in memory":
+        model = attg_mae.load_encoder(ref.state_dict(), heads=4)
+    else:
+        name, size = FILES[saved]
+        ref.save_pretrained(tmp_path, max_shard_size=size)
+        images = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+        model = attg_mae.load_encoder(tmp_path / name)
+        assert model.cfg.mean == (0.1, 0.2, 0.3) and model.cfg.std == (0.4, 0.5, 0.6)
+        assert "a guess" not in capsys.readouterr().out
+    got = model.forward_features(IMGS)
     assert close(got, want, 1e-5) and not close(got.roll(1, 1), want, 1e-1)
+
+
+def test_settings_of_hugging_face_are_checked(tmp_path):
+    hf_model("ViTModel").save_pretrained(tmp_path)
+    file, path = tmp_path / "config.json", tmp_path / "model.safetensors"
+    config = json.loads(file.read_text())
+    for change, named in (
+        ({"num_attention_heads": 5}, "heads 5"),
+        ({"hidden_size": 256}, "width 256"),
+        ({"image_size": 64}, "pos_embed"),
+        ({"hidden_act": "relu"}, "config.json: hidden_act relu"),
+        ({"layer_norm_eps": "small"}, "config.json: .*layer_norm_eps small"),
+    ):
+        file.write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=f"{tmp_path}.*{named}"):
+            attg_mae.load_encoder(path)
+    for text in ("[]", "{", "[" * 10**5):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="config.json: "):
+            attg_mae.load_encoder(path)
+
+
+def test_damaged_indices_of_shards(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    for content, named in (
+        ({}, "weight_map"),
+        ({"weight_map": {"x": "../../a.safetensors"}}, "a.safetensors: no such file"),
+        ({"weight_map": {"x": "b.pth"}}, "index.json: .'x'. .*not in the files"),
+    ):
+        torch.save({"y": randn(1)}, tmp_path / "b.pth")
+        index.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=named):
+            attg_mae.load_encoder(index)
 
 
 def test_safetensors(tmp_path, monkeypatch):
     safetensors = pytest.importorskip("safetensors.torch")
-    path, state = tmp_path / "model.safetensors", timm_model().state_dict()
-    safetensors.save_file(state, path)
-    imgs = randn(2, 3, 32, 32)
-    got = attg_mae.load_encoder(path, heads=4).forward_features(imgs)
-    assert close(got, timm_model().forward_features(imgs), 1e-5)
+    path = tmp_path / "model.safetensors"
+    safetensors.save_file(timm_model().state_dict(), path)
+    assert same_features(attg_mae.load_encoder(path, heads=4), timm_model())
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="model.safetensors: damaged"):
         attg_mae.load_encoder(path, heads=4)
@@ -117,39 +238,136 @@ def test_load_encoder_of_this_project(tmp_path):
         assert tuple(got.cfg.mean) == cfg.mean and tuple(got.cfg.std) == cfg.std
 
 
+def test_settings_must_be_those_of_the_weights(tmp_path):
+    """They are refused before anything of their size is allocated."""
+    model = attg_mae.MAE(attg_mae.Config(depth=1))
+    parts, config = {"model": model.state_dict()}, asdict(model.cfg)
+    for key, value, words in (
+        ("depth", 10**9, "--depth 1000000000"),
+        ("depth", 2, "depth 2, its weights 1"),
+        ("width", 32768, "width 32768, its weights 128"),
+        ("img_size", 8192, "pos_embed"),
+        ("data", ["x"], "--data"),
+    ):
+        path = save(parts | {"config": config | {key: value}}, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=f"{path}: .*{words}"):
+            attg_mae.load_encoder(path)
+
+
+def test_fine_tuned_encoders_normalize_the_mean(tmp_path):
+    """As timm does with global_pool="avg"; eval_finetune.py --save writes its names."""
+    ref = timm_model(global_pool="avg", num_classes=5)
+    content = {"model": ref.state_dict()}
+    model = attg_mae.load_encoder(content, heads=4)
+    pooled = ref.forward_head(ref.forward_features(IMGS), pre_logits=True)
+    assert close(pool_tokens(model, model.forward_features(IMGS))[1], pooled, 1e-5)
+    classifier = eval_finetune.Classifier(model, 5, 0.1).eval()
+    classifier.head.load_state_dict(ref.head.state_dict())
+    assert close(classifier(IMGS)[0], ref(IMGS), 1e-5)
+    # Pre-training continues with a fresh norm of each token.
+    weights = read_weights(content)
+    weights.grid = (4, 4)
+    mae = attg_mae.MAE(model.cfg)
+    message = load_weights(mae, weights, attg_mae.sincos_table)
+    assert "norm" in message and "decoder" in message and "head" in message
+    assert mae.norm.weight.equal(torch.ones(64))
+    assert mae.blocks[1].mlp.fc2.bias.equal(ref.blocks[1].mlp.fc2.bias)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_grey_and_other_channels(channels):
+    ref = timm_model(in_chans=channels)
+    model = attg_mae.load_encoder(ref.state_dict(), heads=4)
+    imgs = randn(2, channels, 32, 32)
+    assert close(model.forward_features(imgs), ref.forward_features(imgs), 1e-5)
+    pixels = torch.full((1, channels, 32, 32), 255, dtype=torch.uint8)
+    assert close(
+        model.normalize(pixels), torch.full(imgs[:1].shape, 0.551 / 0.226), 1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2"])
+def test_cnn_backbones(name, tmp_path):
+    """With 7 classes or no classifier, below any prefix, equal to torchvision's own."""
+    torch.manual_seed(0)
+    ref = torchvision.models.get_model(name, num_classes=7).eval()
+    head = "fc." if name == "resnet50" else "classifier."
+    state, imgs = ref.state_dict(), randn(2, 3, 64, 64)
+    path = save({"state_dict": prefixed(state, "module.backbone.")}, tmp_path / "a.pth")
+    model, has_head = load_cnn(name, path)
+    assert has_head and close(model.eval()(imgs), ref(imgs), 1e-5)
+    headless = {k: x for k, x in state.items() if not k.startswith(head)}
+    model, has_head = load_cnn(name, save({"model": headless}, path))
+    first, weight = next(iter(state.items()))
+    assert not has_head and model.get_parameter(first).equal(weight)
+
+
+def test_wrong_cnns_are_refused(tmp_path):
+    state = torchvision.models.mobilenet_v2().state_dict()
+    key, path = "features.3.conv.0.0.weight", tmp_path / "a.pth"
+    ints = torch.zeros(state[key].shape, dtype=torch.int8)
+    for name, value in ((key, randn(3)), (key, ints), ("x", randn(1)), (key, None)):
+        changed = state | {name: value}
+        if value is None:
+            del changed[key]
+        with pytest.raises(ValueError, match=f"{path}: .*{re.escape(name)}"):
+            load_cnn("mobilenet_v2", save(changed, path))
+    with pytest.raises(ValueError, match=f"{path}: no such network"):
+        load_cnn("resnet50", path)
+
+
 # -- Positions of another grid ---------------------------------------------------------
 
 
-def test_sincos_positions_are_computed_for_the_grid():
-    ours = attg_mae.build_model(attg_mae.Config())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sincos_positions_are_computed_for_the_grid(dtype):
+    """That of the file is found by the table itself, in any precision."""
+    ours = attg_mae.build_model(attg_mae.Config(img_size=(16, 64), depth=1))
+    state = {k: x.to(dtype) for k, x in ours.state_dict().items()}
     same_size = attg_mae.build_model(attg_mae.Config(img_size=(40, 64)))
-    content = {"model": ours.state_dict(), "config": asdict(ours.cfg)}
-    big = attg_mae.load_encoder(content, img_size=(40, 64))
-    assert big.pos_embed.equal(same_size.pos_embed)
+    for content in ({"model": state, "config": asdict(ours.cfg)}, state):
+        model = attg_mae.load_encoder(content, heads=4)
+        assert model.cfg.size == (16, 64) and model.pos_embed.equal(ours.pos_embed)
+        big = attg_mae.load_encoder(content, heads=4, img_size=(40, 64))
+        assert big.pos_embed.equal(same_size.pos_embed)
 
 
 def test_learned_positions_are_resized_as_by_hugging_face():
-    hf = transformers()
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "patch_size": 8}
-    sizes |= {"image_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = hf.ViTConfig(**sizes)
-    ref = shake(hf.ViTModel(config)).eval()
-    for size in ((48, 48), (32, 80)):
-        model = attg_mae.load_encoder(ref.state_dict(), heads=2, img_size=size)
+    """Also to a grid of as many patches: it is the grid that counts."""
+    ref = shake(hf_model("ViTModel", num_hidden_layers=1))
+    for size in ((48, 48), (32, 80), (16, 64)):
+        model = attg_mae.load_encoder(ref.state_dict(), heads=4, img_size=size)
         imgs = randn(2, 3, *size)
         want = ref.embeddings(imgs, interpolate_pos_encoding=True)
         got = model.embed(model.patchify(imgs))
         assert close(got, want, 1e-5) and not close(got - model.pos_embed, want, 1e-2)
 
 
-def test_learned_positions_of_a_rectangle():
+def test_learned_positions_of_a_rectangle(tmp_path):
     ref, imgs = timm_model(img_size=(32, 64)), randn(2, 3, 32, 64)
-    got = attg_mae.load_encoder(ref.state_dict(), heads=4, img_size=(32, 64))
-    assert close(got.forward_features(imgs), ref.forward_features(imgs), 1e-5)
+    state, size = ref.state_dict(), {"img_size": (32, 64)}
+    model = attg_mae.load_encoder(state, heads=4, **size)
+    assert same_features(model, ref, imgs)
     # Their grid is not known, so they are not resized.
-    for size in ({}, {"img_size": (64, 32 * 3)}):
-        with pytest.raises(ValueError, match="pos_embed"):
-            attg_mae.load_encoder(ref.state_dict(), heads=4, **size)
+    for other in ({}, {"img_size": (64, 32 * 3)}):
+        with pytest.raises(ValueError, match="pos_embed|img_size"):
+            attg_mae.load_encoder(state, heads=4, **other)
+    # Settings tell it, here of as many patches as a square has.
+    square = timm_model(img_size=64)
+    cfg = attg_mae.Config(**asdict(model.cfg) | {"img_size": (32, 128)})
+    content = {"model": square.state_dict(), "config": asdict(cfg)}
+    got = attg_mae.load_encoder(content, img_size=64)
+    assert not close(got.pos_embed, square.pos_embed, 1e-2)
+    assert attg_mae.load_encoder(content).pos_embed.equal(square.pos_embed)
+
+
+def test_empty_positions_are_told(capsys):
+    """As in models that transformers 5.24 makes."""
+    state = timm_model().state_dict()
+    attg_mae.load_encoder(state | {"pos_embed": torch.zeros(1, 17, 64)}, heads=4)
+    assert "pos_embed is all zero" in capsys.readouterr().out
+    attg_mae.load_encoder(state, heads=4)
+    assert "zero" not in capsys.readouterr().out
 
 
 # -- What is refused -------------------------------------------------------------------
@@ -159,19 +377,32 @@ def refused(ran=""):
     """{name: (content of a file, what the error must name beside the file)}."""
     state, hf_state = timm_model().state_dict(), hf_model("ViTModel").state_dict()
     norm, fc2 = "blocks.0.norm1.weight", "blocks.1.mlp.fc2.weight"
-    stray = "blocks.0.attn.k.weight"
     # The names of transformers 5 and 4.
     first_key = re.compile(r"0\.attention\.(k_proj|attention\.key)")
     keyless = {k: v for k, v in hf_state.items() if not first_key.search(k)}
-    return {
+    values = {"quantized": torch.quantize_per_tensor(randn(64), 0.1, 0, torch.qint8)}
+    values |= {"not finite": torch.full((64,), math.nan), "number": 3}
+    for dtype in (torch.bool, torch.uint8, torch.int64, torch.complex64):
+        values[str(dtype)] = torch.ones(64, dtype=dtype)
+    cases = {name: (state | {norm: value}, norm) for name, value in values.items()}
+    for key in ("surplus", "norm_pre.weight", "dist_token", "blocks.0.ls1.gamma", ""):
+        cases[f"key {key}"] = state | {key: randn(3)}, key
+    for shape in ((1, 0, 64), (1, 1, 64), (17, 64), (1, 12, 64)):
+        cases[f"positions {shape}"] = (
+            state | {"pos_embed": torch.ones(shape)},
+            "pos_embed",
+        )
+    return cases | {
         "resnet": ({"layer1.0.conv1.weight": randn(4, 4, 3, 3)}, "layer1.0.conv1"),
         "sequence": ([1, 2], "list"),
+        "number as key": ({1: randn(3)}, "keys"),
         "evil": ({"model": state, "args": Evil(ran)}, "open"),
         "missing": ({k: v for k, v in state.items() if k != fc2}, fc2),
-        "surplus": (state | {"surplus": randn(3)}, "surplus"),
-        "stray key": (state | {stray: randn(3, 3)}, stray),
+        "two names": (
+            state | {"position_embeddings": randn(1)},
+            "pos_embed and position",
+        ),
         "shape": (state | {norm: randn(3)}, norm),
-        "not a tensor": (state | {norm: 3}, norm),
         "Hugging Face without a key": (keyless, "blocks.0.attn"),
     }
 
@@ -180,9 +411,8 @@ def refused(ran=""):
 def test_load_encoder_refuses_other_files(name, tmp_path):
     path, ran = tmp_path / "weights.pth", tmp_path / "ran"
     content, named = refused(ran)[name]
-    torch.save(content, path)
     with pytest.raises(ValueError) as error:
-        attg_mae.load_encoder(path, heads=4)
+        attg_mae.load_encoder(save(content, path), heads=4)
     assert path.name in str(error.value) and "\n" not in str(error.value)
     assert named in str(error.value).replace(str(path), "") and not ran.exists()
     if name == "evil":
@@ -190,6 +420,13 @@ def test_load_encoder_refuses_other_files(name, tmp_path):
         assert ran.exists()  # it would have run
         # PyTorch's advice to load without the check is not repeated.
         assert "weights_only" not in str(error.value)
+
+
+def test_tensors_without_values_are_refused():
+    state = timm_model().state_dict()
+    for value in (torch.zeros(64, device="meta"), torch.zeros(64).to_sparse()):
+        with pytest.raises(ValueError, match="state dict: norm.bias"):
+            attg_mae.load_encoder(state | {"norm.bias": value}, heads=4)
 
 
 def test_files_that_are_not_checkpoints(tmp_path):

@@ -1,0 +1,250 @@
+"""
+Backbones of other libraries: ViTs of timm and Hugging Face by name, torchvision's CNNs.
+
+    timm:vit_small_patch14_reg4_dinov2.lvd142m     timm's weights
+    timm:vit_small_patch16_224@FILE                weights in a file
+    hf:FOLDER_OR_NAME                              as for transformers' from_pretrained
+
+Shapes: B images, L patches, N tokens, D width.
+"""
+
+import hashlib
+import inspect
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torchvision.models import get_model
+
+from attg.checkpoint import checksums
+from attg.weights import (
+    check_parameter,
+    find_prefix,
+    load_checked,
+    log_once,
+    read_file,
+    select_entry,
+)
+
+# -- ViTs by name ----------------------------------------------------------------------
+
+
+def is_named(source):
+    """Whether a string names a model of timm or Hugging Face, not a file."""
+    return str(source).startswith(("timm:", "hf:"))
+
+
+def open_backbone(source, img_size=None):
+    """The NamedViT of timm:NAME, timm:NAME@FILE or hf:FOLDER_OR_NAME, in eval mode.
+
+    img_size: in pixels, instead of the model's. ValueError names the source.
+    """
+    library, _, name = source.partition(":")
+    try:
+        return (open_timm if library == "timm" else open_hf)(name, img_size)
+    # These libraries raise nearly anything for a wrong name, file or size.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, ModuleNotFoundError):
+            reason += f"; pip install {'timm' if library == 'timm' else 'transformers'}"
+        raise ValueError(f"{source}: {reason}") from error
+
+
+def open_timm(name, img_size):
+    """See open_backbone."""
+    import timm
+
+    name, _, path = name.partition("@")
+    overlay, options = {}, {"img_size": img_size} if img_size else {}
+    if path:
+        state = select_entry(read_file(Path(path)), None, path)
+        overlay["state_dict"] = timm.models.clean_state_dict(state)
+    options |= {"num_classes": 0, "pretrained_cfg_overlay": overlay}
+    model = timm.create_model(name, pretrained=True, **options)
+    images = timm.data.resolve_model_data_config(model)
+    size = (img_size, img_size) if img_size else images["input_size"][1:]
+    return NamedViT(model, size, images["mean"], images["std"])
+
+
+def open_hf(name, img_size):
+    """See open_backbone."""
+    import transformers as hf
+
+    model = hf.AutoModel.from_pretrained(name, attn_implementation="sdpa")
+    # CLIP and SigLIP have a text model, too.
+    model = getattr(model, "vision_model", model)
+    mean = std = (0.5, 0.5, 0.5)
+    try:
+        images = hf.AutoImageProcessor.from_pretrained(name)
+        mean, std = images.image_mean, images.image_std
+    except OSError:
+        log_once(f"hf:{name}: no preprocessor_config.json, normalizes by 0.5 and 0.5")
+    side = img_size or model.config.image_size
+    size = (side, side) if isinstance(side, int) else side
+    return NamedViT(model, size, mean, std)
+
+
+class Found(Exception):
+    """Ends a forward pass; args: what was looked for."""
+
+
+class FindAttention(TorchFunctionMode):
+    """Raises Found with the arguments of scaled_dot_product_attention, a dict."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            raise Found(
+                dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            )
+        return function(*args, **kwargs)
+
+
+class NamedViT(nn.Module):
+    """A ViT of timm or Hugging Face, with what the programs use of this project's ViT.
+
+    Register and distillation tokens are left out. Without a class token, its place has the
+    model's own pooled feature. fc_norm: see attg.features.pool_tokens.
+    """
+
+    def __init__(self, model, size, mean, std):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        modules = dict(model.named_modules())
+        convs = [m for m in modules.values() if isinstance(m, nn.Conv2d)]
+        # Projections to queries, keys and values, or to keys alone, one in each block.
+        names = [n for n in modules if re.search(r"\b(qkv|k_proj|key)$", n)]
+        if not names or not convs or convs[0].kernel_size != convs[0].stride:
+            raise ValueError("no keys and patches as in a ViT; give another backbone")
+        self.key = modules[names[-1]]
+        self.attention = modules[names[-1].rpartition(".")[0]]
+        if hasattr(self.attention, "fused_attn"):
+            self.attention.fused_attn = True
+        p, channels = convs[0].stride[0], convs[0].in_channels
+        if size[0] % p or size[1] % p:
+            raise ValueError(f"--img_size {size[0]}: must be a multiple of {p}")
+        self.cfg = SimpleNamespace(size=tuple(size), grid=(size[0] // p, size[1] // p))
+        self.cfg.patch_size, self.cfg.in_chans, self.cfg.depth = p, channels, len(names)
+        self.cfg.mean, self.cfg.std = tuple(mean), tuple(std)
+        self.cfg.width = self.key.in_features
+        last_names = {n.rpartition(".")[2] for n, _ in model.named_parameters()}
+        self.has_class_token = bool(last_names & {"cls_token", "class_embedding"})
+        norm = getattr(getattr(model, "pooler", None), "layernorm", None)
+        self.fc_norm = getattr(model, "fc_norm", norm) or nn.Identity()
+        # Tokens before those of the patches, in the last block and after it.
+        imgs, L = torch.zeros(1, channels, *size), math.prod(self.cfg.grid)
+        for tokens in (self.last_input(imgs)[0], self.tokens(imgs)[0]):
+            self.first = tokens.shape[1] - L
+            if tokens.dim() != 3 or not 0 <= self.first < 20:
+                shape = tuple(tokens.shape)
+                raise ValueError(f"not a plain ViT: {shape} tokens of {L} patches")
+
+    def normalize(self, imgs):
+        """uint8 (B, C, H, W) -> normalized floats."""
+        values = torch.tensor([self.cfg.mean, self.cfg.std], device=imgs.device)
+        mean, std = values[:, :, None, None]
+        return (imgs / 255 - mean) / std
+
+    def tokens(self, imgs):
+        """All tokens (B, N, D) after the last norm; the model's pooled feature, or None."""
+        model, pooled = self.model, None
+        if hasattr(model, "forward_features"):
+            tokens = model.forward_features(imgs)
+            if getattr(model, "attn_pool", None) is not None:
+                pooled = model.forward_head(tokens, pre_logits=True)
+            return tokens, pooled
+        parameters = inspect.signature(model.forward).parameters
+        options = {"interpolate_pos_encoding": True}
+        output = model(imgs, **{k: x for k, x in options.items() if k in parameters})
+        return output.last_hidden_state, output.get("pooler_output")
+
+    def forward_features(self, imgs):
+        """Images (B, C, H, W) -> tokens (B, 1 + L, D)."""
+        tokens, pooled = self.tokens(imgs)
+        patches = tokens[:, self.first :]
+        first = tokens[:, 0] if self.has_class_token else pooled
+        first = patches.mean(dim=1) if first is None else first
+        return torch.cat([first[:, None], patches], dim=1)
+
+    def last_input(self, imgs):
+        """Input (B, N, D) of the last block's attention, and all arguments: *args, **kwargs."""
+
+        def stop(module, args, kwargs):
+            raise Found(args[0] if args else kwargs["hidden_states"], args, kwargs)
+
+        hook = self.attention.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.tokens(imgs)
+        except Found as found:
+            return found.args
+        finally:
+            hook.remove()
+        raise ValueError("its last attention is not called as a module")
+
+    def patch_keys(self, imgs):
+        """Keys of the last block (B, L, D), heads joined, before norms and rotation."""
+        x, D = self.last_input(imgs)[0], self.cfg.width
+        rows = slice(D, 2 * D) if len(self.key.weight) == 3 * D else slice(None)
+        bias = None if self.key.bias is None else self.key.bias[rows]
+        return F.linear(x[:, self.first :], self.key.weight[rows], bias)
+
+    def class_attention(self, imgs):
+        """Attention of the class token to the patches in the last block, (B, L).
+
+        The mean of the heads. ValueError if the model has no class token, or no such
+        attention.
+        """
+        if not self.has_class_token:
+            raise ValueError("this backbone has no class token; use --method tokencut")
+        _, args, kwargs = self.last_input(imgs)
+        try:
+            with FindAttention():
+                self.attention(*args, **kwargs)
+        except Found as found:
+            call = found.args[0]
+        else:
+            raise ValueError("this backbone's attention is not dot-product attention")
+        q, k, mask = call["query"][:, :, :1], call["key"], call.get("attn_mask")
+        logits = q @ k.mT * (call.get("scale") or q.shape[-1] ** -0.5)  # (B, H, 1, N)
+        if mask is not None:
+            logits = logits + mask[..., :1, :]
+        return logits.softmax(dim=-1)[:, :, 0, self.first :].mean(dim=1)
+
+
+def weights_sha256(model):
+    """Hexadecimal sha256 that tells the weights of a model."""
+    sums = checksums(model.state_dict())
+    return hashlib.sha256(repr(sums).encode()).hexdigest()
+
+
+# -- CNNs ------------------------------------------------------------------------------
+
+# A weight that tells the prefix of all names, and the classifier.
+CNNS = {"resnet50": ("layer1.0.conv1.weight", "fc")}
+CNNS["mobilenet_v2"] = ("features.1.conv.0.0.weight", "classifier.1")
+
+
+def load_cnn(name, path, key=None, prefix=None):
+    """torchvision's CNN with the weights of a file, and whether it has a classifier.
+
+    The classifier may be of any number of classes. key, prefix: see read_weights.
+    """
+    anchor, head = CNNS[name]
+    state, path = select_entry(read_file(Path(path)), key, path), str(path)
+    start = find_prefix(state, re.escape(anchor), prefix, path)
+    state = {k[len(start) :]: x for k, x in state.items() if k.startswith(start)}
+    matrix = state.get(f"{head}.weight")
+    classes = len(matrix) if torch.is_tensor(matrix) and matrix.dim() == 2 else 0
+    model = get_model(name, num_classes=classes or 1)
+    counters = {k for k in model.state_dict() if k.endswith("num_batches_tracked")}
+    state = {k: x for k, x in state.items() if k not in counters}
+    for k, x in state.items():
+        check_parameter(x, f"{path}: {k}")
+    fresh = counters if classes else counters | {f"{head}.weight", f"{head}.bias"}
+    load_checked(model, state, fresh, path)
+    return model.eval().requires_grad_(False), classes > 0

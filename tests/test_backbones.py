@@ -1,0 +1,132 @@
+"""attg/backbones.py against the forward passes of timm and Hugging Face."""
+
+import json
+
+import pytest
+import torch
+
+from attg.backbones import open_backbone
+from attg.features import pool_tokens
+from tests.helpers import close, randn, shake, transformers
+
+# Names in timm, and the number of tokens that are no patches.
+TIMM = {
+    "vit_tiny_patch16_224": 1,
+    "deit_tiny_distilled_patch16_224": 2,
+    "vit_small_patch14_reg4_dinov2": 5,
+    "vit_small_patch16_dinov3": 5,
+    "vit_base_patch16_siglip_224": 0,
+    "beit_base_patch16_224": 1,
+}
+HF = {"ViT": 1, "DeiT": 2, "Dinov2WithRegisters": 5, "DINOv3ViT": 3, "SiglipVision": 0}
+HF |= {"Beit": 1}
+SIZES = dict(hidden_size=32, intermediate_size=64, image_size=48, patch_size=8)
+SIZES |= dict(num_hidden_layers=2, num_attention_heads=2)
+
+
+def open_timm(name, folder, monkeypatch):
+    """(timm's model of two blocks and 6 x 6 patches, ours, its inputs)."""
+    timm = pytest.importorskip("timm")
+    create, side = timm.create_model, 6 * (14 if "14" in name else 16)
+    shallow = lambda *args, **options: create(*args, **options, depth=2)  # noqa: E731
+    monkeypatch.setattr(timm, "create_model", shallow)
+    torch.manual_seed(0)
+    ref = shake(timm.create_model(name, num_classes=0, img_size=side), 0.05)
+    torch.save({"state_dict": {}, "model_ema": ref.state_dict()}, folder / "a.pth")
+    model = open_backbone(f"timm:{name}@{folder / 'a.pth'}", side)
+    assert model.cfg.mean == ref.pretrained_cfg["mean"] and model.cfg.depth == 2
+    return ref, model, randn(2, 3, side, side)
+
+
+def last_attention(ref, imgs):
+    """The last block's normalized input, and the softmax that timm computes itself."""
+    seen, attn = {}, ref.blocks[-1].attn
+    attn.fused_attn = False
+    attn.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    attn.attn_drop.register_forward_pre_hook(lambda _, args: seen.update(p=args[0]))
+    ref(imgs)
+    return seen["x"], seen["p"]
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name, tmp_path, monkeypatch):
+    ref, model, imgs = open_timm(name, tmp_path, monkeypatch)
+    first, tokens = TIMM[name], ref.forward_features(imgs)
+    got = model.forward_features(imgs)
+    assert got.shape == (2, 37, tokens.shape[2])
+    assert close(got[:, 1:], tokens[:, first:], 1e-5)
+    if first:
+        assert close(got[:, 0], tokens[:, 0], 1e-5)
+    if "distilled" not in name:  # which pools two tokens
+        pooled = ref.forward_head(tokens, pre_logits=True)
+        features = pool_tokens(model, got)
+        assert close(features[ref.global_pool == "avg"], pooled, 1e-5)
+
+    x, attention = last_attention(ref, imgs)
+    attn, D = ref.blocks[-1].attn, x.shape[2]
+    want = x @ attn.qkv.weight[D : 2 * D].T
+    if attn.qkv.bias is not None:
+        want = want + attn.qkv.bias[D : 2 * D]
+    assert close(model.patch_keys(imgs), want[:, first:], 1e-5)
+    if first:
+        want = attention[:, :, 0, first:].mean(dim=1)
+        got = model.class_attention(imgs)
+        assert close(got, want, 1e-5) and not close(got.roll(1, 1), want, 1e-2)
+    else:
+        with pytest.raises(ValueError, match="no class token"):
+            model.class_attention(imgs)
+
+
+@pytest.mark.parametrize("kind", HF)
+def test_hugging_face(kind, tmp_path):
+    hf, first = transformers(), HF[kind]
+    if not hasattr(hf, f"{kind}Model"):
+        pytest.skip(f"transformers {hf.__version__} has no {kind}Model")
+    options = {"num_register_tokens": 2} if kind == "DINOv3ViT" else {}
+    config = getattr(hf, f"{kind}Config")(**SIZES | options)
+    torch.manual_seed(0)
+    ref = shake(getattr(hf, f"{kind}Model")(config), 0.05)
+    ref.save_pretrained(tmp_path)
+    images = {"image_processor_type": "ViTImageProcessor", "size": 48}
+    images |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    model, imgs = open_backbone(f"hf:{tmp_path}"), randn(2, 3, 48, 48)
+    assert model.cfg.mean == (0.1, 0.2, 0.3) and model.cfg.grid == (6, 6)
+    ref.set_attn_implementation("eager")
+    want = ref(imgs, output_attentions=True)
+    got = model.forward_features(imgs)
+    assert close(got[:, 1:], want.last_hidden_state[:, first:], 1e-5)
+    if kind in ("SiglipVision", "Beit"):
+        features = pool_tokens(model, got)
+        assert close(features[kind == "Beit"], want.pooler_output, 1e-5)
+    else:
+        assert close(got[:, 0], want.last_hidden_state[:, 0], 1e-5)
+    assert model.patch_keys(imgs).shape == (2, 36, 32)
+    if first:
+        attention = want.attentions[-1][:, :, 0, first:].mean(dim=1)
+        assert close(model.class_attention(imgs), attention, 1e-5)
+    pixels = torch.randint(256, (1, 3, 2, 2))
+    assert close(model.normalize(pixels)[0, 1], (pixels[0, 1] / 255 - 0.2) / 0.5, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "source, named",
+    [
+        ("timm:no_such_model", "no_such_model"),
+        ("timm:vit_tiny_patch16_224@missing.pth", "missing.pth: no such file"),
+        ("timm:swin_tiny_patch4_window7_224@empty.pth", "plain"),
+        ("timm:resnet18@empty.pth", "keys"),
+        ("hf:.", "model"),
+    ],
+)
+def test_refused(source, named, tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    transformers()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    create = timm.create_model
+    untrained = lambda name, pretrained, **_: create(name)  # noqa: E731
+    monkeypatch.setattr(timm, "create_model", untrained)
+    torch.save({}, "empty.pth")
+    with pytest.raises(ValueError, match=f"^{source.replace('/', '.')}: .*{named}"):
+        open_backbone(source).patch_keys(randn(1, 3, 224, 224))
