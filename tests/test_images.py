@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-import attg.images
+import attg_mae
 from attg.datasets import open_data
-from attg.images import eval_view, load_image, to_8_bits, train_view
+from attg.images import Jpeg, eval_view, load_image, to_8_bits, train_view
 from eval_finetune import rand_augment
 from tests.fuzz import RANDOM, damage, largest_memory, png, within
 from tests.helpers import LUMA, noise, ramp, write
@@ -102,7 +102,12 @@ def test_exif_rotation_is_ignored(tmp_path):
     np.testing.assert_array_equal(load_image(path), noise(6, 4))
 
 
-# -- Crops -----------------------------------------------------------------------------
+# -- Views -----------------------------------------------------------------------------
+
+
+def pixels(view):
+    """uint8 (h, w) or (h, w, 3) as int."""
+    return view.permute(1, 2, 0).squeeze(-1).numpy().astype(int)
 
 
 @given(SEEDS, *[st.integers(8, 300)] * 2, *[st.integers(8, 64)] * 2)
@@ -115,12 +120,13 @@ def test_training_crop_is_torchvisions(seed, width, height, h, w):
     peer = v2.RandomResizedCrop((h, w), (0.2, 1), ratio, interpolation=BICUBIC)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        np.testing.assert_array_equal(crop, peer(image))
+        np.testing.assert_array_equal(pixels(crop), peer(image))
         assert flip == (torch.rand(()).item() < 0.5)
     region = np.array(box) * (width, height, width, height)
     assert abs(region - region.round()).max() < 1e-9
     cut = image.crop(region.round().astype(int).tolist())
-    np.testing.assert_array_equal(crop, cut.resize((w, h), Image.Resampling.BICUBIC))
+    resized = cut.resize((w, h), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(pixels(crop), resized)
 
 
 @given(*[st.integers(33, 300)] * 2, st.integers(8, 112))
@@ -128,12 +134,11 @@ def test_evaluation_is_torchvisions_resize_and_center_crop(width, height, size):
     image = noise(width, height)
     crop, box, flip = eval_view(image, (size, size))
     resized = v2.Resize(round(size * 256 / 224), BICUBIC)(image)
-    np.testing.assert_array_equal(crop, v2.CenterCrop(size)(resized))
+    np.testing.assert_array_equal(pixels(crop), v2.CenterCrop(size)(resized))
     region = np.array(box) * (*resized.size, *resized.size)
     assert abs(region - region.round()).max() < 1e-9 and not flip
-    np.testing.assert_array_equal(
-        crop, resized.crop(region.round().astype(int).tolist())
-    )
+    cut = resized.crop(region.round().astype(int).tolist())
+    np.testing.assert_array_equal(pixels(crop), cut)
 
 
 def test_evaluation_box_by_hand():
@@ -147,7 +152,7 @@ def test_tiny_images_are_only_resized(width, height):
     crop, box, _ = eval_view(noise(width, height), (28, 28))
     resized = noise(width, height).resize((28, 28), Image.Resampling.BICUBIC)
     whole = min(width, height) <= 32
-    assert (box == (0, 0, 1, 1)) is whole is np.array_equal(crop, resized)
+    assert (box == (0, 0, 1, 1)) is whole is np.array_equal(pixels(crop), resized)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -158,7 +163,7 @@ def test_middle_of_strips(axis):
     image = Image.fromarray(waves.T if axis else waves)
     crop, box, _ = eval_view(image, (28, 28))
     expected = v2.CenterCrop(28)(v2.Resize(32, BICUBIC)(image))
-    got, want = np.array(crop, dtype=int), np.array(expected)
+    got, want = pixels(crop), np.array(expected)
     assert abs(got - want).max() <= 1 and (got != want).mean() < 0.05
     # A region one pixel aside is not taken for it.
     assert abs(got[1:-1, 2:] - want[1:-1, 1:-1]).max() > 5
@@ -174,15 +179,124 @@ def test_rand_augment_is_a_function_of_the_seed():
     for seed in range(60):
         (crop, box, _), again = (augmented(ramp(48, 40), (32, 32), seed) for _ in "ab")
         plain, same_box, _ = view(ramp(48, 40), (32, 32), seed)
-        assert np.array_equal(crop, again[0]) and box == same_box
-        changed.append(not np.array_equal(crop, plain))
+        assert crop.equal(again[0]) and box == same_box
+        changed.append(not crop.equal(plain))
         areas.append((box[2] - box[0]) * (box[3] - box[1]))
     assert min(areas) < 0.15 and max(areas) > 0.8
     # Neither of two operations has a probability of 0.25; some have no effect.
     assert 0.5 < np.mean(changed) < 0.85
 
 
-# -- Large, damaged and odd files ------------------------------------------------------
+# -- JPEG ------------------------------------------------------------------------------
+
+
+def jpeg(path, image, **options):
+    image.save(path, quality=95, **options)
+    return Jpeg.open(path)
+
+
+KINDS = {"444": {"subsampling": 0}, "420": {"subsampling": 2}}
+KINDS |= {"progressive": {"progressive": True}, "comment": {"comment": bytes(70)}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(*[st.integers(33, 380)] * 2, st.integers(48, 64), SEEDS)
+def test_jpegs_are_decoded_and_resized_as_by_pillow(
+    tmp_path, kind, width, height, size, seed
+):
+    # Without black and white, where each of the two passes would clip.
+    image = noise(width, height).point(lambda x: 64 + x // 2)
+    fast = jpeg(tmp_path / "0.jpg", image, **KINDS[kind])
+    slow = load_image(tmp_path / "0.jpg")
+    assert fast.size == slow.size == (width, height)
+    for view in (eval_view, partial(train_view, seed=seed)):
+        (a, *box), (b, *other) = (view(x, (size, size)) for x in (fast, slow))
+        assert box == other
+        # Most of it is the order of the two passes.
+        error = abs(pixels(a) - pixels(b))
+        assert error.mean() < 0.5 and error.max() <= 2
+
+
+def test_only_plain_jpegs_are_fast(tmp_path):
+    """CMYK, gray and other files are Pillow's."""
+    for name, mode in (("0.jpg", "CMYK"), ("1.jpg", "L"), ("2.png", "RGB")):
+        noise(60, 50).convert(mode).save(tmp_path / name)
+        assert Jpeg.open(tmp_path / name) is None
+    for content in (b"", b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8\xff\xc0\0\x11"):
+        (tmp_path / "3.jpg").write_bytes(content)
+        data = open_data(tmp_path, size=32, augment=True)
+        assert [data[0, i].index for i in range(4)] == [0, 1, 2, 0]
+
+
+@given(RANDOM)
+def test_damaged_jpegs_are_those_of_pillow(tmp_path, rng):
+    noise(60, 50).save(tmp_path / "0.jpg", progressive=rng.random() < 0.5)
+    content = (tmp_path / "0.jpg").read_bytes()
+    path = tmp_path / "1.jpg"
+    path.write_bytes(damage(content, rng))
+    try:
+        image = to_8_bits(load_image(path))
+    except Exception:
+        image = None
+    data = open_data(path, size=32)
+    if image is None:
+        with pytest.raises(ValueError, match="none of the 1"):
+            data[0]
+    else:
+        assert data[0].box.tolist() == pytest.approx(eval_view(image, (32, 32))[1])
+
+
+@pytest.mark.parametrize("size", [(5, 5), (32, 24)])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_views_and_maps_are_aligned(tmp_path, suffix, size):
+    """To 1/100 pixel: a map that is painted into its image has the mean of the view."""
+    # Without noise, all means of neighbors would be rounded up.
+    random = np.random.default_rng(0).integers(-3, 4, (96, 128))
+    x, y = (np.uint8(side + random) for side in np.mgrid[40:136, 40:168][::-1])
+    for i, gray in enumerate((x, y, 255 - x, 255 - y)):
+        image = Image.fromarray(gray).convert("RGB")
+        write(tmp_path / f"{i}.{suffix}", image, quality=100)
+    data = open_data(tmp_path)
+    images = [data.open(i)[0] for i in range(4)]
+    maps = np.stack([data.read(i)[0].convert("L") for i in range(4)])
+    offsets, moved = [], []
+    # The smallest views are decoded at 1/4 or 1/8.
+    pixel = 4 if size == (5, 5) else 1
+    for seed in range(200):
+        views, boxes, _ = zip(*[train_view(x, size, seed) for x in images], strict=True)
+        means = torch.stack(views).double().mean(dim=(1, 2, 3))
+        for shift, values in ((0, offsets), (0.03 * pixel / 96, moved)):
+            boxes_4 = torch.tensor(boxes) + shift
+            no = torch.zeros(4, dtype=torch.bool)
+            m = attg_mae.pool_maps(torch.from_numpy(maps), boxes_4, no, size)
+            error = means - m.mean(dim=1)
+            # A pixel is one gray level. Decoders round negatives alike.
+            values.append((error[:2] - error[2:]) / 2)
+    to_right_and_down, shifted = (torch.stack(x).mean(dim=0) for x in (offsets, moved))
+    assert abs(to_right_and_down).max() < 0.01 * pixel < abs(shifted).min()
+
+
+def test_large_jpegs_are_decoded_at_reduced_size(tmp_path, monkeypatch):
+    y, x = np.mgrid[:1201, :1603]
+    waves = [np.sin(x / 9) + np.sin(y / 7), np.sin((x + y) / 15), np.sin(x / 40)]
+    image = Image.fromarray(np.uint8(127 + 50 * np.stack(waves, -1)))
+    fast = jpeg(tmp_path / "0.jpg", image)
+    scales, load = set(), Jpeg.load
+    spy = lambda self, scale=1: scales.add(scale) or load(self, scale)  # noqa: E731
+    monkeypatch.setattr(Jpeg, "load", spy)
+    for seed in range(12):
+        a, b = (
+            train_view(x, (48, 64), seed)[0]
+            for x in (fast, load_image(tmp_path / "0.jpg"))
+        )
+        error = abs(pixels(a) - pixels(b))
+        assert error.mean() < 1
+        # One pixel aside the difference is larger.
+        assert abs(pixels(a)[:, 1:] - pixels(b)[:, :-1]).mean() > 1.5
+    assert scales == {4, 8}
+
+
+# -- Damaged and odd files -------------------------------------------------------------
 
 
 SIDES = (1, 2, 31, 33, 70, 300)
@@ -264,14 +378,3 @@ def test_pixels_are_counted_before_decoding(tmp_path):
         load_image(path, 2999)
     with pytest.raises(OSError, match="truncated"):
         load_image(path, 3000)
-
-
-def test_large_jpegs_are_decoded_smaller(tmp_path, monkeypatch):
-    monkeypatch.setattr(attg.images, "MIN_DRAFT_SIDE", 64)
-    images = []
-    for height, size in ((129, (64, 65)), (127, (128, 127))):
-        path = write(tmp_path / f"{height}.jpg", ramp(128, height), quality=95)
-        image = load_image(path)
-        assert image.size == size
-        images.append(np.array(eval_view(image, (40, 40))[0], dtype=int))
-    assert abs(images[0] - images[1]).max() <= 4
