@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch.utils.data import Dataset, Subset
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -149,9 +149,10 @@ class Jpeg:
             return pil_to_tensor(self.load(scale).resize(size[::-1], BICUBIC, box))
         try:
             content = torch.frombuffer(self.content, dtype=torch.uint8)
-            image = decode_jpeg(content, ImageReadMode.RGB)
-        except RuntimeError:
-            # Raises Pillow's error, unless it can decode the image.
+            rgb = torchvision.io.ImageReadMode.RGB
+            image = torchvision.io.decode_jpeg(content, rgb)
+        except (RuntimeError, AttributeError):
+            # Damaged; or torchvision, which calls its decoders deprecated, has none.
             image = pil_to_tensor(self.load())
         part = image[None, :, y : y + h, x : x + w]
         return F.interpolate(part, size, mode="bicubic", antialias=True)[0]
