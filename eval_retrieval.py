@@ -196,7 +196,7 @@ def evaluate_retrieval(settings, data, dist_info):
 def main(argv=None):
     """Returns the results, a list of dicts."""
     settings = parse(Settings, __doc__, argv)
-    unused = ["classes", "max_pixels", "workers"]
+    unused = ["classes", "max_pixels", "white", "workers"]
     check_unused(settings, unused, "has no effect on retrieval")
     if not settings.gnd:
         raise ValueError("--gnd: missing; give the ground truth, gnd_roxford5k.pkl")

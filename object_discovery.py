@@ -562,6 +562,7 @@ def main(argv=None, data=None):
     settings = resolve(parse(Settings, __doc__, argv))
     out, data = settings.out, resolve_dataset(data, settings.data)
     options = {"classes": settings.classes, "max_pixels": settings.max_pixels}
+    options["white"] = settings.white
     masks = None
     with processes(settings.device, settings.timeout) as dist_info:
         _, rank, world = dist_info

@@ -54,6 +54,13 @@ class DataFlags:
     data: str = flag("toy", "toy, torchvision name, or folder", resume="fixed")
     classes: str | None = flag(None, "file of class folders to keep", resume="fixed")
     max_pixels: int = flag(10**8, "skip larger images", 1, 10**12, resume="free")
+    white: float | None = flag(
+        None,
+        "white in gray of over 8 bits [65535, in 32-bit integers 255, in floats 1]",
+        1e-9,
+        1e9,
+        resume="fixed",
+    )
 
 
 @dataclasses.dataclass(kw_only=True)

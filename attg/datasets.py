@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image
 from torch.utils.data import ConcatDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from attg.distributed import broadcast_from_rank0
 from attg.images import MAX_PIXELS, MODES, ImageData, generator_for
@@ -41,6 +41,7 @@ def open_data(
     classes=None,
     channels=3,
     max_pixels=MAX_PIXELS,
+    white=None,
 ):
     """Open one split of a data set: ImageData, or None if there is no such split.
 
@@ -55,6 +56,7 @@ def open_data(
         classes     --classes: a text file with the class folders to keep, one per line
         channels    3 = RGB, 1 = gray
         max_pixels  images with more pixels are treated as unreadable
+        white       level of white in gray of more than 8 bits, see to_8_bits
 
     A label from Python is an int, or -1 or None for no label. Attributes `targets` (all
     labels) and `classes`, as in torchvision, spare a pass over the images.
@@ -80,7 +82,7 @@ def open_data(
         source = open_path(path, split, classes)
     if source is None:
         return None
-    view = {"augment": augment, "seed": seed, "channels": channels}
+    view = {"augment": augment, "seed": seed, "channels": channels, "white": white}
     return ImageData(*source, size=size, max_pixels=max_pixels, **view)
 
 
@@ -94,6 +96,13 @@ def open_python(data, split):
         return None
     source = sources[split]
     labels, classes = (getattr(source, x, None) for x in ("targets", "classes"))
+    expected = getattr(sources.get("train"), "classes", None)
+    if classes is not None and expected is not None and list(classes) != list(expected):
+        odd = sorted(set(classes) ^ set(expected))[:5]
+        raise ValueError(
+            f"data: the classes of the {split} split are not those of training, {odd} "
+            "are in one only; give both the same `classes`, and `targets` in their order"
+        )
     if labels is not None:
         labels = [-1 if label is None else int(label) for label in labels]
     names = [f"data/{split}/{i:06d}" for i in range(len(source))]
@@ -155,14 +164,21 @@ LAYOUTS = (
 )
 
 
+# Folders of thumbnails, deleted files and snapshots that operating systems and NAS boxes
+# leave behind.
+JUNK = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot"}
+JUNK |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
+SUFFIXES = (*IMG_EXTENSIONS, ".avif", ".gif", ".jfif", ".jp2")
+
+
 def open_path(path, split, classes):
     """An image, or a folder in one of LAYOUTS; split and classes as in open_data."""
-    if path.is_file() and is_image_file(path.name):
+    if path.is_file() and path.name.lower().endswith(SUFFIXES):
         image = None, [path.name], np.array([-1]), 0, path.parent
         return image if split == "train" else None
     if not path.is_dir():
         raise ValueError(
-            f"--data {path}: neither a folder, an image ({', '.join(IMG_EXTENSIONS)}) "
+            f"--data {path}: neither a folder, an image ({', '.join(SUFFIXES)}) "
             f"nor one of toy, {', '.join(TORCHVISION)}. {LAYOUTS}"
         )
     train = path / "train" if (path / "train").is_dir() else path
@@ -192,6 +208,9 @@ def find_images(path, train, folder, classes):
     """
     here, images = list_folder(folder)
     expected = list_folder(train)[0]
+    if images and folder != train and not here:
+        # ImageNet's val/ as it is unpacked: training needs no labels there.
+        return {"": images}
     if classes:
         # Bytes that are not text give unknown names.
         lines = Path(classes).read_text(errors="replace").splitlines()
@@ -225,18 +244,18 @@ def list_folder(folder):
     """(folders, images) directly in a folder: two sorted lists of names.
 
     Only regular files are images: opening a pipe or a device could block for ever.
-    Hidden files and folders (.thumbnails, .ipynb_checkpoints) are left out.
+    Hidden names and JUNK are left out.
     """
     folders, images = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             # A link to itself raises OSError.
             with contextlib.suppress(OSError):
-                if entry.name.startswith("."):
+                if entry.name.startswith(".") or entry.name in JUNK:
                     continue
                 if entry.is_dir():
                     folders.append(entry.name)
-                elif is_image_file(entry.name) and entry.is_file():
+                elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
                     images.append(entry.name)
     return sorted(folders), sorted(images)
 
@@ -290,19 +309,22 @@ def open_labeled(name, tests, size, augment=False, seed=0, **options):
 
     options: of open_data. All must have labels, or ValueError.
     """
-    train_set = open_data(name, "train", size, augment, seed, **options)
-    test_sets = {test: open_data(name, test, size, **options) for test in tests}
     from_python = not isinstance(name, str | os.PathLike)
-    for dataset in (train_set, *test_sets.values()):
-        if not dataset or not dataset.labeled:
+    sets = {"train": open_data(name, "train", size, augment, seed, **options)}
+    sets |= {test: open_data(name, test, size, **options) for test in tests}
+    for split, dataset in sets.items():
+        labeled = dataset is not None and dataset.labeled
+        # Most training images of stl10 have no labels; some of a user's data may not.
+        if labeled and (from_python or name == "stl10"):
+            rows = (dataset.labels >= 0).nonzero().flatten()
+            labeled, sets[split] = len(rows) > 0, dataset.subset(rows)
+        if not labeled:
             raise ValueError(
-                f"--data {'' if from_python else name}: needs labeled images for "
-                "training and test, or another folder of the same classes for --val"
+                f"--data {'' if from_python else name}: {split} has no labels; sort the "
+                "images into folders, train/CLASS/ and val/CLASS/, or name another folder "
+                "of the same classes with --val"
             )
-    # Most training images of stl10 have no labels; some of a user's data may not.
-    if from_python or name == "stl10":
-        train_set = train_set.subset((train_set.labels >= 0).nonzero().flatten())
-    return train_set, test_sets
+    return sets.pop("train"), sets
 
 
 def refuse_unreadable(dataset):

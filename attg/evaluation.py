@@ -99,6 +99,7 @@ def fill(settings, **defaults):
 def open_sets(settings, data, cfg, **options):
     """The training set and {name: test set} for an encoder's Config; see open_labeled."""
     options |= {"classes": settings.classes, "max_pixels": settings.max_pixels}
+    options["white"] = settings.white or cfg.white
     return open_labeled(data, settings.val, cfg.size, channels=cfg.in_chans, **options)
 
 
@@ -135,13 +136,15 @@ def labeled_features(load_encoder, settings, data, dist_info):
         train_set, tests = open_sets(settings, data, encoder.cfg)
         sets = {"train": train_set, **tests}
         parts = make_features(encoder.to(dist_info[0]), sets, settings, dist_info)
-    train = parts.pop("train")
-    labeled = train["labels"] >= 0
-    if not labeled.any() or not parts:
-        raise ValueError(
-            f"--features {settings.features}: must hold labeled images and a test set"
-        )
-    return {name: x[labeled] for name, x in train.items()}, parts
+    for name, part in parts.items():
+        labeled = part["labels"] >= 0
+        if not labeled.any() or len(parts) < 2:
+            raise ValueError(
+                f"--features {settings.features}: must hold labeled images for training "
+                f"and test, {name} has none"
+            )
+        parts[name] = {key: x[labeled] for key, x in part.items()}
+    return parts.pop("train"), parts
 
 
 def draw_shots(labels, settings, name):

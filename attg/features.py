@@ -160,10 +160,14 @@ def knn_accuracy(model, train_set, test_set, loader_args, dtype, rank, world):
     options = (loader_args, dtype, rank, world)
     *banks, labels = extract_sharded(model, train_set, *options)
     *queries, truth = extract_sharded(model, test_set, *options)
-    labelled = labels >= 0  # some training images of stl10 have no labels
-    labels, truth = labels[labelled].to(device), truth.to(device)
+    # Some training images of stl10 have no labels.
+    known, scored = labels >= 0, truth >= 0
+    if not known.any() or not scored.any():
+        return {}
+    labels, truth = labels[known].to(device), truth[scored].to(device)
     accuracy = {}
     for name, bank, query in zip(FEATURES, banks, queries, strict=True):
-        guess = knn_classify(bank[labelled].to(device), labels, query.to(device))[:, 0]
+        bank, query = bank[known].to(device), query[scored].to(device)
+        guess = knn_classify(bank, labels, query)[:, 0]
         accuracy[name] = 100 * (guess == truth).float().mean().item()
     return accuracy

@@ -86,22 +86,24 @@ def load_image(file, max_pixels=MAX_PIXELS, scale=1):
         return image
 
 
-def to_8_bits(image, mode="RGB"):
+def to_8_bits(image, mode="RGB", white=None):
     """Convert a PIL image of any mode to "RGB" or "L" (gray).
 
-    Alpha is dropped, as torchvision does. White is 65535 in integers of 16 bits, 255 in
-    those of 32 bits and 1 in floats; ValueError if the image is brighter.
+    Alpha is dropped, as torchvision does. white: the level of white in gray of more than
+    8 bits; by default 65535 in integers of 16 bits, 255 in those of 32 bits and 1 in
+    floats, and ValueError if the image is brighter.
     """
     if image.mode.startswith("I") or image.mode == "F":
         # PIL's own conversion clips at 255. Pillow 10 opens 16-bit PNGs in mode I.
-        narrow = {"F": 1, "I": 255}.get(image.mode, 65535)
-        white = 65535 if image.format == "PNG" else narrow
+        default = {"F": 1, "I": 255}.get(image.mode, 65535)
+        default = 65535 if image.format == "PNG" else default
         gray = np.nan_to_num(np.array(image, dtype=np.float32), posinf=0, neginf=0)
-        if gray.max() > 1.01 * white:
+        if white is None and gray.max() > 1.01 * default:
             raise ValueError(
-                f"gray values up to {gray.max():g} in mode {image.mode}, where white is "
-                f"{white}; convert it to 8 bits"
+                f"gray up to {gray.max():g} in mode {image.mode}, where white is "
+                f"{default}; set --white"
             )
+        white = white or default
         image = Image.fromarray(np.uint8(gray.clip(0, white) * (255 / white) + 0.5))
     if image.mode == "P" and "transparency" in image.info:
         # Without this detour PIL warns.
@@ -261,6 +263,7 @@ class ImageData(Dataset):
     seed: int = 0
     channels: int = 3
     max_pixels: int = MAX_PIXELS
+    white: float | None = None
 
     def __post_init__(self):
         self.num_images = len(self.names)
@@ -289,7 +292,7 @@ class ImageData(Dataset):
         after, before = range(requested, self.num_images), range(requested)
         for index in itertools.chain(after, before):
             try:
-                image, label = self.open(index)
+                image, label = self.open(index, self.channels)
                 image, box, flip = view(image, self.size)
                 return Sample(image, label, index, torch.tensor(box), flip)
             # Decoders raise OSError, SyntaxError, ValueError and others.
@@ -301,15 +304,15 @@ class ImageData(Dataset):
             f"{reason}; repair them or choose another folder"
         )
 
-    def open(self, i):
-        """(Jpeg or 8-bit PIL image, label) of image i."""
-        if self.pairs is None and self.channels == 3:
+    def open(self, i, channels=3):
+        """(Jpeg or 8-bit PIL image, label) of image i. channels: 3 = RGB, 1 = gray."""
+        if self.pairs is None and channels == 3:
             image = Jpeg.open(self.path(i))
             if image:
                 check_pixels(image.size, self.max_pixels)
                 return image, int(self.known_labels[i])
         image, label = self.read(i)
-        return to_8_bits(image, MODES[self.channels]), label
+        return to_8_bits(image, MODES[channels], self.white), label
 
     def read(self, i):
         """(PIL image of any mode, label) of image i. Raises what its decoder raises."""
@@ -331,8 +334,10 @@ class ImageData(Dataset):
             self.unreadable[i] = True
             if self.unreadable.sum() <= 10:
                 path = self.path(i)
-                message = f"unreadable, the next image replaces it: {path} ({error})"
-                print(message, file=sys.stderr, flush=True)
+                message = f"unreadable, the next image replaces it: {path} ({error})\n"
+                # In one piece, as other workers write to the same place.
+                sys.stderr.write(message)
+                sys.stderr.flush()
 
     @functools.cached_property
     def labeled(self):

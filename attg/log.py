@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -56,13 +57,20 @@ def read_log(path):
     return records
 
 
+def versions():
+    """{package: version}, of those that the last bits of an image or a loss depend on."""
+    packages = ("torch", "torchvision", "Pillow")
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
 def describe_machine(device):
     """Log lines on versions and device, and on other programs that keep the cores busy."""
     name, threads = device.type, torch.get_num_threads()
     if name == "cuda":
         name = torch.cuda.get_device_name(device)
     python = sys.version.split()[0]
-    line = f"attg_mae {revision()}, python {python}, torch {torch.__version__}, {name}"
+    packages = ", ".join(map(" ".join, versions().items()))
+    line = f"attg_mae {revision()}, python {python}, {packages}, {name}"
     line += f", {threads} threads"
     load, cores = getattr(os, "getloadavg", lambda: [0])()[0], os.cpu_count()
     if name == "cpu" and threads > 1 and load > cores:
@@ -139,7 +147,8 @@ class Log:
         with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
         with replacing(self.path.with_name("config.json")) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
+            config = dataclasses.asdict(cfg) | {"versions": versions()}
+            temporary.write_text(json.dumps(config, indent=1))
         # Of processes that were killed while they wrote a checkpoint.
         for path in self.path.parent.glob("*.pt.*.tmp"):
             path.unlink()

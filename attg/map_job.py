@@ -20,7 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from attg.cli import log_line, progress
 from attg.distributed import broadcast_from_rank0, wait
 from attg.files import replacing
-from attg.images import MODES, to_8_bits
+from attg.images import resize_region
 from attg.kernels import normalize_map
 from attg.loader import default_workers, make_loader
 from attg.maps import read_manifest, write_maps
@@ -46,8 +46,8 @@ class SquashedImages(Dataset):
             if self.masks:
                 image = Image.fromarray(self.masks[i].filled(0))
                 return pil_to_tensor(image.resize((w, h), Image.Resampling.BOX)), True
-            image = to_8_bits(self.dataset.read(i)[0], MODES[self.channels])
-            return pil_to_tensor(image.resize((w, h), Image.Resampling.BICUBIC)), True
+            image = self.dataset.open(i, self.channels)[0]
+            return resize_region(image, (0, 0, *image.size), self.size), True
         # Decoders raise OSError, SyntaxError, ValueError and others.
         except Exception:
             return torch.zeros(self.channels, h, w, dtype=torch.uint8), False

@@ -23,6 +23,7 @@ import attg.toy
 import attg_mae
 import eval_knn
 from attg.datasets import (
+    JUNK,
     TORCHVISION,
     open_data,
     open_labeled,
@@ -460,11 +461,43 @@ def test_evaluations_need_labels(folder):
     val = str(folder / "val")
     train_set, tests = open_labeled(folder / "train", [val], 32)
     assert len(train_set) == 12 and len(tests[val]) == 3
-    pair = {"train": Own([0, -1, 1]), "test": Own([1, 0])}
-    assert open_labeled(pair, ["test"], 32)[0].labels.tolist() == [0, 1]
-    for data in (folder / "train", {"train": Own([0]), "test": Own([None])}):
-        with pytest.raises(ValueError, match="--data .*needs labeled images.*--val"):
+    # Rows without a label count neither for nor against, in any order.
+    pair = {"train": Own([-1, 0, 1], targets=[-1, 0, 1]), "test": Own([1, None, 0])}
+    train_set, tests = open_labeled(pair, ["test"], 32)
+    assert train_set.labels.tolist() == [0, 1] == tests["test"].labels.tolist()[::-1]
+    unlabeled = {"train": Own([0]), "test": Own([None, -1], targets=[None, -1])}
+    # ImageNet's val/ as it is unpacked.
+    for c in "abc":
+        (folder / "val" / c / "0.png").rename(folder / "val" / f"{c}.png")
+        (folder / "val" / c).rmdir()
+    assert list(open_data(folder, "test").names) == ["a.png", "b.png", "c.png"]
+    for data in (folder, folder / "train", unlabeled, {"train": Own([0])}):
+        with pytest.raises(
+            ValueError, match="--data .*test has no labels; sort.*--val"
+        ):
             open_labeled(data, ["test"], 32)
+
+
+def test_classes_are_compared_by_name():
+    train, test = (Own([0, 1], classes=list(names)) for names in ("abc", "ac"))
+    with pytest.raises(ValueError, match="classes of the test split .*'b'.* `classes`"):
+        open_labeled({"train": train, "test": test}, ["test"], 32)
+    test.classes = ("a", "b", "c")
+    assert (
+        open_labeled({"train": train, "test": test}, ["test"], 32)[0].num_classes == 3
+    )
+
+
+@pytest.mark.parametrize("junk", [*JUNK, ".hidden"])
+def test_what_systems_leave_behind_is_no_image(folder, junk):
+    before = list(open_data(folder).names)
+    for place in ("", "train", "train/a", "train/a/sub"):
+        write(folder / place / junk / "9.png", noise(4, 4))
+        (folder / place / "._0.jpg").write_bytes(b"Finder's")
+    assert list(open_data(folder).names) == before
+    for suffix in (".jfif", ".GIF"):
+        noise(4, 4).save(folder / "train" / "a" / f"9{suffix}", format="png")
+    assert set(open_data(folder).names) - {"a/9.jfif", "a/9.GIF"} == set(before)
 
 
 def test_images_without_labels_are_not_in_the_bank():

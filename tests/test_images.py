@@ -87,12 +87,20 @@ def test_every_mode_becomes_8_bits(tmp_path, suffix, mode, seed):
     assert abs(gray - rgb @ LUMA).max() <= 1
 
 
-def test_white_is_decided_by_the_type():
+def test_white_is_decided_by_the_type_or_the_flag(tmp_path):
     wide = Image.fromarray(np.float32([[np.nan, np.inf], [-3, 1.001]]))
     assert np.array(to_8_bits(wide, "L")).tolist() == [[0, 0], [0, 255]]
     for values, white in ((np.int32([[256, 300]]), 255), (np.float32([[2, 300]]), 1)):
-        with pytest.raises(ValueError, match=f"up to 300 .* white is {white}; convert"):
+        with pytest.raises(
+            ValueError, match=f"up to 300 .* white is {white}; set --wh"
+        ):
             to_8_bits(Image.fromarray(values))
+    # Of a whole data set, not of one image.
+    for i, level in enumerate((4095, 1000)):
+        values = np.full((40, 40), level, dtype=np.uint16)
+        write(tmp_path / f"{i}.png", Image.fromarray(values))
+    data = open_data(tmp_path, white=4095)
+    assert [int(data[i].image.max()) for i in range(2)] == [255, 62]
 
 
 def test_exif_rotation_is_ignored(tmp_path):
