@@ -54,7 +54,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.ops import roi_align
 
 # -- The method: M_norm, weights, loss -------------------------------------------------
 # Uses of the map (--guidance): the paper, plain MAE, and the ablations of Table 10 (1 - M_norm;
@@ -397,6 +396,8 @@ def pool_maps(maps, box, flip, grid):
     box (B, 4): the crop x0, y0, x1, y1 as fractions of width and height; flip (B,) bool:
     mirrored after it. Returns (B, L) fp32.
     """
+    from torchvision.ops import roi_align  # here, because it takes as long as torch
+
     B, h, w = maps.shape
     index = torch.arange(B, device=maps.device)  # which map a box belongs to
     x0, y0, x1, y1 = box.unbind(1)

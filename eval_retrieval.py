@@ -25,12 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor
 
 from attg.cli import DataFlags, RunFlags, check_unused, flag, parse, progress, run_cli
 from attg.evaluation import EvalFlags, evaluate, open_encoder
 from attg.features import FEATURES
-from attg.images import MODES, load_image, to_8_bits
+from attg.images import MODES, load_image, to_8_bits, to_tensor
 from attg.weights import resize_positions
 from attg_mae import load_encoder
 
@@ -150,7 +149,7 @@ def load_photograph(path, longest, cfg):
     p = cfg.patch_size
     # A side shorter than a patch is padded with black.
     sides = [max(p, side - side % p) for side in image.size]
-    return pil_to_tensor(image.crop((0, 0, *sides)))[None]
+    return to_tensor(image.crop((0, 0, *sides)))[None]
 
 
 @torch.no_grad()

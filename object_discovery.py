@@ -36,9 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
 
 from attg.backbones import is_named, load_cnn, open_backbone, weights_sha256
 from attg.cli import (
@@ -405,6 +403,9 @@ CNNS = {
 
 def cnn(settings, device):
     """A torchvision classifier: Grad-CAM of its last stage, or the cut at stride 16."""
+    import torchvision
+    from torchvision.models.feature_extraction import create_feature_extractor
+
     name, path = settings.backbone, settings.weights
     is_cam, side = settings.method == "gradcam", settings.img_size or 224
     if not path:

@@ -20,10 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from PIL import Image
 from torch.utils.data import ConcatDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from attg.distributed import broadcast_from_rank0
 from attg.images import MAX_PIXELS, MODES, ImageData, generator_for
@@ -125,6 +123,8 @@ TORCHVISION = {
 
 def open_torchvision(name, split):
     """A data set of torchvision, downloaded if it is missing."""
+    import torchvision
+
     kind, num_classes, train_parts, test_part = TORCHVISION[name]
     root = os.path.expanduser(os.environ.get("ATTG_DATA") or "~/.cache/attg_mae")
     parts = {"train": train_parts, "test": [test_part]}.get(split)
@@ -168,7 +168,8 @@ LAYOUTS = (
 # leave behind.
 JUNK = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot"}
 JUNK |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
-SUFFIXES = (*IMG_EXTENSIONS, ".avif", ".gif", ".jfif", ".jp2")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".gif", ".tif")
+SUFFIXES += (".tiff", ".webp", ".avif", ".jp2")
 
 
 def open_path(path, split, classes):

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import default_collate
-from torchvision.transforms.functional import to_pil_image
 
 from attg.cli import log_line
 from attg.files import replacing
@@ -268,6 +267,8 @@ def save_sheet(path, columns, heading="", side=192):
     columns: title, floats (n, C, h, w) in [0, 1] and, optionally, n texts to write below
     the images.
     """
+    from torchvision.transforms.functional import to_pil_image
+
     gap, line = 6, 22  # px
     font = ImageFont.load_default(size=16)
     rows, _, h, w = columns[0][1].shape

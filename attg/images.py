@@ -20,11 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch.utils.data import Dataset, Subset
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -89,7 +86,7 @@ def load_image(file, max_pixels=MAX_PIXELS, scale=1):
 def to_8_bits(image, mode="RGB", white=None):
     """Convert a PIL image of any mode to "RGB" or "L" (gray).
 
-    Alpha is dropped, as torchvision does. white: the level of white in gray of more than
+    Alpha is dropped, as by torchvision. white: the level of white in gray of more than
     8 bits; by default 65535 in integers of 16 bits, 255 in those of 32 bits and 1 in
     floats, and ValueError if the image is brighter.
     """
@@ -112,6 +109,12 @@ def to_8_bits(image, mode="RGB", white=None):
 
 
 # -- Views -----------------------------------------------------------------------------
+
+
+def to_tensor(image):
+    """uint8 (C, h, w) of a PIL image in RGB or gray."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
 class Jpeg:
@@ -148,14 +151,16 @@ class Jpeg:
             # Decoded at 1/4 or 1/8 of its size, it still has twice as many pixels.
             scale = 8 if ratio >= 16 else 4
             box = [v / scale for v in (x, y, x + w, y + h)]
-            return pil_to_tensor(self.load(scale).resize(size[::-1], BICUBIC, box))
+            return to_tensor(self.load(scale).resize(size[::-1], BICUBIC, box))
+        from torchvision import io as torchvision_io
+
         try:
             content = torch.frombuffer(self.content, dtype=torch.uint8)
-            rgb = torchvision.io.ImageReadMode.RGB
-            image = torchvision.io.decode_jpeg(content, rgb)
+            rgb = torchvision_io.ImageReadMode.RGB
+            image = torchvision_io.decode_jpeg(content, rgb)
         except (RuntimeError, AttributeError):
             # Damaged; or torchvision, which calls its decoders deprecated, has none.
-            image = pil_to_tensor(self.load())
+            image = to_tensor(self.load())
         part = image[None, :, y : y + h, x : x + w]
         return F.interpolate(part, size, mode="bicubic", antialias=True)[0]
 
@@ -165,7 +170,7 @@ def resize_region(image, region, size):
     if isinstance(image, Jpeg):
         return image.resize_region(region, size)
     x, y, w, h = region
-    return pil_to_tensor(image.crop((x, y, x + w, y + h)).resize(size[::-1], BICUBIC))
+    return to_tensor(image.crop((x, y, x + w, y + h)).resize(size[::-1], BICUBIC))
 
 
 def train_view(image, size, seed, scale=CROP_SCALE, after=None):
@@ -175,6 +180,9 @@ def train_view(image, size, seed, scale=CROP_SCALE, after=None):
     crop's area fraction; aspect ratios are relative to that of `size`. after(PIL image):
     further augmentation, which may use torch's global random numbers.
     """
+    # Importing torchvision takes as long as importing torch: not before it is needed.
+    from torchvision.transforms import RandomResizedCrop
+
     # torch.random.fork_rng costs three times as much.
     state = torch.get_rng_state()
     # torch.manual_seed would reseed the GPUs as well.
@@ -187,7 +195,9 @@ def train_view(image, size, seed, scale=CROP_SCALE, after=None):
         flip = torch.rand(()).item() < 0.5
         crop = resize_region(image, (x, y, w, h), size)
         if after:
-            crop = pil_to_tensor(after(to_pil_image(crop)))
+            crop = to_tensor(
+                after(Image.fromarray(crop.permute(1, 2, 0).squeeze(-1).numpy()))
+            )
     finally:
         torch.set_rng_state(state)
     return crop, (x / width, y / height, (x + w) / width, (y + h) / height), flip
@@ -220,7 +230,7 @@ def eval_view(image, size):
     if resized_w * resized_h > 16 * w * h:
         region = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
         image = image.load() if isinstance(image, Jpeg) else image
-        crop = pil_to_tensor(image.resize((w, h), BICUBIC, region))
+        crop = to_tensor(image.resize((w, h), BICUBIC, region))
     else:
         resized = resize_region(image, whole, (resized_h, resized_w))
         crop = resized[:, y : y + h, x : x + w]

@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.ops import box_iou, masks_to_boxes
 
 from attg.cli import log_line
 
@@ -63,6 +62,8 @@ def is_localized(m, mask):
     if not part.any():
         return False
     regions = [torch.from_numpy(region)[None] for region in (part, mask)]
+    from torchvision.ops import box_iou, masks_to_boxes
+
     # Boxes (x0, y0, x1, y1); torchvision's end at the last pixel, not behind it.
     ends = torch.tensor([0, 0, 1, 1])
     box, true_box = (masks_to_boxes(region).double() + ends for region in regions)
