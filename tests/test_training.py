@@ -222,6 +222,7 @@ def test_log(guidance, guided, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     lines = [line for line in lines if re.match("step .* loss", line)]
     rows, cfg = records(tmp_path), json.loads((tmp_path / "config.json").read_text())
+    assert {"torch", "torchvision", "Pillow"} == set(cfg.pop("versions"))
     assert cfg == json.loads(json.dumps(last(tmp_path)["config"]))
     assert cfg["guidance"] == guidance and len(lines) == len(rows) == 12
     forms = {"loss": ".4f", "mse": ".4f", "lr": ".2e", "tau": ".3f"}
