@@ -321,8 +321,8 @@ def open_labeled(name, tests, size, augment=False, seed=0, **options):
             labeled, sets[split] = len(rows) > 0, dataset.subset(rows)
         if not labeled:
             raise ValueError(
-                f"--data {'' if from_python else name}: {split} has no labels; sort the "
-                "images into folders, train/CLASS/ and val/CLASS/, or name another folder "
+                f"--data {'' if from_python else name}: needs labels in {split}; sort "
+                "the images into train/CLASS/ and val/CLASS/, or name another folder "
                 "of the same classes with --val"
             )
     return sets.pop("train"), sets

@@ -473,7 +473,7 @@ def test_evaluations_need_labels(folder):
     assert list(open_data(folder, "test").names) == ["a.png", "b.png", "c.png"]
     for data in (folder, folder / "train", unlabeled, {"train": Own([0])}):
         with pytest.raises(
-            ValueError, match="--data .*test has no labels; sort.*--val"
+            ValueError, match="--data .*needs labels in test; sort.*--val"
         ):
             open_labeled(data, ["test"], 32)
 
