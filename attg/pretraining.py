@@ -3,9 +3,11 @@ Settings of a pre-training run that the method does not depend on: schedule, fil
 evaluation. Defaults that follow other settings are resolved here, once, before a run.
 """
 
+import contextlib
 import copy
 import dataclasses
 import math
+import statistics
 from pathlib import Path
 
 import torch
@@ -103,8 +105,11 @@ def schedule_defaults(num_images, width):
 def fit_size(dataset):
     """(image size, patch size) of the smallest model by the images, 8 x 8 patches."""
     ids = torch.linspace(0, len(dataset) - 1, 9).long().tolist()
-    sides = sorted(min(dataset.decode(i)[1].size) for i in ids)
-    return (64, 8) if sides[4] >= 64 else (32, 4)  # by the median
+    sides = []
+    for i in ids:
+        with contextlib.suppress(Exception):  # unreadable, which training reports
+            sides.append(min(dataset.open(i)[0].size))
+    return (64, 8) if sides and statistics.median(sides) >= 64 else (32, 4)
 
 
 def resolve(cfg, dataset=None):
