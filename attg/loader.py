@@ -82,7 +82,8 @@ def ignore_stop_signals(exiting, _):
         if exiting.is_set():
             os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):  # no SIGHUP on Windows
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, terminate)
 
 

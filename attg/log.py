@@ -149,8 +149,8 @@ class Log:
         with replacing(self.path.with_name("config.json")) as temporary:
             config = dataclasses.asdict(cfg) | {"versions": versions()}
             temporary.write_text(json.dumps(config, indent=1))
-        # Of processes that were killed while they wrote a checkpoint.
-        for path in self.path.parent.glob("*.pt.*.tmp"):
+        # Of processes that were killed while they wrote it.
+        for path in self.path.parent.glob("last.pt*.tmp"):
             path.unlink()
         self.say(header)
 

@@ -24,12 +24,11 @@ class TrainFlags(DataFlags, RunFlags, WeightFlags):
     """Training; epochs, batch size and lr by default follow the number of images."""
 
     # None stays None until `resolve`.
-
-    epochs: int | None = flag(None, "passes over the data", 0, 10**6)
+    epochs: int | None = flag(None, "passes over the data [8 to 800]", 0, 10**6)
     batch_size: int | None = flag(
-        None, "images per step over all processes", 1, 10**7, **FIXED
+        None, "images per step over all processes [64 to 4096]", 1, 10**7, **FIXED
     )
-    blr: float | None = flag(None, "lr = blr * batch_size / 256", 0, 1e38)
+    blr: float | None = flag(None, "lr = blr * batch_size / 256 [by width]", 0, 1e38)
     lr: float | None = flag(None, "peak learning rate, instead of blr", 0, 1e38)
     warmup_epochs: float | None = flag(
         None, "epochs of linear warm-up [40 from 400 epochs on, 5 %% of fewer]", 0, 1e6
@@ -103,7 +102,7 @@ def schedule_defaults(num_images, width):
 
 
 def fit_size(dataset):
-    """(image size, patch size) of the smallest model by the images, 8 x 8 patches."""
+    """(image size, patch size) for vit_micro by the images; always 8 x 8 patches."""
     ids = torch.linspace(0, len(dataset) - 1, 9).long().tolist()
     sides = []
     for i in ids:

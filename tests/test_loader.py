@@ -95,7 +95,7 @@ def batches():
 data = open_data("toy", "test", augment=True)
 first = batches()
 next(first)
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda *_: None)
     os.killpg(0, number)
 print("batches", 1 + sum(1 for _ in first))
