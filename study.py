@@ -328,7 +328,8 @@ def compare(folders):
         last |= {", ".join(key): top1 for key, top1 in read_metrics(folder).items()}
         for name, value in last.items():
             metrics.setdefault(name, {})[str(folder)] = f"{value:.4g}"
-        for title, curves in panels_of(log, str(folder)).items():
+        name = "/".join(folder.parts[-2:])
+        for title, curves in panels_of(log, name).items():
             panels.setdefault(title, {}).update(curves)
     changed = {k: row for k, row in settings.items() if len({*row.values()}) > 1}
     print_table([{"setting": name} | row for name, row in changed.items()])

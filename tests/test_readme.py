@@ -40,7 +40,7 @@ PAGES["README.md"] = (ROOT / "README.md").read_text()
 PROGRAMS = "attg_mae|object_discovery|eval_knn|eval_retrieval|eval_linear|eval_finetune"
 PROGRAMS += "|study|bench"
 # At the start of a line, or code in a table.
-START = r"(?:^ *|(?:\| |and )`)(?:pip .* && )?(?:python|torchrun (?:--\S+ )*)"
+START = r"(?:^ *`?|(?:\| |and )`)(?:pip .* && )?(?:python|torchrun (?:--\S+ )*)"
 COMMANDS, SNIPPETS = set(), set()
 for page in PAGES.values():
     joined = re.sub(r"\\\n *", "", page)
