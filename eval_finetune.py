@@ -27,7 +27,7 @@ import torch.nn as nn
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
-from attg.cli import DataFlags, RunFlags, flag, parse, run_cli
+from attg.cli import RunFlags, flag, parse, run_cli
 from attg.evaluation import EvalFlags, LabelFlags, evaluate, open_encoder
 from attg.finetuning import RecipeFlags, fit, open_training, score
 from attg.images import seed_for
@@ -35,7 +35,7 @@ from attg_mae import ViT, load_encoder, lr_at
 
 
 @dataclasses.dataclass(kw_only=True)
-class Settings(EvalFlags, DataFlags, LabelFlags, RecipeFlags, RunFlags):
+class Settings(EvalFlags, LabelFlags, RecipeFlags, RunFlags):
     layer_decay: float | None = flag(
         None, "of the learning rate, per layer below the head", 1e-6, 1.0
     )

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import dataclasses
 import itertools
 
-from attg.cli import DataFlags, RunFlags, flag, parse, run_cli
+from attg.cli import RunFlags, flag, parse, run_cli
 from attg.evaluation import (
     EvalFlags,
     FeatureFlags,
@@ -39,7 +39,7 @@ from eval_retrieval import retrieval_map  # noqa: F401, for others to import
 
 
 @dataclasses.dataclass(kw_only=True)
-class Settings(EvalFlags, DataFlags, LabelFlags, FeatureFlags, RunFlags):
+class Settings(EvalFlags, LabelFlags, FeatureFlags, RunFlags):
     k: tuple[int, ...] = flag((), "numbers of neighbors [20; 5 with --shots]", 1, 10**7)
 
 

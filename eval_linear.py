@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attg.cli import DataFlags, RunFlags, check_unused, flag, parse, progress, run_cli
+from attg.cli import RunFlags, check_unused, flag, parse, progress, run_cli
 from attg.datasets import shot_indices
 from attg.evaluation import (
     EvalFlags,
@@ -56,7 +56,7 @@ LRS = tuple(10 ** (e / 2) for e in range(-8, 2))
 
 
 @dataclasses.dataclass(kw_only=True)
-class Settings(EvalFlags, DataFlags, LabelFlags, RecipeFlags, FeatureFlags, RunFlags):
+class Settings(EvalFlags, LabelFlags, RecipeFlags, FeatureFlags, RunFlags):
     protocol: str = flag(
         "features",
         "probe on fixed features, or MAE's on random crops",

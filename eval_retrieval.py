@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from attg.cli import DataFlags, RunFlags, check_unused, flag, parse, progress, run_cli
+from attg.cli import RunFlags, check_unused, flag, log_line, parse, progress, run_cli
 from attg.evaluation import EvalFlags, evaluate, open_encoder
 from attg.features import FEATURES
 from attg.images import MODES, load_image, to_8_bits, to_tensor
@@ -35,7 +35,8 @@ from attg_mae import load_encoder
 
 
 @dataclasses.dataclass(kw_only=True)
-class Settings(EvalFlags, DataFlags, RunFlags):
+class Settings(EvalFlags, RunFlags):
+    data: str | None = flag(None, "folder of the photographs, DIR/NAME.jpg")
     gnd: str | None = flag(None, "the authors' gnd_roxford5k.pkl or gnd_rparis6k.pkl")
 
 
@@ -181,8 +182,11 @@ def evaluate_retrieval(settings, data, dist_info):
     longest = settings.img_size or max(encoder.cfg.size)
     names = truth["imlist"] + truth["qimlist"]
     paths = [Path(settings.data, f"{name}.jpg") for name in names]
-    features = photograph_features(encoder, paths, longest, device)
     name = Path(settings.gnd).stem.removeprefix("gnd_")
+    sizes = f"{len(truth['imlist']):,} images, {len(truth['qimlist']):,} queries"
+    settings.header = f"data {settings.data}, {name}: {sizes}"
+    log_line(settings.header)
+    features = photograph_features(encoder, paths, longest, device)
     results = []
     for feature, x in zip(FEATURES, features, strict=True):
         images, queries = x.split([len(truth["imlist"]), len(truth["qimlist"])])
@@ -195,10 +199,10 @@ def evaluate_retrieval(settings, data, dist_info):
 def main(argv=None):
     """Returns the results, a list of dicts."""
     settings = parse(Settings, __doc__, argv)
-    unused = ["classes", "max_pixels", "white", "workers"]
-    check_unused(settings, unused, "has no effect on retrieval")
-    if not settings.gnd:
-        raise ValueError("--gnd: missing; give the ground truth, gnd_roxford5k.pkl")
+    check_unused(settings, ["workers"], "has no effect on retrieval")
+    for name, what in (("data", "the photographs"), ("gnd", "gnd_roxford5k.pkl")):
+        if not getattr(settings, name):
+            raise ValueError(f"--{name}: missing; give {what}")
     return evaluate("eval_retrieval", settings, evaluate_retrieval)
 
 

@@ -2,7 +2,7 @@
 Attention maps for a whole data set, made once, ahead of training (Sick et al.,
 arXiv 2402.15172): by TokenCut, DINO's class attention or Grad-CAM, or from masks.
 
-    python object_discovery.py --backbone pixels --out maps.npy --show 8
+    python object_discovery.py --backbone pixels --data toy --out maps.npy --show 8
     python object_discovery.py --method tokencut --backbone dino_vits16 --data DATA --out maps.npy
     python object_discovery.py --method dino --backbone ENCODER.pt --data DATA --out maps.npy
     python object_discovery.py --method gradcam --backbone resnet50 --data DATA --out maps.npy
@@ -40,7 +40,6 @@ from torch import nn
 
 from attg.backbones import is_named, load_cnn, open_backbone, weights_sha256
 from attg.cli import (
-    DataFlags,
     RunFlags,
     WeightFlags,
     check_unused,
@@ -52,6 +51,7 @@ from attg.cli import (
 )
 from attg.datasets import open_data, resolve_dataset
 from attg.distributed import exclusive_run, processes, wait
+from attg.evaluation import CheckpointDataFlags, default_data
 from attg.figures import save_map_sheet
 from attg.files import sha256
 from attg.kernels import normalize_map
@@ -59,6 +59,7 @@ from attg.map_job import SquashedImages, run_job
 from attg.map_quality import peak_component, quality, true_masks
 from attg.maps import load_maps
 from attg.masks import MaskFolder
+from attg.weights import read_weights
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD, load_encoder, normalize
 
 IMAGENET = SimpleNamespace(mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -451,7 +452,7 @@ VIT_FLAGS = ("heads", "weights_key", "weights_prefix")
 
 
 @dataclasses.dataclass(kw_only=True)
-class Settings(DataFlags, WeightFlags, RunFlags):
+class Settings(CheckpointDataFlags, WeightFlags, RunFlags):
     """Flags of the command line."""
 
     method: str = flag("tokencut", "where the maps come from", choices=METHODS)
@@ -561,6 +562,13 @@ def main(argv=None, data=None):
     data: a data set of your own, which --data then names; see open_data.
     """
     settings = resolve(parse(Settings, __doc__, argv))
+    backbone, config = settings.backbone, {}
+    is_file = backbone not in (None, "pixels", *DINO, *CNNS) and not is_named(backbone)
+    if settings.data is None and is_file:
+        keys = settings.weights_key, settings.weights_prefix
+        weights = read_weights(backbone, *keys)
+        config = weights.settings if weights.is_own else {}
+    default_data(settings, config, f"--backbone {backbone}")
     out, data = settings.out, resolve_dataset(data, settings.data)
     options = {"classes": settings.classes, "max_pixels": settings.max_pixels}
     options["white"] = settings.white

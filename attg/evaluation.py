@@ -11,7 +11,15 @@ from pathlib import Path
 import torch
 
 from attg.backbones import is_named, open_backbone, weights_sha256
-from attg.cli import WeightFlags, check_unused, flag, make_folder, print_table
+from attg.cli import (
+    DataFlags,
+    WeightFlags,
+    check_unused,
+    flag,
+    log_line,
+    make_folder,
+    print_table,
+)
 from attg.datasets import open_labeled, resolve_dataset, shot_indices
 from attg.distributed import exclusive_run, processes
 from attg.features import SOURCE, make_features, read_features
@@ -39,12 +47,22 @@ class EvalFlags(WeightFlags):
         "append results to this file [PROGRAM.jsonl beside the input]",
         resume="free",
     )
-    # Of the checkpoint; without help it is no flag.
+    # These are no flags: checksum of the checkpoint, line that describes the data.
     sha256: str | None = None
+    header: str = ""
 
 
 @dataclasses.dataclass(kw_only=True)
-class LabelFlags:
+class CheckpointDataFlags(DataFlags):
+    """Images, by default those that the checkpoint was trained on."""
+
+    data: str | None = flag(
+        None, "toy, torchvision name, or folder [the checkpoint's]", resume="fixed"
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class LabelFlags(CheckpointDataFlags):
     """Labeled images."""
 
     val: tuple[str, ...] = flag(
@@ -96,11 +114,41 @@ def fill(settings, **defaults):
 # -- Data ------------------------------------------------------------------------------
 
 
-def open_sets(settings, data, cfg, **options):
+def open_sets(settings, data, cfg, dist_info, **options):
     """The training set and {name: test set} for an encoder's Config; see open_labeled."""
+    default_data(settings, vars(cfg), settings.checkpoint)
+    data = resolve_dataset(data, settings.data)
     options |= {"classes": settings.classes, "max_pixels": settings.max_pixels}
     options["white"] = settings.white or cfg.white
-    return open_labeled(data, settings.val, cfg.size, channels=cfg.in_chans, **options)
+    options |= {"channels": cfg.in_chans}
+    train_set, tests = open_labeled(data, settings.val, cfg.size, **options)
+    sizes = {
+        name: len(dataset) for name, dataset in {"train": train_set, **tests}.items()
+    }
+    describe(settings, sizes, train_set.num_classes, dist_info)
+    return train_set, tests
+
+
+def default_data(settings, config, checkpoint):
+    """Without --data, take data and classes of the checkpoint's config, a dict."""
+    if settings.data is None:
+        if not config.get("data"):
+            raise ValueError(
+                f"--data: missing, and {checkpoint} does not say what it was trained on; "
+                "name a data set"
+            )
+        settings.data = config["data"]
+        settings.classes = settings.classes or config.get("classes")
+        log_line(f"no --data: {settings.data}, which {checkpoint} was trained on")
+
+
+def describe(settings, sizes, classes, dist_info):
+    """Log a line on the data and keep it as the header of the results."""
+    images = ", ".join(f"{name} {count:,}" for name, count in sizes.items())
+    chance = f"{classes} classes, chance {100 / classes:.3g} %"
+    settings.header = f"data {settings.data}, images: {images}; {chance}"
+    if dist_info[1] == 0:
+        log_line(settings.header)
 
 
 def open_encoder(load_encoder, settings, only_files=False, **options):
@@ -133,7 +181,7 @@ def labeled_features(load_encoder, settings, data, dist_info):
             setattr(settings, name, value)
     else:
         encoder = open_encoder(load_encoder, settings)
-        train_set, tests = open_sets(settings, data, encoder.cfg)
+        train_set, tests = open_sets(settings, data, encoder.cfg, dist_info)
         sets = {"train": train_set, **tests}
         parts = make_features(encoder.to(dist_info[0]), sets, settings, dist_info)
     for name, part in parts.items():
@@ -144,7 +192,11 @@ def labeled_features(load_encoder, settings, data, dist_info):
                 f"and test, {name} has none"
             )
         parts[name] = {key: x[labeled] for key, x in part.items()}
-    return parts.pop("train"), parts
+    sizes = {name: len(part["labels"]) for name, part in parts.items()}
+    train = parts.pop("train")
+    if settings.features:
+        describe(settings, sizes, int(train["labels"].max()) + 1, dist_info)
+    return train, parts
 
 
 def draw_shots(labels, settings, name):
@@ -169,7 +221,6 @@ def evaluate(program, settings, protocol, data=None):
     start = time.perf_counter()
     source = check_source(settings)
     out = Path(settings.out or source.with_name(f"{program}.jsonl"))
-    data = resolve_dataset(data, settings.data)
     with processes(settings.device, settings.timeout) as dist_info:
         device, rank, world = dist_info
         if world > 1 and getattr(settings, "show", False):
@@ -252,6 +303,7 @@ def report(results, settings, path):
     line = json.dumps(record, allow_nan=False)
     # A full disk must not lose the results, nor the reader of a pipe that closes it.
     try:
+        print(settings["header"])
         hidden = {"held_out"}  # long, in the file only
         print_table([{k: r[k] for k in r if k not in hidden} for r in results])
         print(line, flush=True)

@@ -128,7 +128,8 @@ def knn_classify(
 
     train_features (n, D), train_labels (n,) int64, test_features (B, D); all on one
     device. Each of the k neighbors of highest cosine s votes exp(s / temperature) for
-    its class. Returns (B, min(5, C)), or (K, B, min(5, C)) if k is a sequence of K values.
+    its class; of equal cosines the lower row is nearer. Returns (B, min(5, C)), or
+    (K, B, min(5, C)) if k is a sequence of K values.
     """
     ks = [k] if isinstance(k, int) else k
     num_classes = num_classes or int(train_labels.max()) + 1
@@ -140,7 +141,7 @@ def knn_classify(
     row = max(bank.shape[1], len(ks) * num_classes)
     rankings = []
     for x in queries.split(max(1, max_values // row)):
-        similarity, ids = (x @ bank).topk(neighbors, dim=1)  # (b, k)
+        similarity, ids = nearest(x @ bank, neighbors)  # (b, k)
         labels = train_labels[ids]
         # A common factor changes no ranking, and subtracting 1 rules out an overflow.
         weights = ((similarity - 1) / temperature).exp()
@@ -152,6 +153,24 @@ def knn_classify(
         rankings.append(ranking[..., :5])
     rankings = torch.cat(rankings, dim=1)
     return rankings[0] if isinstance(k, int) else rankings
+
+
+def nearest(similarity, k):
+    """topk of rows (b, n): values and indices (b, k), of equal values the lower index first.
+
+    The order of topk, and which of the equal values it takes, depends on k.
+    """
+    values, ids = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
+    if ids.shape[1] > k:
+        # Equal values on both sides of the last place, which is rare.
+        tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
+        ordered = similarity[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], ids[tied] = (x[:, : k + 1] for x in ordered)
+        values, ids = values[:, :k], ids[:, :k]
+    ids, order = ids.sort(dim=1)
+    values = values.gather(1, order)
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values, ids.gather(1, order)
 
 
 def knn_accuracy(model, train_set, test_set, loader_args, dtype, rank, world):

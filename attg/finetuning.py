@@ -52,7 +52,7 @@ class RecipeFlags:
     precision: str | None = flag(
         None, "[bf16 on GPUs that support it]", choices=("fp32", "bf16")
     )
-    accum: int | None = flag(None, "micro-batches per step", 1, 10**7)
+    accum: int | None = flag(None, "micro-batches per step", 1, 10**7, resume="free")
     blr: float | None = flag(None, "lr = blr * batch_size / 256", 0, 1e38)
     min_lr: float | None = flag(None, "lowest learning rate", 0, 1e38)
     warmup_epochs: float | None = flag(None, "[up to --epochs / 5]", 0, 1e6)
@@ -67,7 +67,8 @@ def open_training(cfg, settings, data, recipe, micro_batch, dist_info, after=Non
     device, _, world = dist_info
     seed = settings.seed
     view = functools.partial(train_view, scale=(0.08, 1.0), after=after)
-    train_set, tests = open_sets(settings, data, cfg, augment=view, seed=seed)
+    options = {"augment": view, "seed": seed}
+    train_set, tests = open_sets(settings, data, cfg, dist_info, **options)
     if settings.label_fraction < 1:
         rows = shot_indices(train_set.labels, settings.label_fraction, seed)
         train_set = train_set.subset(rows.sort().values)
@@ -78,17 +79,23 @@ def open_training(cfg, settings, data, recipe, micro_batch, dist_info, after=Non
 def resolve(settings, recipe, images, micro_batch, device, world):
     """Fill in the settings that were not given.
 
-    recipe: {flag: MAE's value}. With few training images a batch is a tenth of them, with
-    few epochs warm-up is a fifth. micro_batch: images per rank that need no accumulation.
+    recipe: {flag: MAE's value}. With few training images a batch is about a tenth of them,
+    with few epochs warm-up is a fifth. In batches other than MAE's, AdamW learns at
+    MAE's lr * sqrt(batch_size / MAE's batch_size). micro_batch: images per rank that need
+    no accumulation.
     """
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     fill(settings, precision="bf16" if bf16 else "fp32", epochs=recipe["epochs"])
     fill(settings, warmup_epochs=min(recipe["warmup_epochs"], settings.epochs / 5))
-    batch_size = settings.batch_size or min(recipe["batch_size"], images // 10)
+    tenth = max(1, min(recipe["batch_size"], images // 10))
+    # A power of two is the same for any even number of processes.
+    batch_size = settings.batch_size or 2 ** int(math.log2(tenth))
     fill(settings, accum=max(1, batch_size // (micro_batch * world)))
     # All micro-batches of all ranks have the same size.
     parts = settings.accum * world
     fill(settings, batch_size=max(1, batch_size // parts) * parts)
+    ratio = recipe["batch_size"] / settings.batch_size
+    fill(settings, blr=recipe["blr"] * math.sqrt(ratio))
     fill(settings, **recipe)
 
 
@@ -187,7 +194,7 @@ def backward(model, imgs, targets, settings, smoothing):
 
 def identity(settings, train_set):
     """What a resumed run must share: settings, checksum of the encoder, images."""
-    free = resume_class(type(settings), "free") | {"classes"}
+    free = resume_class(type(settings), "free") | {"classes", "header"}
     shared = dataclasses.asdict(settings)
     # The images themselves, wherever they lie.
     shared |= {"data": train_set.fingerprint}

@@ -272,7 +272,7 @@ def encoder_config(kind, weights, sincos_table, heads=None, img_size=None):
     if not weights.is_own:
         sizes = {key: value for key, value in sizes.items() if not DECODER.match(key)}
     channels = sizes["in_chans"]
-    settings = {"model": "vit_base"} | sizes
+    settings = {"model": "vit_base", "data": ""} | sizes
     if channels != 3:
         # The averages of ImageNet's, as there is no better guess.
         settings |= {"mean": (0.449,) * channels, "std": (0.226,) * channels}

@@ -162,6 +162,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_default_is_the_data_set_of_the_checkpoint(tmp_path):
+    data = str(disc_images(tmp_path, 3) / "data")
+    save_encoder(tmp_path / "encoder.pt", data=data)
+    flags = ["--out", str(tmp_path / "m.npy"), "--device", "cpu", "--backbone"]
+    object_discovery.main([*flags, str(tmp_path / "encoder.pt")])
+    assert len(load_maps(tmp_path / "m.npy", open_data(data))[0]) == 3
+    with pytest.raises(ValueError, match="--data: missing, .*name a data set"):
+        object_discovery.main([*flags, "pixels"])
+
+
 PIXELS = "--backbone pixels --img_size 96"
 ERRORS = {  # flags: what the message names
     "--backbone none.pt": "--backbone none.pt dino_vits16",

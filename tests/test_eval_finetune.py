@@ -90,8 +90,10 @@ def test_recipes_are_those_of_mae():
     settings = resolved(eval_finetune, 12, **given)
     assert given.items() <= vars(settings).items()
     assert settings.warmup_epochs == 2  # a fifth of few epochs
-    few = resolved(eval_linear, 4, images=3000, micro_batch=512)
-    assert (few.batch_size, few.accum) == (296, 1)  # a tenth, divisible by 8
+    # A tenth of few images, as a power of two, and the square root of its ratio to 1,024.
+    few = resolved(eval_finetune, 12, images=3000)
+    assert (few.batch_size, few.accum) == (256, 1)
+    assert few.blr * few.batch_size / 256 == pytest.approx(2e-3 * 0.25**0.5)
 
 
 def test_mixup_cutmix_and_erasing(monkeypatch):

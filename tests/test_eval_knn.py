@@ -22,7 +22,9 @@ def test_results_of_a_data_set(encoder, labelled, tmp_path, capsys):
     results = eval_knn.main(flags)
     printed = capsys.readouterr().out.splitlines()
     report = json.loads(printed[-1])
-    assert report["results"] == results and "top-1" in printed[0]
+    assert report["results"] == results and "top-1" in printed[2]
+    line = "images: train 25, test 15; 3 classes, chance 33.3 %"
+    assert printed[0] == printed[1] == f"data {labelled['data']}, {line}"
     assert report["settings"]["k"] == [1, 20]
     assert json.loads(Path(encoder).with_name("eval_knn.jsonl").read_text()) == report
     cases = [(row["feature"], row["k"]) for row in results]

@@ -88,6 +88,18 @@ def test_test_labels_select_nothing(quick):
     assert worse["held_out"] != one["held_out"] and worse["results"]["t"][0] < 45
 
 
+def test_features_are_standardized(monkeypatch):
+    """By the variance of the training images, not an estimate of a population's."""
+    seen, train = [], partial(eval_linear.train_heads, min_steps=1)
+    spy = lambda x, *rest, **more: seen.append(x) or train(x, *rest, **more)  # noqa: E731
+    monkeypatch.setattr(eval_linear, "train_heads", spy)
+    x, y = 3 + 5 * randn(12, 8), torch.arange(12) % 2
+    eval_linear.linear_probe(x, y, {"t": (x, y)}, epochs=1)
+    assert seen[-1].shape == (12, 9) and seen[-1][:, 8].eq(1).all()
+    var, mean = torch.var_mean(seen[-1][:, :8], dim=0, correction=0)
+    assert close(var, torch.ones(8), 1e-4) and mean.abs().max() < 1e-5
+
+
 def test_probe_at_the_limits(quick):
     probe = eval_linear.linear_probe
     (x, y), test = blobs(40, 4), blobs(200, 4, seed=2)

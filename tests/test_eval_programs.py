@@ -1,5 +1,6 @@
 """What the evaluation programs have in common: attg/evaluation.py, errors, data sets."""
 
+import itertools
 import json
 import shutil
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import attg.cli
 import eval_finetune
 import eval_knn
 import eval_linear
@@ -50,6 +52,13 @@ def test_outputs_are_tried_before_the_work(flag, wrong, labelled):
     with pytest.raises((ValueError, OSError), match="missing.pt"):
         eval_knn.main([*flags, f"--{flag}", "deep/new"])
     assert not Path("deep/new").exists()
+
+
+def test_results_are_printed_before_the_disk_is_full(encoder, labelled, capsys):
+    flags = ["--data", labelled["data"], "--device", "cpu", "--out", "/dev/full"]
+    with pytest.raises(OSError, match="/dev/full.*space"):
+        eval_knn.main([encoder, *flags])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
 
 
 # Flags, and what the message names: the flag, its value and the remedy.
@@ -95,6 +104,15 @@ def test_a_rank_that_never_starts(tmp_path, monkeypatch):
     assert not torch.distributed.is_initialized() and not list(tmp_path.iterdir())
 
 
+def test_progress_without_a_terminal(encoder, labelled, monkeypatch, capsys):
+    """The clock is six seconds on whenever it is read."""
+    monkeypatch.setattr(attg.cli.time, "monotonic", itertools.count(0, 6).__next__)
+    flags = ["--data", labelled["data"], "--device", "cpu", "--batch_size", "5"]
+    eval_knn.main([encoder, *flags])
+    printed = capsys.readouterr().out
+    assert "\nfeatures: 1 of 5, " in printed and "\nfeatures: 1 of 3, " in printed
+
+
 # -- Data sets -------------------------------------------------------------------------
 
 
@@ -128,7 +146,32 @@ def test_data_sets_in_python(evaluate, labelled, tmp_path):
         evaluate("--data", "mine", data=data["train"])
 
 
-def test_grey_encoders_see_grey_images(evaluate, labelled, tmp_path):
-    file = str(tmp_path / "grey.pt")
-    save_encoder(file, in_chans=1, mean=(0.5,), std=(0.25,))
-    assert evaluate("--data", labelled["data"], checkpoint=file)
+def test_images_without_label_do_not_count(evaluate, labelled):
+    files = {split: open_data(labelled["data"], split) for split in ("train", "test")}
+    data = {split: [x.read(i) for i in range(len(x))] for split, x in files.items()}
+    none = [(image, None) for image, _ in data["train"]]
+    want = evaluate("--data", "mine", data=data)
+    more = {split: [*none[:5], *pairs, *none[5:9]] for split, pairs in data.items()}
+    assert evaluate("--data", "mine", data=more) == want
+    with pytest.raises(ValueError, match="--data .*labels in test"):
+        evaluate("--data", "mine", data=data | {"test": none})
+
+
+def test_the_default_is_the_data_set_of_the_checkpoint(evaluate, labelled, tmp_path):
+    """That of a gray encoder, on two of its three classes; other files have none."""
+    (tmp_path / "two.txt").write_text("g\nb\n")
+    data = {"data": labelled["data"], "classes": str(tmp_path / "two.txt")}
+    data |= {"in_chans": 1, "mean": (0.5,), "std": (0.25,)}
+    file = str(tmp_path / "gray.pt")
+    save_encoder(file, width=192, heads=3, **data)
+    results = evaluate(checkpoint=file)
+    flags = ["--data", data["data"], "--classes", data["classes"]]
+    assert evaluate(*flags, checkpoint=file) == results
+    one, two = (json.loads(x)["settings"] for x in (tmp_path / "o.jsonl").open())
+    assert [[x["data"], x["classes"]] for x in (one, two)] == [flags[1::2]] * 2
+    assert "train 16, test 10; 2 classes, chance 50 %" in one["header"]
+    torch.save(torch.load(file)["model"], tmp_path / "bare.pt")
+    with pytest.raises(
+        ValueError, match="--data: missing, .*bare.pt .*name a data set"
+    ):
+        evaluate(checkpoint=str(tmp_path / "bare.pt"))

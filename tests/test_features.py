@@ -27,6 +27,25 @@ def is_right(ranking, train, labels, test, k):
     return torch.allclose(votes.gather(1, ranking), best, atol=1e-5)
 
 
+@settings(max_examples=30)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 60)),
+    ks=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    values=st.integers(1, 9),
+    seed=st.integers(0, 10**6),
+)
+def test_ties_go_to_the_lower_row(shape, ks, values, seed):
+    """Whatever other k are asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(values, shape, generator=generator).float()
+    for row, near in zip(x, features.nearest(x, min(ks[0], shape[1]))[1], strict=True):
+        assert near.tolist() == sorted(range(shape[1]), key=lambda i: -row[i])[: ks[0]]
+    bank = 2.0 * torch.eye(5).repeat(shape[1], 1)  # cosines are exact
+    labels = torch.randint(7, (len(bank),), generator=generator)
+    one = features.knn_classify(bank, labels, torch.eye(5), [ks[0]])
+    assert one[0].equal(features.knn_classify(bank, labels, torch.eye(5), ks)[0])
+
+
 @pytest.mark.filterwarnings("ignore:The number of unique classes")
 @settings(max_examples=20)
 @given(

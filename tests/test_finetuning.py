@@ -1,21 +1,27 @@
 """attg/finetuning.py, by both of its programs: MAE's probe and fine-tuning."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
 
 import attg_mae
 import eval_finetune
 import eval_linear
 from attg.datasets import open_data, shot_indices
 from attg.features import FEATURES
-from attg.finetuning import identity, open_training, to_device
+from attg.finetuning import identity, open_training, score, to_device
 from attg.images import Sample
 from attg.loader import make_loader
-from tests.helpers import SMALL, after_step, same, timm_model
+from tests.helpers import ROOT, SMALL, after_step, same, timm_model
+from tests.processes import ranks
 
 PROGRAMS = {
     "mae": (eval_linear, ["--protocol", "mae", "--blr", "20"], FEATURES),
@@ -84,6 +90,18 @@ def test_training_on_images(protocol, flags, labelled, tmp_path, capsys):
     assert capsys.readouterr().out.count("epoch 8/8") == 1
 
 
+def test_defaults_learn_from_25_images(flags, capsys):
+    """At a lr in proportion to the batch of 2 the loss stays at ln 3, as of a guess."""
+    losses = []
+    for more in ([], ["--blr", "5e-4"]):
+        results = eval_finetune.main([*flags[:-2], "--epochs", "30", *more])
+        lines = capsys.readouterr().out.splitlines()
+        losses.append([float(x.split()[3]) for x in lines if x.startswith("epoch")][-1])
+        assert more or results[0]["top-1"] > 80
+    # Mixed and smoothed labels keep it far above 0.
+    assert losses[0] < math.log(3) - 0.03 < losses[1]
+
+
 def test_accumulation_gives_the_same_gradients(flags, encoder, tmp_path, monkeypatch):
     """Biases of the probe's heads show their scale, which AdamW and LARS undo."""
     # Micro-batches would be mixed differently.
@@ -102,6 +120,85 @@ def test_accumulation_gives_the_same_gradients(flags, encoder, tmp_path, monkeyp
     assert 0 < (probed[1] - probed[0]).norm() < 0.1 * probed[0].norm()
 
 
+SPY = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+import eval_linear
+from attg import finetuning
+
+noise, backward, score = [], finetuning.backward, eval_linear.score
+
+def record(*args):
+    noise.append(torch.rand(()).item())
+    return backward(*args)
+
+def save(model, *args):
+    torch.save([noise, model.state_dict()], __file__ + os.environ["RANK"])
+    return score(model, *args)
+
+finetuning.backward, eval_linear.score = record, save
+eval_linear.main()
+"""
+
+
+def test_ranks_have_their_own_noise_and_end_with_one_model(
+    ask, encoder, labelled, tmp_path
+):
+    """The statistics of its BatchNorm included."""
+    script = tmp_path / "spy.py"
+    script.write_text(SPY.format(root=str(ROOT)))
+    settings = {"data": labelled["data"], "device": "cpu", "protocol": "mae"}
+    settings |= {"epochs": 2, "batch_size": 8}
+    runs = ranks(ask, tmp_path / "o", settings, [str(script), encoder])
+    assert [run.wait()[0] for run in runs] == [0, 0]
+    (one, model), (two, other) = (torch.load(f"{script}{rank}") for rank in (0, 1))
+    assert len(set(one + two)) == 2 * len(one) == 12 and same(model, other)
+
+
+def test_begun_on_one_process_and_continued_on_two(ask, flags, labelled, tmp_path):
+    cut = tmp_path / "cut.pt"
+
+    def stop():
+        raise KeyboardInterrupt
+
+    more = ["--epochs", "3", "--accum", "4", "--save", str(cut)]
+    with after_step(8, stop), pytest.raises(KeyboardInterrupt):
+        eval_finetune.main([*flags, *more])
+    settings = {"data": labelled["data"], "device": "cpu", "seed": 1, "batch_size": 8}
+    settings |= {"epochs": 3, "save": cut}
+    script = [eval_finetune.__file__, flags[0]]
+    runs = ranks(ask, tmp_path / "o", settings, script)
+    (code, printed, errors), (other, *_) = (run.wait() for run in runs)
+    assert (code, other) == (0, 0), errors
+    assert "after 6 of 9 steps" in printed and torch.load(cut)["step"] == 9
+
+
+class Switch(nn.Module):
+    """Logits of the class that the first pixel names, and of none in training."""
+
+    def normalize(self, imgs):
+        return imgs
+
+    def forward(self, imgs):
+        return (not self.training) * F.one_hot(imgs[:, 0, 0, 0].long(), 3)[None].float()
+
+
+def test_scoring_is_in_eval_mode(labelled):
+    imgs = [Image.new("RGB", (8, 8), (label,) * 3) for label in (1, 2, 1, 0, 2)]
+    pairs = [(image, image.getpixel((0, 0))[0]) for image in imgs]
+    tests = {"test": open_data({"train": pairs}, size=8)}
+    settings = SimpleNamespace(
+        precision="fp32", batch_size=4, accum=2, workers=0, show=False
+    )
+    options = ["f"], "p", settings, None, (torch.device("cpu"), 0, 1)
+    (row,) = score(Switch().train(), tests, *options)
+    assert row == {"feature": "f", "protocol": "p", "test": "test"} | {
+        "top-1": 100,
+        "top-5": 100,
+    }
+
+
 def test_images_are_flipped_and_normalized():
     imgs = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
     sample = Sample(imgs, torch.arange(2), None, None, torch.tensor([True, False]))
@@ -114,8 +211,8 @@ def test_images_are_flipped_and_normalized():
 def test_fraction_of_the_labels(labelled):
     """Half of each class of 9, 8 and 8 images, in the order of the data set."""
     whole, cfg = open_data(labelled["data"]), attg_mae.Config(**SMALL)
-    settings = eval_finetune.Settings(label_fraction=0.5, seed=3)
-    options = labelled["data"], eval_finetune.VIT_BASE, 128, (torch.device("cpu"), 0, 1)
+    settings = eval_finetune.Settings(data=labelled["data"], label_fraction=0.5, seed=3)
+    options = None, eval_finetune.VIT_BASE, 128, (torch.device("cpu"), 0, 1)
     train_set, tests = open_training(cfg, settings, *options)
     rows = shot_indices(whole.labels, 0.5, 3).sort().values.tolist()
     assert len(rows) == len(train_set) == 12 and len(tests["test"]) == 15
