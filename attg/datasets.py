@@ -314,7 +314,8 @@ def open_labeled(name, tests, size, augment=False, seed=0, **options):
     sets = {"train": open_data(name, "train", size, augment, seed, **options)}
     sets |= {test: open_data(name, test, size, **options) for test in tests}
     for split, dataset in sets.items():
-        labeled = dataset is not None and dataset.labeled
+        # The first image of a user's data may have no label.
+        labeled = dataset is not None and (from_python or dataset.labeled)
         # Most training images of stl10 have no labels; some of a user's data may not.
         if labeled and (from_python or name == "stl10"):
             rows = (dataset.labels >= 0).nonzero().flatten()
