@@ -517,7 +517,8 @@ def resolve(settings):
 
     if settings.out.suffix != ".npy":
         raise ValueError(f"--out {settings.out}: must end in .npy")
-    takes = {"dino": f"{', '.join(DINO)} or a checkpoint", "gradcam": ", ".join(CNNS)}
+    takes = {"dino": f"{', '.join(DINO)}, a checkpoint, timm:NAME or hf:NAME"}
+    takes["gradcam"] = ", ".join(CNNS)
     is_cnn = backbone in CNNS
     if method in takes and (backbone == "pixels" or is_cnn != (method == "gradcam")):
         message = f"--backbone {backbone}: --method {method} takes {takes[method]}"
