@@ -235,11 +235,11 @@ class Trainer:
         epoch, rest = divmod(done, self.run.steps_per_epoch)
         # A single process need not wait for a log line to agree on a stop signal.
         stop_now = self.signals and self.run.world == 1
-        if rest and done % cfg.log_every and not stop_now:
+        ended = done == self.run.total_steps  # in mid-epoch with --max_steps
+        if rest and done % cfg.log_every and not stop_now and not ended:
             return False
 
         stopping = self.log_steps(done, lr, tau.item())
-        ended = done == self.run.total_steps
         if stopping or ended or (rest == 0 and epoch % cfg.save_every == 0):
             self.save("last.pt", done)
         if cfg.keep_ckpt_every and rest == 0 and epoch % cfg.keep_ckpt_every == 0:

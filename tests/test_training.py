@@ -207,6 +207,9 @@ def test_max_steps(labelled, tmp_path, capsys):
     assert "nothing left to train" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--max_steps 8 -> 9"):
         train(tmp_path, **settings | {"max_steps": 9})
+    # The last step is logged, and checked, however seldom the others are.
+    train(tmp_path / "seldom", **settings, log_every=5)
+    assert [r["step"] for r in records(tmp_path / "seldom")] == [5, 6, 8]
 
 
 # -- Log -------------------------------------------------------------------------------
