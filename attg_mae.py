@@ -687,18 +687,16 @@ def train(cfg, data=None, on_log=None):
         return metrics
 
 
-def load_encoder(
-    path_or_state_dict, heads=None, img_size=None, weights_key=None, weights_prefix=None
-):
+def load_encoder(path_or_state_dict, heads=None, img_size=None, **names):
     """Load a ViT in eval mode from a file of this project, MAE, DINO, timm or HF.
 
     Its .cfg.mean and .cfg.std are ImageNet's unless the file has others (many ViTs of timm
     and HF want 0.5 and 0.5). heads, img_size, an int or (height, width): instead of the
-    file's. weights_key, weights_prefix: see --help. ValueError if there is no encoder.
+    file's. names: weights_key, weights_prefix, see --help. ValueError if there is no encoder.
     """
     if MISSING:
         raise ModuleNotFoundError(MISSING)
-    weights = read_weights(path_or_state_dict, weights_key, weights_prefix)
+    weights = read_weights(path_or_state_dict, **names)
     model = ViT(encoder_config(Config, weights, sincos_table, heads, img_size))
     load_weights(model, weights, sincos_table)
     return model.eval()

@@ -131,7 +131,7 @@ class NamedViT(nn.Module):
         self.cfg = SimpleNamespace(size=tuple(size), grid=(size[0] // p, size[1] // p))
         self.cfg.patch_size, self.cfg.in_chans, self.cfg.depth = p, channels, len(names)
         self.cfg.mean, self.cfg.std = tuple(mean), tuple(std)
-        self.cfg.width = self.key.in_features
+        self.cfg.width, self.cfg.white = self.key.in_features, None
         last_names = {n.rpartition(".")[2] for n, _ in model.named_parameters()}
         self.has_class_token = bool(last_names & {"cls_token", "class_embedding"})
         norm = getattr(getattr(model, "pooler", None), "layernorm", None)

@@ -88,11 +88,8 @@ def log_once(text):
 # -- Reading a file --------------------------------------------------------------------
 
 
-def read_weights(source, key=None, prefix=None):
-    """Weights of a file or state dict; ValueError if there is no ViT encoder in it.
-
-    key, prefix: --weights_key and --weights_prefix.
-    """
+def read_weights(source, weights_key=None, weights_prefix=None):
+    """Weights of a file or state dict; ValueError if there is no ViT encoder in it."""
     in_memory = isinstance(source, dict)
     name = "the state dict" if in_memory else str(source)
     content = source if in_memory else read_file(Path(source))
@@ -100,8 +97,8 @@ def read_weights(source, key=None, prefix=None):
     is_own = isinstance(settings, dict) and "decoder_heads" in settings
     if not is_own:
         settings = {} if in_memory else settings_beside(Path(source).parent)
-    state = select_entry(content, key, name)
-    start = find_prefix(state, PATCH_EMBED, prefix, name)
+    state = select_entry(content, weights_key, name)
+    start = find_prefix(state, PATCH_EMBED, weights_prefix, name)
     state, left_out = rename_all(state, start, name)
     state = join_qkv(state, name)
     dims = {key: x.dim() for key, x in state.items() if x.numel()}

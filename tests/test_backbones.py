@@ -1,10 +1,15 @@
 """attg/backbones.py against the forward passes of timm and Hugging Face."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import eval_finetune
+import eval_knn
+import object_discovery
 from attg.backbones import open_backbone
 from attg.features import pool_tokens
 from tests.helpers import close, randn, shake, transformers
@@ -27,6 +32,8 @@ SIZES |= dict(num_hidden_layers=2, num_attention_heads=2)
 def open_timm(name, folder, monkeypatch):
     """(timm's model of two blocks and 6 x 6 patches, ours, its inputs)."""
     timm = pytest.importorskip("timm")
+    if name not in timm.list_models():
+        pytest.skip(f"timm {timm.__version__} has no {name}")
     create, side = timm.create_model, 6 * (14 if "14" in name else 16)
     shallow = lambda *args, **options: create(*args, **options, depth=2)  # noqa: E731
     monkeypatch.setattr(timm, "create_model", shallow)
@@ -130,3 +137,28 @@ def test_refused(source, named, tmp_path, monkeypatch):
     torch.save({}, "empty.pth")
     with pytest.raises(ValueError, match=f"^{source.replace('/', '.')}: .*{named}"):
         open_backbone(source).patch_keys(randn(1, 3, 224, 224))
+
+
+def test_programs_take_named_models(labelled, tmp_path, monkeypatch):
+    """With the results of a file of the same weights."""
+    hf = transformers()
+    monkeypatch.chdir(tmp_path)
+    config = hf.ViTConfig(**SIZES | {"intermediate_size": 128})
+    shake(hf.ViTModel(config), 0.1).save_pretrained("vit")
+    images = {"image_processor_type": "ViTImageProcessor"}
+    images |= {"image_mean": [0.5] * 3, "image_std": [0.4] * 3}
+    Path("vit/preprocessor_config.json").write_text(json.dumps(images))
+    data = ["--data", labelled["data"], "--device", "cpu"]
+    sources = ["hf:vit", "vit/model.safetensors"]
+    results = [eval_knn.main([source, *data]) for source in sources]
+    assert results[0] == results[1] and Path("eval_knn.jsonl").exists()
+    for method in ("tokencut", "dino"):
+        maps = []
+        for source in sources:
+            argv = ["--method", method, "--backbone", source, "--out", "m.npy", *data]
+            object_discovery.main(argv + ["--sign", "max"] * (method == "tokencut"))
+            maps.append(np.load("m.npy").astype("float32"))
+            Path("m.npy").unlink()
+        assert close(maps[0], maps[1], 1e-2) and maps[0].std() > 0.1, method
+    with pytest.raises(ValueError, match="checkpoint hf:vit: .*files only"):
+        eval_finetune.main(["hf:vit", *data])
