@@ -555,6 +555,7 @@ def test_gray_and_oblong_images(plain, passes, tmp_path):
 # -- Refused settings ------------------------------------------------------------------
 
 WRONG = [  # settings, what the error names
+    ({"tau": 0.0}, "--tau 0.0 from 1e-06"),
     ({"img_size": 18}, "--img_size 18 --patch_size 4 multiple"),
     ({"heads": 3}, "--heads 3 --width 32"),
     ({"lr": 1e-3, "blr": 1e-3}, "--lr 0.001 --blr 0.001 one"),
