@@ -598,7 +598,7 @@ def main(argv=None, data=None):
         log_line(f"failed, delete {out} to try again: {names}")
     if settings.show:
         sheet = out.with_suffix(".png")
-        save_map_sheet(sheet, dataset, {str(out): maps}, settings.show)
+        save_map_sheet(sheet, dataset, maps, settings.show)
         log_line(f"sheet: {sheet}")
     if settings.method == "masks":
         list(true_masks(masks, failed))  # logs the reason

@@ -112,22 +112,19 @@ def squashed(dataset, ids):
     return torch.stack([images[i][0] for i in ids]) / 255
 
 
-def save_map_sheet(path, dataset, files, count):
-    """Save a sheet: image | the first map and its overlay | further maps.
+def save_map_sheet(path, dataset, maps, count):
+    """Save a sheet of images, evenly spaced: image | map | overlay.
 
-    The images are evenly spaced. files: {name: maps (n, h, w) in [0, 1]}.
+    maps (n, h, w) in [0, 1].
     """
     ids = evenly_spaced(dataset, count)
     imgs = squashed(dataset, ids)
+    m = torch.from_numpy(maps[ids]).float()
+    cells = F.interpolate(m[:, None], imgs.shape[2:])
     names = [Path(dataset.names[i]).name[-22:] for i in ids]
-    columns = [("image", imgs, names)]
-    for name, maps in files.items():
-        m = torch.from_numpy(maps[ids]).float()
-        cells = F.interpolate(m[:, None], imgs.shape[2:])
-        texts = ["" if one.any() else "flat" for one in m]
-        columns.append((Path(name).stem, cells, texts))
-        if len(columns) == 2:
-            columns.append(("overlay", imgs * (0.15 + 0.85 * cells)))
+    texts = ["" if one.any() else "flat" for one in m]
+    overlay = imgs * (0.15 + 0.85 * cells)
+    columns = [("image", imgs, names), ("map", cells, texts), ("overlay", overlay)]
     save_sheet(path, columns)
 
 

@@ -41,13 +41,12 @@ def test_neighbors_are_those_of_highest_cosine(labelled, sheets):
 def test_sheet_of_maps_names_images_and_flat_maps(plain, sheets):
     dataset, maps = open_data(plain), np.random.default_rng(0).random((13, 4, 4))
     maps[3] = 0
-    figures.save_map_sheet("x.png", dataset, {"a/cut.npy": maps, "cam.npy": maps}, 13)
-    (columns,) = sheets
-    titles = [title for title, *_ in columns]
-    assert titles == ["image", "cut", "overlay", "cam"]
-    assert columns[0][2] == [f"{i:03d}.jpg" for i in range(13)]
-    flat = 3 * [""] + ["flat"] + 9 * [""]
-    assert columns[1][2] == columns[3][2] == flat
+    figures.save_map_sheet("x.png", dataset, maps, 13)
+    (((_, _, names), (_, cells, texts), _),) = sheets
+    assert names == [f"{i:03d}.jpg" for i in range(13)]
+    assert texts == 3 * [""] + ["flat"] + 9 * [""]
+    # Each value of a map covers 48 x 48 pixels.
+    assert np.abs(cells[5, 0, 24::48, 24::48].numpy() - maps[5]).max() < 1e-6
 
 
 def test_confusion_matrices_agree_with_the_accuracy(encoder, labelled, monkeypatch):
