@@ -293,7 +293,7 @@ def test_busy_machines_are_named(monkeypatch):
     for load, named in ((os.cpu_count() + 0.5, True), (0.5, False)):
         monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))  # noqa: B023
         text = describe_machine(torch.device("cpu"))
-        assert ("OMP_NUM_THREADS=1" in text) == named and torch.__version__ in text
+        assert ("OMP_NUM_THREADS=1" in text) == named and "threads" in text
 
 
 def test_older_logs_have_todays_names(tmp_path):
@@ -594,7 +594,7 @@ def test_precision_auto(bf16, monkeypatch):
 DATA = ("data", "classes", "maps")  # these are compared by their content
 OTHER = {"img_size": 32, "patch_size": 8, "in_chans": 1, "width": 16, "depth": 2}
 OTHER |= {"heads": 4, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4}
-OTHER |= {"batch_size": 5, "seed": 1}
+OTHER |= {"batch_size": 5, "seed": 1, "white": 255}
 
 
 def test_resume_class_decides_what_may_change(copy):
