@@ -245,16 +245,19 @@ def draw(settings, data, counts, features=None):
     queries) of k-NN.
     """
     source = settings.out or settings.checkpoint or settings.features
-    options = {"classes": settings.classes, "max_pixels": settings.max_pixels}
+    names = ("classes", "max_pixels", "white")
+    options = {name: getattr(settings, name) for name in names}
     if data is None or isinstance(data, str):
         data = settings.data
     train_set, tests = open_labeled(data, settings.val[:1], 32, **options)
     if len(counts) <= 50:
         path = Path(source).with_name("confusion.png")
         save_confusion(path, counts, class_names(train_set))
+        log_line(f"confusion matrix: {path}")
     if features:
         path = Path(source).with_name("neighbors.png")
         save_neighbors(path, train_set, tests[settings.val[0]], *features)
+        log_line(f"neighbors: {path}")
 
 
 def count_pairs(truth, guesses, num_classes):
