@@ -26,7 +26,6 @@ from attg.weights import (
     check_parameter,
     find_prefix,
     load_checked,
-    log_once,
     read_file,
     select_entry,
 )
@@ -78,15 +77,10 @@ def open_hf(name, img_size):
     model = hf.AutoModel.from_pretrained(name, attn_implementation="sdpa")
     # CLIP and SigLIP have a text model, too.
     model = getattr(model, "vision_model", model)
-    mean = std = (0.5, 0.5, 0.5)
-    try:
-        images = hf.AutoImageProcessor.from_pretrained(name)
-        mean, std = images.image_mean, images.image_std
-    except OSError:
-        log_once(f"hf:{name}: no preprocessor_config.json, normalizes by 0.5 and 0.5")
+    images = hf.AutoImageProcessor.from_pretrained(name)
     side = img_size or model.config.image_size
     size = (side, side) if isinstance(side, int) else side
-    return NamedViT(model, size, mean, std)
+    return NamedViT(model, size, images.image_mean, images.image_std)
 
 
 class Found(Exception):
@@ -99,9 +93,7 @@ class FindAttention(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
-            raise Found(
-                dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            )
+            raise Found(dict(zip(("query", "key"), args, strict=False)) | kwargs)
         return function(*args, **kwargs)
 
 
@@ -152,27 +144,29 @@ class NamedViT(nn.Module):
 
     def tokens(self, imgs):
         """All tokens (B, N, D) after the last norm; the model's pooled feature, or None."""
-        model, pooled = self.model, None
-        if hasattr(model, "forward_features"):
-            tokens = model.forward_features(imgs)
-            if getattr(model, "attn_pool", None) is not None:
-                pooled = model.forward_head(tokens, pre_logits=True)
-            return tokens, pooled
-        parameters = inspect.signature(model.forward).parameters
-        options = {"interpolate_pos_encoding": True}
-        output = model(imgs, **{k: x for k, x in options.items() if k in parameters})
-        return output.last_hidden_state, output.get("pooler_output")
+        model = self.model
+        if not hasattr(model, "forward_features"):
+            # Not a parameter of models that always resize their positions.
+            resize = "interpolate_pos_encoding"
+            takes = resize in inspect.signature(model.forward).parameters
+            output = model(imgs, **({resize: True} if takes else {}))
+            return output.last_hidden_state, output.get("pooler_output")
+        tokens = model.forward_features(imgs)
+        has_pool = getattr(model, "attn_pool", None) is not None
+        return tokens, model.forward_head(tokens, True) if has_pool else None
 
     def forward_features(self, imgs):
         """Images (B, C, H, W) -> tokens (B, 1 + L, D)."""
         tokens, pooled = self.tokens(imgs)
         patches = tokens[:, self.first :]
-        first = tokens[:, 0] if self.has_class_token else pooled
-        first = patches.mean(dim=1) if first is None else first
-        return torch.cat([first[:, None], patches], dim=1)
+        if self.has_class_token:
+            pooled = tokens[:, 0]
+        elif pooled is None:
+            pooled = patches.mean(dim=1)
+        return torch.cat([pooled[:, None], patches], dim=1)
 
     def last_input(self, imgs):
-        """Input (B, N, D) of the last block's attention, and all arguments: *args, **kwargs."""
+        """Input (B, N, D) of the last block's attention, then its args and kwargs."""
 
         def stop(module, args, kwargs):
             raise Found(args[0] if args else kwargs["hidden_states"], args, kwargs)
@@ -194,11 +188,7 @@ class NamedViT(nn.Module):
         return F.linear(x[:, self.first :], self.key.weight[rows], bias)
 
     def class_attention(self, imgs):
-        """Attention of the class token to the patches in the last block, (B, L).
-
-        The mean of the heads. ValueError if the model has no class token, or no such
-        attention.
-        """
+        """Mean attention (B, L) of the class token to the patches in the last block."""
         if not self.has_class_token:
             raise ValueError("this backbone has no class token; use --method tokencut")
         _, args, kwargs = self.last_input(imgs)

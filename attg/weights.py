@@ -35,9 +35,10 @@ KNOWN = re.compile(
 )
 HEAD = re.compile(r"\w*head|pooler|classifier|projector|predictor|embeddings\.mask")
 NETWORK = re.compile(r"(\w+)\..*\b(?:blocks|layers?)\.\d")
-# Weights that every ViT encoder has, and their number of dimensions.
+# Weights that every ViT encoder has, with their number of dimensions; those of a decoder.
 ESSENTIAL = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
 ESSENTIAL |= {"blocks.0.attn.qkv.weight": 2}
+OF_DECODER = {"decoder_embed.weight": 2, "decoder_pos_embed": 3}
 # Heads of the standard ViTs by width, for files without settings.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 # Hugging Face's names before and since transformers 5.
@@ -101,8 +102,9 @@ def read_weights(source, weights_key=None, weights_prefix=None):
     start = find_prefix(state, PATCH_EMBED, weights_prefix, name)
     state, left_out = rename_all(state, start, name)
     state = join_qkv(state, name)
-    dims = {key: x.dim() for key, x in state.items() if x.numel()}
-    missing = [key for key in ESSENTIAL if dims.get(key) != ESSENTIAL[key]]
+    dims = {key: x.dim() if x.numel() else 0 for key, x in state.items()}
+    missing = [key for key, n in ESSENTIAL.items() if dims.get(key) != n]
+    missing += [key for key, n in OF_DECODER.items() if dims.get(key, n) != n]
     if missing:
         raise ValueError(
             f"{name}: no ViT encoder: {missing} missing, keys are {sorted(state)[:8]}"
@@ -235,12 +237,13 @@ def join_qkv(state, name):
     for key in [key for key in state if ".attn.q." in key]:
         names = [key.replace(".q.", f".{x}.") for x in "qkv"]
         parts = [state.pop(part, torch.empty(0)) for part in names]
-        if len({part.shape for part in parts}) != 1:
+        if len({part.shape for part in parts}) != 1 or not parts[0].dim():
             raise ValueError(f"{name}: {names}: one is missing or has another shape")
         state[key.replace(".q.", ".qkv.")] = torch.cat(parts)
     if not any(key.endswith("attn.qkv.bias") for key in state):
         for key in [key for key in state if key.endswith("attn.qkv.weight")]:
-            state[key.removesuffix("weight") + "bias"] = torch.zeros(len(state[key]))
+            bias = torch.zeros(state[key].shape[:1])
+            state[key.removesuffix("weight") + "bias"] = bias
     return state
 
 
@@ -309,7 +312,8 @@ def encoder_config(kind, weights, sincos_table, heads=None, img_size=None):
 
 def is_table(positions, grid, sincos_table):
     """Whether positions (1, 1 + L, D) are the sin-cos table of a grid, in any precision."""
-    table = sincos_table(positions.shape[2], grid)
+    # The width of a damaged file may be any number.
+    table = sincos_table(4 * (positions.shape[2] // 4), grid)
     atol = max(1e-4, torch.finfo(positions.dtype).eps)
     same_shape = positions.shape[1:] == table.shape
     return same_shape and torch.allclose(positions[0].float(), table, atol=atol)
@@ -394,7 +398,7 @@ def load_weights(model, weights, sincos_table):
             fresh |= {key for key in model.state_dict() if DECODER.match(key)}
             notes.append("no decoder in the file, it starts from random weights")
         if state.pop("fc_norm.weight", None) is not None:
-            del state["fc_norm.bias"]
+            state.pop("fc_norm.bias", None)
             fresh |= {"norm.weight", "norm.bias"}
             notes.append("no norm of each token in the file, it starts fresh")
     for key in {"pos_embed", "decoder_pos_embed"} & set(state):

@@ -17,7 +17,7 @@ import attg_mae
 import eval_finetune
 from attg.backbones import load_cnn
 from attg.features import pool_tokens
-from attg.weights import HEADS, load_weights, read_weights
+from attg.weights import HEADS, encoder_config, load_weights, read_weights
 from tests.helpers import (
     Evil,
     close,
@@ -420,6 +420,24 @@ def test_load_encoder_refuses_other_files(name, tmp_path):
         assert ran.exists()  # it would have run
         # PyTorch's advice to load without the check is not repeated.
         assert "weights_only" not in str(error.value)
+
+
+def test_damaged_weights_are_refused():
+    """Any weight of another kind or shape: an error that names the source."""
+    mae = shake(hf_model("ViTMAEForPreTraining", num_hidden_layers=1)).state_dict()
+    values = [torch.tensor(1.0), torch.ones(0), torch.ones(3), torch.ones(2, 2, 2)]
+    values += [torch.ones(1, 1, 1, 1, dtype=torch.int64), None, "x", {"y": randn(1)}]
+    cfg = attg_mae.Config(depth=1)
+    model = attg_mae.MAE(cfg)
+
+    @given(st.sampled_from(sorted(mae)), st.sampled_from(values))
+    def check(key, value):
+        with pytest.raises(ValueError, match="the state dict"):
+            weights = read_weights(mae | {key: value})
+            encoder_config(attg_mae.Config, weights, attg_mae.sincos_table, 4)
+            load_weights(model, weights, attg_mae.sincos_table)
+
+    check()
 
 
 def test_tensors_without_values_are_refused():
