@@ -8,7 +8,8 @@ Fine-tuning of all weights of an encoder (arXiv 2402.15172, Table 2 and section 
 By MAE's recipe: random crops, RandAugment, random erasing, mixup or cutmix, label
 smoothing, stochastic depth, and layer-wise learning rate decay. 1,024 images per batch,
 weight decay 0.05, 5 epochs of warm-up, min_lr 1e-6; epochs, blr, layer decay, stochastic
-depth: 100, 5e-4, 0.65, 0.1 for ViT-B; 50, 1e-3, 0.75, 0.2 for ViT-L (0.3 for ViT-H).
+depth: 100, 5e-4, 0.65, 0.1 for ViT-B; 50, 1e-3, 0.75, 0.2 for ViT-L (0.3 for ViT-H). In
+other batches the default lr is MAE's * sqrt(batch size / 1,024), which few images need.
 
 Shapes: B images, N tokens, D width, C classes.
 """

@@ -119,12 +119,9 @@ def open_sets(settings, data, cfg, dist_info, **options):
     default_data(settings, vars(cfg), settings.checkpoint)
     data = resolve_dataset(data, settings.data)
     options |= {"classes": settings.classes, "max_pixels": settings.max_pixels}
-    options["white"] = settings.white or cfg.white
-    options |= {"channels": cfg.in_chans}
+    options |= {"white": settings.white or cfg.white, "channels": cfg.in_chans}
     train_set, tests = open_labeled(data, settings.val, cfg.size, **options)
-    sizes = {
-        name: len(dataset) for name, dataset in {"train": train_set, **tests}.items()
-    }
+    sizes = {name: len(x) for name, x in {"train": train_set, **tests}.items()}
     describe(settings, sizes, train_set.num_classes, dist_info)
     return train_set, tests
 
