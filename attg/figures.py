@@ -123,8 +123,9 @@ def save_map_sheet(path, dataset, maps, count):
     cells = F.interpolate(m[:, None], imgs.shape[2:])
     names = [Path(dataset.names[i]).name[-22:] for i in ids]
     texts = ["" if one.any() else "flat" for one in m]
-    overlay = imgs * (0.15 + 0.85 * cells)
-    columns = [("image", imgs, names), ("map", cells, texts), ("overlay", overlay)]
+    columns = [("image", imgs, names)]
+    columns.append(("map", cells, texts))
+    columns.append(("overlay", imgs * (0.15 + 0.85 * cells)))
     save_sheet(path, columns)
 
 
@@ -204,9 +205,9 @@ def panels_of(records, run=""):
     for name, title in PANELS.items():
         points = []
         for record in records:
-            value = (record | record.get("knn", {})).get(name)
-            if value is not None:
-                points.append((record["step"], value))
+            values = record | record.get("knn", {})
+            if values.get(name) is not None:
+                points.append((record["step"], values[name]))
         # A single point is in the log.
         if len(points) > 1 and (weighted or name not in ("loss", "tau")):
             label = f"{run} {name.replace('_', ' ')}".strip()
