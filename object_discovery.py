@@ -572,7 +572,7 @@ def main(argv=None, data=None):
     default_data(settings, config, f"--backbone {backbone}")
     out, data = settings.out, resolve_dataset(data, settings.data)
     options = {"classes": settings.classes, "max_pixels": settings.max_pixels}
-    options["white"] = settings.white
+    options |= {"white": settings.white, "verify": settings.verify == "full"}
     masks = None
     with processes(settings.device, settings.timeout) as dist_info:
         _, rank, world = dist_info

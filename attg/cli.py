@@ -54,6 +54,12 @@ class DataFlags:
     data: str = flag("toy", "toy, torchvision name, or folder", resume="fixed")
     classes: str | None = flag(None, "file of class folders to keep", resume="fixed")
     max_pixels: int = flag(10**8, "skip larger images", 1, 10**12, resume="free")
+    verify: str = flag(
+        "sample",
+        "contents of more than 10,000 files that identify the data, 1,000 or all",
+        choices=("sample", "full"),
+        resume="free",
+    )
     white: float | None = flag(
         None,
         "white in gray of over 8 bits [65535, in 32-bit integers 255, in floats 1]",

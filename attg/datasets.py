@@ -40,6 +40,7 @@ def open_data(
     channels=3,
     max_pixels=MAX_PIXELS,
     white=None,
+    verify=False,
 ):
     """Open one split of a data set: ImageData, or None if there is no such split.
 
@@ -55,6 +56,7 @@ def open_data(
         channels    3 = RGB, 1 = gray
         max_pixels  images with more pixels are treated as unreadable
         white       level of white in gray of more than 8 bits, see to_8_bits
+        verify      the fingerprint covers the contents of all files
 
     A label from Python is an int, or -1 or None for no label. Attributes `targets` (all
     labels) and `classes`, as in torchvision, spare a pass over the images.
@@ -81,6 +83,7 @@ def open_data(
     if source is None:
         return None
     view = {"augment": augment, "seed": seed, "channels": channels, "white": white}
+    view["verify"] = verify
     return ImageData(*source, size=size, max_pixels=max_pixels, **view)
 
 

@@ -120,6 +120,7 @@ def open_sets(settings, data, cfg, dist_info, **options):
     data = resolve_dataset(data, settings.data)
     options |= {"classes": settings.classes, "max_pixels": settings.max_pixels}
     options |= {"white": settings.white or cfg.white, "channels": cfg.in_chans}
+    options["verify"] = settings.verify == "full"
     train_set, tests = open_labeled(data, settings.val, cfg.size, **options)
     sizes = {name: len(x) for name, x in {"train": train_set, **tests}.items()}
     describe(settings, sizes, train_set.num_classes, dist_info)

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
+from attg.files import sha256
+
 BICUBIC = Image.Resampling.BICUBIC
 
 # Area fraction and aspect ratio of a random crop, as in MAE's pre-training.
@@ -31,6 +33,8 @@ CROP_RATIO = (3 / 4, 4 / 3)
 
 # Images with more pixels are not decoded. So many take 0.4 GB in RGB, 1.7 GB as floats.
 MAX_PIXELS = 100_000_000
+# Data sets of more files are identified by the contents of 1,000 of them.
+MAX_VERIFIED, SAMPLE = 10_000, 1000
 # PIL's mode by number of channels.
 MODES = {1: "L", 3: "RGB"}
 
@@ -274,6 +278,7 @@ class ImageData(Dataset):
     channels: int = 3
     max_pixels: int = MAX_PIXELS
     white: float | None = None
+    verify: bool = False
 
     def __post_init__(self):
         self.num_images = len(self.names)
@@ -396,21 +401,40 @@ class ImageData(Dataset):
             return []
         return [os.stat(self.path(i)).st_size for i in range(len(self))]
 
+    def checksums(self, step):
+        """Checksums of the contents of every step-th file."""
+        if self.pairs is None:
+            for i in range(0, len(self), step):
+                try:
+                    yield sha256(self.path(i))
+                except OSError as error:
+                    yield error.errno
+
     @functools.cached_property
     def fingerprint(self):
-        """Identity of the data set in map files: "v2:" and a sha256.
+        """Identity of the data set in map files and checkpoints: "v3:" and a sha256.
 
-        The hash is over the version, the number of images, their names and, if they are
-        files, their sizes. Another version takes another prefix.
+        The hash is over the number of images, their names and, if they are files, their
+        sizes and contents; of more than 10,000 files, the contents of 1,000. With `verify`
+        a colon and a sha256 of all contents follow.
         """
-        return "v2:" + sha256_of("v2", len(self), *self.names, *self.file_sizes())
+        step = len(self) // SAMPLE if len(self) > MAX_VERIFIED else 1
+        parts = len(self), *self.names, *self.file_sizes(), *self.checksums(step)
+        full = f":{sha256_of(*self.checksums(1))}" if self.verify and step > 1 else ""
+        return f"v3:{sha256_of(*parts)}{full}"
 
     def matches(self, fingerprint):
-        """Whether a map file with this fingerprint was made for these images."""
-        # Before v2 there was no prefix.
-        names, sizes = sha256_of(len(self), *self.names), self.file_sizes()
-        old = sha256_of(names, *sizes) if sizes else names
-        return fingerprint in (self.fingerprint, old)
+        """Whether a map file or checkpoint with this fingerprint is of these images."""
+        if fingerprint.startswith("v3:"):
+            # Only one of them may have the part of all contents.
+            pairs = zip(
+                self.fingerprint.split(":"), fingerprint.split(":"), strict=False
+            )
+            return all(a == b for a, b in pairs)
+        names, sizes = (len(self), *self.names), self.file_sizes()
+        oldest = sha256_of(*names)
+        oldest = sha256_of(oldest, *sizes) if sizes else oldest
+        return fingerprint in (oldest, "v2:" + sha256_of("v2", *names, *sizes))
 
 
 def sha256_of(*parts):

@@ -137,8 +137,8 @@ def load_maps(path, dataset):
     if shape[:1] != (len(dataset),) or not dataset.matches(fingerprint):
         reason = (
             f"made for other data (maps {shape}, fingerprint {fingerprint[:12]}, but --data "
-            f"has {len(dataset)} images, {dataset.fingerprint[:12]}; number, names and "
-            "sizes of the files count)"
+            f"has {len(dataset)} images, {dataset.fingerprint[:12]}; names, sizes and "
+            "contents of the files count)"
         )
         raise refusal(path, reason, "use the --data and --classes it was made with")
     if sha256(path) != manifest["checksum"]:

@@ -76,6 +76,7 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     name = cfg.data if data is None else resolve_dataset(data, cfg.data)
     view = {"classes": cfg.classes, "channels": cfg.in_chans}
     view |= {"max_pixels": cfg.max_pixels, "white": cfg.white}
+    view["verify"] = cfg.verify == "full"
     train_set = open_data(
         name, "train", cfg.img_size, augment=True, seed=cfg.seed, **view
     )

@@ -5,6 +5,7 @@ Data sets: layouts of folders, samples, unreadable images, fingerprints, labels.
 import hashlib
 import os
 import pickle
+import shutil
 import tempfile
 import urllib.error
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import default_collate
 
+import attg.images
 import attg.toy
 import attg_mae
 import eval_knn
@@ -348,27 +350,59 @@ def sha256_of(*strings):
     return hashlib.sha256("\0".join(map(str, strings)).encode()).hexdigest()
 
 
-def test_fingerprint_is_of_number_names_and_sizes(folder):
-    file = folder / "train" / "a" / "0.png"
-    data = open_data(folder)
+def test_older_fingerprints_are_accepted(folder):
+    """They are of number, names and sizes."""
+    data, toys = open_data(folder), open_data("toy", "test")
     names = list(data.names)
     sizes = [(folder / "train" / name).stat().st_size for name in names]
-    assert data.fingerprint == "v2:" + sha256_of("v2", 12, *names, *sizes)
-    assert open_data(folder, size=64, augment=True).fingerprint == data.fingerprint
-    # As in map files of earlier versions.
+    v2 = sha256_of("v2", 12, *names, *sizes)
     names_only = sha256_of(12, *names)
-    with_sizes = sha256_of(names_only, *sizes)
-    stored = data.fingerprint, with_sizes, names_only, "v2:" + with_sizes
-    assert [data.matches(x) for x in stored] == [True, True, False, False]
-    toys = open_data("toy", "test")
-    assert toys.matches(toys.fingerprint) and toys.matches(sha256_of(2000, *toys.names))
-
+    v1 = sha256_of(names_only, *sizes)
+    stored = "v2:" + v2, v1, v2, names_only, "v2:" + v1, "v3:" + v2, "v3:", ""
+    assert [data.matches(x) for x in stored] == [True] * 2 + [False] * 6
+    toy_names = sha256_of(2000, *toys.names)
+    assert toys.matches(toy_names) and toys.matches(toys.fingerprint)
+    file = folder / "train" / "a" / "0.png"
     file.write_bytes(file.read_bytes() + b"x")
     assert not any(open_data(folder).matches(x) for x in stored)
-    file.write_bytes(file.read_bytes()[:-1])
-    assert open_data(folder).matches(data.fingerprint)
-    file.rename(file.with_name("00.png"))
-    assert not any(open_data(folder).matches(x) for x in stored)
+
+
+def test_fingerprint_is_of_names_sizes_and_contents(folder, tmp_path, monkeypatch):
+    file = folder / "train" / "a" / "0.png"
+    content, stored = file.read_bytes(), open_data(folder).fingerprint
+    assert open_data(folder, size=64, augment=True).matches(stored)
+    monkeypatch.chdir(folder.parent)
+    shutil.copytree(folder.name, "moved")
+    assert open_data("moved").matches(stored)
+    for change in (content + b"x", content[:-9] + bytes(9), None):
+        if change is None:
+            file.rename(file.with_name("00.png"))
+        else:
+            file.write_bytes(change)
+        assert not open_data(folder).matches(stored)
+        file.write_bytes(content)
+        file.with_name("00.png").unlink(missing_ok=True)
+        assert open_data(folder).matches(stored)
+
+
+def test_large_data_sets_are_sampled(folder, monkeypatch):
+    """One of n // 1000 files is read; --verify full reads all."""
+    monkeypatch.setattr(attg.images, "MAX_VERIFIED", 11)
+    monkeypatch.setattr(attg.images, "SAMPLE", 4)
+    file = folder / "train" / "a" / "1.png"
+    content = file.read_bytes()
+    stored = {
+        full: open_data(folder, verify=full).fingerprint for full in (False, True)
+    }
+    file.write_bytes(content[:-9] + bytes(9))
+    for full in (False, True):
+        data = open_data(folder, verify=full)
+        got = [data.matches(stored[x]) for x in (False, True)]
+        assert got == [True, not full]
+    file.write_bytes(content)
+    first = folder / "train" / "a" / "0.png"
+    first.write_bytes(first.read_bytes()[:-9] + bytes(9))
+    assert not open_data(folder).matches(stored[False])
 
 
 # -- Labels ----------------------------------------------------------------------------
