@@ -59,7 +59,7 @@ def test_flags_are_generated_from_fields(capsys):
     expected = {"checkpoint": "x.pt", "batch_size": 3, "accum": 2}
     expected |= {"ratios": (1.0, 0.25), "norm_pix": False}
     assert parse(Settings, "", command.split()) == Settings(**expected)
-    assert resume_class(Settings, "fixed") == {"data", "classes"}
+    assert resume_class(Settings, "fixed") == {"data", "classes", "white"}
     with pytest.raises(SystemExit):
         parse(Settings, "Two\n\n    lines", ["--help"])
     text = capsys.readouterr().out
