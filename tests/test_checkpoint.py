@@ -5,7 +5,6 @@ attg/checkpoint.py and the lock of a run: damaged and hostile files, two runs at
 import contextlib
 import errno
 import functools
-import json
 import math
 import os
 import signal
@@ -41,10 +40,8 @@ from tests.helpers import (
     TINY,
     assert_same_run,
     blobs,
-    records,
     same,
     save_features,
-    train,
 )
 from tests.processes import Process, ranks
 
@@ -240,17 +237,6 @@ def test_weights_of_others_must_be_finite(kind, small, tmp_path):
     save_file(state, file)
     with pytest.raises(ValueError, match="norm1.bias is not finite"):
         attg_mae.load_encoder(file, heads=2)
-
-
-def test_damaged_lines_of_a_log(copy):
-    out, settings = copy
-    log = out / "log.jsonl"
-    lines = log.read_bytes().splitlines(keepends=True)
-    bad = [b"\n", b"\xff\xfe\n", b"[1]\n", b'{"loss": 1}\n', b"[" * 10**5 + b"\n"]
-    log.write_bytes(lines[0] + b"".join(bad) + b"".join(lines[1:]) + b'{"step": 9')
-    train(**settings)
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == sorted(steps) and [r["step"] for r in records(out)] == steps[:-1]
 
 
 # -- Files -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
@@ -262,30 +262,20 @@ def test_header(guided, tmp_path, capsys):
 
 def test_hooks(labelled, tmp_path, monkeypatch):
     """on_log gets the records of log.jsonl; --tensorboard writes their numbers."""
-    seen, scalars = [], []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            scalars.append((str(folder), purge_step))
-
-        def add_scalar(self, *scalar):
-            scalars.append(scalar)
-
-        def flush(self):
-            scalars.append("flush")
-
+    seen, module = [], MagicMock()
     settings = TINY | labelled | {"out": str(tmp_path), "max_steps": 2}
     cfg = attg_mae.Config(**settings, tensorboard=True)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="--tensorboard: .* pip install tensorboard"):
         attg_mae.train(cfg)
-    fake = SimpleNamespace(SummaryWriter=SummaryWriter)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     attg_mae.train(cfg, on_log=seen.append)
     assert seen == records(tmp_path, "step") and len(seen) == 3
-    assert scalars[0] == (str(tmp_path), 1) and scalars[-1] == "flush"
-    assert ("loss", seen[1]["loss"], 2) in scalars
-    assert ("patch_mean", seen[2]["knn"]["patch_mean"], 2) in scalars
+    module.SummaryWriter.assert_called_once_with(tmp_path, purge_step=1)
+    writer = module.SummaryWriter.return_value
+    writer.add_scalar.assert_any_call("loss", seen[1]["loss"], 2)
+    writer.add_scalar.assert_any_call("patch_mean", seen[2]["knn"]["patch_mean"], 2)
+    assert writer.method_calls[-1] == call.flush()
 
 
 def test_busy_machines_are_named(monkeypatch):
@@ -296,9 +286,11 @@ def test_busy_machines_are_named(monkeypatch):
         assert ("OMP_NUM_THREADS=1" in text) == named and "threads" in text
 
 
-def test_older_logs_have_todays_names(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 3, "mse_test": 0.5}\nnoise\n{"step": 4, "loss": 1}\n')
+def test_older_and_damaged_logs(tmp_path):
+    """Records have today's names; lines that are none are left out."""
+    path, good = tmp_path / "log.jsonl", b'{"step": 3, "mse_test": 0.5}\n'
+    bad = [b"\n", b"\xff\xfe\n", b"[1]\n", b'{"loss": 1}\n', b"[" * 10**5 + b"\n"]
+    path.write_bytes(good + b"".join(bad) + b'{"step": 4, "loss": 1}\n{"step": 5')
     assert read_log(path) == [{"step": 3, "val_mse": 0.5}, {"step": 4, "loss": 1}]
     names = {field.name for field in dataclasses.fields(attg_mae.Config)}
     assert not names & set(RENAMED_SETTINGS)
