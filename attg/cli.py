@@ -73,7 +73,7 @@ class DataFlags:
 class WeightFlags:
     """Weights of other code bases."""
 
-    weights_key: str | None = flag(None, "their entry in the file [see docs]")
+    weights_key: str | None = flag(None, "their entry in a file [averaged first]")
     weights_prefix: str | None = flag(None, "of their names, if there are several")
 
 
