@@ -55,7 +55,7 @@ class MaskFolder:
 
     def __init__(self, folder, dataset, mask_values=()):
         self.folder, self.dataset = Path(folder), dataset
-        kinds, values, border, self.has_alpha = set(), set(), Counter(), False
+        found, self.has_alpha = [], False
         sample = np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset)))
         for i in sample.round().astype(int).tolist():
             try:
@@ -64,16 +64,19 @@ class MaskFolder:
             except Exception:
                 continue
             self.has_alpha |= alpha is not None and alpha.min() < 255
-            kinds.add(kind)
-            values |= set(np.unique(x).tolist())
-            border.update(np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]]).tolist())
-        if not kinds:
+            edges = np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
+            found.append((kind, np.unique(x), edges))
+        if not found:
             raise ValueError(
                 f"--masks {folder}: no mask can be read, such as {self.path(0)}; give PNGs "
                 "of the relative paths of the images"
             )
-        # Where there are colors, an image without an object may be black: gray.
+        kinds = {kind for kind, *_ in found}
         self.kind = "color" if "color" in kinds else max(kinds)
+        values, border = set(), Counter()
+        for kind, distinct, edges in found:
+            values |= set(self.convert(kind, distinct).tolist())
+            border.update(self.convert(kind, edges).tolist())
         self.scale, self.ignored, self.listed, self.is_object = None, -1, set(), True
         rule = self.decide(sorted(values), border, mask_values)
         form = "0x{:06X}" if self.kind == "color" else "{}"
@@ -114,6 +117,10 @@ class MaskFolder:
         self.scale = values[-1] if values[-1] < limit / 4 else limit
         return f"soft, parts of {self.scale}"
 
+    def convert(self, kind, values):
+        """Gray values as colors if there are colors: a mask without an object is black."""
+        return values * 0x10101 if (kind, self.kind) == ("gray", "color") else values
+
     def path(self, i):
         return Path(self.folder, self.dataset.names[i]).with_suffix(".png")
 
@@ -132,7 +139,7 @@ class MaskFolder:
         if self.has_alpha and self.scale:
             kind, values = self.kind, alpha
         elif kind == "gray" and self.kind == "color":
-            kind, values = "color", values * 0x10101
+            kind, values = "color", self.convert(kind, values)
         if kind != self.kind or values is None:
             raise ValueError(f"{path}: not {self.kind} as the others are")
         if self.scale:

@@ -329,6 +329,21 @@ def test_masks_that_need_a_flag_or_are_refused(images, tmp_path, capsys):
     assert "2.png: 8 x 7, but the image is 40 x 40" in printed
 
 
+def test_masks_of_several_kinds(images, tmp_path):
+    """An opaque alpha says nothing; among colors, white is a color; soft ground truth."""
+    image = colored(OBJECT, (255, 255, 255), (128, 0, 0)).convert("RGBA")
+    for i in range(4):
+        write(tmp_path / f"{i}.png", image)
+    write(tmp_path / "4.png", Image.new("RGB", (8, 8), "white"))
+    masks = MaskFolder(tmp_path, images)
+    assert "object is any but 0xFFFFFF" in masks.rule
+    assert np.array_equal(masks[0] > 0, OBJECT > 0) and not masks[4].any()
+    for i in range(5):
+        write(tmp_path / f"{i}.png", gray(SOFT))
+    masks = MaskFolder(tmp_path, images)
+    assert np.array_equal(next(true_masks(masks, [2])), SOFT > 127)
+
+
 def test_ignored_pixels_are_left_out_of_the_quality():
     mask = np.ma.array(OBJECT > 0, mask=np.roll(OBJECT, 2, 0) > OBJECT)
     m = np.where(mask.mask, 1, OBJECT)  # wrong where it does not count
