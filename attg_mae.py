@@ -65,12 +65,12 @@ DROPS_PATCHES = ("foreground", "background")
 
 
 def is_flat(attn):
-    """Maps (B, L) -> (B,) bool: max - min <= 1e-5 max|M|, so there is no object."""
+    """Maps (B, L) -> (B,) bool: max - min <= 1e-5 max|M|, or 1e-30: there is no object."""
     # amin and amax take a fraction of aminmax's time on a CPU.
     low, high = attn.amin(dim=1), attn.amax(dim=1)
     largest = torch.maximum(high.abs(), low.abs())
     spread = high - low
-    return (spread <= 1e-5 * largest) & (spread < math.inf)
+    return (spread <= (1e-5 * largest).clamp(min=1e-30)) & (spread < math.inf)
 
 
 def normalize_map(attn):
@@ -567,8 +567,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Config(TrainFlags):
     """Settings of method and model, each a flag; TrainFlags has those of a run."""
 
-    # None in the model's shape becomes the preset's value. None in TrainFlags stays until
-    # resolve(cfg), because these defaults depend on the data.
+    # None in the model's shape becomes the preset's value, in TrainFlags resolve's, by the data.
     model: str = flag("vit_micro", "preset of the model", choices=tuple(PRESETS))
     maps: str | None = flag(None, "attention maps, a .npy file [toy: its object masks]")
     guidance: str = flag("attg", "use of the maps, none = MAE", choices=GUIDANCE)
@@ -636,11 +635,10 @@ def mask_noise(batch_size, grid, generator):
 def train(cfg, data=None, on_log=None):
     """Pre-train a model and write the run folder, cfg.out; resumes an interrupted run.
 
-    data: a data set of your own, which cfg.data then names: map-style, of (PIL image,
-    label), a label being an int or None; or {"train": one, "test": another}. on_log: called
-    on rank 0 with each record of log.jsonl, a dict. Returns {"step": the last one,
-    "val_mse": mse on the test split or None, "knn": {feature: top-1 in percent}, "out": the
-    folder, "stopped": the signal that stopped the run, or None}.
+    data: your own data set, which cfg.data then names: map-style, of (PIL image, int or
+    None); or {"train": one, "test": another}. on_log: called with each record of log.jsonl.
+    Returns {"step", "val_mse": on the test split or None, "knn": {feature: top-1 in percent},
+    "out": the folder, "stopped": the signal that stopped the run or None}.
     """
     if MISSING:
         raise ModuleNotFoundError(MISSING)

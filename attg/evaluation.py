@@ -295,7 +295,7 @@ def mean_and_deviation(runs):
 
 
 def report(results, settings, path):
-    """Print results as a table and, with the settings, as the line of JSON in the file."""
+    """Print results as a table; append them, with the settings, to the file of JSON lines."""
     record = {"settings": settings, "torch": torch.__version__}
     # JSON has no NaN.
     record["results"] = [
@@ -307,7 +307,7 @@ def report(results, settings, path):
         print(settings["header"])
         hidden = {"held_out"}  # long, in the file only
         print_table([{k: r[k] for k in r if k not in hidden} for r in results])
-        print(line, flush=True)
+        log_line(f"with all settings: {path}")
     finally:
         with naming(path), open(path, "a") as file:
             file.write(line + "\n")

@@ -21,12 +21,13 @@ def test_results_of_a_data_set(encoder, labelled, tmp_path, capsys):
     flags = [encoder, *data, "--k", "1", "20", "--save_features", kept]
     results = eval_knn.main(flags)
     printed = capsys.readouterr().out.splitlines()
-    report = json.loads(printed[-1])
+    file = Path(encoder).with_name("eval_knn.jsonl")
+    report = json.loads(file.read_text())
+    assert printed[-1] == f"with all settings: {file}"
     assert report["results"] == results and "top-1" in printed[2]
     line = "images: train 25, test 15; 3 classes, chance 33.3 %"
     assert printed[0] == printed[1] == f"data {labelled['data']}, {line}"
     assert report["settings"]["k"] == [1, 20]
-    assert json.loads(Path(encoder).with_name("eval_knn.jsonl").read_text()) == report
     cases = [(row["feature"], row["k"]) for row in results]
     assert cases == [(f, k) for f in eval_knn.FEATURES for k in (1, 20)]
     model = attg_mae.load_encoder(encoder)

@@ -156,14 +156,15 @@ def test_mae_probe_starts_small_on_a_frozen_encoder():
 # -- The program -----------------------------------------------------------------------
 
 
-def test_results_of_a_data_set(quick, encoder, labelled, tmp_path, capsys):
+def test_results_of_a_data_set(quick, encoder, labelled, tmp_path):
     """Two test sets; the same from --features, with --shots too."""
     shutil.copytree(Path(labelled["data"], "test"), tmp_path / "others" / "val")
     other, kept = str(tmp_path / "others"), str(tmp_path / "f.pt")
     common = ["--device", "cpu", "--seed", "1"]
     flags = [encoder, "--data", labelled["data"], "--val", "test", other, *common]
     results = eval_linear.main([*flags, "--save_features", kept])
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    *_, line = Path(encoder).with_name("eval_linear.jsonl").open()
+    report = json.loads(line)
     assert report["settings"]["epochs"] == 100
     cases = [(row["feature"], row["test"]) for row in results]
     assert cases == [(f, t) for f in FEATURES for t in ("test", other)]
