@@ -104,7 +104,8 @@ def test_a_run(passes, distributed, labelled, tmp_path, monkeypatch):
 
     monkeypatch.setattr(attg_mae, "patch_weights", record)
     train(tmp_path, **labelled)
-    steps, model = written_out(list(passes), list(maps))
+    # The last is that of the images at the end of the run.
+    steps, model = written_out(list(passes), maps[:-1])
     assert_written_out(tmp_path, steps, model)
     assert_written_out(distributed, steps, model)
     with pytest.raises(AssertionError):
