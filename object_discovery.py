@@ -337,7 +337,12 @@ def vit(settings, device):
     """A Vision Transformer: the cut of its last keys, or its last class attention."""
     if is_named(settings.backbone):
         model = open_backbone(settings.backbone, settings.img_size)
-        return vit_backbone(model, settings, device, weights_sha256(model))
+        if settings.method == "dino":
+            # The error for a model without class token comes before the job.
+            model.class_attention(torch.zeros(1, model.cfg.in_chans, *model.cfg.size))
+        model = model.to(device)
+        uses = model.class_attention, model.patch_keys
+        return vit_backbone(model.cfg, *uses, settings, weights_sha256(model))
     path = Path(settings.backbone)
     if settings.backbone in DINO:
         url = DINO_URL.format(DINO[settings.backbone])
@@ -348,33 +353,28 @@ def vit(settings, device):
             "timm:NAME, hf:NAME, or a file of this project, MAE, DINO, timm, Hugging Face"
         )
     options = {name: getattr(settings, name) for name in ("img_size", *VIT_FLAGS)}
-    model = load_encoder(str(path), **options)
-    return vit_backbone(model, settings, device, sha256(path))
+    model = load_encoder(str(path), **options).to(device)
+
+    def attention(imgs):
+        q, k, _ = model.last_qkv(imgs)  # (B, H, 1 + L, d)
+        return class_attention(q, k)
+
+    def keys(imgs):
+        # Heads concatenated, without the class token: (B, L, H * d).
+        return model.last_qkv(imgs)[1][:, :, 1:].transpose(1, 2).flatten(2)
+
+    return vit_backbone(model.cfg, attention, keys, settings, sha256(path))
 
 
-def vit_backbone(model, settings, device, checksum):
-    """The Backbone of this project's ViT, or of a NamedViT."""
-    cfg, is_ours = model.cfg, hasattr(model, "last_qkv")
-    if settings.method == "dino" and not is_ours:
-        # An error for a model without class token comes before the images.
-        model.class_attention(torch.zeros(1, cfg.in_chans, *cfg.size))
-    model = model.to(device)
+def vit_backbone(cfg, attention, keys, settings, checksum):
+    """The Backbone of a ViT; functions of images: attention (B, L), keys (B, L, D)."""
 
     @torch.no_grad()
     def maps(imgs):
         imgs = normalize(imgs, cfg)
-        if is_ours:
-            q, k, _ = model.last_qkv(imgs)  # (B, H, 1 + L, d)
         if settings.method == "dino":
-            m = class_attention(q, k) if is_ours else model.class_attention(imgs)
-            return m.unflatten(1, cfg.grid)
-        # Heads concatenated, without the class token: (B, L, H * d).
-        keys = (
-            k[:, :, 1:].transpose(1, 2).flatten(2)
-            if is_ours
-            else model.patch_keys(imgs)
-        )
-        return cut_maps(keys, cfg.grid, settings)
+            return attention(imgs).unflatten(1, cfg.grid)
+        return cut_maps(keys(imgs), cfg.grid, settings)
 
     about = {"sha256": checksum, "mean": cfg.mean, "std": cfg.std}
     return Backbone(maps, cfg.size, cfg.grid, about)

@@ -1,12 +1,4 @@
-"""
-Export to timm and to Hugging Face transformers.
-
-    arguments = torch.load("out/NAME/encoder.pt")["timm"]
-    model = timm.create_model(**arguments, checkpoint_path="out/NAME/encoder.pt")
-
-    to_hugging_face("out/NAME/encoder.pt", "folder")
-    model = ViTModel.from_pretrained("folder", add_pooling_layer=False)
-"""
+"""Export to timm and to Hugging Face transformers; README.md shows both."""
 
 from attg.weights import HF_SETTINGS, read_weights, rename
 

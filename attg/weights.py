@@ -335,10 +335,7 @@ def position_grid(positions, sincos_table):
 
 
 def fit_positions(positions, old, grid, sincos_table):
-    """Positions (1, 1 + L, D) of the grid `old` for another; a sin-cos table is computed.
-
-    Positions that are not of the grid `old` are returned unchanged, to be rejected later.
-    """
+    """Positions (1, 1 + L, D) of the grid `old` for another, unchanged if not of `old`."""
     if positions.shape[1] == 1 + math.prod(old):
         if is_table(positions, old, sincos_table):
             return sincos_table(positions.shape[2], grid)[None]
@@ -348,10 +345,7 @@ def fit_positions(positions, old, grid, sincos_table):
 
 
 def resize_positions(positions, old, grid):
-    """Resize positions (1, 1 + L, D) from the grid `old` (rows, columns) to another.
-
-    The position of the class token is kept.
-    """
+    """Resize positions (1, 1 + L, D) but the class token's from the grid `old`."""
     image = positions[:, 1:].float().unflatten(1, old).permute(0, 3, 1, 2)
     # As in transformers: bicubic, corners not aligned, no antialiasing.
     image = F.interpolate(image, grid, mode="bicubic", align_corners=False)
@@ -414,10 +408,7 @@ def load_weights(model, weights, sincos_table):
 
 
 def load_checked(model, state, fresh, name):
-    """Load weights of any precision; ValueError unless names and shapes agree.
-
-    fresh: names that may be missing.
-    """
+    """Load weights of any precision; ValueError unless all but `fresh` names agree."""
     own = model.state_dict()
     kept = {key: own[key] for key in fresh}
     same = {key: x.to(own[key].dtype) if key in own else x for key, x in state.items()}

@@ -156,9 +156,18 @@ def test_programs_take_named_models(labelled, tmp_path, monkeypatch):
         maps = []
         for source in sources:
             argv = ["--method", method, "--backbone", source, "--out", "m.npy", *data]
-            object_discovery.main(argv + ["--sign", "max"] * (method == "tokencut"))
+            argv += ["--affinity_threshold=0.8"] * (method == "tokencut")
+            object_discovery.main(argv)
             maps.append(np.load("m.npy").astype("float32"))
             Path("m.npy").unlink()
         assert close(maps[0], maps[1], 1e-2) and maps[0].std() > 0.1, method
+    hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIZES)).save_pretrained("siglip")
+    Path("vit/preprocessor_config.json").rename("siglip/preprocessor_config.json")
+    argv = ["--backbone", "hf:siglip", "--out", "m.npy", *data]
+    with pytest.raises(ValueError, match="no class token"):
+        object_discovery.main([*argv, "--method", "dino"])
+    assert not list(Path().glob("m.npy*"))
+    object_discovery.main(argv)
+    assert np.load("m.npy").shape == (25, 6, 6)
     with pytest.raises(ValueError, match="checkpoint hf:vit: .*files only"):
         eval_finetune.main(["hf:vit", *data])
