@@ -137,12 +137,11 @@ def test_entries_are_chosen_and_told(capsys):
         attg_mae.load_encoder(content, weights_key="x")
 
 
-def test_standard_widths_have_known_heads(capsys):
-    for width, heads in HEADS.items():
-        assert width == 64 * heads or width == 80 * heads == 1280  # ViT-H
-        ref = timm_model(width, 1, heads)
-        assert same_features(attg_mae.load_encoder(ref.state_dict()), ref)
-        assert f": {heads} heads, a guess" in capsys.readouterr().out
+def test_heads_are_a_guess(capsys):
+    assert all(n == 64 * HEADS[n] for n in HEADS if n != 1280) and HEADS[1280] == 16
+    ref = timm_model(384, 1, 6)
+    assert same_features(attg_mae.load_encoder(ref.state_dict()), ref)
+    assert ": 6 heads, a guess" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--heads"):
         attg_mae.load_encoder(timm_model().state_dict())
 
@@ -210,17 +209,14 @@ def test_damaged_indices_of_shards(tmp_path):
             attg_mae.load_encoder(index)
 
 
-def test_safetensors(tmp_path, monkeypatch):
-    safetensors = pytest.importorskip("safetensors.torch")
+def test_damaged_safetensors(tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
-    safetensors.save_file(timm_model().state_dict(), path)
-    assert same_features(attg_mae.load_encoder(path, heads=4), timm_model())
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="model.safetensors: damaged"):
-        attg_mae.load_encoder(path, heads=4)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ValueError, match="model.safetensors: .*pip install"):
-        attg_mae.load_encoder(path, heads=4)
+    path.write_bytes(b"damaged")
+    pytest.importorskip("safetensors.torch")
+    for message in ("damaged", ".*pip install"):
+        with pytest.raises(ValueError, match=f"model.safetensors: {message}"):
+            attg_mae.load_encoder(path, heads=4)
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
 
 
 def test_load_encoder_of_this_project(tmp_path):
@@ -416,7 +412,8 @@ def test_damaged_weights_are_refused():
     """Any weight of another kind or shape: an error that names the source."""
     mae = shake(hf_model("ViTMAEForPreTraining", num_hidden_layers=1)).state_dict()
     values = [torch.tensor(1.0), torch.ones(0), torch.ones(3), torch.ones(2, 2, 2)]
-    values += [torch.ones(1, 1, 1, 1, dtype=torch.int64), None, "x", {"y": randn(1)}]
+    values += [torch.ones(1, 1, 1, 1, dtype=torch.int64), None, {"y": randn(1)}]
+    values += [torch.ones(9, device="meta"), torch.ones(9).to_sparse()]
     cfg = attg_mae.Config(depth=1)
     model = attg_mae.MAE(cfg)
 
@@ -428,10 +425,3 @@ def test_damaged_weights_are_refused():
             load_weights(model, weights, attg_mae.sincos_table)
 
     check()
-
-
-def test_tensors_without_values_are_refused():
-    state = timm_model().state_dict()
-    for value in (torch.zeros(64, device="meta"), torch.zeros(64).to_sparse()):
-        with pytest.raises(ValueError, match="state dict: norm.bias"):
-            attg_mae.load_encoder(state | {"norm.bias": value}, heads=4)
