@@ -335,46 +335,37 @@ def download(url, remedy):
 
 def vit(settings, device):
     """A Vision Transformer: the cut of its last keys, or its last class attention."""
-    if is_named(settings.backbone):
-        model = open_backbone(settings.backbone, settings.img_size)
-        if settings.method == "dino":
-            # The error for a model without class token comes before the job.
+    name, is_dino = settings.backbone, settings.method == "dino"
+    if is_named(name):
+        model = open_backbone(name, settings.img_size)
+        checksum = weights_sha256(model)
+        if is_dino:
+            # An error for a model without class token comes before the images.
             model.class_attention(torch.zeros(1, model.cfg.in_chans, *model.cfg.size))
-        model = model.to(device)
-        uses = model.class_attention, model.patch_keys
-        return vit_backbone(model.cfg, *uses, settings, weights_sha256(model))
-    path = Path(settings.backbone)
-    if settings.backbone in DINO:
-        url = DINO_URL.format(DINO[settings.backbone])
-        path = download(url, "pass --backbone CHECKPOINT, or --backbone pixels")
-    if not path.is_file():
-        raise ValueError(
-            f"--backbone {path}: no such file; choose from {', '.join(DINO)}, pixels, or "
-            "timm:NAME, hf:NAME, or a file of this project, MAE, DINO, timm, Hugging Face"
-        )
-    options = {name: getattr(settings, name) for name in ("img_size", *VIT_FLAGS)}
-    model = load_encoder(str(path), **options).to(device)
-
-    def attention(imgs):
-        q, k, _ = model.last_qkv(imgs)  # (B, H, 1 + L, d)
-        return class_attention(q, k)
-
-    def keys(imgs):
-        # Heads concatenated, without the class token: (B, L, H * d).
-        return model.last_qkv(imgs)[1][:, :, 1:].transpose(1, 2).flatten(2)
-
-    return vit_backbone(model.cfg, attention, keys, settings, sha256(path))
-
-
-def vit_backbone(cfg, attention, keys, settings, checksum):
-    """The Backbone of a ViT; functions of images: attention (B, L), keys (B, L, D)."""
+    else:
+        path = Path(name)
+        if name in DINO:
+            url = DINO_URL.format(DINO[name])
+            path = download(url, "pass --backbone CHECKPOINT, or --backbone pixels")
+        if not path.is_file():
+            raise ValueError(
+                f"--backbone {path}: no such file; choose from {', '.join(DINO)}, pixels, "
+                "timm:NAME, hf:NAME, or a file of this project, MAE, DINO, timm, HF"
+            )
+        options = {key: getattr(settings, key) for key in ("img_size", *VIT_FLAGS)}
+        model, checksum = load_encoder(str(path), **options), sha256(path)
+    model, cfg = model.to(device), model.cfg
 
     @torch.no_grad()
     def maps(imgs):
         imgs = normalize(imgs, cfg)
-        if settings.method == "dino":
-            return attention(imgs).unflatten(1, cfg.grid)
-        return cut_maps(keys(imgs), cfg.grid, settings)
+        if is_named(name):
+            x = model.class_attention(imgs) if is_dino else model.patch_keys(imgs)
+        else:
+            q, k, _ = model.last_qkv(imgs)  # (B, H, 1 + L, d)
+            keys = k[:, :, 1:].transpose(1, 2).flatten(2)  # (B, L, H * d)
+            x = class_attention(q, k) if is_dino else keys
+        return x.unflatten(1, cfg.grid) if is_dino else cut_maps(x, cfg.grid, settings)
 
     about = {"sha256": checksum, "mean": cfg.mean, "std": cfg.std}
     return Backbone(maps, cfg.size, cfg.grid, about)

@@ -67,10 +67,8 @@ class MaskFolder:
             edges = np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
             found.append((kind, np.unique(x), edges))
         if not found:
-            raise ValueError(
-                f"--masks {folder}: no mask can be read, such as {self.path(0)}; give PNGs "
-                "of the relative paths of the images"
-            )
+            message = f"no mask can be read, such as {self.path(0)}; give PNGs of the"
+            raise ValueError(f"--masks {folder}: {message} images' relative paths")
         kinds = {kind for kind, *_ in found}
         self.kind = "color" if "color" in kinds else max(kinds)
         values, border = set(), Counter()
@@ -100,10 +98,10 @@ class MaskFolder:
             self.scale = 255
             return "object is where alpha is opaque"
         if values in TRIMAPS:
-            raise ValueError(
-                f"--masks {self.folder}: the values {values} look like trimaps; name those "
-                "of the object, such as --mask_values 1"
+            message = (
+                f"{values} look like trimaps; name the values of the object, such as"
             )
+            raise ValueError(f"--masks {self.folder}: {message} --mask_values 1")
         if len(values) <= 2 and is_gray:
             self.listed = set(values[-1:]) - {0}
             return "object is {listed}"

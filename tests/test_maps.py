@@ -262,6 +262,10 @@ def gray(x, dtype=np.uint8):
     return Image.fromarray(x.astype(dtype))
 
 
+TWO = colored(OBJECT, (192, 128, 128), (128, 0, 0))
+COLORS = colored(IDS, (0, 0, 0), (128, 0, 0), (0, 128, 0))
+DEEP = gray(SOFT * 257, np.uint16)
+DIM, TOP = gray(SOFT * 9, np.uint16), SOFT.max()
 ENCODINGS = {  # image, the map as parts of 1, words of the rule
     "0 and 1": (gray(OBJECT), OBJECT, "object is 1"),
     "0 and 255": (gray(255 * OBJECT), OBJECT, "object is 255"),
@@ -271,24 +275,12 @@ ENCODINGS = {  # image, the map as parts of 1, words of the rule
     "palette, white first": (indexed(1 - OBJECT), OBJECT, "any but 1"),
     "palette with ids": (indexed(BORDER), OBJECT, "any but 0, 255 is ignored"),
     "gray ids": (gray(BORDER), OBJECT, "any but 0, 255 is ignored"),
-    "two colors": (
-        colored(OBJECT, (192, 128, 128), (128, 0, 0)),
-        OBJECT,
-        "any but 0xC08080",
-    ),
-    "colors": (
-        colored(IDS, (0, 0, 0), (128, 0, 0), (0, 128, 0)),
-        OBJECT,
-        "0xE0E0C0 is ignored",
-    ),
+    "two colors": (TWO, OBJECT, "any but 0xC08080"),
+    "colors": (COLORS, OBJECT, "0xE0E0C0 is ignored"),
     "soft": (gray(SOFT), SOFT / 255, "parts of 255"),
     "soft, RGB": (gray(SOFT).convert("RGB"), SOFT / 255, "parts of 255"),
-    "16 bits": (gray(SOFT * 257, np.uint16), SOFT / 255, "parts of 65535"),
-    "16 bits, small": (
-        gray(SOFT * 9, np.uint16),
-        SOFT / SOFT.max(),
-        f"of {9 * SOFT.max()}",
-    ),
+    "16 bits": (DEEP, SOFT / 255, "parts of 65535"),
+    "16 bits, small": (DIM, SOFT / TOP, f"parts of {9 * TOP}"),
 }
 for mode in ("RGBA", "LA"):
     ENCODINGS[mode] = Image.new(mode, (8, 8), "white"), OBJECT, "alpha"
