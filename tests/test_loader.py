@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from attg.datasets import open_data
 from attg.images import Sample, seed_for
-from attg.loader import ResumableBatchSampler, make_loader
+from attg.loader import ResumableBatchSampler, default_workers, make_loader
 from tests.helpers import ROOT, same
 
 
@@ -78,6 +78,14 @@ def test_workers_change_nothing(folder, augment):
     batch = runs[0][-1]
     assert type(batch) is Sample and len(batch.image) == (5 if augment else 2)
     assert torch.get_rng_state().equal(state)
+
+
+def test_ranks_share_the_cores(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 24)
+    for ranks, workers in (("1", 16), ("2", 12), ("5", 4)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert default_workers(torch.device("cuda")) == workers
+    assert default_workers(torch.device("cpu")) == 0
 
 
 def test_workers_ignore_signals_and_exit():
