@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torchvision.models import get_model
 
 from attg.checkpoint import checksums
 from attg.weights import (
@@ -224,6 +223,8 @@ def load_cnn(name, path, key=None, prefix=None):
 
     The classifier may be of any number of classes. key, prefix: see read_weights.
     """
+    from torchvision.models import get_model
+
     anchor, head = CNNS[name]
     state, path = select_entry(read_file(Path(path)), key, path), str(path)
     start = find_prefix(state, re.escape(anchor), prefix, path)
