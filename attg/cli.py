@@ -209,14 +209,13 @@ def make_folder(name, path):
 
 def log_line(text):
     """Print a line at once, above a progress bar if there is one."""
-    tqdm = sys.modules.get("tqdm")
-    with naming("standard output"):
-        if tqdm is None:
-            print(text)
-        else:
-            tqdm.tqdm.write(text)
+    write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print
+    try:
+        write(text)
         # Without it, output that is piped to a file arrives in blocks of 8 KB.
         sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def progress(steps, total=None, desc=None, **options):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from attg.cli import log_line
-from attg.files import naming, replacing
+from attg.files import replacing
 
 # Names of settings and metrics in older configs, logs and results, and their new names.
 RENAMED_SETTINGS = {
@@ -124,8 +124,11 @@ class Log:
     def write(self, record, line):
         """Append a record to log.jsonl and print it as `line`."""
         if self.is_rank0:
-            with naming(self.path), open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             for hook in self.hooks:
                 hook(record)
             self.say(line)

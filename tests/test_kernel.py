@@ -18,15 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.helpers import (
-    DEVICE,
-    ROOT,
-    close,
-    kernel,
-    rand,
-    randn,
-    some_loss,
-)
+from tests.helpers import DEVICE, ROOT, close, kernel, rand, randn, some_loss
 
 
 def test_operators_are_registered():

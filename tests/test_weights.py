@@ -18,15 +18,7 @@ import eval_finetune
 from attg.backbones import load_cnn
 from attg.features import pool_tokens
 from attg.weights import HEADS, encoder_config, load_weights, read_weights
-from tests.helpers import (
-    Evil,
-    close,
-    encoder_only,
-    hf_model,
-    randn,
-    shake,
-    timm_model,
-)
+from tests.helpers import Evil, close, encoder_only, hf_model, randn, shake, timm_model
 
 IMGS = randn(2, 3, 32, 32)
 
@@ -201,7 +193,7 @@ def test_damaged_indices_of_shards(tmp_path):
     for content, named in (
         ({}, "weight_map"),
         ({"weight_map": {"x": "../../a.safetensors"}}, "a.safetensors: no such file"),
-        ({"weight_map": {"x": "b.pth"}}, "index.json: .'x'. .*not in the files"),
+        ({"weight_map": {"x": "b.pth"}}, "index.json: no such network"),
     ):
         torch.save({"y": randn(1)}, tmp_path / "b.pth")
         index.write_text(json.dumps(content))
@@ -372,16 +364,12 @@ def test_empty_positions_are_told(capsys):
 def refused(ran=""):
     """{name: (content of a file, what the error must name beside the file)}."""
     state, norm = timm_model().state_dict(), "blocks.0.norm1.weight"
-    values = {"quantized": torch.quantize_per_tensor(randn(64), 0.1, 0, torch.qint8)}
-    values |= {"not finite": torch.full((64,), math.nan), "shape": randn(3)}
-    for dtype in (torch.bool, torch.uint8, torch.complex64):
-        values[str(dtype)] = torch.ones(64, dtype=dtype)
-    cases = {name: (state | {norm: value}, norm) for name, value in values.items()}
+    nan = torch.full((64,), math.nan)
+    cases = {"not finite": (state | {norm: nan}, norm)}
     for key in ("surplus", "norm_pre.weight", "dist_token", "blocks.0.ls1.gamma", ""):
         cases[f"key {key}"] = state | {key: randn(3)}, key
-    for n in (0, 1, 12):
-        positions = {"pos_embed": torch.ones(1, n, 64)}
-        cases[f"{n} positions"] = state | positions, "pos_embed"
+    positions = {"pos_embed": torch.ones(1, 12, 64)}
+    cases["12 positions"] = state | positions, "pos_embed"
     twice = state | {"position_embeddings": randn(1)}
     return cases | {
         "resnet": ({"layer1.0.conv1.weight": randn(4, 4, 3, 3)}, "layer1.0.conv1"),
@@ -413,6 +401,9 @@ def test_damaged_weights_are_refused():
     mae = shake(hf_model("ViTMAEForPreTraining", num_hidden_layers=1)).state_dict()
     values = [torch.tensor(1.0), torch.ones(0), torch.ones(3), torch.ones(2, 2, 2)]
     values += [torch.ones(1, 1, 1, 1, dtype=torch.int64), None, {"y": randn(1)}]
+    values += [torch.ones(1, n, 128) for n in (0, 1, 12)]
+    values += [torch.ones(128, dtype=x) for x in (torch.bool, torch.complex64)]
+    values += [torch.quantize_per_tensor(randn(128), 0.1, 0, torch.qint8)]
     values += [torch.ones(9, device="meta"), torch.ones(9).to_sparse()]
     cfg = attg_mae.Config(depth=1)
     model = attg_mae.MAE(cfg)
