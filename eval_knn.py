@@ -79,7 +79,9 @@ def evaluate_knn(settings, data, dist_info):
         test = tests[settings.val[0]]
         queries, truth = test[FEATURES[1]], test["labels"]
         guesses = knn_classify(bank, labels, queries, settings.k[0])[:, 0]
-        draw(settings, data, count_pairs(truth, guesses, num_classes), (bank, queries))
+        counts = count_pairs(truth, guesses, num_classes)
+        title = f"{FEATURES[1]}, k = {settings.k[0]}"
+        draw(settings, data, counts, title, (bank, queries))
     return results
 
 

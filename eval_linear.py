@@ -194,9 +194,8 @@ def probe_features(settings, data, dist_info):
     if settings.show:
         name = settings.val[0]
         truth, guesses = parts[name]["labels"], runs[-1]["guesses"][name]
-        draw(
-            settings, data, count_pairs(truth, guesses, int(train["labels"].max()) + 1)
-        )
+        counts = count_pairs(truth, guesses, int(train["labels"].max()) + 1)
+        draw(settings, data, counts, feature)
     return results
 
 

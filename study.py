@@ -32,7 +32,6 @@ import itertools
 import json
 import math
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -360,6 +359,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # Python ends the running program with the study, by SIGTERM as by Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_cli(main, interrupted="interrupted; the same command resumes")

@@ -280,15 +280,25 @@ def ignore_sigint_during_import():
         print(f"{Path(sys.argv[0]).name}: importing PyTorch", flush=True)
 
 
+def interrupt(number, _):
+    """Signal handler that ends a program as Ctrl-C does: lock files are removed."""
+    raise KeyboardInterrupt(number)
+
+
 def run_cli(main, memory_hint="lower --batch_size", interrupted="interrupted"):
     """Run main() and exit the process, with one line instead of a traceback for errors.
 
     Exit codes: 0; 1 after a ValueError, an OSError, or out of memory (the line ends with
-    memory_hint); 2 for wrong flags (argparse); 130 after Ctrl-C; 141 after `| head` has
-    closed the pipe; 128 + number if main() returns {"stopped": number of a signal}.
+    memory_hint); 2 for wrong flags (argparse); 130 after Ctrl-C, 143 after SIGTERM; 141 after
+    `| head` has closed the pipe; 128 + number if main() returns {"stopped": number}.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    numbers = [signal.SIGINT]
+    # Not a rank of torchrun: while it waits for the others, no handler would run.
+    if "RANK" not in os.environ:
+        numbers.append(signal.SIGTERM)
+    for number in numbers:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, interrupt)
     name = Path(sys.argv[0]).name
     try:
         try:
@@ -297,9 +307,9 @@ def run_cli(main, memory_hint="lower --batch_size", interrupted="interrupted"):
             # A closed pipe must raise here, where it is handled. --help passes by, too.
             with naming("standard output"):
                 sys.stdout.flush()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"{name}: {interrupted}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(128 + (error.args[0] if error.args else signal.SIGINT))
     except (ValueError, OSError, EOFError) as error:
         if is_worker_killed(error):
             sys.exit(f"{name}: error: {WORKER_KILLED}")

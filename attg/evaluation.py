@@ -114,14 +114,20 @@ def fill(settings, **defaults):
 # -- Data ------------------------------------------------------------------------------
 
 
-def open_sets(settings, data, cfg, dist_info, **options):
-    """The training set and {name: test set} for an encoder's Config; see open_labeled."""
+def open_sets(settings, data, cfg, dist_info, fraction=1.0, **options):
+    """The training set and {name: test set} for an encoder's Config; see open_labeled.
+
+    fraction: of each class to train on.
+    """
     default_data(settings, vars(cfg), settings.checkpoint)
     data = resolve_dataset(data, settings.data)
     options |= {"classes": settings.classes, "max_pixels": settings.max_pixels}
     options |= {"white": settings.white or cfg.white, "channels": cfg.in_chans}
     options["verify"] = settings.verify == "full"
     train_set, tests = open_labeled(data, settings.val, cfg.size, **options)
+    if fraction < 1:
+        rows = shot_indices(train_set.labels, fraction, settings.seed)
+        train_set = train_set.subset(rows.sort().values)
     sizes = {name: len(x) for name, x in {"train": train_set, **tests}.items()}
     describe(settings, sizes, train_set.num_classes, dist_info)
     return train_set, tests
@@ -236,11 +242,11 @@ def evaluate(program, settings, protocol, data=None):
     return results
 
 
-def draw(settings, data, counts, features=None):
+def draw(settings, data, counts, title, features=None):
     """Draw the figures of --show beside --out: confusion.png and neighbors.png.
 
-    counts (C, C): images of the first test set by class and prediction. features: (bank,
-    queries) of k-NN.
+    counts (C, C): images of the first test set by class and prediction. title: the feature
+    that they are of. features: (bank, queries) of k-NN.
     """
     source = settings.out or settings.checkpoint or settings.features
     names = ("classes", "max_pixels", "white")
@@ -250,11 +256,11 @@ def draw(settings, data, counts, features=None):
     train_set, tests = open_labeled(data, settings.val[:1], 32, **options)
     if len(counts) <= 50:
         path = Path(source).with_name("confusion.png")
-        save_confusion(path, counts, class_names(train_set))
+        save_confusion(path, counts, class_names(train_set), title)
         log_line(f"confusion matrix: {path}")
     if features:
         path = Path(source).with_name("neighbors.png")
-        save_neighbors(path, train_set, tests[settings.val[0]], *features)
+        save_neighbors(path, train_set, tests[settings.val[0]], *features, title)
         log_line(f"neighbors: {path}")
 
 

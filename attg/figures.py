@@ -95,7 +95,7 @@ def save_examples(model, run, checkpoint, model_inputs, pool_maps):
     path = out / "reconstructions.png"
     # --epochs 0 draws what it reads.
     step = checkpoint["step"] if checkpoint and not cfg.epochs else run.total_steps
-    save_sheet(path, columns, f"{out.name}, step {step}")
+    save_sheet(path, columns, f"{out.name}, step {step}, training images")
     run.log.say(f"examples: {path}")
 
 
@@ -129,7 +129,7 @@ def save_map_sheet(path, dataset, maps, count):
     save_sheet(path, columns)
 
 
-def save_neighbors(path, train_set, test_set, bank, queries):
+def save_neighbors(path, train_set, test_set, bank, queries, heading):
     """Save a sheet: eight test images, evenly spaced | their five nearest neighbors.
 
     bank (n, D), queries (B, D): features of the two sets of images.
@@ -146,7 +146,7 @@ def save_neighbors(path, train_set, test_set, bank, queries):
     for title, dataset, rows in columns:
         texts = [names[label] for label in dataset.labels[rows].tolist()]
         sheet.append((title, squashed(dataset, rows), texts))
-    save_sheet(path, sheet)
+    save_sheet(path, sheet, heading)
 
 
 def class_names(dataset):
@@ -160,15 +160,16 @@ def class_names(dataset):
     return names
 
 
-def save_confusion(path, counts, names):
+def save_confusion(path, counts, names, title):
     """Save a confusion matrix: counts (C, C) by class and prediction, names of classes."""
+    title = f"{title}\npercent of a class"
     images = counts.sum(dim=1, keepdim=True)
     percent = 100 * counts / images.clamp(min=1)
     side = 3 + 0.4 * len(names)
     figure = new_figure(path, side, side)
     if figure is None:
         return
-    labels = {"xlabel": "predicted", "ylabel": "class", "title": "percent of a class"}
+    labels = {"xlabel": "predicted", "ylabel": "class", "title": title}
     axes = figure.add_subplot(**labels)
     axes.imshow(percent.numpy(), "Oranges", vmin=0, vmax=150)
     axes.set_xticks(range(len(names)), names, rotation=90)

@@ -26,7 +26,7 @@ from attg.checkpoint import (
     save_checkpoint,
 )
 from attg.cli import flag, log_line, progress, resume_class
-from attg.datasets import refuse_unreadable, shot_indices
+from attg.datasets import refuse_unreadable
 from attg.evaluation import count_correct, count_pairs, draw, fill, open_sets
 from attg.images import seed_for, train_view
 from attg.loader import ResumableBatchSampler, make_loader
@@ -64,15 +64,19 @@ def open_training(cfg, settings, data, recipe, micro_batch, dist_info, after=Non
 
     after: a further augmentation of the random crops. For the rest see resolve.
     """
-    device, _, world = dist_info
-    seed = settings.seed
+    device, rank, world = dist_info
     view = functools.partial(train_view, scale=(0.08, 1.0), after=after)
-    options = {"augment": view, "seed": seed}
-    train_set, tests = open_sets(settings, data, cfg, dist_info, **options)
-    if settings.label_fraction < 1:
-        rows = shot_indices(train_set.labels, settings.label_fraction, seed)
-        train_set = train_set.subset(rows.sort().values)
+    options = {"augment": view, "seed": settings.seed}
+    fraction = settings.label_fraction
+    train_set, tests = open_sets(settings, data, cfg, dist_info, fraction, **options)
     resolve(settings, recipe, len(train_set), micro_batch, device, world)
+    if rank == 0:
+        batch_size, epochs = settings.batch_size, settings.epochs
+        log_line(
+            f"training on {len(train_set):,} images: {epochs} epochs, batch size "
+            f"{batch_size}, lr {settings.blr * batch_size / 256:.2e} (base lr "
+            f"{settings.blr:.2e}, cosine), warm-up {settings.warmup_epochs:.3g} epochs"
+        )
     return train_set, tests
 
 
@@ -275,7 +279,7 @@ def score(model, tests, features, protocol, settings, data, dist_info):
         if world > 1:
             dist.all_reduce(counts)
         if settings.show and name == settings.val[0]:
-            draw(settings, data, pairs.cpu())
+            draw(settings, data, pairs.cpu(), features[-1])
         percent = 100 * counts.cpu().double() / len(dataset)
         for feature, (top1, top5) in zip(features, percent.tolist(), strict=True):
             result = {"feature": feature, "protocol": protocol, "test": name}

@@ -45,7 +45,7 @@ class TrainFlags(DataFlags, RunFlags, WeightFlags):
     )
     eval_every: int | None = flag(
         None,
-        "epochs between evaluations [a quarter of all]; 0 = last",
+        "epochs between evaluations [a quarter, rounded up]; 0 = last",
         0,
         10**6,
         **FREE,

@@ -91,7 +91,7 @@ def setup(cfg, data, dist_info, signals, on_log=None):
         )
 
     if cfg.eval_every is None:
-        cfg.eval_every = max(1, cfg.epochs // 4) if test_set else 0
+        cfg.eval_every = math.ceil(cfg.epochs / 4) if test_set else 0
     maps = None if cfg.guidance == "none" else train_set.masks
     maps_id = None if maps is None else "masks of the data set"
     # Drawing examples (--epochs 0) works without maps, guided training does not.
@@ -220,7 +220,7 @@ class Trainer:
             f"{run.steps_per_epoch} steps\n"
             f"batch size {cfg.batch_size} = {micro} x {run.world} (processes) x "
             f"{cfg.accum} (--accum), {cfg.precision}; lr {cfg.lr:.2e} (base lr "
-            f"{cfg.blr:.2e}, cosine), warm-up {cfg.warmup_epochs:g} epochs{tau}\n"
+            f"{cfg.blr:.2e}, cosine), warm-up {cfg.warmup_epochs:.3g} epochs{tau}\n"
             f"defaults {rule}\n"
             f"run folder {cfg.out}: settings in config.json, all metrics in log.jsonl"
         )

@@ -12,8 +12,9 @@ from PIL import Image
 
 import attg_mae
 from attg.export import timm_arguments, to_hugging_face
+from attg.images import eval_view
 from attg.weights import encoder_config, load_weights, read_weights
-from tests.helpers import close, encoder_only, rand, randn, shake, transformers
+from tests.helpers import close, encoder_only, noise, rand, randn, shake, transformers
 
 
 def saved(path, keep=dict, **settings):
@@ -87,10 +88,18 @@ def test_export_refuses_other_files(tmp_path):
 
 def test_timm_takes_the_arguments_of_a_file(tmp_path):
     timm = pytest.importorskip("timm")
-    sizes = {"img_size": (16, 40), "in_chans": 1, "mean": (0.4,), "std": (0.2,)}
+    sizes = {"img_size": (56, 112), "in_chans": 1, "mean": (0.4,), "std": (0.2,)}
     model, path = saved(tmp_path / "encoder.pt", encoder_only, **sizes)
     peer = timm.create_model(**timm_arguments(model.cfg), checkpoint_path=path).eval()
-    imgs = randn(2, 1, 16, 40)
+    imgs = randn(2, 1, 56, 112)
     assert close(peer.forward_features(imgs), model.forward_features(imgs), 1e-5)
-    images = timm.data.resolve_model_data_config(peer)
-    assert images["mean"] == (0.4,) and images["input_size"] == (1, 16, 40)
+    images = timm.data.resolve_data_config({}, model=peer)
+    want = {"mean": (0.4,), "std": (0.2,), "input_size": (1, 56, 112)}
+    want |= {"crop_pct": 0.875, "interpolation": "bicubic", "crop_mode": "center"}
+    assert images == want and not peer.pretrained_cfg.get("license")
+    # The evaluation view of this project, up to the rounding of timm's bytes.
+    image = noise(200, 160).convert("L")
+    view = model.normalize(eval_view(image, model.cfg.size)[0][None])[0]
+    for crop_pct, same in ((0.875, True), (0.9, False)):
+        got = timm.data.create_transform(**images | {"crop_pct": crop_pct})(image)
+        assert close(got, view, 1e-5) == same

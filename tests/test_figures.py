@@ -15,17 +15,18 @@ from tests.helpers import randn
 
 @pytest.fixture
 def sheets(monkeypatch):
-    """The columns of the sheets that are drawn."""
+    """(columns, heading if any) of the sheets that are drawn."""
     drawn = []
-    monkeypatch.setattr(figures, "save_sheet", lambda _, columns: drawn.append(columns))
+    monkeypatch.setattr(figures, "save_sheet", lambda _, x, *y: drawn.append((x, *y)))
     return drawn
 
 
 def test_neighbors_are_those_of_highest_cosine(labelled, sheets):
     train_set, test_set = (open_data(labelled["data"], x) for x in ("train", "test"))
     bank, queries = randn(25, 6), randn(15, 6, seed=1)
-    figures.save_neighbors("x.png", train_set, test_set, 3 * bank, queries)
-    (columns,) = sheets
+    figures.save_neighbors("x.png", train_set, test_set, 3 * bank, queries, "mean")
+    ((columns, heading),) = sheets
+    assert heading == "mean"
     cosine = torch.cosine_similarity(queries[:, None], bank[None], dim=2)
     for row, query in enumerate(np.linspace(0, 14, 8).astype(int)):
         best = cosine[query].argsort(descending=True)[:5].tolist()
@@ -42,7 +43,7 @@ def test_sheet_of_maps_names_images_and_flat_maps(plain, sheets):
     dataset, maps = open_data(plain), np.random.default_rng(0).random((13, 4, 4))
     maps[3] = 0
     figures.save_map_sheet("x.png", dataset, maps, 13)
-    (((_, _, names), (_, cells, texts), _),) = sheets
+    ((((_, _, names), (_, cells, texts), _),),) = sheets
     assert names == [f"{i:03d}.jpg" for i in range(13)]
     assert texts == 3 * [""] + ["flat"] + 9 * [""]
     # Each value of a map covers 48 x 48 pixels.
@@ -52,9 +53,9 @@ def test_sheet_of_maps_names_images_and_flat_maps(plain, sheets):
 def test_confusion_matrices_agree_with_the_accuracy(encoder, labelled, monkeypatch):
     drawn, save = [], evaluation.save_confusion
 
-    def spy(path, counts, names):
-        save(path, counts, names)
-        drawn.append((Image.open(path).size, counts, names))
+    def spy(path, counts, names, title):
+        save(path, counts, names, title)
+        drawn.append((Image.open(path).size, counts, names, title))
 
     monkeypatch.setattr(evaluation, "save_confusion", spy)
     flags = [encoder, "--data", labelled["data"], "--device", "cpu", "--show"]
@@ -62,7 +63,9 @@ def test_confusion_matrices_agree_with_the_accuracy(encoder, labelled, monkeypat
     for program in (eval_knn, eval_linear, eval_finetune):
         more = [] if program is eval_knn else quick
         result = program.main([*flags, *more])[-1]
-        size, counts, names = drawn.pop()
+        size, counts, names, title = drawn.pop()
+        k = ", k = 20" if program is eval_knn else ""
+        assert title == result["feature"] + k
         assert names == ["b", "g", "r"] and min(size) > 300
         # Five test images of each class; rows are the classes.
         assert counts.sum(dim=1).tolist() == [5, 5, 5]

@@ -192,13 +192,15 @@ def test_images_are_flipped_and_normalized():
     assert got.equal(model.normalize(want)) and labels.tolist() == [0, 1]
 
 
-def test_fraction_of_the_labels(labelled):
+def test_fraction_of_the_labels(labelled, capsys):
     """Half of each class of 9, 8 and 8 images, in the order of the data set."""
     whole, cfg = open_data(labelled["data"]), attg_mae.Config(**SMALL)
     settings = eval_finetune.Settings(data=labelled["data"], label_fraction=0.5, seed=3)
     options = None, eval_finetune.VIT_BASE, 128, (torch.device("cpu"), 0, 1)
     train_set, tests = open_training(cfg, settings, *options)
     rows = shot_indices(whole.labels, 0.5, 3).sort().values.tolist()
+    assert "images: train 12, test 15;" in settings.header
+    assert "12 images: 100 epochs, batch size 1, lr 6.2" in capsys.readouterr().out
     assert len(rows) == len(train_set) == 12 and len(tests["test"]) == 15
     assert [train_set.path(i) for i in range(12)] == [whole.path(i) for i in rows]
 
