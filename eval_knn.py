@@ -81,7 +81,7 @@ def evaluate_knn(settings, data, dist_info):
         guesses = knn_classify(bank, labels, queries, settings.k[0])[:, 0]
         counts = count_pairs(truth, guesses, num_classes)
         title = f"{FEATURES[1]}, k = {settings.k[0]}"
-        draw(settings, data, counts, title, (bank, queries))
+        draw(settings, data, counts, title, (bank, queries, FEATURES[1]))
     return results
 
 

@@ -246,7 +246,7 @@ def draw(settings, data, counts, title, features=None):
     """Draw the figures of --show beside --out: confusion.png and neighbors.png.
 
     counts (C, C): images of the first test set by class and prediction. title: the feature
-    that they are of. features: (bank, queries) of k-NN.
+    that they are of. features: (bank, queries, name) of k-NN.
     """
     source = settings.out or settings.checkpoint or settings.features
     names = ("classes", "max_pixels", "white")
@@ -260,7 +260,7 @@ def draw(settings, data, counts, title, features=None):
         log_line(f"confusion matrix: {path}")
     if features:
         path = Path(source).with_name("neighbors.png")
-        save_neighbors(path, train_set, tests[settings.val[0]], *features, title)
+        save_neighbors(path, train_set, tests[settings.val[0]], *features)
         log_line(f"neighbors: {path}")
 
 
