@@ -280,11 +280,6 @@ def ignore_sigint_during_import():
         print(f"{Path(sys.argv[0]).name}: importing PyTorch", flush=True)
 
 
-def interrupt(number, _):
-    """Signal handler that ends a program as Ctrl-C does: lock files are removed."""
-    raise KeyboardInterrupt(number)
-
-
 def run_cli(main, memory_hint="lower --batch_size", interrupted="interrupted"):
     """Run main() and exit the process, with one line instead of a traceback for errors.
 
@@ -292,11 +287,13 @@ def run_cli(main, memory_hint="lower --batch_size", interrupted="interrupted"):
     memory_hint); 2 for wrong flags (argparse); 130 after Ctrl-C, 143 after SIGTERM; 141 after
     `| head` has closed the pipe; 128 + number if main() returns {"stopped": number}.
     """
-    numbers = [signal.SIGINT]
-    # Not a rank of torchrun: while it waits for the others, no handler would run.
-    if "RANK" not in os.environ:
-        numbers.append(signal.SIGTERM)
-    for number in numbers:
+
+    def interrupt(number, _):
+        raise KeyboardInterrupt(number)
+
+    # No handler would run while a rank of torchrun waits for the others.
+    alone = "RANK" not in os.environ
+    for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, interrupt)
     name = Path(sys.argv[0]).name

@@ -115,10 +115,7 @@ def fill(settings, **defaults):
 
 
 def open_sets(settings, data, cfg, dist_info, fraction=1.0, **options):
-    """The training set and {name: test set} for an encoder's Config; see open_labeled.
-
-    fraction: of each class to train on.
-    """
+    """Training images (a fraction of each class), {name: test set}; see open_labeled."""
     default_data(settings, vars(cfg), settings.checkpoint)
     data = resolve_dataset(data, settings.data)
     options |= {"classes": settings.classes, "max_pixels": settings.max_pixels}

@@ -15,9 +15,8 @@ DECODER = {
 def timm_arguments(cfg):
     """Keyword arguments of timm.create_model for the encoder of a Config."""
     images = {"input_size": (cfg.in_chans, *cfg.size), "mean": cfg.mean, "std": cfg.std}
-    # The view of attg.images.eval_view, and nothing of timm's own weights.
-    images |= {"crop_pct": 224 / 256, "interpolation": "bicubic"}
-    images |= dict.fromkeys(("url", "hf_hub_id", "tag", "license"))
+    images |= {"crop_pct": 224 / 256, "interpolation": "bicubic"}  # eval_view
+    images |= dict.fromkeys(("url", "hf_hub_id", "tag", "license"))  # none of timm's
     return {
         "model_name": "vit_base_patch16_224",  # the sizes below replace its own
         "img_size": cfg.size,

@@ -162,14 +162,13 @@ def class_names(dataset):
 
 def save_confusion(path, counts, names, title):
     """Save a confusion matrix: counts (C, C) by class and prediction, names of classes."""
-    title = f"{title}\npercent of a class"
     images = counts.sum(dim=1, keepdim=True)
     percent = 100 * counts / images.clamp(min=1)
     side = 3 + 0.4 * len(names)
     figure = new_figure(path, side, side)
     if figure is None:
         return
-    labels = {"xlabel": "predicted", "ylabel": "class", "title": title}
+    labels = {"xlabel": "predicted, % of a class", "ylabel": "class", "title": title}
     axes = figure.add_subplot(**labels)
     axes.imshow(percent.numpy(), "Oranges", vmin=0, vmax=150)
     axes.set_xticks(range(len(names)), names, rotation=90)

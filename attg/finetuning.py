@@ -71,11 +71,10 @@ def open_training(cfg, settings, data, recipe, micro_batch, dist_info, after=Non
     train_set, tests = open_sets(settings, data, cfg, dist_info, fraction, **options)
     resolve(settings, recipe, len(train_set), micro_batch, device, world)
     if rank == 0:
-        batch_size, epochs = settings.batch_size, settings.epochs
+        size = settings.batch_size
         log_line(
-            f"training on {len(train_set):,} images: {epochs} epochs, batch size "
-            f"{batch_size}, lr {settings.blr * batch_size / 256:.2e} (base lr "
-            f"{settings.blr:.2e}, cosine), warm-up {settings.warmup_epochs:.3g} epochs"
+            f"training on {len(train_set):,} images: {settings.epochs} epochs, batch size "
+            f"{size}, peak lr {settings.blr * size / 256:.2e}"
         )
     return train_set, tests
 

@@ -200,7 +200,7 @@ def test_fraction_of_the_labels(labelled, capsys):
     train_set, tests = open_training(cfg, settings, *options)
     rows = shot_indices(whole.labels, 0.5, 3).sort().values.tolist()
     assert "images: train 12, test 15;" in settings.header
-    assert "12 images: 100 epochs, batch size 1, lr 6.2" in capsys.readouterr().out
+    assert "12 images: 100 epochs, batch size 1, peak lr 6.2" in capsys.readouterr().out
     assert len(rows) == len(train_set) == 12 and len(tests["test"]) == 15
     assert [train_set.path(i) for i in range(12)] == [whole.path(i) for i in rows]
 
