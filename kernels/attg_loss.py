@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT, Copyright 2026 attg-mae contributors
 """
 Attention-guided reconstruction loss of a masked autoencoder (Sick et al., arXiv
 2402.15172), for any MAE code base. Self-contained: copy this one file. It needs
@@ -90,18 +91,31 @@ def crop_map(
 ) -> Tensor:
     """Average maps of whole images under each patch of random crops.
 
-    maps (B, H, W) cover the whole images, at any resolution. boxes (B, 4) are the crops,
-    x0, y0, x1, y1 as fractions of the image's width and height. flips (B,), bool: mirror
-    after the crop; None: none. grid: rows and columns of patches. Returns (B, L) fp32.
+    maps (B, H, W) cover the whole images, at any resolution, in [0, 1]. boxes (B, 4) are
+    the crops, x0, y0, x1, y1 as fractions of the image's width and height. flips (B,),
+    bool: mirror after the crop; None: none. grid: rows and columns of patches. Returns
+    (B, L) fp32. ValueError for other shapes and types and, on a CPU, for other boxes.
 
     Normalize the maps before, over the whole image, and pass normalize_attn=False to
     `attg_loss`: a crop without the object then has weights near 1. Equals torchvision's
     roi_align(aligned=True), which is not needed.
     """
+    if maps.dim() != 3 or maps.dtype not in FLOATS:
+        raise ValueError(
+            f"maps: got {_describe(maps)}; pass floats (B, H, W), in [0, 1]"
+        )
     B, H, W = maps.shape
-    if boxes.shape != (B, 4) or (not boxes.is_cuda and (boxes > 1.001).any()):
+    is_valid = boxes.shape == (B, 4)
+    # Reading values would sync a GPU, and end the graph of torch.compile.
+    if is_valid and not boxes.is_cuda and not torch.compiler.is_compiling():
+        is_valid = (boxes[:, :2] < boxes[:, 2:]).all() and (
+            boxes - 0.5
+        ).abs().max() < 0.501
+    if not is_valid:
         message = f"pass x0, y0, x1, y1 as fractions of width and height, ({B}, 4)"
         raise ValueError(f"boxes: got {_describe(boxes)} for {B} maps; {message}")
+    if flips is not None and (flips.shape != (B,) or flips.dtype != torch.bool):
+        raise ValueError(f"flips: got {_describe(flips)}; pass bool ({B},), or None")
     x0, y0, x1, y1 = boxes.float().unbind(1)
     rows = _pooling(y0 * H, y1 * H, H, grid[0])  # (B, h, H)
     columns = _pooling(x0 * W, x1 * W, W, grid[1])  # (B, w, W)

@@ -372,9 +372,15 @@ def test_crop_map_is_that_of_training(seed, size, grid):
 
 def test_crop_map_errors():
     maps, boxes = torch.rand(2, 4, 4), torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2)
-    for wrong in (boxes[:1], boxes[:, :3], 224 * boxes):
+    for wrong in (boxes[:1], boxes[:, :3], 224 * boxes, boxes.flip(1), boxes - 0.2):
         with pytest.raises(ValueError, match="boxes: got .* fractions"):
             kernel.crop_map(maps, wrong, None, (2, 2))
+    for wrong in (maps[:, None], maps.flatten(1), (255 * maps).byte()):
+        with pytest.raises(ValueError, match="maps: got .*; pass floats"):
+            kernel.crop_map(wrong, boxes, None, (2, 2))
+    for wrong in (torch.zeros(2, 1) > 0, torch.zeros(2)):
+        with pytest.raises(ValueError, match="flips: got .*; pass bool"):
+            kernel.crop_map(maps, boxes, wrong, (2, 2))
     # The whole map, and its left half mirrored
     assert close(kernel.crop_map(maps, boxes, None, (4, 4)), maps.flatten(1), 1e-6)
     half, flips = torch.tensor([[0.0, 0.0, 0.5, 1.0]] * 2), torch.tensor([True, False])
