@@ -471,6 +471,7 @@ def model_inputs(batch, cfg, tau):
     flipped yet; maps (B, h, w) of the whole images, or None for a vanilla MAE; box (B, 4)
     and flip (B,) as in pool_maps; noise (B, L); ties (B, L) or None, see patch_order.
     """
+    # The loader crops; the device flips, so that image and map are mirrored alike.
     mirrored = batch.image.flip(-1)
     image = torch.where(batch.flip[:, None, None, None], mirrored, batch.image)
     imgs, noise = normalize(image, cfg), batch.noise
@@ -500,8 +501,9 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
         with model.no_sync() if wait else contextlib.nullcontext():
             with torch.autocast(tau.device.type, dtype, enabled=dtype is not None):
                 # Hide patches at random, encode the rest, decode all; weighted loss (Eq. 2).
-                passed = {"noise": noise, "weight": weight, "return_mse": True}
-                loss, _, _, mse = model(imgs, **passed)
+                loss, _, _, mse = model(
+                    imgs, noise=noise, weight=weight, return_mse=True
+                )
             scaler.scale(loss / cfg.accum).backward()
         losses += torch.stack([loss.detach(), mse]) / cfg.accum
 
@@ -517,7 +519,7 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
 
 # -- Configuration ---------------------------------------------------------------------
 # From here on the file is about runs. Our packages are imported here, not above, so that a
-# copy of this file alone runs down to this line.
+# copy of this file alone runs down to this line. Some are for `from attg_mae import ...`.
 MISSING = None
 try:
     from attg.checkpoint import load_checkpoint, restore, save_checkpoint
@@ -540,9 +542,6 @@ except ModuleNotFoundError as error:
         return dataclasses.field(default=default)
 
 
-# Some of these are from attg/, for `from attg_mae import ...`.
-__all__ = ["MAE", "Config", "ViT", "build_model", "load_encoder", "resolve", "train"]
-__all__ += ["extract_features", "knn_classify", "load_checkpoint", "save_checkpoint"]
 build_model = MAE
 
 # img_size, patch_size; width, depth, heads of the encoder; the same of the decoder.
@@ -668,6 +667,7 @@ def train(cfg, data=None, on_log=None):
         warmup_steps = cfg.warmup_epochs * run.steps_per_epoch
         tau = torch.zeros((), device=device)
 
+        # Around the steps there are only schedules, evaluations, log and checkpoints.
         for step in trainer.steps:
             if step in trainer.eval_steps:
                 trainer.evaluate(step)
