@@ -43,9 +43,6 @@ class Settings(EvalFlags, LabelFlags, RecipeFlags, RunFlags):
     drop_path: float | None = flag(None, "stochastic depth", 0, 0.99)
 
 
-# -- The model -------------------------------------------------------------------------
-
-
 class Classifier(ViT):
     """The encoder with stochastic depth, and a linear layer on the mean of its patches.
 
@@ -137,8 +134,6 @@ def mix(imgs, labels, num_classes):
     erased = torch.stack([erase(image) for image in imgs])
     return v2.RandomChoice([mixup, cutmix])(erased, labels)
 
-
-# -- The protocol ----------------------------------------------------------------------
 
 # Those of facebookresearch/mae.
 VIT_BASE = {

@@ -43,9 +43,6 @@ class Settings(EvalFlags, LabelFlags, FeatureFlags, RunFlags):
     k: tuple[int, ...] = flag((), "numbers of neighbors [20; 5 with --shots]", 1, 10**7)
 
 
-# -- k-NN ------------------------------------------------------------------------------
-
-
 def accuracy(bank, labels, queries, truth, ks, num_classes, device):
     """[[top-1, top-5] in percent for each k of ks].
 

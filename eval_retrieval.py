@@ -40,8 +40,6 @@ class Settings(EvalFlags, RunFlags):
     gnd: str | None = flag(None, "the authors' gnd_roxford5k.pkl or gnd_rparis6k.pkl")
 
 
-# -- Ground truth ----------------------------------------------------------------------
-
 # (positives, ignored images) of a query
 DIFFICULTIES = {
     "medium": (("easy", "hard"), ("junk",)),
@@ -88,9 +86,6 @@ def load_ground_truth(path):
     return truth
 
 
-# -- Metrics ---------------------------------------------------------------------------
-
-
 def retrieval_map(database, queries, gnd, ks=(1, 5, 10)):
     """{"medium": {"mAP", "mP@1", ...}, "hard": {...}} in percent.
 
@@ -133,9 +128,6 @@ def average_precision(ranks):
     return ((before + after) / 2).mean()
 
 
-# -- Photographs of any size -----------------------------------------------------------
-
-
 def load_photograph(path, longest, cfg):
     """uint8 (1, C, h, w): a photograph in its aspect ratio, of whole patches.
 
@@ -167,9 +159,6 @@ def photograph_features(encoder, paths, longest, device):
         tokens = encoder.forward_features(encoder.normalize(imgs))  # (1, N, D)
         features.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)]))
     return torch.stack(features, dim=1)
-
-
-# -- The protocol ----------------------------------------------------------------------
 
 
 def evaluate_retrieval(settings, data, dist_info):

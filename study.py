@@ -307,9 +307,6 @@ def write_table(folder):
     return rows
 
 
-# -- Runs side by side -----------------------------------------------------------------
-
-
 def compare(folders):
     """Print the settings that differ between runs and their last metrics.
 
@@ -337,9 +334,6 @@ def compare(folders):
     plot_panels(path, panels)
     append_images(path, [Path(folder, "reconstructions.png") for folder in folders])
     log_line(f"figure: {path}")
-
-
-# -- Command line ----------------------------------------------------------------------
 
 
 def main(argv=None):

@@ -29,8 +29,6 @@ from attg.weights import (
     select_entry,
 )
 
-# -- ViTs by name ----------------------------------------------------------------------
-
 
 def is_named(source):
     """Whether a string names a model of timm or Hugging Face, not a file."""
@@ -210,8 +208,6 @@ def weights_sha256(model):
     sums = checksums(model.state_dict())
     return hashlib.sha256(repr(sums).encode()).hexdigest()
 
-
-# -- CNNs ------------------------------------------------------------------------------
 
 # A weight that tells the prefix of all names, and the classifier.
 CNNS = {"resnet50": ("layer1.0.conv1.weight", "fc")}

@@ -20,8 +20,6 @@ FEATURES = ("class_token", "patch_mean")
 SOURCE = ("checkpoint", "sha256", "data", "classes", "val", "img_size", "precision")
 SOURCE += ("heads", "weights_key", "weights_prefix")
 
-# -- Extraction ------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def extract_features(model, loader, dtype=None):
@@ -87,9 +85,6 @@ def make_features(model, datasets, settings, dist_info):
     return parts
 
 
-# -- Files of features -----------------------------------------------------------------
-
-
 def read_features(path):
     """The parts that make_features has written to a file; ValueError for other files."""
     parts = load_checkpoint(path)
@@ -110,9 +105,6 @@ def read_features(path):
             f"--features {path}: not a file of --save_features ({error!r})"
         ) from error
     return parts | {"settings": {name: settings.get(name) for name in SOURCE}}
-
-
-# -- k-NN ------------------------------------------------------------------------------
 
 
 @torch.no_grad()

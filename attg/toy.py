@@ -297,9 +297,6 @@ def toy_render(labels, family, p, q):
     return np.uint8(images * 255 + 0.5), np.uint8(masks)
 
 
-# -- The data set ----------------------------------------------------------------------
-
-
 @functools.cache
 def toy(split):
     """Images uint8 (n, 32, 32, 3), masks uint8 (n, 32, 32), labels int (n,).

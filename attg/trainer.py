@@ -40,8 +40,6 @@ from attg.maps import open_maps, read_manifest
 from attg.pretraining import MAE_IMAGES, RULE, resolve
 from attg.weights import DECODER
 
-# -- Setup -----------------------------------------------------------------------------
-
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -125,9 +123,6 @@ def setup(cfg, data, dist_info, signals, on_log=None):
         yield Setup(cfg, device, rank, world, log, *sets, *steps), checkpoint
 
 
-# -- Results ---------------------------------------------------------------------------
-
-
 def result(run, step, stopped=None, val_mse=None, knn=None):
     """What attg_mae.train returns."""
     metrics = {"val_mse": val_mse, "knn": knn or {}}
@@ -156,9 +151,6 @@ def reconstruction_mse(model, dataset, run, workers):
         done += len(ids)
     summed, count = all_reduce_sum([total.item(), done], run.device, run.world)
     return summed / count
-
-
-# -- Training --------------------------------------------------------------------------
 
 
 class Trainer:

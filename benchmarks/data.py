@@ -67,9 +67,6 @@ def write_sets(folder, photographs, count):
     return sets
 
 
-# -- Pipelines: endless iterators of batches -------------------------------------------
-
-
 def our_batches(folder, size, batch_size, workers=0):
     dataset = open_data(folder, "train", size, augment=True)
     batches = ResumableBatchSampler(len(dataset), batch_size, start=0, stop=10**6)

@@ -101,9 +101,6 @@ def available_impls(cfg, device, mae_repo=None):
     return impls
 
 
-# -- A step ----------------------------------------------------------------------------
-
-
 def random_batch(cfg, batch_size, device):
     """Batch of random 8-bit crops and maps, half of them flipped."""
     where = {"generator": torch.Generator(device).manual_seed(0), "device": device}

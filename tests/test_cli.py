@@ -110,8 +110,6 @@ def test_flags_without_effect_are_refused():
             check_unused(settings, ["accum", name], "not used")
 
 
-# -- The numeric flags of all programs -------------------------------------------------
-
 PROGRAMS = {"attg_mae": "Config", "object_discovery": "Settings"}
 PROGRAMS |= dict.fromkeys(
     ("eval_knn", "eval_retrieval", "eval_linear", "eval_finetune", "study", "bench"),
@@ -161,9 +159,6 @@ def test_flags_with_choices_take_no_other_value(program, capsys):
         with pytest.raises(SystemExit):
             parse(settings_class(program), "", [f"--{name}", "fp8"])
         assert f"argument --{name}: invalid choice: 'fp8'" in capsys.readouterr().err
-
-
-# -- Exit ------------------------------------------------------------------------------
 
 
 def exit_of(result, **options):

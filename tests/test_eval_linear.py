@@ -18,8 +18,6 @@ from attg.features import FEATURES
 from attg.images import seed_for
 from tests.helpers import blobs, close, randn
 
-# -- The probe on fixed features -------------------------------------------------------
-
 
 def test_heads_equal_torch_sgd():
     """Each of the layers trained together is the one that torch.optim.SGD trains alone."""
@@ -125,9 +123,6 @@ def test_probe_at_the_limits(quick):
             probe(features, labels, {"t": test}, lrs=[lr])
 
 
-# -- MAE's probe -----------------------------------------------------------------------
-
-
 def test_lars_with_decay_and_from_zero():
     """Decay is added to the gradient of a matrix; of norm zero, it takes SGD's step."""
     start, zero = randn(6, 5), torch.zeros(4, 3)
@@ -151,9 +146,6 @@ def test_mae_probe_starts_small_on_a_frozen_encoder():
         assert 0.008 < head.weight.std() < 0.012 and not head.bias.any()
         assert head.weight.grad.any()
     assert all(p.grad is None for p in encoder.parameters())
-
-
-# -- The program -----------------------------------------------------------------------
 
 
 def test_results_of_a_data_set(quick, encoder, labelled, tmp_path):

@@ -33,8 +33,6 @@ from tests.helpers import (
     write,
 )
 
-# -- Metrics ---------------------------------------------------------------------------
-
 
 def test_metrics_equal_a_plain_reading_of_the_protocol(tmp_path):
     database, queries, gnd = randn(120, 6), randn(9, 6, seed=1), some_truth(120, 9)
@@ -92,8 +90,6 @@ def test_ground_truth_is_read_and_code_is_not(protocol, tmp_path):
             eval_retrieval.load_ground_truth(path)
         assert not mark.exists()
 
-
-# -- Photographs -----------------------------------------------------------------------
 
 # Landscape, portrait, square, of odd sizes, smaller than the encoder's 48 pixels.
 PHOTOS = [(100, 60), (60, 100), (64, 64), (97, 71), (30, 20), (48, 48), (300, 77)]

@@ -40,8 +40,6 @@ def test_operators_are_registered():
     assert some_loss("triton")[0].equal(loss)
 
 
-# -- Where the kernels cannot run ------------------------------------------------------
-
 TRANSFORMS = {
     "forward-mode differentiation": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
     "a transform of torch.func": lambda f, x: torch.func.grad(f)(x),
@@ -105,9 +103,6 @@ def test_reasons_against_the_kernels(monkeypatch, capsys):
         assert bool(reason) == ("7, below 8" in reason) == (properties.major == 7)
 
 
-# -- Launches --------------------------------------------------------------------------
-
-
 def test_launches_can_be_captured_in_a_cuda_graph(monkeypatch):
     """As far as a CPU can tell: no value is read."""
     kernel._triton()
@@ -167,9 +162,6 @@ def test_offsets_beyond_2_to_31(shape, p):
             got = run(*tensors[:i], far, *tensors[i + 1 :])
             assert close(got[0], want[0], 1e-6), (i, dim)
             assert close(got[1], want[1], 1e-3), (i, dim)
-
-
-# -- The file --------------------------------------------------------------------------
 
 
 def check_known(attg_loss, **options):

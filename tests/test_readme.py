@@ -52,9 +52,6 @@ CHANGES = re.findall(r"```diff\n(.*?)```", PAGES["kernel.md"], re.S)
 DIFFS = dict(zip(("mae", "hf", "lightly"), CHANGES, strict=True))
 
 
-# -- The loss in other code bases ------------------------------------------------------
-
-
 def check_drop_in(name, parameters, names, shape, outputs, norm_pix=False):
     """The docs' change to `name`: with a flat map loss and gradients stay as they were.
 
@@ -127,9 +124,6 @@ def test_loss_dropped_into_lightly(monkeypatch):
     check_drop_in("lightly", [pred], names, (2, 16), lambda _: outputs)
 
 
-# -- Commands and snippets -------------------------------------------------------------
-
-
 @pytest.mark.parametrize("program", PROGRAMS.split("|"))
 def test_commands_parse(program):
     """Every flag of every command exists and takes the value that is shown."""
@@ -171,9 +165,6 @@ def test_commands_and_snippets_run(tmp_path, monkeypatch):
     assert made["class_tokens"].shape == made["patch_means"].shape == (16, 16)
     assert load_maps("maps.npy", open_data("path/to/images"))[0].shape == (16, 4, 4)
     assert made["pred"].grad.any()
-
-
-# -- Links and figures -----------------------------------------------------------------
 
 
 def test_files_and_links_exist():

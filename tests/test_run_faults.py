@@ -110,8 +110,6 @@ def test_closed_output(redirection, long, finished, tmp_path):
     assert last(tmp_path / "out")["step"] == len(records(tmp_path / "out")) < 60
 
 
-# -- Values that are not finite --------------------------------------------------------
-
 NOT_FINITE = {  # change, log_every, first bad step, part
     "huge lr": ({"lr": 1e30}, 1, 8, "prediction or input"),
     "gradient": ({"gradient": math.inf}, 20, 8, "gradient"),
@@ -160,9 +158,6 @@ def test_fp16_counts_skipped_steps(labelled, tmp_path, capsys):
     assert all(v.isfinite().all() for v in last(tmp_path)["model"].values())
     made = {int(s["step"]) for s in last(tmp_path)["optimizer"]["state"].values()}
     assert made == {24 - skipped}
-
-
-# -- Unreadable images -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad, workers", [(2, 2), (3, 0)])
@@ -278,9 +273,6 @@ def test_torchrun_stops_and_resumes(ask, long, finished, tmp_path):
     assert [run.wait()[0] for run in runs] == [0, 0]
     got, want = ([row["loss"] for row in records(x)] for x in (out, finished))
     np.testing.assert_allclose(got, want, rtol=1e-4)
-
-
-# -- The command -----------------------------------------------------------------------
 
 
 def test_command_from_elsewhere_without_git_or_terminal(labelled, tmp_path):

@@ -134,9 +134,6 @@ def test_checkpoints_of_a_killed_run_and_along_the_way(labelled, whole, tmp_path
     assert same(last(tmp_path / "on")["model"], last(whole())["model"])
 
 
-# -- Batches and accumulation ----------------------------------------------------------
-
-
 def test_accumulation_breaks_the_same_ties(labelled, passes, tmp_path):
     """On two-valued maps ties decide which patches have weight 0, in the global batch."""
     halves = np.zeros((25, 4, 4))
@@ -333,9 +330,6 @@ def test_curves(whole, tmp_path, monkeypatch, capsys):
     assert "not drawn: pip install matplotlib" in capsys.readouterr().out
 
 
-# -- Evaluation ------------------------------------------------------------------------
-
-
 def test_knn_in_the_run(labelled, plain, tmp_path, monkeypatch):
     """Every eval_every epochs and at the end, where it is that of the encoder's file."""
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
@@ -398,9 +392,6 @@ def test_val_mse(labelled, tmp_path, monkeypatch):
     hidden = error.gather(1, noise.argsort()[:, 4:]).mean().item()
     assert result["val_mse"] == pytest.approx(hidden, rel=1e-5)
     assert result["val_mse"] != pytest.approx(error.mean().item(), rel=1e-3)
-
-
-# -- Uses of the map -------------------------------------------------------------------
 
 
 def test_guidance_of_a_run(guided, passes, tmp_path):
@@ -512,9 +503,6 @@ def test_epochs_0_draws_the_images_of_a_checkpoint(
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["reconstructions.png"]
 
 
-# -- Initial weights -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["last.pt", "encoder.pt"])
 def test_init(name, whole, labelled, tmp_path):
     """From a checkpoint, or an encoder with a new decoder; lr 0 keeps what it starts with."""
@@ -543,8 +531,6 @@ def test_gray_and_oblong_images(plain, passes, tmp_path):
     # The same command finds its own checkpoint.
     assert attg_mae.main(argv)["step"] == 3 and len(passes) == 3
 
-
-# -- Refused settings ------------------------------------------------------------------
 
 WRONG = [  # settings, what the error names
     ({"tau": 0.0}, "--tau 0.0 from 1e-06"),

@@ -112,9 +112,6 @@ def test_a_run(passes, distributed, labelled, tmp_path, monkeypatch):
         assert_written_out(distributed, steps[1:] + steps[:1], model)
 
 
-# -- Training on labeled images --------------------------------------------------------
-
-
 @pytest.fixture
 def recorded(monkeypatch):
     """.batches: (images, labels) of each backward pass; .start: weights before the first."""
