@@ -37,9 +37,7 @@ from attg_mae import ViT, load_encoder, lr_at
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(EvalFlags, LabelFlags, RecipeFlags, RunFlags):
-    layer_decay: float | None = flag(
-        None, "of the learning rate, per layer below the head", 1e-6, 1.0
-    )
+    layer_decay: float | None = flag(None, "of lr, per layer below the head", 1e-6, 1.0)
     drop_path: float | None = flag(None, "stochastic depth", 0, 0.99)
 
 

@@ -58,9 +58,7 @@ LRS = tuple(10 ** (e / 2) for e in range(-8, 2))
 @dataclasses.dataclass(kw_only=True)
 class Settings(EvalFlags, LabelFlags, RecipeFlags, FeatureFlags, RunFlags):
     protocol: str = flag(
-        "features",
-        "probe on fixed features, or MAE's on random crops",
-        choices=("features", "mae"),
+        "features", "probe on features, or MAE's on crops", choices=("features", "mae")
     )
 
 
@@ -69,9 +67,6 @@ UNUSED = {
     "features": "label_fraction accum blr min_lr warmup_epochs weight_decay save".split(),
     "mae": "shots features save_features".split(),
 }
-
-
-# -- The probe on fixed features -------------------------------------------------------
 
 
 def linear_probe(features, labels, tests, lrs=LRS, seed=0, device="cpu", **training):
@@ -199,9 +194,6 @@ def probe_features(settings, data, dist_info):
     return results
 
 
-# -- MAE's probe -----------------------------------------------------------------------
-
-
 class LARS(torch.optim.Optimizer):
     """SGD that scales the steps of matrices by 0.001 |weights| / |gradient|.
 
@@ -259,25 +251,18 @@ class Probe(nn.Module):
 
 
 # Those of facebookresearch/mae.
-VIT_BASE = {
-    "epochs": 90,
-    "batch_size": 16384,
-    "blr": 0.1,
-    "min_lr": 0.0,
-    "warmup_epochs": 10,
-    "weight_decay": 0.0,
-}
+VIT_BASE = {"epochs": 90, "batch_size": 16384, "warmup_epochs": 10}
+VIT_BASE |= {"blr": 0.1, "min_lr": 0.0, "weight_decay": 0.0}
 VIT_LARGE = VIT_BASE | {"epochs": 50}
 RECIPES = {24: VIT_LARGE, 32: VIT_LARGE}  # by the encoder's depth
 
 
 def probe_mae(settings, data, dist_info):
     """Results of MAE's probe."""
-    encoder = open_encoder(load_encoder, settings)
-    encoder = encoder.to(dist_info[0])
-    cfg = encoder.cfg
-    recipe = RECIPES.get(cfg.depth, VIT_BASE)
-    train_set, tests = open_training(cfg, settings, data, recipe, 512, dist_info)
+    encoder = open_encoder(load_encoder, settings).to(dist_info[0])
+    recipe = RECIPES.get(encoder.cfg.depth, VIT_BASE)
+    options = (settings, data, recipe, 512, dist_info)
+    train_set, tests = open_training(encoder.cfg, *options)
     torch.manual_seed(seed_for("head", settings.seed))
     probe = Probe(encoder, train_set.num_classes).to(dist_info[0])
     optimizer = LARS(probe.heads.parameters(), weight_decay=settings.weight_decay)

@@ -375,9 +375,7 @@ def pixels(settings, device, p=16):
     """No weights: the cut of patch_statistics of p x p patches."""
     size = settings.img_size or 224
     if size < 2 * p or size % p:
-        raise ValueError(
-            f"--img_size {size}: pixels takes {2 * p}, {3 * p}, {4 * p} ..."
-        )
+        raise ValueError(f"--img_size {size}: pixels takes {2 * p}, {3 * p} ...")
     grid = (size // p, size // p)
 
     def maps(imgs):
@@ -387,10 +385,8 @@ def pixels(settings, device, p=16):
 
 
 # Torchvision's classifiers: their layers of strides 16 and 32.
-CNNS = {
-    "resnet50": ("layer3", "layer4"),
-    "mobilenet_v2": ("features.13", "features.18"),
-}
+CNNS = {"resnet50": ("layer3", "layer4")}
+CNNS["mobilenet_v2"] = ("features.13", "features.18")
 
 
 def cnn(settings, device):
@@ -457,18 +453,14 @@ class Settings(CheckpointDataFlags, WeightFlags, RunFlags):
         None, f"file with weights of {', '.join(CNNS)} [downloaded from torchvision]"
     )
     # Not below 0: removed patches become zero vectors, whose cosine is 0.
-    affinity_threshold: float = flag(
-        0.2, "cosine above which two patches are connected", 0, 1
-    )
+    affinity_threshold: float = flag(0.2, "cosine above which patches connect", 0, 1)
     sign: str | None = flag(
         None,
         "side of the eigenvector that is the object: with the largest magnitude, as in "
         "TokenCut, or with the lower mean on the border [max for dino_*, else border]",
         choices=("max", "border"),
     )
-    objects: int = flag(
-        1, "number of cuts, each without the objects so far (MaskCut)", 1, 1000
-    )
+    objects: int = flag(1, "cuts, each without the objects so far (MaskCut)", 1, 1000)
     masks: str | None = flag(
         None, "folder of PNG masks: the maps of --method masks, else the ground truth"
     )
@@ -477,9 +469,7 @@ class Settings(CheckpointDataFlags, WeightFlags, RunFlags):
         "values of the masks that are object, colors as 0xRRGGBB [see attg/masks.py]",
     )
     out: Path = flag(Path("maps.npy"), "map file")
-    img_size: int | None = flag(
-        None, "input size in pixels [the checkpoint's, else 224]", 1, 8192
-    )
+    img_size: int | None = flag(None, "in pixels [the checkpoint's, or 224]", 1, 8192)
     heads: int | None = flag(None, "of a ViT [by its file or width]", 1, 1024)
     batch_size: int = flag(64, "images in a block of work", 1, 10**7)
     show: int = flag(0, "save a sheet of this many examples", 0, 10**4)

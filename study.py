@@ -75,9 +75,6 @@ class Settings:
     train: tuple = ()
 
 
-# -- Runs ------------------------------------------------------------------------------
-
-
 def variant_flags(variant):
     """(source of the maps, flags of attg_mae.py) of a variant."""
     source, *changes = variant.split("+")
@@ -90,9 +87,8 @@ def check_settings(settings):
     files = dict(text.partition("=")[::2] for text in settings.maps)
     for name, file in files.items():
         if not Path(file).is_file() or name in SOURCES:
-            raise ValueError(
-                f"--maps {name}={file}: must be NAME=FILE, a new name and a map file"
-            )
+            remedy = "must be NAME=FILE, a new name and a map file"
+            raise ValueError(f"--maps {name}={file}: {remedy}")
     for name in STUDY_FLAGS & {word.partition("=")[0] for word in settings.train}:
         raise ValueError(f"{name} after --: set by the study; use the study's flags")
     for variant in settings.variants:
@@ -130,9 +126,7 @@ def run_program(output, log, program, *flags):
         argv = [sys.executable, ROOT / program, *flags]
         code = subprocess.call(argv, stdout=file, stderr=subprocess.STDOUT)
     if code != 0:
-        raise ChildProcessError(
-            f"{command}: exit code {code}; its messages are in {log}"
-        )
+        raise ChildProcessError(f"{command}: exit code {code}, see {log}")
 
 
 def train(settings, files, variant, seed):
@@ -185,9 +179,6 @@ def run_study(settings):
         evaluate(settings, folder)
         write_table(Path(settings.out))
         log_line(f"{folder}: done")
-
-
-# -- Metrics of the runs ---------------------------------------------------------------
 
 
 def read_lines(path):

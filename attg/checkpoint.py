@@ -199,11 +199,10 @@ def load_optimizer(optimizer, stored, steps, name):
     states = stored.get("state") if isinstance(stored, dict) else None
     if not isinstance(states, dict):
         raise ValueError(f"{name}: holds no optimizer state")
+    n = len(parameters)
     # Empty until the first step that the gradient scaler of fp16 does not skip.
-    if states and set(states) != set(range(len(parameters))):
-        raise ValueError(
-            f"{name}: moments of {len(states)} parameters, must be {len(parameters)}"
-        )
+    if states and set(states) != set(range(n)):
+        raise ValueError(f"{name}: moments of {len(states)} parameters, must be {n}")
     for number, state in states.items():
         where, parameter = f"{name}: moments of parameter {number}", parameters[number]
         like = {"momentum": parameter}  # of LARS
@@ -289,9 +288,7 @@ def check_data(cfg, checkpoint, train_set, maps_id):
     """
     flags = []
     if not train_set.matches(checkpoint["data"]):
-        flags.append(
-            f"--data {cfg.data}: number, names, sizes or content of the images"
-        )
+        flags.append(f"--data {cfg.data}: number, names, sizes or content of images")
     # A run may change its --guidance, from or to none.
     if maps_id and checkpoint["maps"] and maps_id != checkpoint["maps"]:
         flags.append(f"--maps {cfg.maps}: content of the maps")

@@ -327,9 +327,7 @@ def run_cli(main, memory_hint="lower --batch_size", interrupted="interrupted"):
     sys.exit(128 + stopped if stopped else 0)
 
 
-WORKER_KILLED = (
-    "a loader worker was killed; if memory is short: fewer --workers, or --workers 0"
-)
+WORKER_KILLED = "a loader worker was killed; if memory is short: fewer --workers"
 
 
 def is_worker_killed(error):

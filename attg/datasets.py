@@ -231,9 +231,7 @@ def find_images(path, train, folder, classes):
         return found
     reason = f"no class folders and no images in {folder}"
     if images:
-        reason = (
-            f"{folder} has images, {images[0]}, and folders of images, {filled[0]}/"
-        )
+        reason = f"{folder} has images, {images[0]}, and folders of some, {filled[0]}/"
     elif odd:
         listed = f"--classes {classes}" if classes else train
         reason = f"{folder} has images of {filled[:5]}, the classes of {listed} are "

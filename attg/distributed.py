@@ -29,7 +29,7 @@ def processes(name, timeout=30):
     match = re.fullmatch(r"(\w+)(:\d+)?", name or available[0])
     if not match or match[1] not in available:
         raise ValueError(
-            f"--device {name}: not available here; choose from {', '.join(available)}"
+            f"--device {name}: not available, use {' or '.join(available)}"
         )
     device = torch.device(match[0])
     if device.type == "cuda":

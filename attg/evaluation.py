@@ -27,25 +27,18 @@ from attg.figures import class_names, save_confusion, save_neighbors
 from attg.files import is_replaceable, naming, sha256
 from attg.loader import default_workers
 
-# -- Flags -----------------------------------------------------------------------------
-
 
 @dataclasses.dataclass(kw_only=True)
 class EvalFlags(WeightFlags):
     """Evaluation."""
 
     checkpoint: str | None = flag(
-        None,
-        "file with an encoder, timm:NAME or hf:NAME",
-        positional=True,
-        resume="free",
+        None, "encoder: a file, timm:NAME or hf:NAME", positional=True, resume="free"
     )
     img_size: int | None = flag(None, "in pixels [the checkpoint's]", 1, 8192)
     heads: int | None = flag(None, "of the encoder [by its file or width]", 1, 1024)
     out: str | None = flag(
-        None,
-        "append results to this file [PROGRAM.jsonl beside the input]",
-        resume="free",
+        None, "append results here [PROGRAM.jsonl beside the input]", resume="free"
     )
     # These are no flags: checksum of the checkpoint, line that describes the data.
     sha256: str | None = None
@@ -71,9 +64,7 @@ class LabelFlags(CheckpointDataFlags):
         resume="free",
     )
     show: bool = flag(
-        False,
-        "draw confusion.png of the first test set (up to 50 classes); k-NN: neighbors.png",
-        resume="free",
+        False, "draw confusion.png (to 50 classes), k-NN: neighbors.png", resume="free"
     )
 
 
@@ -109,9 +100,6 @@ def fill(settings, **defaults):
     for name, value in defaults.items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
-
-
-# -- Data ------------------------------------------------------------------------------
 
 
 def open_sets(settings, data, cfg, dist_info, fraction=1.0, **options):
@@ -209,9 +197,6 @@ def draw_shots(labels, settings, name):
     return draws
 
 
-# -- From settings to results ----------------------------------------------------------
-
-
 def evaluate(program, settings, protocol, data=None):
     """Run protocol(settings, data, dist_info), which returns the results, and report it.
 
@@ -302,7 +287,7 @@ def report(results, settings, path):
     record = {"settings": settings, "torch": torch.__version__}
     # JSON has no NaN.
     record["results"] = [
-        {k: None if v != v else v for k, v in row.items()} for row in results
+        {k: v if v == v else None for k, v in r.items()} for r in results
     ]
     line = json.dumps(record, allow_nan=False)
     # A full disk must not lose the results, nor the reader of a pipe that closes it.

@@ -70,9 +70,7 @@ def sync(file):
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
-        message = (
-            f"fsync: {error.strerror}; a power cut may lose files that are written"
-        )
+        message = f"fsync: {error.strerror}; a power cut may lose what is written"
         warnings.warn(message, stacklevel=2)
 
 

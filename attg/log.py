@@ -17,13 +17,9 @@ from attg.cli import log_line
 from attg.files import replacing
 
 # Names of settings and metrics in older configs, logs and results, and their new names.
-RENAMED_SETTINGS = {
-    "knn_every": "eval_every",
-    "keep_every": "keep_ckpt_every",
-    "mse_test": "val_mse",
-    "fraction": "label_fraction",
-    "cut": "affinity_threshold",
-}
+RENAMED_SETTINGS = {"knn_every": "eval_every", "keep_every": "keep_ckpt_every"}
+RENAMED_SETTINGS |= {"fraction": "label_fraction", "cut": "affinity_threshold"}
+RENAMED_SETTINGS |= {"mse_test": "val_mse"}
 LINE = (
     "step {step:6}/{total} epoch {epoch:6.2f} loss {loss:.4f} mse {mse:.4f} "
     "lr {lr:.2e} tau {tau:.3f} {img_s:7.1f} img/s data {data_wait:4.0%} ETA {eta}"

@@ -89,18 +89,14 @@ class MaskFolder:
             try:
                 self.listed = {int(value, 0) for value in mask_values}
             except ValueError as error:
-                message = (
-                    f"--mask_values {' '.join(mask_values)}: give 1, 255, 0xC08080 ..."
-                )
+                message = f"--mask_values {' '.join(mask_values)}: give 1, 0xC08080 ..."
                 raise ValueError(message) from error
             return "object is {listed}"
         if self.has_alpha:
             self.scale = 255
             return "object is where alpha is opaque"
         if values in TRIMAPS:
-            message = (
-                f"{values} look like trimaps; name the values of the object, such as"
-            )
+            message = f"{values} look like trimaps; name the values of objects, such as"
             raise ValueError(f"--masks {self.folder}: {message} --mask_values 1")
         if len(values) <= 2 and is_gray:
             self.listed = set(values[-1:]) - {0}

@@ -70,9 +70,6 @@ TOY_MIDDLE = (0.3, 0.8)
 TOY_CONTRAST = (0.5, 0.9)
 
 
-# -- Shapes and patterns ---------------------------------------------------------------
-
-
 def toy_shapes(x, y, r, t):
     """The silhouettes of all classes, as in TOY_CLASSES.
 
@@ -154,9 +151,6 @@ def toy_backgrounds(x, y):
     return stripes, checks, bricks, dots, zigzag, waves, plaid, rings, mesh, blots
 
 
-# -- Tables ----------------------------------------------------------------------------
-
-
 class Tables(NamedTuple):
     """Lookup tables; the first three are (10, 64, 64), by class."""
 
@@ -194,9 +188,6 @@ def soften(table):
         after = np.roll(table, 1, axis)
         table = (before + table + after) / 3
     return np.round(table * 255) / 255
-
-
-# -- Images ----------------------------------------------------------------------------
 
 
 def between(limits, u):

@@ -75,9 +75,7 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     view = {"classes": cfg.classes, "channels": cfg.in_chans}
     view |= {"max_pixels": cfg.max_pixels, "white": cfg.white}
     view["verify"] = cfg.verify == "full"
-    train_set = open_data(
-        name, "train", cfg.img_size, augment=True, seed=cfg.seed, **view
-    )
+    train_set = open_data(name, "train", cfg.img_size, True, cfg.seed, **view)
     default_size, cfg = cfg.img_size, resolve(cfg, train_set)
     if cfg.img_size != default_size:
         train_set.size = cfg.size
@@ -87,7 +85,6 @@ def setup(cfg, data, dist_info, signals, on_log=None):
             f"--eval_every {cfg.eval_every}: --data {cfg.data} has no test split; leave "
             "it out"
         )
-
     if cfg.eval_every is None:
         cfg.eval_every = math.ceil(cfg.epochs / 4) if test_set else 0
     maps = None if cfg.guidance == "none" else train_set.masks
@@ -329,9 +326,8 @@ class Trainer:
 
     def stop(self, done):
         """The result of a run that a signal stopped, on this rank or another."""
-        self.run.log.say(
-            f"stopped by a signal after step {done}; the same command resumes"
-        )
+        text = f"stopped by a signal after step {done}; the same command resumes"
+        self.run.log.say(text)
         number = self.signals[0] if self.signals else signal.SIGTERM
         return result(self.run, done, stopped=number)
 

@@ -30,9 +30,7 @@ PATCH_EMBED = r"(patch_embed\.proj|(embeddings\.)?patch_embeddings\.projection)\
 DECODER = re.compile("decoder_|mask_token")
 # Names of this project's models. Others are refused, because they may change the features,
 # but for heads of any method, and networks with blocks of their own.
-KNOWN = re.compile(
-    r"(cls_token|pos_embed|patch_embed|blocks|norm|fc_norm)\b|decoder_|mask_"
-)
+KNOWN = r"(cls_token|pos_embed|patch_embed|blocks|norm|fc_norm)\b|decoder_|mask_"
 HEAD = re.compile(r"\w*head|pooler|classifier|projector|predictor|embeddings\.mask")
 NETWORK = re.compile(r"(\w+)\..*\b(?:blocks|layers?)\.\d")
 # Weights that every ViT encoder has, with their number of dimensions; those of a decoder.
@@ -106,9 +104,8 @@ def read_weights(source, weights_key=None, weights_prefix=None):
     missing = [key for key, n in ESSENTIAL.items() if dims.get(key) != n]
     missing += [key for key, n in OF_DECODER.items() if dims.get(key, n) != n]
     if missing:
-        raise ValueError(
-            f"{name}: no ViT encoder: {missing} missing, keys are {sorted(state)[:8]}"
-        )
+        keys = sorted(state)[:8]
+        raise ValueError(f"{name}: no ViT encoder: {missing} missing, keys are {keys}")
     return Weights(state, name, settings, is_own, left_out)
 
 
@@ -203,7 +200,7 @@ def rename_all(state, start, name):
     networks = {match[1] for match in map(NETWORK.match, names) if match}
     weights = {}
     for new, old in names.items():
-        if KNOWN.match(new):
+        if re.match(KNOWN, new):
             check_parameter(state[old], f"{name}: {old}")
             weights[new] = state[old]
         elif not HEAD.match(new) and new.split(".")[0] not in networks:
@@ -277,13 +274,9 @@ def encoder_config(kind, weights, sincos_table, heads=None, img_size=None):
     settings |= told
     settings["heads"] = heads or told.get("heads") or HEADS.get(sizes["width"])
     if not settings["heads"]:
-        raise ValueError(
-            f"{name}: width {sizes['width']} is not standard; give --heads"
-        )
+        raise ValueError(f"{name}: no standard width, {sizes['width']}; give --heads")
     if not heads and "heads" not in told:
-        log_once(
-            f"{name}: {settings['heads']} heads, a guess by the width; see --heads"
-        )
+        log_once(f"{name}: {settings['heads']} heads, a guess by width; see --heads")
     if "img_size" not in told:
         grid, p = position_grid(positions, sincos_table), sizes["patch_size"]
         settings["img_size"] = (grid[0] * p, grid[1] * p) if grid else img_size
@@ -294,10 +287,9 @@ def encoder_config(kind, weights, sincos_table, heads=None, img_size=None):
         raise ValueError(f"{name}: damaged settings ({error})") from error
     # Before anything of the settings' size is allocated.
     for key, value in sizes.items():
-        if getattr(cfg, key) != value:
-            raise ValueError(
-                f"{name}: its settings have {key} {getattr(cfg, key)}, its weights {value}"
-            )
+        if (of_settings := getattr(cfg, key)) != value:
+            message = f"its settings have {key} {of_settings}, its weights {value}"
+            raise ValueError(f"{name}: {message}")
     if positions.shape[1] != 1 + math.prod(cfg.grid):
         shape = tuple(positions.shape)
         raise ValueError(f"{name}: pos_embed {shape} is not of the grid {cfg.grid}")

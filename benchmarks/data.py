@@ -80,17 +80,11 @@ def torchvision_batches(dataset, batch_size):
 
 
 def mae_batches(folder, size, batch_size):
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, **CROP),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-    return torchvision_batches(
-        ImageFolder(Path(folder, "train"), transform), batch_size
-    )
+    crop = transforms.RandomResizedCrop(size, **CROP)
+    normalize = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize]
+    dataset = ImageFolder(Path(folder, "train"), transforms.Compose(steps))
+    return torchvision_batches(dataset, batch_size)
 
 
 def fastest_batches(folder, size, batch_size):
@@ -103,11 +97,8 @@ def fastest_batches(folder, size, batch_size):
     return torchvision_batches(dataset, batch_size)
 
 
-PIPELINES = {
-    "ours": our_batches,
-    "torchvision's fastest": fastest_batches,
-    "MAE's": mae_batches,
-}
+PIPELINES = {"ours": our_batches, "torchvision's fastest": fastest_batches}
+PIPELINES["MAE's"] = mae_batches
 
 
 def start_server(root):

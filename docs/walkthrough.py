@@ -55,9 +55,8 @@ def main(checkpoint=None, out="docs/walkthrough.png"):
     dataset = open_data(cfg.data, "train", cfg.size, augment=True, seed=cfg.seed)
     index, batch = first_image(dataset, cfg)
     half, end = tau_at(1, 2, cfg), tau_at(1, 1, cfg)
-    print(
-        f"tau                {cfg.tau:.3f}, half-way {half:.3f}, at the end {end:.3f}"
-    )
+    tau = f"{cfg.tau:.3f}, half-way {half:.3f}, at the end {end:.3f}"
+    print(f"tau                {tau}")
 
     # The step, as in MAE.forward and masked_loss.
     imgs, weight, noise = model_inputs(batch, cfg, cfg.tau)
@@ -90,17 +89,13 @@ def main(checkpoint=None, out="docs/walkthrough.png"):
     )
 
     image = pil_to_tensor(dataset.read(index)[0]) / 255
+    whole_map = batch.maps.float().expand(3, -1, -1)
     shown = unpatchify(patches * (1 - mask[..., None]), cfg)
     total = f"sum {product.sum():.2f} / {mask.sum():.0f} hidden = loss {loss:.3f}"
     # Title, note, image (3, h, w) or value of each patch, and what is written into it.
     panels = [
         ("image", "32 x 32 px; red: the random crop", image, ""),
-        (
-            "map M",
-            "of the whole image, 0 to 1",
-            batch.maps.float().expand(3, -1, -1),
-            "",
-        ),
+        ("map M", "of the whole image, 0 to 1", whole_map, ""),
         ("patches", "the crop, resized and flipped", denormalize(imgs, cfg)[0], "i"),
         ("noise", "a random number for each patch", noise, ".2f"),
         ("ids_keep", "the 16 of lowest noise", denormalize(shown, cfg)[0], "i"),
