@@ -108,13 +108,9 @@ def rand_augment(mean):
     allows: two operations at magnitude 9 of 10, each with probability 0.5. Invert,
     SolarizeAdd and the noise of the magnitudes are missing.
     """
-    one = v2.RandAugment(
-        num_ops=1,
-        magnitude=9,
-        num_magnitude_bins=11,
-        interpolation=v2.InterpolationMode.BICUBIC,
-        fill=[round(255 * x) for x in mean],
-    )
+    options = {"interpolation": v2.InterpolationMode.BICUBIC}
+    options["fill"] = [round(255 * x) for x in mean]
+    one = v2.RandAugment(num_ops=1, magnitude=9, num_magnitude_bins=11, **options)
     return v2.Compose([v2.RandomApply([one], 0.5), v2.RandomApply([one], 0.5)])
 
 
@@ -144,12 +140,8 @@ VIT_BASE = {
     "layer_decay": 0.65,
     "drop_path": 0.1,
 }
-VIT_LARGE = VIT_BASE | {
-    "epochs": 50,
-    "blr": 1e-3,
-    "layer_decay": 0.75,
-    "drop_path": 0.2,
-}
+VIT_LARGE = VIT_BASE | {"epochs": 50, "blr": 1e-3}
+VIT_LARGE |= {"layer_decay": 0.75, "drop_path": 0.2}
 VIT_HUGE = VIT_LARGE | {"drop_path": 0.3}
 RECIPES = {24: VIT_LARGE, 32: VIT_HUGE}  # by the encoder's depth
 

@@ -41,10 +41,8 @@ class Settings(EvalFlags, RunFlags):
 
 
 # (positives, ignored images) of a query
-DIFFICULTIES = {
-    "medium": (("easy", "hard"), ("junk",)),
-    "hard": (("hard",), ("junk", "easy")),
-}
+DIFFICULTIES = {"medium": (("easy", "hard"), ("junk",))}
+DIFFICULTIES["hard"] = ("hard",), ("junk", "easy")
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -79,10 +77,8 @@ def load_ground_truth(path):
                 # IndexError for images that are not listed.
                 query[kind] = [range(len(truth["imlist"]))[i] for i in query[kind]]
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(
-            f"--gnd {path}: not a ground truth ({error}); get the authors' "
-            "gnd_roxford5k.pkl"
-        ) from error
+        message = f"not a ground truth ({error}); get the authors' gnd_roxford5k.pkl"
+        raise ValueError(f"--gnd {path}: {message}") from error
     return truth
 
 

@@ -465,8 +465,7 @@ class Settings(CheckpointDataFlags, WeightFlags, RunFlags):
         None, "folder of PNG masks: the maps of --method masks, else the ground truth"
     )
     mask_values: tuple[str, ...] = flag(
-        (),
-        "values of the masks that are object, colors as 0xRRGGBB [see attg/masks.py]",
+        (), "values of objects, colors as 0xRRGGBB [see attg/masks.py]"
     )
     out: Path = flag(Path("maps.npy"), "map file")
     img_size: int | None = flag(None, "in pixels [the checkpoint's, or 224]", 1, 8192)

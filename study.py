@@ -51,12 +51,8 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = ("none", "masks", "self", "gaussian")
 STUDY_FLAGS = {"--data", "--maps", "--seed", "--out", "--guidance", "--resume"}
 # File of a run with the results of an evaluation: name of its metric.
-METRICS = {
-    "knn": "k-NN, k = {k}",
-    "shots": "k-NN, {protocol}",
-    "linear": "linear probe",
-    "transfer": "transfer, k = {k}",
-}
+METRICS = {"knn": "k-NN, k = {k}", "shots": "k-NN, {protocol}"}
+METRICS |= {"linear": "linear probe", "transfer": "transfer, k = {k}"}
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -24,8 +24,6 @@ from attg.cli import resume_class
 from attg.files import replacing
 from attg.log import read_log, rename
 
-# -- Writing ---------------------------------------------------------------------------
-
 
 def save_checkpoint(path, /, **parts):
     """Write tensors and plain types atomically.
@@ -73,9 +71,6 @@ def leaves(parts):
     return found
 
 
-# -- Reading ---------------------------------------------------------------------------
-
-
 def load_checkpoint(path):
     """The content of a file of torch.save or safetensors, on the CPU.
 
@@ -102,10 +97,7 @@ def load_checkpoint(path):
         # PyTorch's message advises to disable weights_only.
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe:
-            reason = (
-                f"holds {unsafe[1]}, which is neither a tensor nor a plain type; refused, "
-                "and no code in it was executed"
-            )
+            reason = f"holds {unsafe[1]}, no plain type; refused, no code was executed"
         raise ValueError(f"{path}: {reason}") from error
     if not isinstance(parts, dict):
         raise ValueError(f"{path}: not a checkpoint, but a {type(parts).__name__}")
@@ -159,9 +151,6 @@ def read_settings(stored, name):
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{name}: its settings are damaged ({error})") from error
     return rename(settings)
-
-
-# -- States of model, optimizer and scaler ---------------------------------------------
 
 
 def load_state(model, state, name):
@@ -232,9 +221,6 @@ def load_scaler(scaler, stored, name):
             raise ValueError(f"{name}: scaler: {key} must be finite, not negative")
     if expected:
         scaler.load_state_dict({key: stored[key] for key in expected})
-
-
-# -- Resuming --------------------------------------------------------------------------
 
 
 def checkpoint_path(cfg):

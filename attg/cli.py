@@ -25,8 +25,6 @@ from pathlib import Path
 
 from attg.files import naming
 
-# -- Flags -----------------------------------------------------------------------------
-
 
 def flag(
     default, help, low=None, high=None, *, choices=None, resume="open", positional=False
@@ -198,13 +196,8 @@ def make_folder(name, path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(
-            f"--{name} {path}: cannot create this folder ({error.strerror}); choose "
-            "another"
-        ) from error
-
-
-# -- Output ----------------------------------------------------------------------------
+        message = f"cannot create this folder ({error.strerror}); choose another"
+        raise OSError(f"--{name} {path}: {message}") from error
 
 
 def log_line(text):
@@ -260,9 +253,6 @@ def print_table(rows):
         columns.append([text.ljust(width) for text in texts])
     for line in zip(*columns, strict=True):
         print("  ".join(line).rstrip())
-
-
-# -- Exit ------------------------------------------------------------------------------
 
 
 def ignore_sigint_during_import():

@@ -27,8 +27,6 @@ from attg.distributed import broadcast_from_rank0
 from attg.images import MAX_PIXELS, MODES, ImageData, generator_for
 from attg.toy import TOY_CLASSES, toy
 
-# -- Opening a data set ----------------------------------------------------------------
-
 
 def open_data(
     name,
@@ -157,8 +155,6 @@ def open_torchvision(name, split):
     names = [f"{name}/{split}/{i:06d}" for i in range(len(pairs))]
     return pairs, names, None, num_classes
 
-
-# -- Folders ---------------------------------------------------------------------------
 
 LAYOUTS = (
     "A folder must hold train/CLASS/*.jpg and, for a test split, val/CLASS/*.jpg or "
@@ -290,19 +286,14 @@ def walk_images(root, classes):
     }
 
 
-# -- Helpers of training and evaluation ------------------------------------------------
-
-
 def resolve_dataset(data, name):
     """The first argument of open_data: a data set passed from Python, or `name`.
 
     ValueError if it has the default name, toy, which would mix up run folders and results.
     """
     if data is not None and name == "toy":
-        raise ValueError(
-            "data: a data set passed from Python needs a name other than toy: --data "
-            "NAME, or Config(data=NAME)"
-        )
+        remedy = "--data NAME, or Config(data=NAME)"
+        raise ValueError(f"data: a data set of your own needs another name: {remedy}")
     return name if data is None else data
 
 
@@ -341,10 +332,9 @@ def refuse_unreadable(dataset):
         dist.all_gather_object(parts, rows)
         rows = sorted(set().union(*parts))
     if len(rows) > dataset.max_unreadable:
-        raise ValueError(
-            f"--data: {len(rows)} of {len(dataset)} images are unreadable, over 1 %; "
-            f"repair or remove them, the first is {dataset.path(rows[0])}"
-        )
+        reason = f"{len(rows)} of {len(dataset)} images are unreadable, over 1 %"
+        first = f"repair or remove them, the first is {dataset.path(rows[0])}"
+        raise ValueError(f"--data: {reason}; {first}")
 
 
 def shot_indices(labels, shots, seed):

@@ -59,9 +59,7 @@ class LabelFlags(CheckpointDataFlags):
     """Labeled images."""
 
     val: tuple[str, ...] = flag(
-        ("test",),
-        "test sets: test, other folders of the same classes, or variants of toy",
-        resume="free",
+        ("test",), "test, folders of the same classes, toy's variants", resume="free"
     )
     show: bool = flag(
         False, "draw confusion.png (to 50 classes), k-NN: neighbors.png", resume="free"
@@ -122,10 +120,8 @@ def default_data(settings, config, checkpoint):
     """Without --data, take data and classes of the checkpoint's config, a dict."""
     if settings.data is None:
         if not config.get("data"):
-            raise ValueError(
-                f"--data: missing, and {checkpoint} does not say what it was trained on; "
-                "name a data set"
-            )
+            reason = f"{checkpoint} does not say what it was trained on"
+            raise ValueError(f"--data: missing, and {reason}; name a data set")
         settings.data = config["data"]
         settings.classes = settings.classes or config.get("classes")
         log_line(f"no --data: {settings.data}, which {checkpoint} was trained on")
@@ -176,10 +172,8 @@ def labeled_features(load_encoder, settings, data, dist_info):
     for name, part in parts.items():
         labeled = part["labels"] >= 0
         if not labeled.any() or len(parts) < 2:
-            raise ValueError(
-                f"--features {settings.features}: must hold labeled images for training "
-                f"and test, {name} has none"
-            )
+            rule = f"must hold labeled images for training and test, {name} has none"
+            raise ValueError(f"--features {settings.features}: {rule}")
         parts[name] = {key: x[labeled] for key, x in part.items()}
     sizes = {name: len(part["labels"]) for name, part in parts.items()}
     train = parts.pop("train")

@@ -101,8 +101,9 @@ def read_features(path):
             if not -1 <= labels.min() <= labels.max() < 10**6:
                 raise ValueError(f"labels of {name}: out of range")
     except Exception as error:  # a damaged file raises nearly anything
-        message = f"--features {path}: not a file of --save_features ({error!r})"
-        raise ValueError(message) from error
+        raise ValueError(
+            f"--features {path}: not a file of --save_features ({error!r})"
+        ) from error
     return parts | {"settings": {name: settings.get(name) for name in SOURCE}}
 
 

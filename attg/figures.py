@@ -168,8 +168,8 @@ def save_confusion(path, counts, names, title):
     figure = new_figure(path, side, side)
     if figure is None:
         return
-    labels = {"xlabel": "predicted, % of a class", "ylabel": "class", "title": title}
-    axes = figure.add_subplot(**labels)
+    axes = figure.add_subplot(xlabel="predicted, % of a class", ylabel="class")
+    axes.set_title(title)
     axes.imshow(percent.numpy(), "Oranges", vmin=0, vmax=150)
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
@@ -192,7 +192,8 @@ def save_curves(path, records):
 
     Loss and temperature are left out if the loss is unweighted: it is the mse then.
     """
-    plot_panels(path, panels_of(records))
+    panels = panels_of(records)
+    plot_panels(path, panels)
 
 
 def panels_of(records, run=""):

@@ -118,10 +118,8 @@ def acquire_lock(path, output, deadline):
             holder = file.read() or "another process"
             file.close()
             if time.monotonic() >= deadline:
-                raise ValueError(
-                    f"{output}: {holder} is writing here; wait until it has ended, or "
-                    "choose another path"
-                ) from None
+                message = f"{holder} is writing here; wait, or choose another path"
+                raise ValueError(f"{output}: {message}") from None
             time.sleep(0.1)
             continue
         except OSError as error:

@@ -254,10 +254,8 @@ class Trainer:
         rows = [flat[i : i + 3] for i in range(0, len(flat), 3)]
 
         if unreadable > run.train_set.max_unreadable:
-            raise ValueError(
-                f"--data {run.cfg.data}: over 1 % of the images are unreadable, "
-                f"{unreadable:.0f} so far; repair or remove them"
-            )
+            reason = f"over 1 % of the images are unreadable, {unreadable:.0f} so far"
+            raise ValueError(f"--data {run.cfg.data}: {reason}; repair or remove them")
         if not math.isfinite(sum(flat)):
             self.check_finite(rows, done)
         waits = (loader.waited, int(unreadable))

@@ -56,14 +56,9 @@ RENAMES = (
     (r"(\d)\.output\.dense", r"\1.mlp.fc2"),
 )
 # Settings of Config, and their names in Hugging Face's config.json.
-HF_SETTINGS = {
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "in_chans": "num_channels",
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "heads": "num_attention_heads",
-}
+HF_SETTINGS = {"img_size": "image_size", "patch_size": "patch_size"}
+HF_SETTINGS |= {"in_chans": "num_channels", "width": "hidden_size"}
+HF_SETTINGS |= {"depth": "num_hidden_layers", "heads": "num_attention_heads"}
 
 
 @dataclasses.dataclass
@@ -82,9 +77,6 @@ def log_once(text):
     """Print a line, on rank 0 only."""
     if not (dist.is_initialized() and dist.get_rank()):
         log_line(text)
-
-
-# -- Reading a file --------------------------------------------------------------------
 
 
 def read_weights(source, weights_key=None, weights_prefix=None):
@@ -242,9 +234,6 @@ def join_qkv(state, name):
     return state
 
 
-# -- The config of an encoder ----------------------------------------------------------
-
-
 def weight_sizes(state):
     """{name of a setting: value} for all sizes that the shapes of the weights reveal."""
     width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
@@ -297,9 +286,6 @@ def encoder_config(kind, weights, sincos_table, heads=None, img_size=None):
     return dataclasses.replace(cfg, img_size=img_size or cfg.img_size)
 
 
-# -- Positions -------------------------------------------------------------------------
-
-
 def is_table(positions, grid, sincos_table):
     """Whether positions (1, 1 + L, D) are the sin-cos table of a grid, in any precision."""
     # The width of a damaged file may be any number.
@@ -340,9 +326,6 @@ def resize_positions(positions, old, grid):
     # As in transformers: bicubic, corners not aligned, no antialiasing.
     image = F.interpolate(image, grid, mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], image.flatten(2).mT], dim=1)
-
-
-# -- Loading into a model --------------------------------------------------------------
 
 
 def load_initial(model, run, checkpoint, sincos_table):

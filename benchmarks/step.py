@@ -33,9 +33,6 @@ from benchmarks.measure import compare, peak_memory, take_turns
 DTYPES = {"bf16": torch.bfloat16, "fp32": None}
 
 
-# -- Implementations: (model, loss(model, imgs, noise)) --------------------------------
-
-
 def ours(cfg):
     """This project's model and loss."""
     return build_model(cfg), lambda model, imgs, noise: model(imgs, noise=noise)[0]
