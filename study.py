@@ -122,7 +122,7 @@ def run_program(output, log, program, *flags):
         argv = [sys.executable, ROOT / program, *flags]
         code = subprocess.call(argv, stdout=file, stderr=subprocess.STDOUT)
     if code != 0:
-        raise ChildProcessError(f"{command}: exit code {code}, see {log}")
+        raise ChildProcessError(f"{command}: exit code {code}; messages: {log}")
 
 
 def train(settings, files, variant, seed):
