@@ -293,7 +293,7 @@ def resolve_dataset(data, name):
     """
     if data is not None and name == "toy":
         remedy = "--data NAME, or Config(data=NAME)"
-        raise ValueError(f"data: a data set of your own needs another name: {remedy}")
+        raise ValueError(f"data: its name must be other than toy: {remedy}")
     return name if data is None else data
 
 
