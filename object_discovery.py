@@ -461,9 +461,7 @@ class Settings(CheckpointDataFlags, WeightFlags, RunFlags):
         choices=("max", "border"),
     )
     objects: int = flag(1, "cuts, each without the objects so far (MaskCut)", 1, 1000)
-    masks: str | None = flag(
-        None, "folder of PNG masks: the maps of --method masks, else the ground truth"
-    )
+    masks: str | None = flag(None, "folder of PNG masks: maps, or the ground truth")
     mask_values: tuple[str, ...] = flag(
         (), "values of objects, colors as 0xRRGGBB [see attg/masks.py]"
     )

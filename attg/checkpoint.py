@@ -256,10 +256,8 @@ def read_run(path):
     names = {"model", "optimizer", "scaler", "step", "config", "data", "maps"}
     missing = names - set(parts)
     if missing:
-        raise ValueError(
-            f"{path}: not a training checkpoint of this project, it lacks "
-            f"{sorted(missing)}; to start from its weights use --init"
-        )
+        reason = f"not a training checkpoint of this project, lacks {sorted(missing)}"
+        raise ValueError(f"{path}: {reason}; to start from its weights use --init")
     step = parts["step"]
     if type(step) is not int or not 0 <= step < 2**53:
         raise ValueError(f"{path}: its step is damaged ({step!r})")

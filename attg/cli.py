@@ -59,11 +59,7 @@ class DataFlags:
         resume="free",
     )
     white: float | None = flag(
-        None,
-        "white in gray of over 8 bits [65535, in 32-bit integers 255, in floats 1]",
-        1e-9,
-        1e9,
-        resume="fixed",
+        None, "white in gray of over 8 bits [by the type]", 1e-9, 1e9, resume="fixed"
     )
 
 

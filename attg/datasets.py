@@ -161,8 +161,6 @@ LAYOUTS = (
     "test/CLASS/*.jpg; or CLASS/*.jpg; or images directly, here or in train/ (a flat "
     "folder, for pre-training only)."
 )
-
-
 # Folders of thumbnails, deleted files and snapshots that operating systems and NAS boxes
 # leave behind.
 JUNK = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot"}

@@ -48,10 +48,8 @@ def processes(name, timeout=30):
         words = "gloo|nccl|peer|pair closure|clients joined"
         if world == 1 or not re.search(words, str(error), re.I):
             raise
-        raise ConnectionError(
-            f"rank {rank} ends: one of {world} ranks has exited, or has not answered for "
-            f"{timeout:g} minutes (--timeout)"
-        ) from error
+        reason = f"one of {world} ranks has exited, or has not answered for {timeout:g}"
+        raise ConnectionError(f"rank {rank} ends: {reason} min (--timeout)") from error
     # Not in a finally: after an error it would wait for ranks that torchrun ends.
     if world > 1:
         # A gloo thread may still hold a tensor of the last collective; up to PyTorch 2.7

@@ -70,10 +70,8 @@ def describe_machine(device):
     line += f", {threads} threads"
     load, cores = getattr(os, "getloadavg", lambda: [0])()[0], os.cpu_count()
     if name == "cpu" and threads > 1 and load > cores:
-        line += (
-            f"\nload {load:.1f} on {cores} cores: threads wait for each other on a busy "
-            "machine, OMP_NUM_THREADS=1 may be several times faster"
-        )
+        line += f"\nload {load:.1f} on {cores} cores: threads wait for each other on a "
+        line += "busy machine, OMP_NUM_THREADS=1 may be several times faster"
     return line
 
 

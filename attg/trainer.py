@@ -81,10 +81,8 @@ def setup(cfg, data, dist_info, signals, on_log=None):
         train_set.size = cfg.size
     test_set = open_data(name, "test", cfg.img_size, **view)
     if cfg.eval_every and not test_set:
-        raise ValueError(
-            f"--eval_every {cfg.eval_every}: --data {cfg.data} has no test split; leave "
-            "it out"
-        )
+        reason = f"--data {cfg.data} has no test split; leave it out"
+        raise ValueError(f"--eval_every {cfg.eval_every}: {reason}")
     if cfg.eval_every is None:
         cfg.eval_every = math.ceil(cfg.epochs / 4) if test_set else 0
     maps = None if cfg.guidance == "none" else train_set.masks
