@@ -449,9 +449,7 @@ class Settings(CheckpointDataFlags, WeightFlags, RunFlags):
         f"{', '.join(CNNS)} (tokencut, gradcam); pixels (tokencut) "
         "[dino_vits16, for gradcam resnet50]",
     )
-    weights: str | None = flag(
-        None, f"file with weights of {', '.join(CNNS)} [downloaded from torchvision]"
-    )
+    weights: str | None = flag(None, f"weights of {', '.join(CNNS)} [torchvision's]")
     # Not below 0: removed patches become zero vectors, whose cosine is 0.
     affinity_threshold: float = flag(0.2, "cosine above which patches connect", 0, 1)
     sign: str | None = flag(

@@ -31,8 +31,6 @@ from attg.evaluation import count_correct, count_pairs, draw, fill, open_sets
 from attg.images import seed_for, train_view
 from attg.loader import ResumableBatchSampler, make_loader
 
-# -- Settings --------------------------------------------------------------------------
-
 
 @dataclasses.dataclass(kw_only=True)
 class RecipeFlags:
@@ -100,9 +98,6 @@ def resolve(settings, recipe, images, micro_batch, device, world):
     ratio = recipe["batch_size"] / settings.batch_size
     fill(settings, blr=recipe["blr"] * math.sqrt(ratio))
     fill(settings, **recipe)
-
-
-# -- Training --------------------------------------------------------------------------
 
 
 def fit(
@@ -192,9 +187,6 @@ def backward(model, imgs, targets, settings, smoothing):
     return total.detach() / len(logits)
 
 
-# -- The file of --save ----------------------------------------------------------------
-
-
 def identity(settings, train_set):
     """What a resumed run must share: settings, checksum of the encoder, images."""
     free = resume_class(type(settings), "free") | {"classes", "header"}
@@ -239,9 +231,6 @@ def resume(path, model, optimizer, settings, total_steps):
     load_state(model, parts["model"], path)
     load_optimizer(optimizer, parts["optimizer"], step, path)
     return step
-
-
-# -- Scoring ---------------------------------------------------------------------------
 
 
 def topk_correct(logits, truth):
