@@ -99,7 +99,8 @@ def test_hugging_face(kind, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
     model, imgs = open_backbone(f"hf:{tmp_path}"), randn(2, 3, 48, 48)
     assert model.cfg.mean == (0.1, 0.2, 0.3) and model.cfg.grid == (6, 6)
-    ref.set_attn_implementation("eager")
+    load = getattr(hf, f"{kind}Model").from_pretrained
+    ref = load(tmp_path, attn_implementation="eager")
     want = ref(imgs, output_attentions=True)
     got = model.forward_features(imgs)
     assert close(got[:, 1:], want.last_hidden_state[:, first:], 1e-5)
