@@ -9,7 +9,8 @@ from torchvision.transforms import v2
 import attg_mae
 import eval_finetune
 import eval_linear
-from attg.finetuning import resolve
+from attg.features import pool_tokens
+from attg.finetuning import resolve, save
 from tests.helpers import SMALL, close, noise, rand, randn, shake, timm_model
 
 
@@ -40,6 +41,18 @@ def test_classifier_equals_timm():
         equal = close(p.grad, theirs[name].grad, 1e-4)
         assert equal or "attn.qkv.bias" in name, name
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == set(theirs)
+
+
+def test_a_file_of_save_is_an_encoder(tmp_path):
+    """Whose normalized patch mean is what the head has seen."""
+    ours, peer = classifier_and_timm()
+    save(tmp_path / "w.pt", ours, torch.optim.AdamW(ours.parameters()), {}, 0)
+    encoder, imgs = (
+        attg_mae.load_encoder(tmp_path / "w.pt", heads=2),
+        randn(4, 3, 32, 32),
+    )
+    patch_mean = pool_tokens(encoder, encoder.forward_features(imgs))[1]
+    assert close(ours.head(patch_mean), peer.eval()(imgs), 1e-5)
 
 
 def test_layer_groups_equal_timm():
