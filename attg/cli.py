@@ -199,12 +199,10 @@ def make_folder(name, path):
 def log_line(text):
     """Print a line at once, above a progress bar if there is one."""
     write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print
-    try:
+    with naming("standard output"):
         write(text)
         # Without it, output that is piped to a file arrives in blocks of 8 KB.
         sys.stdout.flush()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 def progress(steps, total=None, desc=None, **options):

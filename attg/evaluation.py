@@ -227,8 +227,7 @@ def draw(settings, data, counts, title, features=None):
     source = settings.out or settings.checkpoint or settings.features
     names = ("classes", "max_pixels", "white")
     options = {name: getattr(settings, name) for name in names}
-    if data is None or isinstance(data, str):
-        data = settings.data
+    data = resolve_dataset(data, settings.data)
     train_set, tests = open_labeled(data, settings.val[:1], 32, **options)
     if len(counts) <= 50:
         path = Path(source).with_name("confusion.png")

@@ -12,7 +12,6 @@ from torch.utils.data import Subset
 from attg.checkpoint import check_like, load_checkpoint, read_settings, save_checkpoint
 from attg.cli import progress
 from attg.datasets import refuse_unreadable
-from attg.images import ImageData
 from attg.loader import make_loader
 
 FEATURES = ("class_token", "patch_mean")
@@ -55,9 +54,7 @@ def extract_sharded(model, dataset, loader_args, dtype, rank, world):
     """
     shard = Subset(dataset, range(rank, len(dataset), world))
     features = extract_features(model, make_loader(shard, **loader_args), dtype)
-    # Other data sets have no replacements, they fail at the first unreadable image.
-    if isinstance(dataset, ImageData):
-        refuse_unreadable(dataset)
+    refuse_unreadable(dataset)
     if world == 1:
         return features
     shards = [None] * world
@@ -104,7 +101,8 @@ def read_features(path):
         raise ValueError(
             f"--features {path}: not a file of --save_features ({error!r})"
         ) from error
-    return parts | {"settings": {name: settings.get(name) for name in SOURCE}}
+    parts["settings"] = {name: settings.get(name) for name in SOURCE}
+    return parts
 
 
 @torch.no_grad()

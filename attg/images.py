@@ -361,7 +361,7 @@ class ImageData(Dataset):
             return self.known_classes > 0
         try:
             return self.known_labels is not None or self.read(0)[1] >= 0
-        except Exception:  # unreadable, see decode
+        except Exception:  # unreadable, see __getitem__
             return True
 
     @functools.cached_property

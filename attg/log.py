@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from attg.cli import log_line
-from attg.files import replacing
+from attg.files import naming, replacing
 
 # Names of settings and metrics in older configs, logs and results, and their new names.
 RENAMED_SETTINGS = {"knn_every": "eval_every", "keep_every": "keep_ckpt_every"}
@@ -118,11 +118,8 @@ class Log:
     def write(self, record, line):
         """Append a record to log.jsonl and print it as `line`."""
         if self.is_rank0:
-            try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
+            with naming(self.path), open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
             for hook in self.hooks:
                 hook(record)
             self.say(line)
