@@ -71,7 +71,7 @@ def check_pixels(size, max_pixels):
 def load_image(file, max_pixels=MAX_PIXELS, scale=1):
     """Decode an image file. Returns a PIL image of any mode.
 
-    scale: decode a JPEG at 1/4 or 1/8 of its size. ValueError if it has more than
+    scale: decode a JPEG at 1/2, 1/4 or 1/8 of its size. ValueError if it has more than
     max_pixels, before anything is decoded; otherwise whatever the decoders raise: OSError,
     SyntaxError, ValueError and others.
     """
@@ -151,9 +151,9 @@ class Jpeg:
         """See resize_region, in half of Pillow's time."""
         x, y, w, h = region
         ratio = min(h / size[0], w / size[1])
-        if ratio >= 8:
-            # Decoded at 1/4 or 1/8 of its size, it still has twice as many pixels.
-            scale = 8 if ratio >= 16 else 4
+        # Decoded at 1/scale of its size, it still has twice as many pixels.
+        scale = next((s for s in (8, 4, 2) if ratio >= 2 * s), 1)
+        if scale > 1:
             box = [v / scale for v in (x, y, x + w, y + h)]
             return to_tensor(self.load(scale).resize(size[::-1], BICUBIC, box))
         from torchvision import io as torchvision_io
