@@ -161,20 +161,13 @@ def labeled_features(load_encoder, settings, data, dist_info):
     by the encoder. Each is a dict of features (n, D) and "labels" (n,).
     """
     if settings.features:
-        parts = read_features(settings.features)
-        for name, value in parts.pop("settings").items():
-            setattr(settings, name, value)
+        parts, source = read_features(settings.features)
+        vars(settings).update(source)
     else:
         encoder = open_encoder(load_encoder, settings)
         train_set, tests = open_sets(settings, data, encoder.cfg, dist_info)
         sets = {"train": train_set, **tests}
         parts = make_features(encoder.to(dist_info[0]), sets, settings, dist_info)
-    for name, part in parts.items():
-        labeled = part["labels"] >= 0
-        if not labeled.any() or len(parts) < 2:
-            rule = f"must hold labeled images for training and test, {name} has none"
-            raise ValueError(f"--features {settings.features}: {rule}")
-        parts[name] = {key: x[labeled] for key, x in part.items()}
     sizes = {name: len(part["labels"]) for name, part in parts.items()}
     train = parts.pop("train")
     if settings.features:

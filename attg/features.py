@@ -47,35 +47,35 @@ def pool_tokens(model, tokens):
 
 
 def extract_sharded(model, dataset, loader_args, dtype, rank, world):
-    """extract_features of a data set, in its order, on every rank.
+    """{feature or "labels": (n, ...)} of a data set, in its order, on every rank.
 
     Each rank extracts every world-th image, then all ranks exchange their features. An
     unreadable image has the features and label of its replacement (see ImageData).
     """
     shard = Subset(dataset, range(rank, len(dataset), world))
-    features = extract_features(model, make_loader(shard, **loader_args), dtype)
+    loader = make_loader(shard, **loader_args)
+    features = extract_features(model, loader, dtype)
     refuse_unreadable(dataset)
-    if world == 1:
-        return features
-    shards = [None] * world
-    dist.all_gather_object(shards, features)
-    ids = [torch.arange(r, len(dataset), world) for r in range(world)]
-    order = torch.cat(ids).argsort()
-    return tuple(torch.cat(parts)[order] for parts in zip(*shards, strict=True))
+    if world > 1:
+        shards = [None] * world
+        dist.all_gather_object(shards, features)
+        ids = [torch.arange(r, len(dataset), world) for r in range(world)]
+        order = torch.cat(ids).argsort()
+        features = [torch.cat(x)[order] for x in zip(*shards, strict=True)]
+    return dict(zip((*FEATURES, "labels"), features, strict=True))
 
 
 def make_features(model, datasets, settings, dist_info):
-    """{name of a data set: {feature or "labels": (n, ...)}}, also saved as the flags say.
+    """{name of a data set: extract_sharded}, also saved as the flags say.
 
     settings: attg.evaluation's flags. dist_info: (device, rank, world).
     """
     _, rank, world = dist_info
     dtype = torch.bfloat16 if settings.precision == "bf16" else None
-    loader_args = {"batch_size": settings.batch_size, "workers": settings.workers}
+    options = {"batch_size": settings.batch_size, "workers": settings.workers}
     parts = {}
     for name, dataset in datasets.items():
-        features = extract_sharded(model, dataset, loader_args, dtype, rank, world)
-        parts[name] = dict(zip((*FEATURES, "labels"), features, strict=True))
+        parts[name] = extract_sharded(model, dataset, options, dtype, rank, world)
     if settings.save_features and rank == 0:
         source = {name: getattr(settings, name) for name in SOURCE}
         save_checkpoint(settings.save_features, settings=source, **parts)
@@ -83,7 +83,10 @@ def make_features(model, datasets, settings, dist_info):
 
 
 def read_features(path):
-    """The parts that make_features has written to a file; ValueError for other files."""
+    """Parts of a file of make_features without unlabeled images, and its SOURCE.
+
+    ValueError for other files.
+    """
     parts = load_checkpoint(path)
     try:
         settings = read_settings(parts.pop("settings"), "settings")
@@ -95,14 +98,22 @@ def read_features(path):
                 check_like(part[feature], rows, f"{feature} of {name}")
             check_like(labels, rows[:, 0].long(), f"labels of {name}")
             # A larger one is damage: k-NN counts votes for each class.
-            if not -1 <= labels.min() <= labels.max() < 10**6:
-                raise ValueError(f"labels of {name}: out of range")
+            if labels.min() < -1 or not 0 <= labels.max() < 10**6:
+                raise ValueError(f"labels of {name}: none, or out of range")
+            parts[name] = labeled_rows(part)
+        if len(parts) < 2:
+            raise ValueError("no test set")
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(
             f"--features {path}: not a file of --save_features ({error!r})"
         ) from error
-    parts["settings"] = {name: settings.get(name) for name in SOURCE}
-    return parts
+    return parts, {name: settings.get(name) for name in SOURCE}
+
+
+def labeled_rows(part, device="cpu"):
+    """The features and labels of labeled images (label >= 0), on a device."""
+    labeled = part["labels"] >= 0
+    return {name: x[labeled].to(device) for name, x in part.items()}
 
 
 @torch.no_grad()
@@ -130,7 +141,8 @@ def knn_classify(
     max_values = 2**26 if bank.is_cuda else 2**23
     row = max(bank.shape[1], len(ks) * num_classes)
     rankings = []
-    for x in queries.split(max(1, max_values // row)):
+    chunk = max(1, max_values // row)
+    for x in queries.split(chunk):
         similarity, ids = nearest(x @ bank, neighbors)  # (b, k)
         labels = train_labels[ids]
         # A common factor changes no ranking, and subtracting 1 rules out an overflow.
@@ -150,13 +162,16 @@ def nearest(similarity, k):
 
     The order of topk, and which of the equal values it takes, depends on k.
     """
-    values, ids = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
-    if ids.shape[1] > k:
+    n = similarity.shape[1]
+    values, ids = similarity.topk(min(k + 1, n), dim=1)
+    if k < n:
         # Equal values on both sides of the last place, which is rare.
-        tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
-        ordered = similarity[tied].sort(dim=1, descending=True, stable=True)
-        values[tied], ids[tied] = (x[:, : k + 1] for x in ordered)
+        tied = values[:, k - 1] == values[:, k]
         values, ids = values[:, :k], ids[:, :k]
+        ordered = similarity[tied].sort(dim=1, descending=True, stable=True)
+        values[tied] = ordered.values[:, :k]
+        ids[tied] = ordered.indices[:, :k]
+    # By index first, which the stable sort by value keeps.
     ids, order = ids.sort(dim=1)
     values = values.gather(1, order)
     values, order = values.sort(dim=1, descending=True, stable=True)
@@ -166,17 +181,16 @@ def nearest(similarity, k):
 def knn_accuracy(model, train_set, test_set, loader_args, dtype, rank, world):
     """{feature: top-1 in percent} of the k-NN (k = 20) from train_set to test_set."""
     device = next(model.parameters()).device
-    options = (loader_args, dtype, rank, world)
-    *banks, labels = extract_sharded(model, train_set, *options)
-    *queries, truth = extract_sharded(model, test_set, *options)
-    # Some training images of stl10 have no labels.
-    known, scored = labels >= 0, truth >= 0
-    if not known.any() or not scored.any():
-        return {}
-    labels, truth = labels[known].to(device), truth[scored].to(device)
+    parts = []
+    for dataset in (train_set, test_set):
+        part = extract_sharded(model, dataset, loader_args, dtype, rank, world)
+        # Some training images of stl10 have no labels.
+        parts.append(labeled_rows(part, device))
+    train, test = parts
     accuracy = {}
-    for name, bank, query in zip(FEATURES, banks, queries, strict=True):
-        bank, query = bank[known].to(device), query[scored].to(device)
-        guess = knn_classify(bank, labels, query)[:, 0]
-        accuracy[name] = 100 * (guess == truth).float().mean().item()
+    for name in FEATURES:
+        if len(train["labels"]) and len(test["labels"]):
+            classes = knn_classify(train[name], train["labels"], test[name])
+            correct = classes[:, 0] == test["labels"]
+            accuracy[name] = 100 * correct.float().mean().item()
     return accuracy
