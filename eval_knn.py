@@ -26,7 +26,6 @@ from attg.evaluation import (
     FeatureFlags,
     LabelFlags,
     count_correct,
-    count_pairs,
     draw,
     draw_shots,
     evaluate,
@@ -70,15 +69,15 @@ def evaluate_knn(settings, data, dist_info):
         for k, *runs in zip(settings.k, *percent, strict=True):
             result = {"feature": feature, "test": name, "protocol": protocol, "k": k}
             counts = {"seeds": len(runs), "images": len(bank[1])}
+            counts["test_images"] = len(queries[1])
             results.append(result | mean_and_deviation(runs) | counts)
     if settings.show:
         bank, labels = train[FEATURES[1]], train["labels"]
         test = tests[settings.val[0]]
         queries, truth = test[FEATURES[1]], test["labels"]
         guesses = knn_classify(bank, labels, queries, settings.k[0])[:, 0]
-        counts = count_pairs(truth, guesses, num_classes)
         title = f"{FEATURES[1]}, k = {settings.k[0]}"
-        draw(settings, data, counts, title, (bank, queries, FEATURES[1]))
+        draw(settings, data, truth, guesses, title, (bank, queries, FEATURES[1]))
     return results
 
 

@@ -37,7 +37,6 @@ from attg.evaluation import (
     EvalFlags,
     FeatureFlags,
     LabelFlags,
-    count_pairs,
     draw,
     draw_shots,
     evaluate,
@@ -184,13 +183,11 @@ def probe_features(settings, data, dist_info):
         for name in tests:
             result = {"feature": feature, "protocol": protocol, "test": name}
             metrics = mean_and_deviation([run["results"][name] for run in runs])
-            counts = chosen | {"images": len(x), "held_out": held_out}
-            results.append(result | metrics | counts)
+            metrics |= chosen | {"images": len(x), "test_images": len(tests[name][1])}
+            results.append(result | metrics | {"held_out": held_out})
     if settings.show:
         name = settings.val[0]
-        truth, guesses = parts[name]["labels"], runs[-1]["guesses"][name]
-        counts = count_pairs(truth, guesses, int(train["labels"].max()) + 1)
-        draw(settings, data, counts, feature)
+        draw(settings, data, parts[name]["labels"], runs[-1]["guesses"][name], feature)
     return results
 
 

@@ -197,7 +197,9 @@ def make_folder(name, path):
 
 
 def log_line(text):
-    """Print a line at once, above a progress bar if there is one."""
+    """Print a line at once on rank 0, above a progress bar if there is one."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print
     with naming("standard output"):
         write(text)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import statistics
 import time
@@ -100,20 +101,25 @@ def fill(settings, **defaults):
             setattr(settings, name, value)
 
 
-def open_sets(settings, data, cfg, dist_info, fraction=1.0, **options):
+def open_sets(settings, data, cfg, fraction=1.0, **options):
     """Training images (a fraction of each class), {name: test set}; see open_labeled."""
     default_data(settings, vars(cfg), settings.checkpoint)
-    data = resolve_dataset(data, settings.data)
-    options |= {"classes": settings.classes, "max_pixels": settings.max_pixels}
-    options |= {"white": settings.white or cfg.white, "channels": cfg.in_chans}
-    options["verify"] = settings.verify == "full"
-    train_set, tests = open_labeled(data, settings.val, cfg.size, **options)
+    fill(settings, white=cfg.white)
+    options |= {"channels": cfg.in_chans, "verify": settings.verify == "full"}
+    train_set, tests = open_images(settings, data, cfg.size, **options)
     if fraction < 1:
         rows = shot_indices(train_set.labels, fraction, settings.seed)
         train_set = train_set.subset(rows.sort().values)
     sizes = {name: len(x) for name, x in {"train": train_set, **tests}.items()}
-    describe(settings, sizes, train_set.num_classes, dist_info)
+    describe(settings, sizes, train_set.num_classes)
     return train_set, tests
+
+
+def open_images(settings, data, size, **options):
+    """open_labeled for the settings."""
+    options |= {name: getattr(settings, name) for name in ("classes", "max_pixels")}
+    data = resolve_dataset(data, settings.data)
+    return open_labeled(data, settings.val, size, white=settings.white, **options)
 
 
 def default_data(settings, config, checkpoint):
@@ -127,13 +133,12 @@ def default_data(settings, config, checkpoint):
         log_line(f"no --data: {settings.data}, which {checkpoint} was trained on")
 
 
-def describe(settings, sizes, classes, dist_info):
+def describe(settings, sizes, classes):
     """Log a line on the data and keep it as the header of the results."""
     images = ", ".join(f"{name} {count:,}" for name, count in sizes.items())
     chance = f"{classes} classes, chance {100 / classes:.3g} %"
     settings.header = f"data {settings.data}, images: {images}; {chance}"
-    if dist_info[1] == 0:
-        log_line(settings.header)
+    log_line(settings.header)
 
 
 def open_encoder(load_encoder, settings, only_files=False, **options):
@@ -165,13 +170,13 @@ def labeled_features(load_encoder, settings, data, dist_info):
         vars(settings).update(source)
     else:
         encoder = open_encoder(load_encoder, settings)
-        train_set, tests = open_sets(settings, data, encoder.cfg, dist_info)
+        train_set, tests = open_sets(settings, data, encoder.cfg)
         sets = {"train": train_set, **tests}
         parts = make_features(encoder.to(dist_info[0]), sets, settings, dist_info)
     sizes = {name: len(part["labels"]) for name, part in parts.items()}
     train = parts.pop("train")
     if settings.features:
-        describe(settings, sizes, int(train["labels"].max()) + 1, dist_info)
+        describe(settings, sizes, int(train["labels"].max()) + 1)
     return train, parts
 
 
@@ -193,13 +198,13 @@ def evaluate(program, settings, protocol, data=None):
     """
     start = time.perf_counter()
     source = check_source(settings)
-    out = Path(settings.out or source.with_name(f"{program}.jsonl"))
     with processes(settings.device, settings.timeout) as dist_info:
         device, rank, world = dist_info
         if world > 1 and getattr(settings, "show", False):
             raise ValueError(f"--show: {world} processes; use one, or leave it out")
         if rank == 0:
             check_outputs(settings)
+        fill(settings, out=str(source.with_name(f"{program}.jsonl")))
         fill(settings, workers=default_workers(device))
         save = getattr(settings, "save", None)
         lock = exclusive_run(f"{save}.lock", f"--save {save}", rank, world)
@@ -207,36 +212,28 @@ def evaluate(program, settings, protocol, data=None):
             results = protocol(settings, data, dist_info)
         if rank == 0:
             seconds = round(time.perf_counter() - start, 1)
-            report(results, dataclasses.asdict(settings) | {"seconds": seconds}, out)
+            report(results, dataclasses.asdict(settings) | {"seconds": seconds})
     return results
 
 
-def draw(settings, data, counts, title, features=None):
+def draw(settings, data, truth, guesses, title, features=None):
     """Draw the figures of --show beside --out: confusion.png and neighbors.png.
 
-    counts (C, C): images of the first test set by class and prediction. title: the feature
-    that they are of. features: (bank, queries, name) of k-NN.
+    truth, guesses (n,): classes of the first test set. title: the feature that they are
+    of. features: (bank, queries, name) of k-NN.
     """
-    source = settings.out or settings.checkpoint or settings.features
-    names = ("classes", "max_pixels", "white")
-    options = {name: getattr(settings, name) for name in names}
-    data = resolve_dataset(data, settings.data)
-    train_set, tests = open_labeled(data, settings.val[:1], 32, **options)
-    if len(counts) <= 50:
-        path = Path(source).with_name("confusion.png")
-        save_confusion(path, counts, class_names(train_set), title)
+    folder = Path(settings.out).parent
+    train_set, tests = open_images(settings, data, 32)
+    classes = train_set.num_classes
+    if classes <= 50:
+        counts = (truth * classes + guesses).bincount(minlength=classes**2)
+        path, names = folder / "confusion.png", class_names(train_set)
+        save_confusion(path, counts.view(classes, classes), names, title)
         log_line(f"confusion matrix: {path}")
     if features:
-        path = Path(source).with_name("neighbors.png")
+        path = folder / "neighbors.png"
         save_neighbors(path, train_set, tests[settings.val[0]], *features)
         log_line(f"neighbors: {path}")
-
-
-def count_pairs(truth, guesses, num_classes):
-    """Counts (C, C) of images by class and prediction, both (n,)."""
-    pairs = truth * num_classes + guesses
-    counts = pairs.bincount(minlength=num_classes**2)
-    return counts.view(num_classes, num_classes)
 
 
 def check_outputs(settings):
@@ -268,8 +265,8 @@ def mean_and_deviation(runs):
     return {"top-1": statistics.mean(top1), **deviation, "top-5": statistics.mean(top5)}
 
 
-def report(results, settings, path):
-    """Print results as a table; append them, with the settings, to the file of JSON lines."""
+def report(results, settings):
+    """Print results as a table; append them, with the settings, to --out as a JSON line."""
     record = {"settings": settings, "torch": torch.__version__}
     # JSON has no NaN.
     record["results"] = [
@@ -279,9 +276,18 @@ def report(results, settings, path):
     # A full disk must not lose the results, nor the reader of a pipe that closes it.
     try:
         print(settings["header"])
-        hidden = {"held_out"}  # long, in the file only
-        print_table([{k: r[k] for k in r if k not in hidden} for r in results])
-        log_line(f"with all settings: {path}")
+        print_table([as_row(result) for result in results])
+        log_line(f"with all settings: {settings['out']}")
     finally:
-        with naming(path), open(path, "a") as file:
+        with naming(settings["out"]), open(settings["out"], "a") as file:
             file.write(line + "\n")
+
+
+def as_row(result):
+    """A result as it is printed: top-1 with its standard error, that of a binomial."""
+    row = {name: x for name, x in result.items() if name != "held_out"}  # which is long
+    if "test_images" in row:
+        p = row["top-1"]
+        error = math.sqrt(p * (100 - p) / row["test_images"])
+        row["top-1"] = f"{p:.2f} +- {error:.2f}"
+    return row

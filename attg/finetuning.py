@@ -27,7 +27,7 @@ from attg.checkpoint import (
 )
 from attg.cli import flag, log_line, progress, resume_class
 from attg.datasets import refuse_unreadable
-from attg.evaluation import count_correct, count_pairs, draw, fill, open_sets
+from attg.evaluation import count_correct, draw, fill, open_sets
 from attg.images import seed_for, train_view
 from attg.loader import ResumableBatchSampler, make_loader
 
@@ -62,18 +62,17 @@ def open_training(cfg, settings, data, recipe, micro_batch, dist_info, after=Non
 
     after: a further augmentation of the random crops. For the rest see resolve.
     """
-    device, rank, world = dist_info
     view = functools.partial(train_view, scale=(0.08, 1.0), after=after)
     options = {"augment": view, "seed": settings.seed}
     fraction = settings.label_fraction
-    train_set, tests = open_sets(settings, data, cfg, dist_info, fraction, **options)
+    train_set, tests = open_sets(settings, data, cfg, fraction, **options)
+    device, _, world = dist_info
     resolve(settings, recipe, len(train_set), micro_batch, device, world)
-    if rank == 0:
-        size = settings.batch_size
-        log_line(
-            f"training on {len(train_set):,} images: {settings.epochs} epochs, batch size "
-            f"{size}, peak lr {settings.blr * size / 256:.2e}"
-        )
+    size = settings.batch_size
+    log_line(
+        f"training on {len(train_set):,} images: {settings.epochs} epochs, batch size "
+        f"{size}, peak lr {settings.blr * size / 256:.2e}"
+    )
     return train_set, tests
 
 
@@ -115,8 +114,7 @@ def fit(
     if settings.save and Path(settings.save).exists():
         shared = identity(settings, train_set)
         start = resume(settings.save, model, optimizer, shared, total_steps)
-        if rank == 0:
-            log_line(f"resuming {settings.save} after {start} of {total_steps} steps")
+        log_line(f"resuming {settings.save} after {start} of {total_steps} steps")
     order = settings.batch_size, start, total_steps, settings.seed
     sampler = ResumableBatchSampler(len(train_set), *order, settings.accum, rank, world)
     options = {"batch_sampler": sampler, "pin_memory": device.type == "cuda"}
@@ -149,11 +147,10 @@ def fit(
             if not math.isfinite(loss):
                 raise ValueError(f"loss not finite in epoch {epoch}; try a lower --blr")
             refuse_unreadable(train_set)
-            if rank == 0:
-                log_line(f"epoch {epoch}/{settings.epochs} loss {loss:.4f} lr {lr:.2e}")
-                if settings.save:
-                    shared = identity(settings, train_set)
-                    save(settings.save, model, optimizer, shared, step + 1)
+            log_line(f"epoch {epoch}/{settings.epochs} loss {loss:.4f} lr {lr:.2e}")
+            if settings.save and rank == 0:
+                shared = identity(settings, train_set)
+                save(settings.save, model, optimizer, shared, step + 1)
     if world > 1:
         # BatchNorm's statistics differ, since each rank has seen other images.
         for buffer in model.buffers():
@@ -253,7 +250,7 @@ def score(model, tests, features, protocol, settings, data, dist_info):
     for name, dataset in tests.items():
         shard = Subset(dataset, range(rank, len(dataset), world))
         counts = torch.zeros(len(features), 2, dtype=torch.int64, device=device)
-        pairs = 0
+        pairs = []  # classes and predictions by the last feature
         for sample in make_loader(shard, batch_size, settings.workers):
             imgs, labels = to_device(sample, model, device)
             with autocast(settings, device):
@@ -261,15 +258,16 @@ def score(model, tests, features, protocol, settings, data, dist_info):
             if not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite; try a lower --blr")
             counts += topk_correct(logits, labels)
-            guesses = logits[-1].argmax(dim=1)
-            pairs = pairs + count_pairs(labels, guesses, logits.shape[-1])
+            pairs.append(torch.stack([labels, logits[-1].argmax(dim=1)]))
         refuse_unreadable(dataset)
         if world > 1:
             dist.all_reduce(counts)
         if settings.show and name == settings.val[0]:
-            draw(settings, data, pairs.cpu(), features[-1])
+            truth, guesses = torch.cat(pairs, dim=1).cpu()
+            draw(settings, data, truth, guesses, features[-1])
         percent = 100 * counts.cpu().double() / len(dataset)
         for feature, (top1, top5) in zip(features, percent.tolist(), strict=True):
             result = {"feature": feature, "protocol": protocol, "test": name}
-            results.append(result | {"top-1": top1, "top-5": top5})
+            result |= {"top-1": top1, "top-5": top5, "test_images": len(dataset)}
+            results.append(result)
     return results

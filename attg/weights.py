@@ -15,7 +15,6 @@ import re
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -71,12 +70,6 @@ class Weights:
     is_own: bool  # written by this project
     left_out: list  # names in the file
     grid: tuple | None = None  # of the positions, from encoder_config
-
-
-def log_once(text):
-    """Print a line, on rank 0 only."""
-    if not (dist.is_initialized() and dist.get_rank()):
-        log_line(text)
 
 
 def read_weights(source, weights_key=None, weights_prefix=None):
@@ -153,7 +146,7 @@ def select_entry(content, key, name):
             raise ValueError(f"--weights_key {key}: {name} has the entries {entries}")
         nets = [k for k in entries if any(map(torch.is_tensor, content[k].values()))]
         if len(nets) > 1 and not key:
-            log_once(f"{name}: takes {chosen} of {nets}; see --weights_key")
+            log_line(f"{name}: takes {chosen} of {nets}; see --weights_key")
         content, key = content[chosen], None
     if not all(isinstance(key, str) for key in content):
         raise ValueError(f"{name}: not a state dict, its keys are not strings")
@@ -265,7 +258,7 @@ def encoder_config(kind, weights, sincos_table, heads=None, img_size=None):
     if not settings["heads"]:
         raise ValueError(f"{name}: no standard width, {sizes['width']}; give --heads")
     if not heads and "heads" not in told:
-        log_once(f"{name}: {settings['heads']} heads, a guess by width; see --heads")
+        log_line(f"{name}: {settings['heads']} heads, a guess by width; see --heads")
     if "img_size" not in told:
         grid, p = position_grid(positions, sincos_table), sizes["patch_size"]
         settings["img_size"] = (grid[0] * p, grid[1] * p) if grid else img_size
@@ -370,7 +363,7 @@ def load_weights(model, weights, sincos_table):
             notes.append("no norm of each token in the file, it starts fresh")
     for key in {"pos_embed", "decoder_pos_embed"} & set(state):
         if not state[key].any():
-            log_once(f"{name}: {key} is all zero, so patches do not know their place")
+            log_line(f"{name}: {key} is all zero, so patches do not know their place")
         grid = model.cfg.grid
         state[key] = fit_positions(state[key], weights.grid, grid, sincos_table)
     load_checked(model, state, fresh, name)

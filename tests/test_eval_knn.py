@@ -54,7 +54,8 @@ def test_results_of_a_data_set(encoder, labelled, tmp_path, capsys):
         assert two["settings"][name] == report["settings"][name]
 
 
-def test_deviations_are_those_of_samples_over_the_seeds(tmp_path):
+def test_deviations_over_the_seeds_and_standard_error(tmp_path, capsys):
+    """The former are those of samples, the latter is that of 60 test images."""
     (x, labels), (queries, truth) = blobs(90, 3), blobs(60, 3, seed=7)
     tops = []
     for seed in range(3):
@@ -67,3 +68,6 @@ def test_deviations_are_those_of_samples_over_the_seeds(tmp_path):
     assert rows[0]["top-1"] == pytest.approx(np.mean(tops))
     assert rows[0]["+-"] == pytest.approx(np.std(tops, ddof=1)) and rows[0]["+-"] > 1
     assert not rows[0]["+-"] == pytest.approx(np.std(tops))
+    error = 100 * (np.mean(tops) / 100 * (1 - np.mean(tops) / 100) / 60) ** 0.5
+    assert f"  {np.mean(tops):.2f} +- {error:.2f}  " in capsys.readouterr().out
+    assert rows[0]["test_images"] == 60 and error > 1

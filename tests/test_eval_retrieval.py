@@ -65,7 +65,7 @@ def test_metrics_equal_a_plain_reading_of_the_protocol(tmp_path):
 
     none = eval_retrieval.retrieval_map(database, queries[1:2], gnd[1:2])["hard"]
     assert math.isnan(none["mAP"])
-    report([none], {"header": ""}, tmp_path / "o.jsonl")  # JSON has no NaN
+    report([none], {"header": "", "out": str(tmp_path / "o.jsonl")})  # JSON has no NaN
     assert json.loads((tmp_path / "o.jsonl").read_text())["results"][0]["mAP"] is None
 
 
