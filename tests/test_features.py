@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import attg_mae
@@ -27,7 +27,6 @@ def is_right(ranking, train, labels, test, k):
     return torch.allclose(votes.gather(1, ranking), best, atol=1e-5)
 
 
-@settings(max_examples=30)
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 60)),
     ks=st.tuples(st.integers(1, 70), st.integers(1, 70)),
@@ -47,7 +46,6 @@ def test_ties_go_to_the_lower_row(shape, ks, values, seed):
 
 
 @pytest.mark.filterwarnings("ignore:The number of unique classes")
-@settings(max_examples=20)
 @given(
     classes=st.integers(1, 100),
     more=st.integers(0, 900),
