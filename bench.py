@@ -56,13 +56,14 @@ def main(argv=None):
     benchmark = importlib.import_module(f"benchmarks.{settings.benchmark}")
     import torch
 
-    from benchmarks.measure import machine, print_table
+    from attg.log import describe_machine
+    from benchmarks.measure import print_table
 
     on_gpu = torch.cuda.is_available() and settings.device != "cpu"
     settings.repeats = settings.repeats or (50 if on_gpu else 7)
     settings.batch_size = settings.batch_size or (128 if on_gpu else 32)
     device = torch.device(settings.device or ("cuda" if on_gpu else "cpu"))
-    print(machine(device))
+    print(f"{describe_machine(device)}, {'GPU' if on_gpu else 'CPU'} time\n")
     print_table(benchmark.run(settings, device))
 
 

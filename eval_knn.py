@@ -25,12 +25,12 @@ from attg.evaluation import (
     EvalFlags,
     FeatureFlags,
     LabelFlags,
-    count_correct,
     draw,
     draw_shots,
     evaluate,
     labeled_features,
     mean_and_deviation,
+    percent_correct,
 )
 from attg.features import FEATURES, knn_classify
 from attg_mae import load_encoder
@@ -49,8 +49,7 @@ def accuracy(bank, labels, queries, truth, ks, num_classes, device):
     """
     bank, labels, queries = (x.to(device) for x in (bank, labels, queries))
     classes = knn_classify(bank, labels, queries, ks, num_classes=num_classes)
-    counts = count_correct(classes.cpu(), truth)
-    return (100 * counts.double() / len(truth)).tolist()
+    return percent_correct(classes.cpu(), truth)
 
 
 def evaluate_knn(settings, data, dist_info):

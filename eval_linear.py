@@ -44,9 +44,10 @@ from attg.evaluation import (
     labeled_features,
     mean_and_deviation,
     open_encoder,
+    percent_correct,
 )
 from attg.features import FEATURES, pool_tokens
-from attg.finetuning import RecipeFlags, fit, open_training, score, topk_correct
+from attg.finetuning import RecipeFlags, fit, open_training, score
 from attg.images import seed_for
 from attg_mae import load_encoder, lr_at
 
@@ -98,9 +99,9 @@ def linear_probe(features, labels, tests, lrs=LRS, seed=0, device="cpu", **train
         raise ValueError(f"learning rate {lr:g}: diverged")
     results, guesses = {}, {}
     for name, (test_features, truth) in tests.items():
-        test = standardize(test_features)
-        results[name] = percent_correct(test, truth.to(device), weights)[0].tolist()
-        guesses[name] = (test @ weights[0]).argmax(dim=1).cpu()
+        (classes,) = best_classes(standardize(test_features), weights)
+        results[name] = percent_correct(classes, truth)
+        guesses[name] = classes[:, 0]
     held_out = dict(zip(lrs, top1.tolist(), strict=True))
     return {"lr": lr, "held_out": held_out, "results": results, "guesses": guesses}
 
@@ -113,12 +114,13 @@ def cross_validate(x, labels, lrs, seed, **training):
     fold = torch.empty(len(labels), dtype=torch.long)
     # All images, class by class in random order, are dealt out to the five folds.
     fold[shot_indices(labels.cpu(), 1.0, seed)] = torch.arange(len(labels)) % 5
-    top1 = []
+    accuracy = []
     for number in fold.unique()[: 5 if len(labels) <= 10_000 else 1]:
         test = (fold == number).to(x.device)
         weights = train_heads(x[~test], labels[~test], lrs, seed=seed, **training)
-        top1.append(percent_correct(x[test], labels[test], weights)[:, 0])
-    return torch.stack(top1).mean(dim=0)
+        classes = best_classes(x[test], weights)
+        accuracy.append(percent_correct(classes, labels[test].cpu()))
+    return torch.tensor(accuracy, dtype=torch.float64).mean(dim=0)[:, 0]
 
 
 def train_heads(
@@ -152,12 +154,11 @@ def train_heads(
     return weights.view(len(weights), -1, num_classes).transpose(0, 1)
 
 
-def percent_correct(x, truth, weights):
-    """Top-1 and top-5 (R, 2) of regressions (R, D + 1, C) on x (n, D + 1)."""
-    counts = 0
-    for rows, classes in zip(x.split(4096), truth.split(4096), strict=True):
-        counts = counts + topk_correct(rows @ weights, classes)
-    return 100 * counts.cpu().double() / len(truth)
+def best_classes(x, weights):
+    """Up to five classes (R, n, 5), best first, of x (n, D + 1) by train_heads."""
+    k = min(5, weights.shape[2])
+    chunks = [(rows @ weights).topk(k).indices.cpu() for rows in x.split(4096)]
+    return torch.cat(chunks, dim=1)
 
 
 def probe_features(settings, data, dist_info):

@@ -36,7 +36,7 @@ from attg_mae import load_encoder
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(EvalFlags, RunFlags):
-    data: str | None = flag(None, "folder of the photographs, DIR/NAME.jpg")
+    data: str = flag(".", "folder of the photographs, DIR/NAME.jpg")
     gnd: str | None = flag(None, "the authors' gnd_roxford5k.pkl or gnd_rparis6k.pkl")
 
 
@@ -185,9 +185,6 @@ def main(argv=None):
     """Returns the results, a list of dicts."""
     settings = parse(Settings, __doc__, argv)
     check_unused(settings, ["workers"], "has no effect on retrieval")
-    for name, what in (("data", "the photographs"), ("gnd", "gnd_roxford5k.pkl")):
-        if not getattr(settings, name):
-            raise ValueError(f"--{name}: missing; give {what}")
     return evaluate("eval_retrieval", settings, evaluate_retrieval)
 
 

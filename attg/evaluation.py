@@ -258,6 +258,11 @@ def count_correct(classes, truth):
     return torch.stack(counts, dim=-1)
 
 
+def percent_correct(classes, truth):
+    """count_correct in percent, as a list."""
+    return (100 * count_correct(classes, truth).double() / len(truth)).tolist()
+
+
 def mean_and_deviation(runs):
     """Metrics of [[top-1, top-5] of each seed]; a single one has no deviation."""
     top1, top5 = zip(*runs, strict=True)

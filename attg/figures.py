@@ -18,6 +18,8 @@ from attg.loader import Batch
 from attg.map_job import SquashedImages
 from attg.toy import TOY_CLASSES
 
+SIDE = 192  # px, the smallest side of an image in a sheet
+
 
 @torch.no_grad()
 def reconstruct(model, imgs, noise):
@@ -50,8 +52,7 @@ def unpatchify(patches, cfg):
 
 def denormalize(imgs, cfg):
     """Normalized imgs (B, C, H, W) -> [0, 1]."""
-    mean = imgs.new_tensor(cfg.mean)[:, None, None]
-    std = imgs.new_tensor(cfg.std)[:, None, None]
+    mean, std = imgs.new_tensor([cfg.mean, cfg.std])[:, :, None, None]
     return (imgs * std + mean).clamp(0, 1)
 
 
@@ -83,10 +84,9 @@ def save_examples(model, run, checkpoint, model_inputs, pool_maps):
         m = pool_maps(batch.maps, batch.box, batch.flip, cfg.size)
         columns.append(("map", m.view(-1, 1, *cfg.size)))
     if weight is not None:
-        largest = weight.max()
-        cells = weight.view(-1, 1, *cfg.grid) / largest
-        title = f"weight (white {largest:.2f})"
-        columns.append((title, F.interpolate(cells, cfg.size)))
+        white = weight.max()
+        cells = F.interpolate(weight.view(-1, 1, *cfg.grid), cfg.size)
+        columns.append((f"weight (white {white:.2f})", cells / white))
     masked, completed = reconstruct(model, imgs, noise)
     columns.append(("masked", masked))
     columns.append(("reconstruction", completed))
@@ -107,8 +107,8 @@ def evenly_spaced(dataset, count):
 
 
 def squashed(dataset, ids):
-    """Whole images as floats (n, 3, 192, 192) in [0, 1]."""
-    images = SquashedImages(dataset, (192, 192))
+    """Whole images as floats (n, 3, SIDE, SIDE) in [0, 1]."""
+    images = SquashedImages(dataset, (SIDE, SIDE))
     return torch.stack([images[i][0] for i in ids]) / 255
 
 
@@ -139,14 +139,15 @@ def save_neighbors(path, train_set, test_set, bank, queries, heading):
     bank = F.normalize(bank, dim=1)
     similarity = queries[ids] @ bank.T
     nearest = similarity.topk(min(5, len(bank)), dim=1).indices  # (8, 5)
-    columns = [("test image", test_set, ids)]
-    for number, rows in enumerate(nearest.T.tolist(), start=1):
-        columns.append((f"neighbor {number}", train_set, rows))
-    sheet = []
-    for title, dataset, rows in columns:
+
+    def column(title, dataset, rows):
         texts = [names[label] for label in dataset.labels[rows].tolist()]
-        sheet.append((title, squashed(dataset, rows), texts))
-    save_sheet(path, sheet, heading)
+        return title, squashed(dataset, rows), texts
+
+    columns = [column("test image", test_set, ids)]
+    for number, rows in enumerate(nearest.T.tolist(), start=1):
+        columns.append(column(f"neighbor {number}", train_set, rows))
+    save_sheet(path, columns, heading)
 
 
 def class_names(dataset):
@@ -176,8 +177,7 @@ def save_confusion(path, counts, names, title):
     style = {"ha": "center", "va": "center", "fontsize": 8}
     for row, column in (percent >= 0.5).nonzero().tolist():
         axes.text(column, row, f"{percent[row, column]:.0f}", **style)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+    save_figure(path, figure)
 
 
 # Panel of each curve.
@@ -192,8 +192,7 @@ def save_curves(path, records):
 
     Loss and temperature are left out if the loss is unweighted: it is the mse then.
     """
-    panels = panels_of(records)
-    plot_panels(path, panels)
+    plot_panels(path, panels_of(records))
 
 
 def panels_of(records, run=""):
@@ -229,8 +228,7 @@ def plot_panels(path, panels):
             marker = "." if len(points) < 30 else None
             axes.plot(steps, values, label=label, marker=marker)
         axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png")
+    save_figure(path, figure)
 
 
 def append_images(path, others):
@@ -260,8 +258,14 @@ def new_figure(path, width, height):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_sheet(path, columns, heading="", side=192):
-    """Save a sheet of images, small ones enlarged to at least `side` px.
+def save_figure(path, figure):
+    """Write a figure to a PNG file."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
+
+
+def save_sheet(path, columns, heading=""):
+    """Save a sheet of images, small ones enlarged to at least SIDE px.
 
     columns: title, floats (n, C, h, w) in [0, 1] and, optionally, n texts to write below
     the images.
@@ -272,10 +276,10 @@ def save_sheet(path, columns, heading="", side=192):
     font = ImageFont.load_default(size=16)
     rows, _, h, w = columns[0][1].shape
     # A whole factor, so that each pixel of a small image stays a square.
-    zoom = math.ceil(side / min(h, w))
+    zoom = math.ceil(SIDE / min(h, w))
     size = (zoom * w, zoom * h)
     has_texts = any(len(column) > 2 for column in columns)
-    top = line * (2 if heading else 1) + gap
+    top = 2 * line + gap
     x_step = size[0] + gap
     y_step = size[1] + gap + line * has_texts
     shape = (gap + len(columns) * x_step, top + rows * y_step)

@@ -230,11 +230,6 @@ def resume(path, model, optimizer, settings, total_steps):
     return step
 
 
-def topk_correct(logits, truth):
-    """count_correct for logits (..., B, C) and truth (B,)."""
-    return count_correct(logits.topk(min(5, logits.shape[-1]), dim=-1).indices, truth)
-
-
 @torch.no_grad()
 def score(model, tests, features, protocol, settings, data, dist_info):
     """Results in percent: top-1 and top-5 of each feature on each test set.
@@ -249,22 +244,22 @@ def score(model, tests, features, protocol, settings, data, dist_info):
     results = []
     for name, dataset in tests.items():
         shard = Subset(dataset, range(rank, len(dataset), world))
-        counts = torch.zeros(len(features), 2, dtype=torch.int64, device=device)
-        pairs = []  # classes and predictions by the last feature
+        classes, truth = [], []
         for sample in make_loader(shard, batch_size, settings.workers):
             imgs, labels = to_device(sample, model, device)
             with autocast(settings, device):
                 logits = model(imgs).float()  # (F, B, C)
             if not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite; try a lower --blr")
-            counts += topk_correct(logits, labels)
-            pairs.append(torch.stack([labels, logits[-1].argmax(dim=1)]))
+            classes.append(logits.topk(min(5, logits.shape[-1])).indices)
+            truth.append(labels)
+        classes, truth = torch.cat(classes, dim=1), torch.cat(truth)
         refuse_unreadable(dataset)
+        counts = count_correct(classes, truth)  # (F, 2)
         if world > 1:
             dist.all_reduce(counts)
         if settings.show and name == settings.val[0]:
-            truth, guesses = torch.cat(pairs, dim=1).cpu()
-            draw(settings, data, truth, guesses, features[-1])
+            draw(settings, data, truth.cpu(), classes[-1, :, 0].cpu(), features[-1])
         percent = 100 * counts.cpu().double() / len(dataset)
         for feature, (top1, top5) in zip(features, percent.tolist(), strict=True):
             result = {"feature": feature, "protocol": protocol, "test": name}

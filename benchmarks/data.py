@@ -107,33 +107,28 @@ def start_server(root):
     return subprocess.Popen(command, cwd=root, **pipes)
 
 
-def checkouts_in_turns(servers, arguments, repeats):
-    """take_turns of our_batches(*arguments) in checkouts, {name: process}."""
-    times = {name: [] for name in servers}
-    for _ in range(repeats + 1):
-        for name, server in servers.items():
-            print(json.dumps(arguments), file=server.stdin, flush=True)
-            times[name].append(float(server.stdout.readline()))
-    return {name: seconds[1:] for name, seconds in times.items()}
+def ask(server, arguments):
+    """Seconds of our_batches(*arguments) in a checkout."""
+    print(json.dumps(arguments), file=server.stdin, flush=True)
+    return float(server.stdout.readline())
 
 
 def run(settings, device):
     """Rows: CPU time of an image of each set of files in each pipeline, or checkout."""
-    cpu, repeats, servers = torch.device("cpu"), settings.repeats, {}
+    cpu, servers, options = torch.device("cpu"), {}, {}
     if settings.peer_checkout:
         peer = start_server(settings.peer_checkout)
         servers = {"ours": start_server(ROOT), settings.peer_checkout: peer}
+        options["timer"] = lambda call, _: call()  # it tells the time itself
     with tempfile.TemporaryDirectory() as parent:
         sets = write_sets(parent, settings.data, settings.batch_size)
         for name, count in sets.items():
             arguments = str(Path(parent, name)), settings.size, count
-            if servers:
-                times = checkouts_in_turns(servers, (*arguments, 0), repeats)
-            else:
-                calls = {}
+            calls = {x: partial(ask, y, (*arguments, 0)) for x, y in servers.items()}
+            if not servers:
                 for pipeline, open_batches in PIPELINES.items():
                     calls[pipeline] = partial(next, open_batches(*arguments))
-                times = take_turns(calls, cpu, repeats)
+            times = take_turns(calls, cpu, settings.repeats, **options)
             for pipeline, columns in compare(times, count).items():
                 case = {"files": name, "pipeline": pipeline}
                 yield case | {"img/s": 1e3 / columns["ms"]} | columns

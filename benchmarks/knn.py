@@ -23,21 +23,24 @@ def ours(bank, labels, queries):
     return knn_classify(bank, labels, queries, K, num_classes=CLASSES)[:, 0]
 
 
-def one_hot_votes(similarity, neighbors):
-    """k-NN's vote as it is usually written: similarities and labels (b, K) -> (b,)."""
-    weights = (similarity / 0.07).exp()
-    one_hot = F.one_hot(neighbors, CLASSES)  # (b, K, C)
-    votes = (one_hot * weights[..., None]).sum(dim=1)
-    return votes.argmax(dim=1)
+def votes_of(search, labels, queries):
+    """k-NN's vote as it is usually written.
+
+    search(queries (b, width)) -> similarities and indices (b, K).
+    """
+    guesses = []
+    for x in F.normalize(queries, dim=1).split(CHUNK):
+        similarity, ids = search(x)
+        weights = (similarity / 0.07).exp()
+        one_hot = F.one_hot(labels[ids], CLASSES)  # (b, K, C)
+        votes = (one_hot * weights[..., None]).sum(dim=1)
+        guesses.append(votes.argmax(dim=1))
+    return torch.cat(guesses)
 
 
 def one_hot(bank, labels, queries):
     bank = F.normalize(bank, dim=1).T
-    guesses = []
-    for x in F.normalize(queries, dim=1).split(CHUNK):
-        similarity, ids = (x @ bank).topk(K, dim=1)
-        guesses.append(one_hot_votes(similarity, labels[ids]))
-    return torch.cat(guesses)
+    return votes_of(lambda x: (x @ bank).topk(K, dim=1), labels, queries)
 
 
 def faiss_flat(bank, labels, queries):
@@ -46,11 +49,11 @@ def faiss_flat(bank, labels, queries):
 
     index = faiss.IndexFlatIP(bank.shape[1])
     index.add(F.normalize(bank, dim=1).numpy())
-    guesses = []
-    for x in F.normalize(queries, dim=1).split(CHUNK):
-        similarity, ids = map(torch.from_numpy, index.search(x.numpy(), K))
-        guesses.append(one_hot_votes(similarity, labels[ids]))
-    return torch.cat(guesses)
+
+    def search(x):
+        return map(torch.from_numpy, index.search(x.numpy(), K))
+
+    return votes_of(search, labels, queries)
 
 
 def scikit_learn(bank, labels, queries):

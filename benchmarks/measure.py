@@ -3,7 +3,6 @@ Timing in turns, and the table of a benchmark.
 """
 
 import math
-import platform
 import statistics
 import time
 from itertools import accumulate
@@ -29,16 +28,16 @@ def time_call(call, device):
     return start.elapsed_time(end) / 1e3
 
 
-def take_turns(calls, device, repeats):
+def take_turns(calls, device, repeats, timer=time_call):
     """Time calls in rounds of one call each, so that all meet the same conditions.
 
-    calls: {name: call}. Returns {name: seconds of each call}, without the first round,
-    which warms up caches and compiles.
+    calls: {name: call}. timer(call, device): the seconds of a call. Returns {name: seconds
+    of each call}, without the first round, which warms up caches and compiles.
     """
     times = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
-            times[name].append(time_call(call, device))
+            times[name].append(timer(call, device))
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
@@ -84,15 +83,6 @@ def peak_memory(call, device):
     torch.cuda.reset_peak_memory_stats()
     call()
     return {"peak MiB": (torch.cuda.max_memory_allocated() - before) / 2**20}
-
-
-def machine(device):
-    """Device, clock, threads and versions, the title of a table."""
-    name, clock = platform.processor() or platform.machine(), "CPU time"
-    if device.type == "cuda":
-        name, clock = torch.cuda.get_device_name(device), "GPU time"
-    threads = torch.get_num_threads()
-    return f"{name}, {clock}, {threads} CPU threads, torch {torch.__version__}\n"
 
 
 def print_table(rows):

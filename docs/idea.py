@@ -22,7 +22,14 @@ from torch.utils.data import default_collate
 
 from attg.datasets import open_data
 from attg.features import FEATURES
-from attg.figures import append_images, denormalize, new_figure, reconstruct, save_sheet
+from attg.figures import (
+    append_images,
+    denormalize,
+    new_figure,
+    reconstruct,
+    save_figure,
+    save_sheet,
+)
 from attg.images import generator_for
 from attg_mae import MAE, Config, load_checkpoint, mask_noise, normalize, pool_maps
 from study import read_study, table_rows
@@ -105,7 +112,7 @@ def draw_differences(path):
     axes.set_yticks(list(ticks.values()), list(ticks))
     names = [name.replace("_", " ") for name in FEATURES]
     axes.legend(axes.lines[2:5:2], names, loc="lower left")
-    figure.savefig(path, dpi=100)
+    save_figure(path, figure)
 
 
 if __name__ == "__main__":
