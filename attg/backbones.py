@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import math
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -58,7 +57,7 @@ def open_timm(name, img_size):
     name, _, path = name.partition("@")
     overlay, options = {}, {"img_size": img_size} if img_size else {}
     if path:
-        state = select_entry(read_file(Path(path)), None, path)
+        state = select_entry(read_file(path), None, path)
         overlay["state_dict"] = timm.models.clean_state_dict(state)
     options |= {"num_classes": 0, "pretrained_cfg_overlay": overlay}
     model = timm.create_model(name, pretrained=True, **options)
@@ -222,7 +221,7 @@ def load_cnn(name, path, key=None, prefix=None):
     from torchvision.models import get_model
 
     anchor, head = CNNS[name]
-    state, path = select_entry(read_file(Path(path)), key, path), str(path)
+    state = select_entry(read_file(path), key, path)
     start = find_prefix(state, re.escape(anchor), prefix, path)
     state = {k[len(start) :]: x for k, x in state.items() if k.startswith(start)}
     matrix = state.get(f"{head}.weight")

@@ -207,24 +207,19 @@ def resume(path, model, optimizer, settings, total_steps):
 
     ValueError names the settings in which it differs from these.
     """
-    parts = load_checkpoint(path)
+    parts, reason = load_checkpoint(path), None
     missing = sorted({"model", "optimizer", "settings", "step"} - set(parts))
-    if missing:
-        raise ValueError(
-            f"--save {path}: not a file of --save, lacks {missing}; choose another file"
-        )
-    old, new = (read_settings(x, path) for x in (parts["settings"], settings))
+    old, new = (read_settings(x, path) for x in (parts.get("settings", {}), settings))
     changes = [f"{k} {old.get(k)} -> {x}" for k, x in new.items() if old.get(k) != x]
-    if changes:
-        raise ValueError(
-            f"--save {path}: from a run with other settings: {', '.join(changes)}; "
-            "choose another file"
-        )
-    step = parts["step"]
-    if type(step) is not int or not 0 <= step <= total_steps:
-        raise ValueError(
-            f"--save {path}: damaged: step {step!r} of a run of {total_steps}"
-        )
+    step = parts.get("step")
+    if missing:
+        reason = f"not a file of --save, lacks {missing}"
+    elif changes:
+        reason = f"from a run with other settings: {', '.join(changes)}"
+    elif type(step) is not int or not 0 <= step <= total_steps:
+        reason = f"damaged: step {step!r} of a run of {total_steps}"
+    if reason:
+        raise ValueError(f"--save {path}: {reason}; choose another file")
     load_state(model, parts["model"], path)
     load_optimizer(optimizer, parts["optimizer"], step, path)
     return step

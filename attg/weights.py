@@ -76,7 +76,7 @@ def read_weights(source, weights_key=None, weights_prefix=None):
     """Weights of a file or state dict; ValueError if there is no ViT encoder in it."""
     in_memory = isinstance(source, dict)
     name = "the state dict" if in_memory else str(source)
-    content = source if in_memory else read_file(Path(source))
+    content = source if in_memory else read_file(source)
     settings = content.get("config")
     is_own = isinstance(settings, dict) and "decoder_heads" in settings
     if not is_own:
@@ -96,6 +96,7 @@ def read_weights(source, weights_key=None, weights_prefix=None):
 
 def read_file(path):
     """The content of a checkpoint, or of all files that an index of shards names."""
+    path = Path(path)
     if not path.name.endswith(".index.json"):
         return load_checkpoint(path)
     shards = read_json(path).get("weight_map")
@@ -162,8 +163,10 @@ def find_prefix(state, anchor, prefix, name):
     found = sorted({match[1] for match in matches if match})
     wanted = f"{prefix.rstrip('.')}." if prefix else ""
     chosen = [start for start in found if start.startswith(wanted)]
-    if wanted in chosen or len(chosen) == 1:
-        return wanted if wanted in chosen else chosen[0]
+    if wanted in chosen:
+        return wanted
+    if len(chosen) == 1:
+        return chosen[0]
     if chosen:
         remedy = f"choose one: --weights_prefix {chosen[-1]}"
         raise ValueError(f"{name}: holds the networks {', '.join(chosen)}; {remedy}")
@@ -262,16 +265,16 @@ def encoder_config(kind, weights, sincos_table, heads=None, img_size=None):
     if "img_size" not in told:
         grid, p = position_grid(positions, sincos_table), sizes["patch_size"]
         settings["img_size"] = (grid[0] * p, grid[1] * p) if grid else img_size
-    known = {field.name for field in dataclasses.fields(kind)}
+    names = {field.name for field in dataclasses.fields(kind)} & set(settings)
     try:
-        cfg = kind(**{key: value for key, value in settings.items() if key in known})
+        cfg = kind(**{key: settings[key] for key in names})
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{name}: damaged settings ({error})") from error
     # Before anything of the settings' size is allocated.
     for key, value in sizes.items():
-        if (of_settings := getattr(cfg, key)) != value:
-            message = f"its settings have {key} {of_settings}, its weights {value}"
-            raise ValueError(f"{name}: {message}")
+        if getattr(cfg, key) != value:
+            told = f"its settings have {key} {getattr(cfg, key)}"
+            raise ValueError(f"{name}: {told}, its weights {value}")
     if positions.shape[1] != 1 + math.prod(cfg.grid):
         shape = tuple(positions.shape)
         raise ValueError(f"{name}: pos_embed {shape} is not of the grid {cfg.grid}")
@@ -332,8 +335,8 @@ def load_initial(model, run, checkpoint, sincos_table):
         sizes["heads"] = weights.settings.get("heads", cfg.heads)
         flags = [f"--{key} {n}" for key, n in sizes.items() if n != getattr(cfg, key)]
         if flags:
-            use = " ".join(flags)
-            raise ValueError(f"{cfg.init} does not fit this {cfg.model}; use {use}")
+            reason = f"does not fit this {cfg.model}; use {' '.join(flags)}"
+            raise ValueError(f"{cfg.init} {reason}")
         encoder_config(type(cfg), weights, sincos_table, cfg.heads)
         message = load_weights(model, weights, sincos_table)
         run.log.say(f"--init {cfg.init}: {message}")
