@@ -52,13 +52,12 @@ def labelled(tmp_path_factory):
 @pytest.fixture(scope="session")
 def guided(labelled):
     """guided(guidance) -> settings like labelled; without maps for guidance none."""
-    return lambda guidance: (
-        labelled
-        | {
-            "guidance": guidance,
-            "maps": None if guidance == "none" else labelled["maps"],
-        }
-    )
+
+    def guided(guidance):
+        maps = None if guidance == "none" else labelled["maps"]
+        return labelled | {"guidance": guidance, "maps": maps}
+
+    return guided
 
 
 @pytest.fixture(scope="session")

@@ -176,22 +176,21 @@ def shake(model, std=0.03):
 
 def hf_model(kind, name="vit_micro", **kw):
     hf, mae = transformers(), "MAE" in kind
-    p, size, width, depth, heads, dw, dd, dh, _ = PRESETS[name]
-    options = {"image_size": size, "patch_size": p, "hidden_size": width}
-    options |= {"num_hidden_layers": depth, "num_attention_heads": heads}
-    options |= {"intermediate_size": 4 * width, "layer_norm_eps": 1e-6}
+    sizes = "hidden_size num_hidden_layers num_attention_heads".split()
+    names = ["patch_size", "image_size", *sizes]
     if mae:
-        options |= {"decoder_hidden_size": dw, "decoder_num_hidden_layers": dd}
-        options |= {"decoder_num_attention_heads": dh}
-        options |= {"decoder_intermediate_size": 4 * dw}
+        names += [f"decoder_{size}" for size in sizes]
+    options = dict(zip(names, PRESETS[name], strict=False)) | {"layer_norm_eps": 1e-6}
+    for part in ("", "decoder_")[: 1 + mae]:
+        options[f"{part}intermediate_size"] = 4 * options[f"{part}hidden_size"]
     config = hf.ViTMAEConfig if mae else hf.ViTConfig
     model = getattr(hf, kind)(config(**options | kw))
     if mae and model.device.type != "meta":
         # A fresh model of transformers 5 has tables of zeros
-        embeddings = model.vit.embeddings
-        embeddings.patch_embeddings.projection._is_hf_initialized = False
-        embeddings.initialize_weights()
-        model.decoder.initialize_weights((size // p) ** 2)
+        patches = model.vit.embeddings.patch_embeddings
+        patches.projection._is_hf_initialized = False
+        model.vit.embeddings.initialize_weights()
+        model.decoder.initialize_weights(patches.num_patches)
     return model
 
 

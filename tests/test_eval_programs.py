@@ -132,30 +132,23 @@ def test_unreadable_images(evaluate, labelled, tmp_path, capsys):
 
 
 def test_data_sets_in_python(evaluate, labelled, tmp_path):
-    """They give the results of their files; their name is in the settings."""
-    data = {}
-    for split in ("train", "test"):
-        files = open_data(labelled["data"], split)
-        data[split] = [files.read(i) for i in range(len(files))]
-    want = evaluate("--data", labelled["data"])
-    assert evaluate("--data", "mine", data=data) == want
-    names = [json.loads(x)["settings"]["data"] for x in (tmp_path / "o.jsonl").open()]
-    assert names == [labelled["data"], "mine"]
-    with pytest.raises(ValueError, match="--data NAME"):
-        evaluate(data=data)
-    with pytest.raises(ValueError, match="--data .*: needs"):
-        evaluate("--data", "mine", data=data["train"])
-
-
-def test_images_without_label_do_not_count(evaluate, labelled):
+    """They give the results of their files; images without label do not count."""
     files = {split: open_data(labelled["data"], split) for split in ("train", "test")}
     data = {split: [x.read(i) for i in range(len(x))] for split, x in files.items()}
     none = [(image, None) for image, _ in data["train"]]
-    want = evaluate("--data", "mine", data=data)
     more = {split: [*none[:5], *pairs, *none[5:9]] for split, pairs in data.items()}
+    want = evaluate("--data", labelled["data"])
+    assert evaluate("--data", "mine", data=data) == want
     assert evaluate("--data", "mine", data=more) == want
-    with pytest.raises(ValueError, match="--data .*labels in test"):
-        evaluate("--data", "mine", data=data | {"test": none})
+    names = [json.loads(x)["settings"]["data"] for x in (tmp_path / "o.jsonl").open()]
+    assert names == [labelled["data"], "mine", "mine"]
+    for flags, wrong, message in (
+        ([], data, "--data NAME"),
+        (["--data", "mine"], data["train"], "--data .*: needs"),
+        (["--data", "mine"], data | {"test": none}, "--data .*labels in test"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(*flags, data=wrong)
 
 
 def test_the_default_is_the_data_set_of_the_checkpoint(evaluate, labelled, tmp_path):

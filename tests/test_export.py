@@ -3,7 +3,6 @@ attg/export.py against Hugging Face's own models: the same features, loss and
 predictions, in memory and read again from the folder that it writes; and against timm.
 """
 
-import re
 from dataclasses import asdict
 
 import pytest
@@ -43,11 +42,6 @@ def test_encoder_is_a_vit_model(size, tmp_path):
     outputs = [theirs(imgs).last_hidden_state for theirs in (ours, read.eval())]
     for got in (*outputs, again.forward_features(imgs)):
         assert close(got, want, 1e-5) and not close(got, want.roll(1, 1), 1e-1)
-    for name, weights in read.named_parameters():
-        # Their names before and since transformers 5.
-        if re.search(r"2\.attention\.(v_proj|attention\.value)\.weight", name):
-            weights.data *= 1.01
-    assert not close(read(imgs).last_hidden_state, want, 1e-5)
 
     pixels = torch.randint(256, (*model.cfg.size, 3), dtype=torch.uint8)
     processor = hf.AutoImageProcessor.from_pretrained(tmp_path / "folder")

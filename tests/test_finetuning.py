@@ -4,20 +4,16 @@ import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
-from torch import nn
-from torch.nn import functional as F
 
 import attg_mae
 import eval_finetune
 import eval_linear
 from attg.datasets import open_data, shot_indices
 from attg.features import FEATURES
-from attg.finetuning import identity, open_training, score, to_device
+from attg.finetuning import identity, open_training, to_device
 from attg.images import Sample
 from attg.loader import make_loader
 from tests.helpers import ROOT, SMALL, after_step, same, timm_model
@@ -159,28 +155,6 @@ def test_begun_on_one_process_and_continued_on_two(ask, flags, labelled, tmp_pat
     assert "after 6 of 9 steps" in printed and torch.load(cut)["step"] == 9
     (one, model), (two, twin) = (torch.load(f"{script}{rank}") for rank in (0, 1))
     assert len(set(one + two)) == 2 * len(one) == 6 and same(model, twin)
-
-
-class Switch(nn.Module):
-    """Logits of the class that the first pixel names, and of none in training."""
-
-    def normalize(self, imgs):
-        return imgs
-
-    def forward(self, imgs):
-        return (not self.training) * F.one_hot(imgs[:, 0, 0, 0].long(), 3)[None].float()
-
-
-def test_scoring_is_in_eval_mode(labelled):
-    imgs = [Image.new("RGB", (8, 8), (label,) * 3) for label in (1, 2, 1, 0, 2)]
-    pairs = [(image, image.getpixel((0, 0))[0]) for image in imgs]
-    tests = {"test": open_data({"train": pairs}, size=8)}
-    settings = SimpleNamespace(
-        precision="fp32", batch_size=4, accum=2, workers=0, show=False
-    )
-    options = ["f"], "p", settings, None, (torch.device("cpu"), 0, 1)
-    (row,) = score(Switch().train(), tests, *options)
-    assert row["top-1"] == row["top-5"] == 100
 
 
 def test_images_are_flipped_and_normalized():
