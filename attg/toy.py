@@ -31,24 +31,15 @@ import numpy as np
 
 TOY_SEED = 2402
 # Side of an image in pixels, and of a table in cells.
-TOY_SIZE, TABLE = 32, 64
+TOY_SIZE = 32
+TABLE = 64
 # Rotation angles in a full circle.
 DIRECTIONS = 1024
 # Images drawn at once, to bound the memory.
 CHUNK = 500
 
-TOY_CLASSES = (
-    "ball",
-    "box",
-    "star",
-    "flower",
-    "heart",
-    "cross",
-    "gear",
-    "leaf",
-    "fish",
-    "clover",
-)
+TOY_CLASSES = ("ball", "box", "star", "flower", "heart")
+TOY_CLASSES += ("cross", "gear", "leaf", "fish", "clover")
 TOY_VARIANTS = ("only_fg", "mixed_same", "mixed_rand", "mixed_next")
 
 # These ranges set the difficulty. They were chosen on vanilla runs alone, so that k-NN is
@@ -87,17 +78,18 @@ def toy_shapes(x, y, r, t):
     tail = (abs(x + 0.6) < 0.36) & (height < -0.75 * x - 0.1)
     leaves = abs(np.sin(2 * t))
 
-    ball = r < 0.9
-    box = square < 0.8
-    star = r < 0.4 + 0.58 * point**1.3
-    flower = r < 0.74 + 0.24 * np.cos(6 * t)
-    heart = np.hypot(x, middle) < 0.87
-    cross = (bars < 0.3) & (square < 0.95)
-    gear = r < 0.8 + 0.16 * teeth
-    leaf = height < 0.55 * (1 - x * x)
-    fish = body | tail
-    clover = r < 0.2 + 0.76 * leaves**0.6
-    return ball, box, star, flower, heart, cross, gear, leaf, fish, clover
+    return [
+        r < 0.9,  # ball
+        square < 0.8,  # box
+        r < 0.4 + 0.58 * point**1.3,  # star
+        r < 0.74 + 0.24 * np.cos(6 * t),  # flower
+        np.hypot(x, middle) < 0.87,  # heart
+        (bars < 0.3) & (square < 0.95),  # cross
+        r < 0.8 + 0.16 * teeth,  # gear
+        height < 0.55 * (1 - x * x),  # leaf
+        body | tail,  # fish
+        r < 0.2 + 0.76 * leaves**0.6,  # clover
+    ]
 
 
 def toy_lights(x, y, r, t):
@@ -108,17 +100,18 @@ def toy_lights(x, y, r, t):
     # Distance from a dark spot on each of the four leaves.
     spot = np.hypot(width - 0.45, height - 0.42)
 
-    ball = np.sin(3 * t) > 0
-    box = np.sin(6 * x) * np.sin(6 * y) > 0
-    star = r < 0.45
-    flower = r > 0.36
-    heart = np.sin(9 * x + 0.6) > 0
-    cross = np.sin(8 * (x + y)) > 0
-    gear = abs(r - 0.44) < 0.17
-    leaf = veins & (height > 0.09)
-    fish = (x < 0.3) & (np.sin(10 * x) < 0.5)
-    clover = spot > 0.21
-    return ball, box, star, flower, heart, cross, gear, leaf, fish, clover
+    return [
+        np.sin(3 * t) > 0,  # ball
+        np.sin(6 * x) * np.sin(6 * y) > 0,  # box
+        r < 0.45,  # star
+        r > 0.36,  # flower
+        np.sin(9 * x + 0.6) > 0,  # heart
+        np.sin(8 * (x + y)) > 0,  # cross
+        abs(r - 0.44) < 0.17,  # gear
+        veins & (height > 0.09),  # leaf
+        (x < 0.3) & (np.sin(10 * x) < 0.5),  # fish
+        spot > 0.21,  # clover
+    ]
 
 
 def toy_backgrounds(x, y):
@@ -137,18 +130,19 @@ def toy_backgrounds(x, y):
     along = (x + (y > 0.5) / 2) % 1
     bent = np.sin(wave * (x + y) + 2 * wave_y)
 
-    stripes = np.sin(2 * wave * x)
-    checks = wave_x * wave_y
-    bricks = np.minimum(2 * y % 1, 1.6 * along) - 0.22
-    dots = np.hypot(saw_x, saw_y) - 0.26
-    zigzag = (2 * y + 2 * abs(saw_x)) % 1 - 0.5
-    waves = np.sin(2 * wave * y + 2 * wave_x)
-    # The only pattern with a third tone: 0, where the bands do not agree.
-    plaid = np.sign(x - 0.5) + np.sign(y - 0.5)
-    rings = np.sin(5 * wave * np.hypot(x - 0.5, y - 0.5))
-    mesh = 0.93 - np.maximum(abs(wave_x), abs(wave_y))
-    blots = bent + np.sin(wave * (2 * x - y))
-    return stripes, checks, bricks, dots, zigzag, waves, plaid, rings, mesh, blots
+    return [
+        np.sin(2 * wave * x),  # stripes
+        wave_x * wave_y,  # checks
+        np.minimum(2 * y % 1, 1.6 * along) - 0.22,  # bricks
+        np.hypot(saw_x, saw_y) - 0.26,  # dots
+        (2 * y + 2 * abs(saw_x)) % 1 - 0.5,  # zigzag
+        np.sin(2 * wave * y + 2 * wave_x),  # waves
+        # The only pattern with a third tone: 0, where the bands do not agree.
+        np.sign(x - 0.5) + np.sign(y - 0.5),  # plaid
+        np.sin(5 * wave * np.hypot(x - 0.5, y - 0.5)),  # rings
+        0.93 - np.maximum(abs(wave_x), abs(wave_y)),  # mesh
+        bent + np.sin(wave * (2 * x - y)),  # blots
+    ]
 
 
 class Tables(NamedTuple):
@@ -184,9 +178,7 @@ def soften(table):
     """Box blur of 3 x 3 cells against aliasing, rounded to 8 bits: (10, 64, 64)."""
     table = table.astype(float)
     for axis in (1, 2):
-        before = np.roll(table, -1, axis)
-        after = np.roll(table, 1, axis)
-        table = (before + table + after) / 3
+        table = (np.roll(table, -1, axis) + table + np.roll(table, 1, axis)) / 3
     return np.round(table * 255) / 255
 
 
@@ -197,19 +189,19 @@ def between(limits, u):
 
 
 def toy_coordinates(cx, cy, turn, unit):
-    """Coordinates x, y (n, 32, 32) of all pixels in n frames.
+    """Coordinates x, y (n, 32, 32, 1) of all pixels in n frames.
 
     Each frame has its origin at the pixel (cx, cy), is rotated by `turn` full circles,
-    and its unit is `unit` pixels long; all four are (n, 1, 1).
+    and its unit is `unit` pixels long; all four are (n, 1, 1, 1).
     """
     cosines = toy_tables().cosines
     angle = (turn * DIRECTIONS).astype(int)
     cos = cosines[angle % DIRECTIONS] / unit
     sin = cosines[(angle - DIRECTIONS // 4) % DIRECTIONS] / unit
 
-    center = np.arange(TOY_SIZE) + 0.5
-    # dx (n, 1, 32) along the columns, dy (n, 32, 1) along the rows.
-    dx, dy = center - cx, center[:, None] - cy
+    center = np.arange(TOY_SIZE)[:, None] + 0.5
+    dx = center - cx  # (n, 1, 32, 1), along the columns
+    dy = center[:, None] - cy  # (n, 32, 1, 1), along the rows
     return cos * dx + sin * dy, cos * dy - sin * dx
 
 
@@ -222,48 +214,44 @@ def toy_color(hue, saturation, value):
 
 
 def render_objects(labels, numbers):
-    """Draw objects: colors (n, 32, 32, 3) in [0, 1] and masks (n, 32, 32), bool.
+    """Draw objects: colors (n, 32, 32, 3) in [0, 1] and masks (n, 32, 32, 1), bool.
 
-    labels (n,); numbers (n, 6), random in [0, 1).
+    labels (n, 1, 1, 1); numbers (6, n, 1, 1, 1), random in [0, 1).
     """
-    right, down, size, turn = numbers.T[:4, :, None, None]
-    jitter, light = numbers.T[4:, :, None, None, None]
+    right, down, size, turn, jitter, light = numbers
     tables = toy_tables()
     radius = between(TOY_RADIUS, size)
     # The whole object is inside the image.
     inside = (radius, TOY_SIZE - radius)
-    cx, cy = between(inside, right), between(inside, down)
+    cx = between(inside, right)
+    cy = between(inside, down)
     x, y = toy_coordinates(cx, cy, turn, radius)
-    column = (x + 1) * TABLE / 2
-    row = (y + 1) * TABLE / 2
-    cells = np.clip([row, column], 0, TABLE - 1).astype(int)
-    labels = labels[:, None, None]
-    tone = tables.lights[labels, *cells]
+    cells = (np.stack([y, x]) + 1) * TABLE / 2
+    cells = np.clip(cells, 0, TABLE - 1).astype(int)
 
-    usual_hue = labels[..., None] / len(TOY_CLASSES)
-    hue = usual_hue + TOY_HUE_JITTER * (2 * jitter - 1)
+    hue = labels / len(TOY_CLASSES)
+    hue = hue + TOY_HUE_JITTER * (2 * jitter - 1)
     bright = between(TOY_LIGHT, light)
     light = toy_color(hue, 0.75, bright)
     dark = toy_color(hue + 0.03, 0.9, TOY_DARK * bright)
-    colors = dark + tone[..., None] * (light - dark)
+    colors = dark + tables.lights[labels, *cells] * (light - dark)
     return colors, tables.shapes[labels, *cells]
 
 
 def render_backgrounds(family, numbers):
     """Draw patterns: colors (n, 32, 32, 3) in [0, 1].
 
-    family (n,): classes of the patterns, -1 = black; numbers (n, 13), random in [0, 1),
-    of which the last two choose the family.
+    family (n, 1, 1, 1): classes of the patterns, -1 = black; numbers (11, n, 1, 1, 1),
+    random in [0, 1).
     """
-    right, down, turn, period = numbers.T[:4, :, None, None]
-    middle, contrast, brighter = numbers.T[4:7, :, None, None, None]
-    hue, saturation, hue_step, other = numbers.T[7:11, :, None, None, None]
+    right, down, turn, period = numbers[:4]
+    middle, contrast, brighter = numbers[4:7]
+    hue, saturation, hue_step, other = numbers[7:]
     corner = TOY_SIZE * right, TOY_SIZE * down
     x, y = toy_coordinates(*corner, turn, between(TOY_PERIOD, period))
     # Patterns are periodic, unlike objects.
-    column = np.floor(x * TABLE).astype(int) % TABLE
-    row = np.floor(y * TABLE).astype(int) % TABLE
-    tone = toy_tables().tiles[family[:, None, None], row, column][..., None]
+    cells = np.floor(np.stack([y, x]) * TABLE).astype(int)
+    tone = toy_tables().tiles[family, *cells % TABLE]
 
     value = between(TOY_MIDDLE, middle)
     # Either tone may be the brighter one.
@@ -271,21 +259,22 @@ def render_backgrounds(family, numbers):
     one = toy_color(hue, 0.15 + 0.5 * saturation, np.clip(value + half, 0, 1))
     hue = hue + 0.3 * (hue_step - 0.5)
     two = toy_color(hue, 0.15 + 0.5 * other, np.clip(value - half, 0, 1))
-    visible = (family >= 0)[:, None, None, None]
-    return (two + tone * (one - two)) * visible
+    return (two + tone * (one - two)) * (family >= 0)
 
 
 def toy_render(labels, family, p, q):
     """Draw images uint8 (n, 32, 32, 3) and masks uint8 (n, 32, 32), 1 = object.
 
     labels (n,): classes of the objects; family (n,): classes of the background patterns,
-    -1 = black; p (n, 6) and q (n, 13): random numbers in [0, 1) for the two.
+    -1 = black; p (n, 6) and q (n, 11): random numbers in [0, 1) for the two.
     """
+    # Whatever is drawn has the shape (n, rows, columns, channels).
+    labels, family, p, q = (x.T[..., None, None, None] for x in (labels, family, p, q))
     objects, masks = render_objects(labels, p)
     backgrounds = render_backgrounds(family, q)
-    images = np.where(masks[..., None], objects, backgrounds)
+    images = np.where(masks, objects, backgrounds)
     # Adding 0.5 rounds to the nearest of 256 levels.
-    return np.uint8(images * 255 + 0.5), np.uint8(masks)
+    return np.uint8(images * 255 + 0.5), np.uint8(masks[..., 0])
 
 
 @functools.cache
@@ -304,13 +293,10 @@ def toy(split):
     labels = np.arange(n) % classes
 
     # The variants share the objects of the test split, but not the backgrounds.
-    for_objects = np.random.default_rng([TOY_SEED, 0, min(stream, 1)])
-    for_backgrounds = np.random.default_rng([TOY_SEED, 1, stream])
-    p = for_objects.random((n, 6))
-    q = for_backgrounds.random((n, 13))
-    any_class, own = q[:, 11], q[:, 12]
-    other = (any_class * classes).astype(int)
-    usual = np.where(own < TOY_OWN_BACKGROUND, labels, other)
+    p = np.random.default_rng([TOY_SEED, 0, min(stream, 1)]).random((n, 6))
+    q = np.random.default_rng([TOY_SEED, 1, stream]).random((n, 13))
+    other = (q[:, 11] * classes).astype(int)
+    usual = np.where(q[:, 12] < TOY_OWN_BACKGROUND, labels, other)
     family = {
         "only_fg": np.full(n, -1),
         "mixed_same": labels,
@@ -318,9 +304,6 @@ def toy(split):
         "mixed_next": (labels + 1) % classes,
     }.get(split, usual)
 
-    images, masks = [], []
-    for chunk in np.split(np.arange(n), n // CHUNK):
-        drawn = toy_render(labels[chunk], family[chunk], p[chunk], q[chunk])
-        images.append(drawn[0])
-        masks.append(drawn[1])
+    parts = (np.split(x, n // CHUNK) for x in (labels, family, p, q[:, :11]))
+    images, masks = zip(*map(toy_render, *parts), strict=True)
     return np.concatenate(images), np.concatenate(masks), labels
