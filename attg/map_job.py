@@ -4,10 +4,11 @@ processes, and resumed after an interruption.
 
 While it runs, NAME.npy.job/ holds settings.json and a file for each finished block: its
 number, raw float16 rows. A block is finished if its file exists, because files are
-renamed into place once they are complete.
+renamed into place once they are complete. What a killed job leaves is in this folder.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -70,18 +71,19 @@ def run_job(compute, images, grid, settings, options, dist_info):
             message = "made for other images; delete it, or choose another --out"
             raise ValueError(f"--out {path}: {message}")
         return
-    blocks = torch.arange(len(images)).split(options.batch_size)
-    files = [folder / str(number) for number in range(len(blocks))]
+    rows = torch.arange(len(images)).split(options.batch_size)
+    blocks = {folder / str(i): ids for i, ids in enumerate(rows)}
     job = settings | {"batch_size": options.batch_size}
     job["fingerprint"] = images.dataset.fingerprint
-    broadcast_from_rank0(lambda: begin_or_resume(path, files, job), rank, world)
+    broadcast_from_rank0(lambda: begin_or_resume(path, blocks, job), rank, world)
     # A fixed share: which blocks are missing changes while other processes work.
-    shard = list(zip(files, blocks, strict=True))[rank::world]
-    missing = {file: rows.tolist() for file, rows in shard if not file.exists()}
+    shard = list(blocks.items())[rank::world]
+    missing = {file: ids.tolist() for file, ids in shard if not file.exists()}
     workers = default_workers(device) if options.workers is None else options.workers
     loader = make_loader(images, batch_sampler=list(missing.values()), workers=workers)
-    bar = {"total": len(missing), "desc": f"maps, blocks of {options.batch_size}"}
-    for file, (imgs, readable) in progress(zip(missing, loader, strict=True), **bar):
+    steps = zip(missing, loader, strict=True)
+    desc = f"maps, blocks of {options.batch_size}"
+    for file, (imgs, readable) in progress(steps, len(missing), desc):
         m = normalize_map(compute(imgs.to(device)).float().flatten(1)).cpu()  # (B, L)
         # write_maps lists NaN as failed; zeros would count as flat.
         m[~readable] = torch.nan
@@ -90,13 +92,13 @@ def run_job(compute, images, grid, settings, options, dist_info):
             temporary.write_bytes(m.half().numpy().astype("<f2").tobytes())
 
     wait(world)
-    finish = lambda: join_blocks(path, files, grid, images, settings)  # noqa: E731
+    finish = lambda: join_blocks(path, blocks, grid, images, settings)  # noqa: E731
     broadcast_from_rank0(finish, rank, world)
 
 
 def begin_or_resume(path, files, job):
     """Write the settings of a new job; ValueError if a job with others has begun."""
-    settings = files[0].with_name("settings.json")
+    settings = Path(f"{path}.job", "settings.json")
     if settings.is_file():
         check_settings(path, job, json.loads(settings.read_text()))
         done = sum(file.exists() for file in files)
@@ -111,10 +113,10 @@ def begin_or_resume(path, files, job):
 def check_settings(path, new, old):
     """ValueError if the map file or unfinished job at `path` was made with others."""
     # The weights of a backbone count, not the name of their file.
-    names = new.keys() - ({"backbone"} if "sha256" in new else set())
-    changed = sorted(name for name in names if old.get(name) != new[name])
-    if changed:
-        changes = [f"{name} {old.get(name)}, not {new[name]}" for name in changed]
+    if "sha256" in new:
+        new = new | {"backbone": old.get("backbone")}
+    changes = [f"{k} {old.get(k)}, not {x}" for k, x in new.items() if old.get(k) != x]
+    if changes:
         raise ValueError(
             f"--out {path}: made with {', '.join(changes)}; use its settings, choose "
             f"another --out, or delete it and {path}.job"
@@ -123,11 +125,15 @@ def check_settings(path, new, old):
 
 def join_blocks(path, files, grid, images, settings):
     """Join the blocks into the map file and remove their folder."""
-    method, shape = settings.pop("method"), (len(images), *grid)
+    method, folder = settings.pop("method"), Path(f"{path}.job")
     blocks = (np.fromfile(file, "<f2").reshape(-1, *grid) for file in files)
+    joined, shape = folder / path.name, (len(images), *grid)
     try:
-        write_maps(path, shape, blocks, images.dataset, method, settings)
+        write_maps(joined, shape, blocks, images.dataset, method, settings)
     except ValueError:  # No map is finite.
-        shutil.rmtree(files[0].parent)
+        shutil.rmtree(folder)
         raise
-    shutil.rmtree(files[0].parent)
+    for suffix in (".npy", ".json"):
+        target = os.path.realpath(path.with_suffix(suffix))
+        shutil.move(joined.with_suffix(suffix), target)
+    shutil.rmtree(folder)

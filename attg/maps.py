@@ -34,8 +34,8 @@ CHUNK = 2**22
 def normalize_maps(chunk):
     """Min-max normalize each map over the whole image; flat and failed ones become 0.
 
-    chunk: (rows, h, w) of any real type. Returns float16 (rows, h, w), flat and failed:
-    bool (rows,).
+    chunk: (rows, h, w) of any real type. Returns float16 (rows, h, w), and two lists of
+    bools: which are flat, which have failed.
     """
     m = np.ma.asarray(chunk).astype(np.float64).filled(np.nan)
     m = torch.from_numpy(np.ascontiguousarray(m)).flatten(1)
@@ -44,7 +44,7 @@ def normalize_maps(chunk):
     m = normalize_map(m)
     # Any other map has a 1.
     flat = ~m.any(dim=1) & ~failed
-    return m.numpy().astype("<f2").reshape(chunk.shape), flat.numpy(), failed.numpy()
+    return m.numpy().astype("<f2").reshape(chunk.shape), flat.tolist(), failed.tolist()
 
 
 def save_maps(path, maps, dataset, method, **settings):
@@ -71,29 +71,26 @@ def write_maps(path, shape, chunks, dataset, method, settings):
         )
     manifest = {"version": VERSION, "method": method, "shape": list(shape)}
     manifest |= {"fingerprint": dataset.fingerprint, "settings": settings}
-    # Before anything is written: settings that JSON cannot hold raise TypeError.
-    json.dumps(manifest)
-    flat, failed = [], []
-    with replacing(path) as temporary:
+    flat, failed, json_path = [], [], path.with_suffix(".json")
+    with replacing(path) as temporary, replacing(json_path) as json_temporary:
         layout = {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)}
         # Not a memory map: on a full disk that would be a bus error.
         with open(temporary, "wb") as file:
             np.lib.format.write_array_header_1_0(file, layout)
             for chunk in chunks:
-                m, *marks = normalize_maps(chunk)
+                m, is_flat, has_failed = normalize_maps(chunk)
                 file.write(m)
-                flat.append(marks[0])
-                failed.append(marks[1])
-        manifest["flat"] = np.flatnonzero(np.concatenate(flat)).tolist()
-        manifest["failed"] = np.flatnonzero(np.concatenate(failed)).tolist()
+                flat += is_flat
+                failed += has_failed
+        manifest["flat"] = np.flatnonzero(flat).tolist()
+        manifest["failed"] = np.flatnonzero(failed).tolist()
         if len(manifest["failed"]) == number:
             raise ValueError(
                 f"none of {number} maps is finite: no image could be read, or --backbone, "
                 f"--masks or --max_pixels is wrong; the first image is {dataset.path(0)}"
             )
         manifest["checksum"] = sha256(temporary)
-    with replacing(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1))
+        json_temporary.write_text(json.dumps(manifest, indent=1))
 
 
 def refusal(path, reason, remedy="make the maps again with object_discovery.py"):
