@@ -29,6 +29,7 @@ if __name__ == "__main__":
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -38,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attg.backbones import is_named, load_cnn, open_backbone, weights_sha256
+from attg.backbones import NamedViT, is_named, load_cnn
 from attg.cli import (
     RunFlags,
     WeightFlags,
@@ -51,7 +52,7 @@ from attg.cli import (
 )
 from attg.datasets import open_data, resolve_dataset
 from attg.distributed import exclusive_run, processes, wait
-from attg.evaluation import CheckpointDataFlags, default_data
+from attg.evaluation import CheckpointDataFlags, default_data, open_encoder
 from attg.figures import save_map_sheet
 from attg.files import sha256
 from attg.kernels import normalize_map
@@ -61,8 +62,6 @@ from attg.maps import load_maps
 from attg.masks import MaskFolder
 from attg.weights import read_weights
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD, load_encoder, normalize
-
-IMAGENET = SimpleNamespace(mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 # -- TokenCut --------------------------------------------------------------------------
 
@@ -84,9 +83,8 @@ def normalized_affinity(edges, eps):
     return S, scale, trivial
 
 
-# Numbers of Lanczos steps after which convergence is tested, and their maximum.
-LANCZOS_TESTS = (16, 24, 32, 40, 52, 64, 80)
-LANCZOS_STEPS = 96
+# Numbers of Lanczos steps after which convergence is tested. The last one is the maximum.
+LANCZOS_TESTS = (16, 24, 32, 40, 52, 64, 80, 96)
 
 
 def lanczos(S, trivial):
@@ -95,7 +93,7 @@ def lanczos(S, trivial):
     trivial (B, L): the largest one. Returns v (B, L), float64, and bool (B,).
     """
     B, L, _ = S.shape
-    steps = min(L - 1, LANCZOS_STEPS)
+    steps = min(L - 1, LANCZOS_TESTS[-1])
     # The same start for every image: its vector must not depend on the batch.
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(L, generator=generator, dtype=torch.float64).to(S.device)
@@ -180,7 +178,7 @@ def tokencut(features, tau=0.2, eps=1e-5):
     x = x.to(dtype)
     if L < 2:
         return features.new_zeros(B, L, dtype=dtype)
-    finite = x.isfinite().all(dim=2).all(dim=1)[:, None]  # (B, 1)
+    finite = x.isfinite().all(dim=(1, 2))[:, None]  # (B, 1)
     x = F.normalize(x.where(finite[..., None], 0.0), dim=-1)
 
     # As many images at a time as fill 4 MB of a CPU's cache, or 1 GB of a GPU.
@@ -195,8 +193,7 @@ def tokencut(features, tau=0.2, eps=1e-5):
         number, loops = edges.sum(dim=(1, 2)), edges.diagonal(dim1=1, dim2=2).sum(dim=1)
         S, scale, trivial = normalized_affinity(edges, eps)
         v, converged = lanczos(S, trivial)
-        if not converged.all():
-            v[~converged] = dense_solver(S[~converged], trivial[~converged])
+        v[~converged] = dense_solver(S[~converged], trivial[~converged])
         unsolvable = (number == L**2) | (number == loops)
         y = (scale * v).masked_fill(unsolvable[:, None], 0.0)
         vectors.append(positive_peak(y))
@@ -230,9 +227,9 @@ def cut_maps(features, grid, settings):
     for _ in range(settings.objects - 1):
         # The object is the connected component above the mean that holds the maximum.
         means = m.sum(dim=(1, 2)) / (~removed).sum(dim=1)
-        pairs = zip(m.cpu().numpy(), means.tolist(), strict=True)
-        objects = np.stack([peak_component(image, mean) for image, mean in pairs])
-        removed = removed | torch.from_numpy(objects).flatten(1).to(removed.device)
+        objects = map(peak_component, m.cpu().numpy(), means.tolist())
+        objects = torch.from_numpy(np.stack(list(objects)))
+        removed = removed | objects.flatten(1).to(removed.device)
         m = cut_once(features, removed, grid, settings)
         merged = torch.maximum(merged, m)
     return merged
@@ -258,13 +255,18 @@ def cut_once(features, removed, grid, settings):
 # -- DINO, Grad-CAM, and features without weights --------------------------------------
 
 
-@torch.no_grad()
-def class_attention(q, k):
-    """DINO's map: attention of the class token to the patches, averaged over the heads.
+def patch_keys(model, imgs):
+    """Keys of the last block of our ViT, heads joined: (B, L, H * d)."""
+    _, k, _ = model.last_qkv(imgs)  # (B, H, 1 + L, d)
+    return k[:, :, 1:].transpose(1, 2).flatten(2)
 
-    q, k (B, H, 1 + L, d): queries and keys of a block, the class token first. Returns
-    (B, L). Caron et al., arXiv 2104.14294.
+
+def class_attention(model, imgs):
+    """DINO's map of our ViT: attention of the class token to the patches, (B, L).
+
+    That of the last block, averaged over the heads. Caron et al., arXiv 2104.14294.
     """
+    q, k, _ = model.last_qkv(imgs)  # (B, H, 1 + L, d)
     scores = q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5  # (B, H, 1, 1 + L)
     return scores.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
 
@@ -290,7 +292,8 @@ def patch_statistics(imgs, p):
     """Features without weights: mean and deviation of each channel in p x p patches,
     standardized over the image.
 
-    imgs (B, 3, H, W) -> (B, L, 6). They capture color and contrast only.
+    imgs (B, 3, H, W) -> (B, L, 6). They capture color and contrast only. Of whole numbers
+    (0 to 255) the sums are exact, so that all patches of a uniform image are alike.
     """
     x = F.unfold(imgs, p, stride=p)  # (B, 3 * p * p, L)
     x = x.unflatten(1, (imgs.shape[1], -1))  # (B, 3, p * p, L)
@@ -305,6 +308,13 @@ def patch_statistics(imgs, p):
 DINO = {"dino_vits16": "dino_deitsmall16", "dino_vits8": "dino_deitsmall8"}
 DINO |= {"dino_vitb16": "dino_vitbase16", "dino_vitb8": "dino_vitbase8"}
 DINO_URL = "https://dl.fbaipublicfiles.com/dino/{0}_pretrain/{0}_pretrain.pth"
+# Torchvision's classifiers: their layers of strides 16 and 32.
+CNNS = {"resnet50": ("layer3", "layer4")}
+CNNS["mobilenet_v2"] = ("features.13", "features.18")
+IMAGENET = SimpleNamespace(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+# Values of --backbone, for messages.
+VITS = f"{', '.join(DINO)}, timm:NAME, timm:NAME@FILE, hf:NAME, or a checkpoint"
+CLASSIFIERS = ", ".join(CNNS)
 
 
 class Backbone(NamedTuple):
@@ -323,9 +333,9 @@ def download(url, remedy):
     torchvision's file names; DINO publishes none.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-    options = {"map_location": "cpu", "check_hash": True, "weights_only": True}
+    options = {"check_hash": True, "weights_only": True}
     try:
-        torch.hub.load_state_dict_from_url(url, **options)
+        torch.hub.load_state_dict_from_url(url, map_location="cpu", **options)
     # urllib raises many kinds.
     except Exception as error:
         message = f"cannot download {url} ({error}); save it as {path}, or {remedy}"
@@ -336,57 +346,44 @@ def download(url, remedy):
 def vit(settings, device):
     """A Vision Transformer: the cut of its last keys, or its last class attention."""
     name, is_dino = settings.backbone, settings.method == "dino"
-    if is_named(name):
-        model = open_backbone(name, settings.img_size)
-        checksum = weights_sha256(model)
-        if is_dino:
-            # An error for a model without class token comes before the images.
-            model.class_attention(torch.zeros(1, model.cfg.in_chans, *model.cfg.size))
+    settings.checkpoint = name
+    if name in DINO:
+        url = DINO_URL.format(DINO[name])
+        path = download(url, "pass --backbone CHECKPOINT, or --backbone pixels")
+        settings.checkpoint = str(path)
+    elif not (is_named(name) or Path(name).is_file()):
+        message = f"no such file; choose from {VITS}, {CLASSIFIERS}, pixels"
+        raise ValueError(f"--backbone {name}: {message}")
+    model = open_encoder(load_encoder, settings)
+    if isinstance(model, NamedViT):
+        compute = model.class_attention if is_dino else model.patch_keys
     else:
-        path = Path(name)
-        if name in DINO:
-            url = DINO_URL.format(DINO[name])
-            path = download(url, "pass --backbone CHECKPOINT, or --backbone pixels")
-        if not path.is_file():
-            raise ValueError(
-                f"--backbone {path}: no such file; choose from {', '.join(DINO)}, pixels, "
-                "timm:NAME, hf:NAME, or a file of this project, MAE, DINO, timm, HF"
-            )
-        options = {key: getattr(settings, key) for key in ("img_size", *VIT_FLAGS)}
-        model, checksum = load_encoder(str(path), **options), sha256(path)
+        compute = partial(class_attention if is_dino else patch_keys, model)
     model, cfg = model.to(device), model.cfg
 
     @torch.no_grad()
     def maps(imgs):
-        imgs = normalize(imgs, cfg)
-        if is_named(name):
-            x = model.class_attention(imgs) if is_dino else model.patch_keys(imgs)
-        else:
-            q, k, _ = model.last_qkv(imgs)  # (B, H, 1 + L, d)
-            keys = k[:, :, 1:].transpose(1, 2).flatten(2)  # (B, L, H * d)
-            x = class_attention(q, k) if is_dino else keys
+        x = compute(model.normalize(imgs))
         return x.unflatten(1, cfg.grid) if is_dino else cut_maps(x, cfg.grid, settings)
 
-    about = {"sha256": checksum, "mean": cfg.mean, "std": cfg.std}
+    if is_dino:
+        # An error for a model without class token comes before the images.
+        maps(torch.zeros(1, cfg.in_chans, *cfg.size, device=device))
+    about = {"sha256": settings.sha256, "mean": cfg.mean, "std": cfg.std}
     return Backbone(maps, cfg.size, cfg.grid, about)
 
 
-def pixels(settings, device, p=16):
-    """No weights: the cut of patch_statistics of p x p patches."""
-    size = settings.img_size or 224
+def pixels(settings, device):
+    """No weights: the cut of patch_statistics."""
+    size, p = settings.img_size or 224, 16
     if size < 2 * p or size % p:
         raise ValueError(f"--img_size {size}: pixels takes {2 * p}, {3 * p} ...")
     grid = (size // p, size // p)
 
     def maps(imgs):
-        return cut_maps(patch_statistics(imgs / 255, p), grid, settings)
+        return cut_maps(patch_statistics(imgs.float(), p), grid, settings)
 
     return Backbone(maps, (size, size), grid, {})
-
-
-# Torchvision's classifiers: their layers of strides 16 and 32.
-CNNS = {"resnet50": ("layer3", "layer4")}
-CNNS["mobilenet_v2"] = ("features.13", "features.18")
 
 
 def cnn(settings, device):
@@ -433,23 +430,24 @@ def own_masks(settings, device):
 
 # -- The command line ------------------------------------------------------------------
 
-METHODS = ("tokencut", "dino", "gradcam", "masks")
 CUT_FLAGS = ("affinity_threshold", "objects", "sign")
-VIT_FLAGS = ("heads", "weights_key", "weights_prefix")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(CheckpointDataFlags, WeightFlags, RunFlags):
     """Flags of the command line."""
 
-    method: str = flag("tokencut", "where the maps come from", choices=METHODS)
+    method: str = flag(
+        "tokencut",
+        "where the maps come from",
+        choices=("tokencut", "dino", "gradcam", "masks"),
+    )
     backbone: str | None = flag(
         None,
-        f"{', '.join(DINO)}, a file, timm:NAME, timm:NAME@FILE, hf:NAME; "
-        f"{', '.join(CNNS)} (tokencut, gradcam); pixels (tokencut) "
+        f"{VITS}; {CLASSIFIERS} (tokencut, gradcam); pixels (tokencut) "
         "[dino_vits16, for gradcam resnet50]",
     )
-    weights: str | None = flag(None, f"weights of {', '.join(CNNS)} [torchvision's]")
+    weights: str | None = flag(None, f"weights of {CLASSIFIERS} [torchvision's]")
     # Not below 0: removed patches become zero vectors, whose cosine is 0.
     affinity_threshold: float = flag(0.2, "cosine above which patches connect", 0, 1)
     sign: str | None = flag(
@@ -468,6 +466,9 @@ class Settings(CheckpointDataFlags, WeightFlags, RunFlags):
     heads: int | None = flag(None, "of a ViT [by its file or width]", 1, 1024)
     batch_size: int = flag(64, "images in a block of work", 1, 10**7)
     show: int = flag(0, "save a sheet of this many examples", 0, 10**4)
+    # These are no flags: the backbone's file or name, and the checksum of its weights.
+    checkpoint: str | None = None
+    sha256: str | None = None
 
 
 def resolve(settings):
@@ -476,14 +477,16 @@ def resolve(settings):
     if method != "masks" and settings.backbone is None:
         settings.backbone = "resnet50" if method == "gradcam" else "dino_vits16"
     backbone = settings.backbone
-    unused = () if method == "tokencut" else CUT_FLAGS
-    unused += () if backbone in CNNS else ("weights",)
-    unused += ("backbone", "img_size") if method == "masks" else ()
-    unused += () if settings.masks else ("mask_values",)
-    if backbone in (None, "pixels") or is_named(backbone):
-        unused += VIT_FLAGS
-    elif backbone in CNNS:
-        unused += ("heads",)
+    is_cnn, has_no_file = backbone in CNNS, backbone in (None, "pixels")
+    unused = {"heads" if is_cnn else "weights"}
+    if has_no_file:
+        unused |= {"heads", "weights_key", "weights_prefix"}
+    if method != "tokencut":
+        unused |= set(CUT_FLAGS)
+    if method == "masks":
+        unused |= {"backbone", "img_size"}
+    if not settings.masks:
+        unused |= {"mask_values"}
     reason = f"--method {method} --backbone {backbone} does not use it"
     check_unused(settings, unused, reason)
     if settings.sign is None:
@@ -493,15 +496,12 @@ def resolve(settings):
 
     if settings.out.suffix != ".npy":
         raise ValueError(f"--out {settings.out}: must end in .npy")
-    takes = {"dino": f"{', '.join(DINO)}, a checkpoint, timm:NAME or hf:NAME"}
-    takes["gradcam"] = ", ".join(CNNS)
-    is_cnn = backbone in CNNS
-    if method in takes and (backbone == "pixels" or is_cnn != (method == "gradcam")):
-        message = f"--backbone {backbone}: --method {method} takes {takes[method]}"
-        raise ValueError(message)
-    folder = settings.masks
-    if (folder or method == "masks") and not Path(str(folder)).is_dir():
-        raise ValueError(f"--masks {folder}: give the folder of the masks")
+    if method == "masks" and not settings.masks:
+        raise ValueError("--masks: missing; --method masks needs the folder of masks")
+    if method == "gradcam" and not is_cnn:
+        raise ValueError(f"--backbone {backbone}: gradcam takes {CLASSIFIERS}")
+    if method == "dino" and (is_cnn or has_no_file):
+        raise ValueError(f"--backbone {backbone}: dino takes {VITS}")
     return settings
 
 
@@ -509,11 +509,10 @@ def make_maps(settings, dataset, masks, dist_info):
     """Run the map job."""
     device, rank, world = dist_info
     kinds = dict.fromkeys(CNNS, cnn) | {"pixels": pixels, None: own_masks}
-    open_backbone = kinds.get(settings.backbone, vit)
     # Rank 0 downloads, the others load what it has downloaded.
     if rank:
         wait(world)
-    backbone = open_backbone(settings, device)
+    backbone = kinds.get(settings.backbone, vit)(settings, device)
     if rank == 0:
         wait(world)
     about = {"method": settings.method, "backbone": settings.backbone}
@@ -522,15 +521,12 @@ def make_maps(settings, dataset, masks, dist_info):
         about |= {name: getattr(settings, name) for name in CUT_FLAGS}
     if settings.method == "masks":
         about["masks"] = masks.rule
+    else:
+        masks = None
     # A backbone for grayscale images has one mean.
     channels = len(backbone.about.get("mean", IMAGENET_MEAN))
-    masks = masks if settings.method == "masks" else None
     images = SquashedImages(dataset, backbone.size, masks, channels)
-    try:
-        run_job(backbone.maps, images, backbone.grid, about, settings, dist_info)
-    except OSError as error:
-        message = f"--out {settings.out}: {error}; run it again, or choose another path"
-        raise OSError(message) from error
+    run_job(backbone.maps, images, backbone.grid, about, settings, dist_info)
 
 
 def main(argv=None, data=None):
@@ -543,16 +539,18 @@ def main(argv=None, data=None):
     is_file = backbone not in (None, "pixels", *DINO, *CNNS) and not is_named(backbone)
     if settings.data is None and is_file:
         keys = settings.weights_key, settings.weights_prefix
-        weights = read_weights(backbone, *keys)
-        config = weights.settings if weights.is_own else {}
+        config = read_weights(backbone, *keys).settings
     default_data(settings, config, f"--backbone {backbone}")
-    out, data = settings.out, resolve_dataset(data, settings.data)
-    options = {"classes": settings.classes, "max_pixels": settings.max_pixels}
-    options |= {"white": settings.white, "verify": settings.verify == "full"}
-    masks = None
+    out, data, masks = settings.out, resolve_dataset(data, settings.data), None
     with processes(settings.device, settings.timeout) as dist_info:
         _, rank, world = dist_info
-        dataset = open_data(data, "train", **options)
+        dataset = open_data(
+            data,
+            classes=settings.classes,
+            max_pixels=settings.max_pixels,
+            white=settings.white,
+            verify=settings.verify == "full",
+        )
         if rank == 0:
             log_line(f"data {settings.data}, train split: {len(dataset):,} images")
         with exclusive_run(f"{out}.lock", f"--out {out}", rank, world):
@@ -565,10 +563,9 @@ def main(argv=None, data=None):
         return {}
 
     maps, manifest = load_maps(out, dataset)
-    number, *grid = maps.shape
     flat, failed = manifest["flat"], manifest["failed"]
     counts = f"{len(flat)} flat, {len(failed)} failed"
-    log_line(f"{out}: {number} maps of {grid}, {counts}")
+    log_line(f"{out}: maps {maps.shape}, {counts}")
     if failed:
         names = ", ".join(dataset.path(i) for i in failed[:10])
         log_line(f"failed, delete {out} to try again: {names}")
@@ -582,7 +579,7 @@ def main(argv=None, data=None):
     if masks is None and dataset.masks is None:
         return {}
     truth = 255 * dataset.masks if masks is None else masks
-    metrics = quality(maps, true_masks(truth, range(number)))
+    metrics = quality(maps, true_masks(truth, range(len(maps))))
     print_table([metrics])
     return metrics
 
