@@ -551,13 +551,11 @@ def main(argv=None, data=None):
             white=settings.white,
             verify=settings.verify == "full",
         )
-        if rank == 0:
-            log_line(f"data {settings.data}, train split: {len(dataset):,} images")
+        log_line(f"data {settings.data}, train split: {len(dataset):,} images")
         with exclusive_run(f"{out}.lock", f"--out {out}", rank, world):
             if settings.masks:
                 masks = MaskFolder(settings.masks, dataset, settings.mask_values)
-                if rank == 0:
-                    log_line(masks.rule)
+                log_line(masks.rule)
             make_maps(settings, dataset, masks, dist_info)
     if rank:
         return {}
