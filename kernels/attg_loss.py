@@ -77,8 +77,7 @@ def normalize_map(attn: Tensor) -> Tensor:
     """
     if attn.dim() != 2 or attn.dtype not in FLOATS:
         raise ValueError(f"attn: got {_describe(attn)}; pass floats of shape (B, L)")
-    if attn.dtype != torch.float64:
-        attn = attn.float()
+    attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
     low, high = attn.aminmax(dim=1, keepdim=True)
     spread = high - low
     largest = torch.maximum(high.abs(), low.abs())
@@ -116,7 +115,7 @@ def crop_map(
         raise ValueError(f"boxes: got {_describe(boxes)} for {B} maps; {message}")
     if flips is not None and (flips.shape != (B,) or flips.dtype != torch.bool):
         raise ValueError(f"flips: got {_describe(flips)}; pass bool ({B},), or None")
-    x0, y0, x1, y1 = boxes.float().unbind(1)
+    x0, y0, x1, y1 = boxes.float().T[..., None, None]
     rows = _pooling(y0 * H, y1 * H, H, grid[0])  # (B, h, H)
     columns = _pooling(x0 * W, x1 * W, W, grid[1])  # (B, w, W)
     with torch.autocast(maps.device.type, enabled=False):
@@ -129,14 +128,14 @@ def crop_map(
 def _pooling(start, end, size, parts):
     """Return weights (B, parts, size) that average a row of `size` cells.
 
-    start, end (B,): a section of each row, which is divided into equal parts. Of each
+    start, end (B, 1, 1): a section of each row, which is divided into equal parts. Of each
     part the mean of samples is taken, linearly interpolated, one for every cell.
     """
-    step = (end - start)[:, None, None] / parts
+    step = (end - start) / parts
     number = step.ceil().clamp(min=1)
     i = torch.arange(math.ceil(size / parts) + 1, device=start.device)
     part = torch.arange(parts, device=start.device)[:, None]
-    at = start[:, None, None] + (part + (i + 0.5) / number) * step
+    at = start + (part + (i + 0.5) / number) * step
     # Centers of cells are at 0.5, 1.5 ... Beyond them a map is level.
     at = (at - 0.5).clamp(0, size - 1)  # (B, parts, samples)
     cell = torch.arange(size, device=start.device)
@@ -145,14 +144,15 @@ def _pooling(start, end, size, parts):
 
 
 def _patch_loss(
-    pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn, return_mse
+    pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn
 ):
     """Return mask * w * l and mask * l, (B, L) each, for the arguments of `attg_loss`.
 
-    The second is detached, and None without return_mse.
+    The second is detached.
     """
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
-    x = _patches(target, patch_size, dtype)
+    x = _patchify(target, patch_size) if target.dim() == 4 else target
+    x = x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
     y = pred.to(dtype)
     if mask is not None:
         mask = mask.bool()
@@ -164,19 +164,17 @@ def _patch_loss(
         x = x - x.mean(dim=-1, keepdim=True)
         variance = x.square().sum(dim=-1, keepdim=True) / (x.shape[-1] - 1)
         x = x / (variance + eps).sqrt()
-    loss = (y - x).square().mean(dim=-1)  # (B, L)
-    # A copy: with weight 1 the two would share memory.
-    mse = loss.detach().clone() if return_mse else None
-
+    each = (y - x).square().mean(dim=-1)  # l, (B, L)
+    loss = each
     if attn is not None:
         if normalize_attn:
             # The float64 map of fp32 predictions is normalized in float64.
             attn = normalize_map(attn.to(torch.promote_types(attn.dtype, dtype)))
-        loss = torch.exp(attn.to(dtype) / tau) * loss  # Eq. 1
+        loss = torch.exp(attn.to(dtype) / tau) * each  # Eq. 1
     if mask is not None:
-        loss = torch.where(mask, loss, 0.0)
-        mse = torch.where(mask, mse, 0.0) if return_mse else None
-    return loss, mse
+        loss, each = torch.where(mask, loss, 0.0), torch.where(mask, each, 0.0)
+    # A copy: with weight 1 the two would share memory.
+    return loss, each.detach().clone()
 
 
 def _reduce(rows, mask, reduction):
@@ -188,15 +186,6 @@ def _reduce(rows, mask, reduction):
     if mask is None:
         return rows.sum() / max(rows.numel(), 1)
     return rows.sum() / (mask != 0).sum().clamp(min=1)
-
-
-def _patches(target, patch_size, dtype):
-    """Convert the target, images or patches, to patches (B, L, P) of a dtype."""
-    if target.dim() == 4:
-        target = _patchify(target, patch_size)
-    if target.dtype == torch.uint8:
-        return target.to(dtype) / 255
-    return target.to(dtype)
 
 
 def _patchify(imgs: Tensor, p: int) -> Tensor:
@@ -211,7 +200,8 @@ def _patchify(imgs: Tensor, p: int) -> Tensor:
 #
 # A program is one warp, or a few for large patches. It loops over TILES_PER_PROGRAM tiles
 # of ROWS patches of one image. A tile is (ROWS, PIXELS, CHANNELS), each a power of 2, with
-# the channels of a pixel side by side. Sums over a patch stay within the warp, so that no
+# the channels of a pixel side by side. Names in capitals are compile-time constants, as is
+# None for a tensor that is not there. Sums over a patch stay within the warp, so that no
 # thread waits for another. Offsets are int64 and all arithmetic is fp32. A target of
 # patches (B, L, P) is read as an image of L rows with P pixels of one channel; PATCH_SIZE
 # is 0 then.
@@ -243,7 +233,7 @@ def _triton():
 
 
 @_jit
-def _first_patch(program, L, ROWS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr):
+def _first_patch(program, L, ROWS, TILES_PER_PROGRAM):
     """Return the image of a program, and the first of its patches in that image."""
     blocks = (L + ROWS * TILES_PER_PROGRAM - 1) // (ROWS * TILES_PER_PROGRAM)
     b = (program // blocks).to(tl.int64)
@@ -252,17 +242,17 @@ def _first_patch(program, L, ROWS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr
 
 
 @_jit
-def _masked_rows(mask, b, row, inside, mask_b, mask_l, HAS_MASK: tl.constexpr):
+def _masked_rows(mask, b, row, inside, mask_b, mask_l):
     """Return which rows of a tile are patches that enter the loss, (ROWS,)."""
     keep = inside
-    if HAS_MASK:
+    if mask is not None:
         removed = tl.load(mask + b * mask_b + row.to(tl.int64) * mask_l, inside, 0)
         keep = keep & (removed != 0)
     return keep
 
 
 @_jit
-def _patch_offsets(row, columns, target_y, target_x, PATCH_SIZE: tl.constexpr):
+def _patch_offsets(row, columns, target_y, target_x, PATCH_SIZE):
     """Return the offsets in an image of the first values of its patches, (ROWS,)."""
     if PATCH_SIZE > 0:
         line = (row // columns).to(tl.int64)
@@ -273,13 +263,14 @@ def _patch_offsets(row, columns, target_y, target_x, PATCH_SIZE: tl.constexpr):
 
 
 @_jit
-def _tile_mask(
-    keep, P: tl.constexpr, C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
-):
-    """Return where a tile holds values of the rows `keep`, (ROWS, PIXELS, CHANNELS)."""
+def _tile(keep, P, C, PIXELS, CHANNELS):
+    """Return the pixels and channels of a tile, and where it holds values of rows `keep`.
+
+    Shapes (1, PIXELS, 1), (1, 1, CHANNELS) and (ROWS, PIXELS, CHANNELS).
+    """
     pixel = tl.arange(0, PIXELS)[None, :, None]
     c = tl.arange(0, CHANNELS)[None, None, :]
-    return keep[:, None, None] & (pixel < P // C) & (c < C)
+    return pixel, c, keep[:, None, None] & (pixel < P // C) & (c < C)
 
 
 @_jit
@@ -291,14 +282,14 @@ def _load_tile(
     target_y,
     target_x,
     target_c,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    PATCH_SIZE: tl.constexpr,
-    IS_UINT8: tl.constexpr,
-    ROWS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
+    P,
+    C,
+    PATCH_SIZE,
+    IS_UINT8,
+    ROWS,
+    PIXELS,
+    CHANNELS,
+    GROUP,
 ):
     """Load predictions and targets (ROWS, PIXELS, CHANNELS) as fp32, 0 outside `keep`."""
     if GROUP > 0:
@@ -306,9 +297,7 @@ def _load_tile(
             pred, target, keep, target_y, target_c, P, PATCH_SIZE, ROWS, PIXELS, GROUP
         )
     else:
-        read = _tile_mask(keep, P, C, PIXELS, CHANNELS)
-        pixel = tl.arange(0, PIXELS)[None, :, None]
-        c = tl.arange(0, CHANNELS)[None, None, :]
+        pixel, c, read = _tile(keep, P, C, PIXELS, CHANNELS)
         e = (pixel * C + c).to(tl.int64)
         if PATCH_SIZE > 0:
             within = (pixel // PATCH_SIZE).to(tl.int64) * target_y
@@ -326,24 +315,15 @@ def _load_tile(
 
 
 @_jit
-def _store_tile(
-    out,  # (ROWS,) pointers to the first value of each patch
-    g,
-    inside,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Store a tile (ROWS, PIXELS, CHANNELS) to contiguous patches."""
+def _store_tile(out, g, inside, P, C, ROWS, PIXELS, CHANNELS, GROUP):
+    """Store a tile (ROWS, PIXELS, CHANNELS) to contiguous patches.
+
+    out (ROWS,): pointers to the first value of each patch.
+    """
     if GROUP > 0:
         _store_groups(out, g, inside, P, ROWS, PIXELS, GROUP)
     else:
-        pixel = tl.arange(0, PIXELS)[None, :, None]
-        c = tl.arange(0, CHANNELS)[None, None, :]
-        write = _tile_mask(inside, P, C, PIXELS, CHANNELS)
+        pixel, c, write = _tile(inside, P, C, PIXELS, CHANNELS)
         tl.store(out[:, None, None] + (pixel * C + c), g, write)
 
 
@@ -364,7 +344,7 @@ def _store_tile(
 
 
 @_jit
-def _split_four(x, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+def _split_four(x, ROWS, GROUPS):
     """(ROWS, GROUPS, 4) -> four tensors (ROWS, GROUPS)."""
     even, odd = tl.split(tl.reshape(x, [ROWS, GROUPS, 2, 2]))
     a, c = tl.split(even)
@@ -373,7 +353,7 @@ def _split_four(x, ROWS: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @_jit
-def _split_group(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr):
+def _split_group(x, ROWS, GROUPS, GROUP):
     """(ROWS, GROUPS, GROUP) -> a tuple of GROUP tensors (ROWS, GROUPS); GROUP 4 or 8."""
     if GROUP == 4:
         return _split_four(x, ROWS, GROUPS)
@@ -385,21 +365,14 @@ def _split_group(x, ROWS: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexp
 
 
 @_jit
-def _join_four(a, b, c, d, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+def _join_four(a, b, c, d, ROWS, GROUPS):
     """Four tensors (ROWS, GROUPS) -> (ROWS, GROUPS, 4)."""
     pairs = tl.join(tl.join(a, c), tl.join(b, d))
     return tl.reshape(pairs, [ROWS, GROUPS, 4])
 
 
 @_jit
-def _join_group(
-    values,
-    first: tl.constexpr,
-    step: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+def _join_group(values, first, step, ROWS, GROUPS, GROUP):
     """Join GROUP values: first, first + step, first + 2 step ... (ROWS, GROUPS, GROUP)."""
     a = values[first]
     b = values[first + step]
@@ -418,7 +391,7 @@ def _join_group(
 
 
 @_jit
-def _join_planes(red, green, blue, ROWS: tl.constexpr, PIXELS: tl.constexpr):
+def _join_planes(red, green, blue, ROWS, PIXELS):
     """Three planes -> (ROWS, PIXELS, 4)."""
     ends = tl.join(red, blue)
     middle = tl.join(green, tl.zeros_like(green))
@@ -427,16 +400,7 @@ def _join_planes(red, green, blue, ROWS: tl.constexpr, PIXELS: tl.constexpr):
 
 @_jit
 def _load_groups(
-    pred,
-    target,
-    keep,
-    target_y,
-    target_c,
-    P: tl.constexpr,
-    PATCH_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    GROUP: tl.constexpr,
+    pred, target, keep, target_y, target_c, P, PATCH_SIZE, ROWS, PIXELS, GROUP
 ):
     """`_load_tile` by register groups, in the dtypes of pred and target."""
     GROUPS: tl.constexpr = PIXELS // GROUP
@@ -455,10 +419,10 @@ def _load_groups(
     x = _join_planes(red, green, blue, ROWS, PIXELS)
 
     part = pred[:, None, None] + (group * (3 * GROUP) + i)
-    first = _split_group(tl.load(part, read, 0.0), ROWS, GROUPS, GROUP)
-    second = _split_group(tl.load(part + GROUP, read, 0.0), ROWS, GROUPS, GROUP)
-    third = _split_group(tl.load(part + 2 * GROUP, read, 0.0), ROWS, GROUPS, GROUP)
-    values = first + second + third
+    values = ()
+    for k in tl.static_range(3):
+        vector = tl.load(part + k * GROUP, read, 0.0)
+        values = values + _split_group(vector, ROWS, GROUPS, GROUP)
     red = _join_group(values, 0, 3, ROWS, GROUPS, GROUP)
     green = _join_group(values, 1, 3, ROWS, GROUPS, GROUP)
     blue = _join_group(values, 2, 3, ROWS, GROUPS, GROUP)
@@ -467,15 +431,7 @@ def _load_groups(
 
 
 @_jit
-def _store_groups(
-    out,
-    g,
-    inside,
-    P: tl.constexpr,
-    ROWS: tl.constexpr,
-    PIXELS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+def _store_groups(out, g, inside, P, ROWS, PIXELS, GROUP):
     """`_store_tile` by register groups."""
     GROUPS: tl.constexpr = PIXELS // GROUP
     ends, middle = tl.split(tl.reshape(g, [ROWS, GROUPS, GROUP, 2, 2]))
@@ -517,9 +473,7 @@ def _nan_max(a, b):
 
 
 @_jit
-def _map_range(
-    attn, L, flat, floor, attn_l, MAP_BLOCK: tl.constexpr, NUM_MAP_BLOCKS: tl.constexpr
-):
+def _map_range(attn, L, flat, floor, attn_l, MAP_BLOCK, NUM_MAP_BLOCKS):
     """Return minimum and maximum of the whole map that `attn` points at.
 
     The minimum is NaN if the map holds one. A flat map gets an infinite maximum, which
@@ -567,8 +521,8 @@ def _forward_kernel(
     # Inputs
     pred,  # (B, L, P)
     target,  # images (B, C, H, W), or patches (B, L, P)
-    mask,  # (B, L), nonzero where the patch enters the loss
-    attn,  # (B, L)
+    mask,  # (B, L), nonzero where the patch enters the loss, or None
+    attn,  # (B, L), or None
     tau,  # one value
     # Outputs, contiguous fp32
     stats,  # (B, L, 3): mean, 1 / deviation, weight w
@@ -596,8 +550,6 @@ def _forward_kernel(
     P: tl.constexpr,
     C: tl.constexpr,
     PATCH_SIZE: tl.constexpr,  # 0: the target is patches
-    HAS_MASK: tl.constexpr,
-    HAS_ATTN: tl.constexpr,
     NORMALIZE_ATTN: tl.constexpr,
     NORM_PIX: tl.constexpr,
     IS_UINT8: tl.constexpr,  # of the target
@@ -614,7 +566,7 @@ def _forward_kernel(
     # some of which are still in the L2 cache then.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     b, first = _first_patch(program, L, ROWS, TILES_PER_PROGRAM)
-    if HAS_ATTN:
+    if attn is not None:
         t = tl.load(tau).to(tl.float32)
         if NORMALIZE_ATTN:
             low, high = _map_range(
@@ -628,7 +580,7 @@ def _forward_kernel(
         row = first + step * ROWS + tl.arange(0, ROWS)
         inside = row < L
         # Visible patches are not read.
-        keep = _masked_rows(mask, b, row, inside, mask_b, mask_l, HAS_MASK)
+        keep = _masked_rows(mask, b, row, inside, mask_b, mask_l)
         mean = tl.zeros([ROWS], tl.float32)
         rstd = mean + 1
         w = rstd
@@ -661,14 +613,11 @@ def _forward_kernel(
             if NORM_PIX:
                 mean = _sum(x) / P
                 # Padding must stay 0 and not become 0 - mean.
-                x = tl.where(
-                    _tile_mask(inside, P, C, PIXELS, CHANNELS),
-                    x - mean[:, None, None],
-                    0.0,
-                )
+                _, _, valid = _tile(inside, P, C, PIXELS, CHANNELS)
+                x = tl.where(valid, x - mean[:, None, None], 0.0)
                 rstd = 1 / tl.sqrt(_sum(x * x) / (P - 1) + eps)
                 x = x * rstd[:, None, None]
-            if HAS_ATTN:
+            if attn is not None:
                 m = tl.load(attn + b * attn_b + row.to(tl.int64) * attn_l, keep, 0.0)
                 m = m.to(tl.float32)
                 if NORMALIZE_ATTN:
@@ -739,7 +688,7 @@ def _backward_kernel(
     # Inputs
     pred,  # (B, L, P)
     target,  # images (B, C, H, W), or patches (B, L, P)
-    mask,  # (B, L), nonzero where the patch enters the loss
+    mask,  # (B, L), nonzero where the patch enters the loss, or None
     stats,  # (B, L, 3) contiguous fp32, as the forward kernel wrote it
     grad,  # upstream gradient, (B, L)
     divisor,  # one value, the number by which the loss was divided, or None
@@ -763,7 +712,6 @@ def _backward_kernel(
     P: tl.constexpr,
     C: tl.constexpr,
     PATCH_SIZE: tl.constexpr,  # 0: the target is patches
-    HAS_MASK: tl.constexpr,
     IS_UINT8: tl.constexpr,  # of the target
     ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -775,7 +723,7 @@ def _backward_kernel(
     for step in range(TILES_PER_PROGRAM):
         row = first + step * ROWS + tl.arange(0, ROWS)
         inside = row < L
-        keep = _masked_rows(mask, b, row, inside, mask_b, mask_l, HAS_MASK)
+        keep = _masked_rows(mask, b, row, inside, mask_b, mask_l)
         offset = _patch_offsets(row, columns, target_y, target_x, PATCH_SIZE)
         y, x = _load_tile(
             pred + b * pred_b + row.to(tl.int64) * pred_l,
@@ -872,7 +820,6 @@ def _shared_arguments(pred, target, mask, patch_size):
         "P": P,
         "C": C,
         "PATCH_SIZE": patch_size,
-        "HAS_MASK": mask is not None,
         "IS_UINT8": target.dtype == torch.uint8,
         "ROWS": rows,
         "PIXELS": pixels,
@@ -923,7 +870,6 @@ def _op(
             eps=eps,
             flat=FLAT,
             floor=FLOOR,
-            HAS_ATTN=attn is not None,
             NORMALIZE_ATTN=normalize_attn,
             NORM_PIX=norm_pix,
             REDUCE=reduction != "none",
@@ -1066,10 +1012,9 @@ def attg_loss(
         options = norm_pix, float(eps), side, normalize_attn, reduction, return_mse
         loss, mse, _, _ = _op(pred, target, mask, attn, tau, *options)
     else:
-        options = norm_pix, eps, patch_size, normalize_attn, return_mse
-        loss, mse = _patch_loss(pred, target, mask, attn, tau, *options)
-        loss = _reduce(loss, mask, reduction)
-        mse = _reduce(mse, mask, reduction) if return_mse else None
+        options = norm_pix, eps, patch_size, normalize_attn
+        parts = _patch_loss(pred, target, mask, attn, tau, *options)
+        loss, mse = (_reduce(rows, mask, reduction) for rows in parts)
     return (loss, mse) if return_mse else loss
 
 

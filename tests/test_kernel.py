@@ -43,7 +43,6 @@ def test_operators_are_registered():
 TRANSFORMS = {
     "forward-mode differentiation": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
     "a transform of torch.func": lambda f, x: torch.func.grad(f)(x),
-    "a transform of torch.func, vmap": lambda f, x: torch.func.vmap(f)(x[None]),
     "torch.jit.trace": lambda f, x: torch.jit.trace(f, (x,), check_trace=False)(x),
 }
 
@@ -54,7 +53,7 @@ def test_transforms_are_left_to_pytorch(name, capsys):
     if "torch.func" in name and not hasattr(torch.func, "debug_unwrap"):
         pytest.skip("this PyTorch cannot detect it")
     _, leaf, args = some_loss("torch")
-    pred, reason = leaf.detach(), name.split(",")[0]
+    pred = leaf.detach()
 
     def transformed(impl):
         def loss(pred):
@@ -65,8 +64,8 @@ def test_transforms_are_left_to_pytorch(name, capsys):
     kernel._log_once.cache_clear()
     want = transformed("torch")
     assert want.any() and transformed("auto").equal(want)
-    assert f"attg_loss: PyTorch ({reason})" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=f'impl: .* {reason}; pass "auto" or "torch"'):
+    assert f"attg_loss: PyTorch ({name})" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f'impl: .* {name}; pass "auto" or "torch"'):
         transformed("triton")
     if "forward-mode" in name:  # A compiled tangent is not silently zero.
         torch.compiler.reset()
@@ -202,8 +201,6 @@ def test_two_copies_of_the_kernel_file_in_one_process(tmp_path):
     spec.loader.exec_module(other)
     for module in (kernel, other, kernel):
         check_known(module.attg_loss, impl="triton")
-    assert kernel._op is not other._op
-    assert kernel._op._qualname != other._op._qualname
 
 
 @pytest.mark.skipif(not kernel.HAS_TRITON, reason="needs Triton")

@@ -74,11 +74,8 @@ def arguments(draw, impl, kind):
     mask = pick(mask, mask.float(), mask.long(), mask.to(pred.dtype), None)
 
     m = rand(B, L, seed=seed + 3)
-    flat, kind_of_map = (
-        torch.tensor([0.3, -9.0])[:B, None].expand(B, L),
-        pick(*range(8)),
-    )
-    tiny = 1e-39 * m  # denormal
+    flat = torch.tensor([0.3, -9.0])[:B, None].expand(B, L)
+    kind_of_map, tiny = pick(*range(8)), 1e-39 * m  # denormal
     maps = [m, m * 40 - 7, flat, flat * (1 + 1e-7 * m), tiny], [m, m.log()], [None]
     maps[1][1][m < 0.4] = -math.inf
     attn = sum(maps, [])[kind_of_map]
@@ -177,17 +174,17 @@ def test_loss_of_a_small_tau_and_long_maps(impl):
     pred, target, mask = randn(3, 8, 12), randn(3, 8, 12, seed=1), rand(3, 8) < 0.7
     m = rand(3, 8, seed=4)
     check_loss(pred, target, mask, m, impl, "none", tau=0.02)
-    loss, grad = run(pred, target, mask, m, tau=0.02, impl=impl)
-    with_mse = run(pred, target, mask, m, tau=0.02, impl=impl, return_mse=True)
+    args, options = (pred, target, mask, m), {"tau": 0.02, "impl": impl}
+    loss, grad = run(*args, **options)
+    with_mse = run(*args, **options, return_mse=True)
     assert loss.equal(with_mse[0]) and grad.equal(with_mse[1])  # the same bits
-    assert not close(loss, run(pred, target, mask, m, tau=0.02002)[0], 5e-6)
+    assert not close(loss, run(*args, tau=0.02002)[0], 5e-6)
     # Several blocks of a map, the maximum in the last
     pred, target, attn = randn(1, 5000, 4), randn(1, 5000, 4, seed=1), rand(1, 5000)
     attn[0, 4900] = 7
     check_loss(pred, target, rand(1, 5000, seed=1) < 0.5, attn, impl, "none")
     # No images, and no map: loss and mse do not share memory.
-    none = torch.zeros(0, 4, 12), torch.zeros(0, 3, 4, 4)
-    loss, grad = run(*none, patch_size=2, impl=impl)
+    loss, grad = run(ZEROS[:0], IMGS[:0], patch_size=2, impl=impl)
     assert loss == 0 and grad.shape == (0, 4, 12)
     options = {"reduction": "none", "return_mse": True, "impl": impl}
     loss, mse = kernel.attg_loss(on_device(pred), on_device(target), **options)
@@ -294,12 +291,7 @@ def test_a_map_that_is_not_finite(impl, L):
 IMGS, ZEROS = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 12)
 ROWS, GRAD = ZEROS[..., 0], torch.zeros(2, 4, requires_grad=True)
 GOOD = {"pred": ZEROS, "target": ZEROS, "mask": ROWS, "attn": ROWS}
-WRONG = [
-    np.zeros((2, 4)),
-    torch.zeros(2, 4, device="meta"),
-    ROWS[:, :3],
-    ZEROS[..., :1],
-]
+WRONG = [np.zeros((2, 4)), ROWS.to("meta"), ROWS[:, :3], ZEROS[..., :1]]
 BAD = {
     "pred": [ZEROS[0], ZEROS[:, :0], ZEROS[..., :0], ZEROS.long(), ZEROS.numpy()],
     "target": [ZEROS[..., :10], ZEROS[:1], ZEROS.long(), ZEROS + GRAD[..., None]],
@@ -333,14 +325,9 @@ def test_loss_errors(i, impl):
         kernel.attg_loss(**GOOD | {"impl": impl} | wrong)
 
 
-def test_normalize_map():
-    m = torch.zeros(4, 9)
-    m[0], m[1], m[3] = rand(9) * 7 - 3, -4.0, 0.3 + 1e-7 * rand(9)
-    first, *others = kernel.normalize_map(m)
-    assert close(first, (m[0] - m[0].min()) / (m[0].max() - m[0].min()), 1e-6)
-    assert not any(x.any() for x in others)
+def test_normalize_map_on_either_side_of_flat():
+    """max - min <= 1e-5 max|M|, at any scale and sign."""
     edge = torch.ones(2, 9, dtype=torch.float64)
-    # Either side of max - min <= 1e-5 max|M|, at any scale and sign
     edge[:, 3] += torch.tensor([0.9e-5, 1.1e-5])
     for scale in (1, -50, 1e-8):
         assert kernel.normalize_map(edge * scale).amax(1).tolist() == [0, 1]
@@ -372,27 +359,11 @@ def test_crop_map_is_that_of_training(seed, size, grid):
 
 def test_crop_map_errors():
     maps, boxes = torch.rand(2, 4, 4), torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2)
-    for wrong in (boxes[:1], boxes[:, :3], 224 * boxes, boxes.flip(1), boxes - 0.2):
-        with pytest.raises(ValueError, match="boxes: got .* fractions"):
-            kernel.crop_map(maps, wrong, None, (2, 2))
-    for wrong in (maps[:, None], maps.flatten(1), (255 * maps).byte()):
-        with pytest.raises(ValueError, match="maps: got .*; pass floats"):
-            kernel.crop_map(wrong, boxes, None, (2, 2))
-    for wrong in (torch.zeros(2, 1) > 0, torch.zeros(2)):
-        with pytest.raises(ValueError, match="flips: got .*; pass bool"):
-            kernel.crop_map(maps, boxes, wrong, (2, 2))
-    # The whole map, and its left half mirrored
-    assert close(kernel.crop_map(maps, boxes, None, (4, 4)), maps.flatten(1), 1e-6)
-    half, flips = torch.tensor([[0.0, 0.0, 0.5, 1.0]] * 2), torch.tensor([True, False])
-    want = torch.stack([maps[0, :, :2].flip(1), maps[1, :, :2]]).flatten(1)
-    assert close(kernel.crop_map(maps, half, flips, (4, 2)), want, 1e-6)
-
-
-def test_the_loss_of_parts_with_unequal_masks():
-    """As docs/kernel.md says for accumulation and ranks."""
-    pred, target, mask = randn(4, 9, 12), randn(4, 9, 12, seed=1), rand(4, 9) < 0.5
-    attn, total = rand(4, 9, seed=2), mask.sum()
-    parts = zip(*(x.split(1) for x in (pred, target, mask, attn)), strict=True)
-    losses = [kernel.attg_loss(*part, reduction="sum") / total for part in parts]
-    want = kernel.attg_loss(pred, target, mask, attn)
-    assert close(sum(losses), want, 1e-6) and mask.sum(1).unique().numel() > 1
+    good = {"maps": maps, "boxes": boxes, "flips": None, "grid": (2, 2)}
+    bad = {"maps": [maps[:, None], maps.flatten(1), (255 * maps).byte()]}
+    bad["boxes"] = [boxes[:1], boxes[:, :3], 224 * boxes, boxes.flip(1), boxes - 0.2]
+    bad["flips"] = [torch.zeros(2, 1) > 0, torch.zeros(2)]
+    for name, values in bad.items():
+        for wrong in values:
+            with pytest.raises(ValueError, match=f"{name}: got .*; pass "):
+                kernel.crop_map(**good | {name: wrong})
