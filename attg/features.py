@@ -46,7 +46,7 @@ def pool_tokens(model, tokens):
     return norm(tokens[:, 0]), norm(tokens[:, 1:].mean(dim=1))
 
 
-def extract_sharded(model, dataset, loader_args, dtype, rank, world):
+def extract_sharded(model, dataset, dtype, rank, world, **loader_args):
     """{feature or "labels": (n, ...)} of a data set, in its order, on every rank.
 
     Each rank extracts every world-th image, then all ranks exchange their features. An
@@ -75,7 +75,7 @@ def make_features(model, datasets, settings, dist_info):
     options = {"batch_size": settings.batch_size, "workers": settings.workers}
     parts = {}
     for name, dataset in datasets.items():
-        parts[name] = extract_sharded(model, dataset, options, dtype, rank, world)
+        parts[name] = extract_sharded(model, dataset, dtype, rank, world, **options)
     if settings.save_features and rank == 0:
         source = {name: getattr(settings, name) for name in SOURCE}
         save_checkpoint(settings.save_features, settings=source, **parts)
@@ -178,12 +178,12 @@ def nearest(similarity, k):
     return values, ids.gather(1, order)
 
 
-def knn_accuracy(model, train_set, test_set, loader_args, dtype, rank, world):
+def knn_accuracy(model, train_set, test_set, dtype, rank, world, **loader_args):
     """{feature: top-1 in percent} of the k-NN (k = 20) from train_set to test_set."""
     device = next(model.parameters()).device
     parts = []
     for dataset in (train_set, test_set):
-        part = extract_sharded(model, dataset, loader_args, dtype, rank, world)
+        part = extract_sharded(model, dataset, dtype, rank, world, **loader_args)
         # Some training images of stl10 have no labels.
         parts.append(labeled_rows(part, device))
     train, test = parts

@@ -295,9 +295,8 @@ class Trainer:
         mse = reconstruction_mse(self.model, test_set, run, self.workers)
         metrics, line = {"val_mse": mse}, f"step {step}: test split: mse {mse:.4f}"
         if run.train_set.labeled and test_set.labeled:
-            sets, options = (run.train_set, test_set), {"workers": self.workers}
-            shard = (run.dtype, run.rank, run.world)
-            metrics["knn"] = knn_accuracy(self.model, *sets, options, *shard)
+            options = run.train_set, test_set, run.dtype, run.rank, run.world
+            metrics["knn"] = knn_accuracy(self.model, *options, workers=self.workers)
             for name, accuracy in metrics["knn"].items():
                 name = name.replace("_", " ")
                 line += f", k-NN (k = 20) of the {name} {accuracy:.2f} %"

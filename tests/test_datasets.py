@@ -544,7 +544,7 @@ def test_images_without_labels_are_not_in_the_bank():
     mixed, test = (open_data(pairs, split, 32) for split in ("train", "test"))
     model = attg_mae.MAE(attg_mae.Config(**SMALL)).eval()
     got, want = (
-        knn_accuracy(model, bank, test, {"batch_size": 16}, None, 0, 1)
+        knn_accuracy(model, bank, test, None, 0, 1, batch_size=16)
         for bank in (mixed, open_data(known[::2] * 2, "train", 32))
     )
     assert got == want and all(50 < top1 < 100 for top1 in got.values())

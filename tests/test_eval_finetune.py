@@ -109,7 +109,6 @@ def test_mixup_cutmix_and_erasing(monkeypatch):
     for _ in range(30):
         mixed, targets = eval_finetune.mix(imgs.clone(), labels, 4)
         assert torch.allclose(targets.sum(1), torch.ones(64))
-        assert targets.count_nonzero(1).max() <= 2
         # Fraction of pixels that are those of a single image.
         own, other = (mixed == imgs).all(1), (mixed == imgs.roll(1, 0)).all(1)
         pure = own.float().mean() + other.float().mean()

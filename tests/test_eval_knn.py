@@ -32,7 +32,7 @@ def test_results_of_a_data_set(encoder, labelled, tmp_path, capsys):
     assert cases == [(f, k) for f in eval_knn.FEATURES for k in (1, 20)]
     model = attg_mae.load_encoder(encoder)
     sets = [open_data(labelled["data"], split, 32) for split in ("train", "test")]
-    want = attg.features.knn_accuracy(model, *sets, {}, None, 0, 1)
+    want = attg.features.knn_accuracy(model, *sets, None, 0, 1)
     assert {row["feature"]: row["top-1"] for row in results[1::2]} == pytest.approx(
         want
     )

@@ -145,6 +145,8 @@ def test_mae_probe(recorded, encoder, flags, labelled, tmp_path):
     heads = nn.ModuleList(nn.Linear(16, 3) for _ in FEATURES)
     probe = nn.ModuleDict({"norm": norm, "heads": heads}).double()
     probe.load_state_dict(recorded.start)
+    for head in heads:
+        assert 0.007 < head.weight.std() < 0.013 and not head.bias.any()
 
     def logits_of(imgs):
         parts = norm(features_of(vit, imgs)).chunk(2, 1)
