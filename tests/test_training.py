@@ -347,7 +347,7 @@ def test_knn_in_the_run(labelled, plain, tmp_path, monkeypatch):
     assert result["knn"]["patch_mean"] == pytest.approx(accuracy, abs=1e-4)
     assert accuracy > 50  # the classes are colors
 
-    def fails(*_):
+    def fails(*_, **__):
         raise ValueError("no k-NN today")
 
     # Whatever happens to the k-NN, hours of training are in a file.
