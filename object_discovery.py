@@ -217,39 +217,34 @@ def border_sign(maps):
 def cut_maps(features, grid, settings):
     """Maps of the cut: features (B, L, d) -> (B, *grid) in [0, 1], NaN if not finite.
 
-    With settings.objects above 1 it is MaskCut (Wang et al., CutLER, arXiv 2301.11320):
-    each further cut is made without the patches of the objects so far, and the maps are
+    settings.sign decides which end of the eigenvector is the object. With settings.objects
+    above 1 it is MaskCut (Wang et al., CutLER, arXiv 2301.11320): each further cut is made
+    without the patches of the objects so far, on which its map is 0, and the maps are
     merged by their maximum.
     """
     features = features.float()
     removed = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
-    m = merged = cut_once(features, removed, grid, settings)
-    for _ in range(settings.objects - 1):
-        # The object is the connected component above the mean that holds the maximum.
-        means = m.sum(dim=(1, 2)) / (~removed).sum(dim=1)
-        objects = map(peak_component, m.cpu().numpy(), means.tolist())
-        objects = torch.from_numpy(np.stack(list(objects)))
-        removed = removed | objects.flatten(1).to(removed.device)
-        m = cut_once(features, removed, grid, settings)
+    m = merged = torch.zeros(len(features), *grid, device=features.device)
+    for number in range(settings.objects):
+        if number:
+            # The object is the connected component above the mean that holds the maximum.
+            means = m.sum(dim=(1, 2)) / (~removed).sum(dim=1)
+            objects = map(peak_component, m.cpu().numpy(), means.tolist())
+            objects = torch.from_numpy(np.stack(list(objects)))
+            removed = removed | objects.flatten(1).to(removed.device)
+        # Zero vectors have no edges, so this takes the patches out of the graph.
+        x = features.masked_fill(removed[..., None], 0.0)
+        y = tokencut(x, settings.affinity_threshold)
+        # The peak may have been on a removed patch.
+        y = positive_peak(y.masked_fill(removed, 0.0))
+        lowest = y.masked_fill(removed, torch.inf).amin(dim=1, keepdim=True)
+        m = normalize_map(torch.where(removed, lowest, y))
+        if settings.sign == "border":
+            m = m.masked_fill(removed, torch.nan).unflatten(1, grid)
+            m = border_sign(m).flatten(1)
+        m = m.masked_fill(removed, 0.0).unflatten(1, grid)
         merged = torch.maximum(merged, m)
     return merged
-
-
-def cut_once(features, removed, grid, settings):
-    """Maps (B, *grid) in [0, 1] of one cut, 0 on the patches removed: bool (B, L).
-
-    settings.sign decides which end of the eigenvector is the object.
-    """
-    # Zero vectors have no edges, so this takes the patches out of the graph.
-    features = features.masked_fill(removed[..., None], 0.0)
-    y = tokencut(features, settings.affinity_threshold)
-    # The peak may have been on a removed patch.
-    y = positive_peak(y.masked_fill(removed, 0.0))
-    lowest = y.masked_fill(removed, torch.inf).amin(dim=1, keepdim=True)
-    m = normalize_map(torch.where(removed, lowest, y))
-    if settings.sign == "border":
-        m = border_sign(m.masked_fill(removed, torch.nan).unflatten(1, grid)).flatten(1)
-    return m.masked_fill(removed, 0.0).unflatten(1, grid)
 
 
 # -- DINO, Grad-CAM, and features without weights --------------------------------------

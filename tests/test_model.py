@@ -144,10 +144,9 @@ def test_loss_ignores_predictions_of_visible_patches(bad):
     assert not torch.stack(spoilt).isfinite().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_loss_is_fp32_for_any_model(dtype):
+def test_loss_is_fp32_for_any_model():
     """Equal to that of the same numbers in fp32."""
-    x, mask, weight = randn(2, 2, 6, 12, dtype=dtype), torch.ones(2, 6), 1 + rand(2, 6)
+    x, mask, weight = randn(2, 2, 6, 12).bfloat16(), torch.ones(2, 6), 1 + rand(2, 6)
     loss, mse = attg_mae.masked_loss(*x, mask, weight)
     want = attg_mae.masked_loss(*x.float(), mask, weight)
     assert loss.dtype == torch.float32 and (loss, mse) == want
