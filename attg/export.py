@@ -30,6 +30,16 @@ def timm_arguments(cfg):
     }
 
 
+def hf_arguments(config, with_decoder):
+    """Keyword arguments of ViTConfig, or of ViTMAEConfig, for the settings of a Config."""
+    names = HF_SETTINGS | (DECODER if with_decoder else {})
+    arguments = {new: config[old] for old, new in names.items()}
+    arguments |= {"layer_norm_eps": 1e-6, "intermediate_size": 4 * config["width"]}
+    if with_decoder:
+        arguments["decoder_intermediate_size"] = 4 * config["decoder_width"]
+    return arguments
+
+
 def to_hugging_face(path, folder=None):
     """Convert last.pt to ViTMAEForPreTraining, encoder.pt to ViTModel, in eval mode.
 
@@ -44,18 +54,16 @@ def to_hugging_face(path, folder=None):
         raise ValueError(
             f"{name}: not written by this project; give last.pt or encoder.pt of a run"
         )
-    settings = {new: config[old] for old, new in HF_SETTINGS.items()}
-    settings |= {"layer_norm_eps": 1e-6, "intermediate_size": 4 * config["width"]}
+    is_mae = "mask_token" in state
+    arguments = hf_arguments(config, is_mae)
     sides = config["img_size"]
     height, width = (sides, sides) if isinstance(sides, int) else sides
-    if "mask_token" not in state:
-        model = hf.ViTModel(hf.ViTConfig(**settings), add_pooling_layer=False)
+    if not is_mae:
+        model = hf.ViTModel(hf.ViTConfig(**arguments), add_pooling_layer=False)
     elif height != width:
         raise ValueError(f"{name}: ViTMAE takes squares, not {sides}; give encoder.pt")
     else:
-        settings |= {new: config[old] for old, new in DECODER.items()}
-        settings["decoder_intermediate_size"] = 4 * config["decoder_width"]
-        model = hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**settings))
+        model = hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**arguments))
 
     # Going by the model's keys works for the names of any version of transformers.
     for key in [key for key in state if ".qkv." in key]:

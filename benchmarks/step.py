@@ -16,9 +16,8 @@ from itertools import product
 import numpy as np
 import torch
 
-from attg.export import DECODER
+from attg.export import hf_arguments
 from attg.loader import Batch
-from attg.weights import HF_SETTINGS
 from attg_mae import (
     Config,
     build_model,
@@ -42,12 +41,8 @@ def hugging_face(cfg):
     """transformers' ViTMAEForPreTraining with its fused attention."""
     import transformers
 
-    sizes = {new: getattr(cfg, old) for old, new in (HF_SETTINGS | DECODER).items()}
-    sizes["intermediate_size"] = 4 * cfg.width
-    sizes["decoder_intermediate_size"] = 4 * cfg.decoder_width
-    config = transformers.ViTMAEConfig(
-        **sizes, layer_norm_eps=1e-6, attn_implementation="sdpa"
-    )
+    arguments = hf_arguments(vars(cfg), with_decoder=True)
+    config = transformers.ViTMAEConfig(**arguments, attn_implementation="sdpa")
     model = transformers.ViTMAEForPreTraining(config)
     # transformers 5.24 leaves the positions of a model without a checkpoint at zero.
     positions = model.vit.embeddings.position_embeddings

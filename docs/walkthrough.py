@@ -55,14 +55,15 @@ def main(checkpoint=None, out="docs/walkthrough.png"):
     dataset = open_data(cfg.data, "train", cfg.size, augment=True, seed=cfg.seed)
     index, batch = first_image(dataset, cfg)
     half, end = tau_at(1, 2, cfg), tau_at(1, 1, cfg)
-    tau = f"{cfg.tau:.3f}, half-way {half:.3f}, at the end {end:.3f}"
-    print(f"tau                {tau}")
+    print(
+        f"tau                {cfg.tau:.3f}, half-way {half:.3f}, at the end {end:.3f}"
+    )
 
     # The step, as in MAE.forward and masked_loss.
     imgs, weight, noise = model_inputs(batch, cfg, cfg.tau)
     m_norm, _ = crop_maps(batch.maps, batch.box, batch.flip, cfg)
     patches = model.patchify(imgs)
-    ids_keep, mask = model.random_masking(noise, cfg.mask_ratio)
+    _, mask = model.random_masking(noise, cfg.mask_ratio)
     _, pred, _ = model(imgs, noise=noise)
     loss, mse = masked_loss(pred, patches, mask, weight)
 
@@ -73,8 +74,6 @@ def main(checkpoint=None, out="docs/walkthrough.png"):
     torch.testing.assert_close(product.sum() / mask.sum(), loss)
     torch.testing.assert_close(plain.sum() / mask.sum(), mse)
 
-    visible = ids_keep[0].tolist()
-    print(f"visible            K = {len(visible)}: {visible}")
     for name, x in {"m_norm": m_norm, "weight": weight, "error": error}.items():
         print(f"{name:18} {x.min():.2f} to {x.max():.2f}")
     print(f"sum(mask)          {mask.sum():.0f}")

@@ -158,9 +158,7 @@ def test_results_of_a_data_set(quick, encoder, labelled, tmp_path):
 
     from_file = [*common, "--features", kept]
     assert eval_linear.main(from_file) == results
-    shots = ["--shots", "2", "50", "--seeds", "2"]
-    few = eval_linear.main([*from_file, *shots])
-    assert few == eval_linear.main([*flags, *shots])
+    few = eval_linear.main([*from_file, "--shots", "2", "50", "--seeds", "2"])
     # Classes of 9, 8 and 8 images.
     cases = [(row["protocol"], row["images"], len(row["lr"].split())) for row in few]
     assert cases[::2] == [("2 shots", 6, 2), ("50 shots", 25, 2)] * 2
