@@ -42,33 +42,23 @@ class Settings(EvalFlags, LabelFlags, FeatureFlags, RunFlags):
     k: tuple[int, ...] = flag((), "numbers of neighbors [20; 5 with --shots]", 1, 10**7)
 
 
-def accuracy(bank, labels, queries, truth, ks, num_classes, device):
-    """[[top-1, top-5] in percent for each k of ks].
-
-    bank (n, D), labels (n,), queries (B, D), truth (B,).
-    """
-    bank, labels, queries = (x.to(device) for x in (bank, labels, queries))
-    classes = knn_classify(bank, labels, queries, ks, num_classes=num_classes)
-    return percent_correct(classes.cpu(), truth)
-
-
 def evaluate_knn(settings, data, dist_info):
     """Results of both features on all test sets."""
     train, tests = labeled_features(load_encoder, settings, data, dist_info)
-    num_classes = int(train["labels"].max()) + 1
     draws = draw_shots(train["labels"], settings, "k-NN")
     results = []
     for feature, name, protocol in itertools.product(FEATURES, tests, draws):
-        queries = tests[name][feature], tests[name]["labels"]
+        queries, truth = tests[name][feature], tests[name]["labels"]
         percent = []
         for rows in draws[protocol]:
-            bank = train[feature][rows], train["labels"][rows]
-            options = settings.k, num_classes, dist_info[0]
-            percent.append(accuracy(*bank, *queries, *options))
+            bank, labels = train[feature][rows], train["labels"][rows]
+            tensors = (x.to(dist_info[0]) for x in (bank, labels, queries))
+            classes = knn_classify(*tensors, settings.k).cpu()  # (K, B, 5)
+            percent.append(percent_correct(classes, truth))
         for k, *runs in zip(settings.k, *percent, strict=True):
             result = {"feature": feature, "test": name, "protocol": protocol, "k": k}
-            counts = {"seeds": len(runs), "images": len(bank[1])}
-            counts["test_images"] = len(queries[1])
+            counts = {"seeds": len(runs), "images": len(bank)}
+            counts["test_images"] = len(queries)
             results.append(result | mean_and_deviation(runs) | counts)
     if settings.show:
         bank, labels = train[FEATURES[1]], train["labels"]

@@ -116,10 +116,17 @@ class NamedViT(nn.Module):
         p, channels = convs[0].stride[0], convs[0].in_channels
         if size[0] % p or size[1] % p:
             raise ValueError(f"--img_size {size[0]}: must be a multiple of {p}")
-        self.cfg = SimpleNamespace(size=tuple(size), grid=(size[0] // p, size[1] // p))
-        self.cfg.patch_size, self.cfg.in_chans, self.cfg.depth = p, channels, len(names)
-        self.cfg.mean, self.cfg.std = tuple(mean), tuple(std)
-        self.cfg.width, self.cfg.white = self.key.in_features, None
+        self.cfg = SimpleNamespace(
+            size=tuple(size),
+            grid=(size[0] // p, size[1] // p),
+            patch_size=p,
+            in_chans=channels,
+            width=self.key.in_features,
+            depth=len(names),
+            mean=tuple(mean),
+            std=tuple(std),
+            white=None,
+        )
         last_names = {n.rpartition(".")[2] for n, _ in model.named_parameters()}
         self.has_class_token = bool(last_names & {"cls_token", "class_embedding"})
         norm = getattr(getattr(model, "pooler", None), "layernorm", None)

@@ -249,8 +249,7 @@ def encoder_config(kind, weights, sincos_table, heads=None, img_size=None):
     """
     name, told, positions = weights.name, weights.settings, weights.state["pos_embed"]
     sizes = weight_sizes(weights.state)
-    if not weights.is_own:
-        sizes = {key: value for key, value in sizes.items() if not DECODER.match(key)}
+    sizes = {key: value for key, value in sizes.items() if not DECODER.match(key)}
     channels = sizes["in_chans"]
     settings = {"model": "vit_base", "data": ""} | sizes
     if channels != 3:
