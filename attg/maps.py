@@ -31,22 +31,6 @@ MANIFEST |= {"flat": list, "failed": list, "checksum": str}
 CHUNK = 2**22
 
 
-def normalize_maps(chunk):
-    """Min-max normalize each map over the whole image; flat and failed ones become 0.
-
-    chunk: (rows, h, w) of any real type. Returns float16 (rows, h, w), and two lists of
-    bools: which are flat, which have failed.
-    """
-    m = np.ma.asarray(chunk).astype(np.float64).filled(np.nan)
-    m = torch.from_numpy(np.ascontiguousarray(m)).flatten(1)
-    failed = ~m.isfinite().all(dim=1)
-    m[failed] = 0
-    m = normalize_map(m)
-    # Any other map has a 1.
-    flat = ~m.any(dim=1) & ~failed
-    return m.numpy().astype("<f2").reshape(chunk.shape), flat.tolist(), failed.tolist()
-
-
 def save_maps(path, maps, dataset, method, **settings):
     """Write NAME.npy (= path) and NAME.json, each under a temporary name first.
 
@@ -78,10 +62,15 @@ def write_maps(path, shape, chunks, dataset, method, settings):
         with open(temporary, "wb") as file:
             np.lib.format.write_array_header_1_0(file, layout)
             for chunk in chunks:
-                m, is_flat, has_failed = normalize_maps(chunk)
-                file.write(m)
-                flat += is_flat
-                failed += has_failed
+                m = np.ma.asarray(chunk).astype(np.float64, order="C").filled(np.nan)
+                m = torch.from_numpy(m).flatten(1)
+                is_failed = ~m.isfinite().all(dim=1)
+                m[is_failed] = 0
+                m = normalize_map(m)
+                # Any other map has a 1.
+                flat += (~m.any(dim=1) & ~is_failed).tolist()
+                failed += is_failed.tolist()
+                file.write(m.numpy().astype("<f2"))
         manifest["flat"] = np.flatnonzero(flat).tolist()
         manifest["failed"] = np.flatnonzero(failed).tolist()
         if len(manifest["failed"]) == number:

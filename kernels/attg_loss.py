@@ -997,8 +997,9 @@ def attg_loss(
     gradient flows to `pred` only. Raises ValueError for wrong shapes, dtypes or values,
     and for `target`, `attn` or `tau` that require a gradient.
     """
-    options = norm_pix, eps, patch_size
-    rules = _rules(pred, target, mask, attn, tau, *options, reduction, impl)
+    rules = _rules(
+        pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, impl
+    )
     for name, value, is_valid, remedy in rules:
         if not is_valid:
             raise ValueError(f"{name}: got {_describe(value)}; {remedy}")
@@ -1012,8 +1013,9 @@ def attg_loss(
         options = norm_pix, float(eps), side, normalize_attn, reduction, return_mse
         loss, mse, _, _ = _op(pred, target, mask, attn, tau, *options)
     else:
-        options = norm_pix, eps, patch_size, normalize_attn
-        parts = _patch_loss(pred, target, mask, attn, tau, *options)
+        parts = _patch_loss(
+            pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn
+        )
         loss, mse = (_reduce(rows, mask, reduction) for rows in parts)
     return (loss, mse) if return_mse else loss
 

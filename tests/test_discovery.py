@@ -24,9 +24,9 @@ from attg_mae import IMAGENET_MEAN
 from tests.helpers import Evil, disc_images, encoder_only, rand, save_encoder
 
 
-def discover(folder, out, *flags, method="tokencut", data="data"):
+def discover(folder, out, *flags, method="tokencut"):
     """The result of the program; tokencut is that of pixels."""
-    usual = ["--method", method, "--data", folder / data, "--out", out]
+    usual = ["--method", method, "--data", folder / "data", "--out", out]
     usual += ["--device", "cpu", "--batch_size", 4]
     if method == "tokencut":
         usual += ["--backbone", "pixels", "--img_size", 96]
@@ -36,7 +36,7 @@ def discover(folder, out, *flags, method="tokencut", data="data"):
 def test_maps_of_a_folder(tmp_path, capsys):
     out, masks = tmp_path / "maps" / "m.npy", ("--masks", tmp_path / "masks")
     q = discover(disc_images(tmp_path, 10, bad=[3]), out, *masks, "--show", 4)
-    dataset = open_data(str(tmp_path / "data"))
+    dataset = open_data(tmp_path / "data")
     maps, manifest = load_maps(out, dataset)
     assert maps.shape == (10, 6, 6)
     assert manifest["failed"] == [3] and not maps[3].any() and manifest["flat"] == []
@@ -69,7 +69,7 @@ def test_maps_from_masks(tmp_path, capsys):
         Image.new("RGB", (side, side), color).save(tmp_path / "data" / name)
     flags = ("--masks", tmp_path / "masks")
     assert discover(tmp_path, tmp_path / "m.npy", *flags, method="masks") == {}
-    dataset = open_data(str(tmp_path / "data"))
+    dataset = open_data(tmp_path / "data")
     maps, manifest = load_maps(tmp_path / "m.npy", dataset)
     assert manifest["failed"] == [4] and manifest["flat"] == [0, 1]
     assert "2 flat, 1 failed" in capsys.readouterr().out
