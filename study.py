@@ -7,6 +7,7 @@ vanilla MAE of the same seed (Sick et al., arXiv 2402.15172, Tables 9 to 11).
         --variants cut cam cut+tau=0.7+tau_schedule=constant self --seeds 0 1 2 3 4 \\
         -- --img_size 64 --patch_size 8 --epochs 30 --eval_every 5
     python study.py --table out/photos                 # the table of finished runs
+    python study.py --table results/study              # the contrasts of contrasts.json
     python study.py --compare out/a out/b              # any runs of attg_mae.py
 
 Flags after -- are those of attg_mae.py, for all runs. A variant is the source of the maps,
@@ -15,6 +16,7 @@ and +FLAG=VALUE for each flag of attg_mae.py that differs. Sources:
     none        vanilla MAE              masks       the maps that the data set brings
     NAME        the file of --maps       self        TokenCut of the vanilla run's encoder
     gaussian    a centered Gaussian, the same for each image: a control
+    self-shuffled    the maps of self, each given to another image: a control
 
 Runs of a seed start from the same weights and see the same images, crops and masks in the
 same order, so their differences are paired. The table in --out is updated after each run.
@@ -44,15 +46,16 @@ from attg.datasets import open_data
 from attg.figures import PANELS, append_images, panels_of, plot_panels
 from attg.files import replacing
 from attg.log import read_log, rename, revision
-from attg.maps import save_maps
+from attg.maps import load_maps, save_maps
 from attg_mae import Config
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("none", "masks", "self", "gaussian")
+SOURCES = ("none", "masks", "self", "self-shuffled", "gaussian")
 STUDY_FLAGS = {"--data", "--maps", "--seed", "--out", "--guidance", "--resume"}
 # File of a run with the results of an evaluation: name of its metric.
 METRICS = {"knn": "k-NN, k = {k}", "shots": "k-NN, {protocol}"}
 METRICS |= {"linear": "linear probe", "transfer": "transfer, k = {k}"}
+DIFFERENCE = "{difference:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -66,7 +69,7 @@ class Settings:
     maps: tuple[str, ...] = flag((), "NAME=FILE ...: map files of the variants NAME")
     val: tuple[str, ...] = flag(("test",), "test sets, see eval_knn.py")
     out: str = flag("out/study", "folder of the runs and the table")
-    table: str | None = flag(None, "only write the table of this folder")
+    table: str | None = flag(None, "only write the table of this folder, see above")
     compare: tuple[str, ...] = flag((), "only compare these run folders")
     train: tuple = ()
 
@@ -107,6 +110,14 @@ def gaussian_maps(path, data):
     save_maps(path, maps, dataset, method="gaussian", sigma=0.25)
 
 
+def shuffle(maps, seed):
+    """Give the map of each image to another image: a random cycle through all of them."""
+    order = np.random.default_rng(seed).permutation(len(maps))
+    shuffled = np.empty_like(maps)
+    shuffled[order] = maps[np.roll(order, 1)]
+    return shuffled
+
+
 def run_program(output, log, program, *flags):
     """Run `python program flags` unless the file `output`, which it writes last, exists.
 
@@ -142,6 +153,10 @@ def train(settings, files, variant, seed):
         discovery = ["--backbone", out / f"none-seed{seed}" / "encoder.pt", *data]
         done = maps.with_suffix(".json")
         run_program(done, log, "object_discovery.py", *discovery, "--out", maps)
+    if source == "self-shuffled":
+        maps, dataset = folder / "maps.npy", open_data(settings.data)
+        own, _ = load_maps(out / f"self-seed{seed}" / "maps.npy", dataset)
+        save_maps(maps, shuffle(own, seed), dataset, "self, shuffled", seed=seed)
     if maps:
         flags += ["--maps", maps]
     flags = [*data, *settings.train, "--seed", seed, *flags, "--out", folder]
@@ -167,10 +182,12 @@ def evaluate(settings, folder):
 def run_study(settings):
     """Train and evaluate all runs, one after the other."""
     files = check_settings(settings)
-    # self needs the encoder of the vanilla run.
-    variants = sorted({"none", *settings.variants}, key=lambda x: x.startswith("self"))
-    # All variants of a seed before the next seed.
-    for seed, variant in itertools.product(settings.seeds, variants):
+    variants = {"none", *settings.variants}
+    if any(variant.startswith("self-shuffled") for variant in variants):
+        variants.add("self")
+    # All variants of a seed before the next seed. In this order self finds the encoder of
+    # none, and self-shuffled the maps of self.
+    for seed, variant in itertools.product(settings.seeds, sorted(variants)):
         folder = train(settings, files, variant, seed)
         evaluate(settings, folder)
         write_table(Path(settings.out))
@@ -191,7 +208,7 @@ def read_metrics(folder):
         for row in lines[-1]["results"] if lines else []:
             label = metric.format(**row)
             if row.get("test", "test") != "test":
-                label += f", {row['test']}"
+                label = f"{row['test']}: {label}"
             metrics[label, row["feature"]] = row["top-1"]
     return metrics
 
@@ -206,34 +223,53 @@ def read_study(folder):
     return runs
 
 
-# Quantiles of Student's t at 97.5 %, for 1, 2, ... degrees of freedom.
-T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
-T_975 += (2.2281, 2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009)
+def t_coverage(theta, freedom):
+    """P(|T| <= sqrt(freedom) tan(theta)) for Student's t; `freedom` is an integer.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+    """
+    odd = freedom % 2
+    term, total = math.cos(theta) ** odd, 0.0
+    for power in range(odd, freedom, 2):
+        total += term
+        term *= math.cos(theta) ** 2 * (power + 1) / (power + 2)
+    total *= math.sin(theta)
+    return (theta + total) * 2 / math.pi if odd else total
 
 
-def interval(values):
-    """(mean, low, high): 95 % interval of the mean by Student's t, NaN for one value.
+def interval(values, level=0.95):
+    """(mean, low, high, p): interval of the mean, and its two-sided p-value against 0.
 
-    Above 19 values it is slightly too wide.
+    By Student's t. All but the mean are NaN for one value.
     """
     mean, n = statistics.fmean(values), len(values)
-    half = math.nan
-    if n > 1:
-        quantile = T_975[min(n - 1, len(T_975)) - 1]
-        half = quantile * statistics.stdev(values) / math.sqrt(n)
-    return mean, mean - half, mean + half
+    if n == 1:
+        return mean, math.nan, math.nan, math.nan
+    # The standard error times the square root of the degrees of freedom.
+    scale = statistics.stdev(values) * math.sqrt(1 - 1 / n)
+    p = 1 - t_coverage(math.atan2(abs(mean), scale), n - 1)
+    low, high = 0.0, math.pi / 2
+    while low < (theta := (low + high) / 2) < high:
+        if t_coverage(theta, n - 1) < level:
+            low = theta
+        else:
+            high = theta
+    half = math.tan(theta) * scale
+    return mean, mean - half, mean + half, p
 
 
 def table_rows(runs):
     """A dict for each variant, metric and feature of read_study's `runs`.
 
-    mean and sd are over the n seeds; difference, low and high are the paired difference
-    from the vanilla runs (variant none) of the same seeds and its 95 % interval, over
-    `pairs` seeds.
+    mean and sd are over the n seeds; difference, low, high and p are the paired difference
+    from the vanilla runs (variant none) of the same seeds, its 95 % interval and p-value,
+    over `pairs` seeds.
     """
     vanilla = runs.get("none", {})
     metrics = [metrics for by_seed in runs.values() for metrics in by_seed.values()]
     keys = dict.fromkeys(key for run in metrics for key in run)
+    # All metrics of a test set together.
+    keys = sorted(keys, key=lambda key: key[0].rpartition(": ")[0])
     # Vanilla first.
     variants = sorted(runs, key=lambda name: (name != "none", name))
     rows = []
@@ -249,7 +285,7 @@ def table_rows(runs):
         pairs = [seed for seed in values if key in vanilla.get(seed, {})]
         if pairs and variant != "none":
             differences = [values[seed] - vanilla[seed][key] for seed in pairs]
-            names = ("difference", "low", "high")
+            names = ("difference", "low", "high", "p")
             row |= dict(zip(names, interval(differences), strict=True))
             row["pairs"] = len(pairs)
         rows.append(row)
@@ -258,40 +294,104 @@ def table_rows(runs):
 
 def markdown(rows):
     """The rows as two Markdown tables: means, and paired differences from vanilla."""
-    means, differences = {}, {}
+    text = "Top-1 in percent, mean ± standard deviation over n seeds.\n\n"
+    text += pivot(rows, "{variant}, n = {n}", "{mean:.2f} ± {sd:.2f}")
+    if paired := [row for row in rows if "difference" in row]:
+        text += (
+            "\nPaired differences from the vanilla runs of the same n seeds, with the "
+        )
+        text += "95 % interval of their mean.\n\n"
+        text += pivot(paired, "{variant}, n = {pairs}", DIFFERENCE)
+    return text
+
+
+def pivot(rows, column, cell):
+    """A Markdown table with a line for each metric and feature.
+
+    column, cell: formats of the heading and the text of a cell.
+    """
+    table = {}
     for row in rows:
-        column = f"{row['metric']}, {row['feature'].replace('_', ' ')}"
-        cells = means.setdefault((row["variant"], row["n"]), {})
-        cells[column] = "{mean:.2f} ± {sd:.2f}".format(**row)
-        if "difference" in row:
-            cells = differences.setdefault((row["variant"], row["pairs"]), {})
-            cells[column] = "{difference:+.2f} [{low:+.2f}, {high:+.2f}]".format(**row)
-    return (
-        "Top-1 in percent, mean ± standard deviation over n seeds.\n\n"
-        + markdown_table(means)
-        + "\nPaired differences from the vanilla runs of the same n seeds, with the 95 % "
-        + "interval of their mean.\n\n"
-        + markdown_table(differences)
-    )
+        names = {"metric": row["metric"], "feature": row["feature"].replace("_", " ")}
+        cells = table.setdefault((row["metric"], row["feature"]), names)
+        cells[column.format(**row)] = cell.format(**row)
+    return markdown_table(table.values())
 
 
-def markdown_table(cells):
-    """A Markdown table of {(variant, n): {column: text}}."""
-    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    lines = [["variant", "n", *columns], ["---"] * (2 + len(columns))]
-    for (variant, n), row in cells.items():
-        lines.append([variant, str(n), *(row.get(column, "") for column in columns)])
+def markdown_table(rows):
+    """A Markdown table of dicts, with a column for each key of any of them."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[str(row.get(column, "")) for column in columns] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def contrast_row(folder, contrast):
+    """The result of an entry of contrasts.json, a row of contrasts.md.
+
+    The entry: question, study (a folder), variant, control, metric, features (averaged),
+    and looks, lists of seeds. A look with an interval that contains 0 is followed by the
+    next. For k looks, intervals are of 1 - 0.05 / k and p is multiplied by k. Nothing is
+    answered by a look before all its runs have finished.
+    """
+    runs = read_study(folder / contrast["study"])
+    pair, looks = (contrast["variant"], contrast["control"]), contrast["looks"]
+    keys = [(contrast["metric"], feature) for feature in contrast["features"]]
+    row = {name: contrast[name] for name in ("question", "study", "metric")}
+    row["features"] = ", ".join(contrast["features"]).replace("_", " ")
+    row["contrast"] = " - ".join(pair)
+
+    def top1(name, seed):
+        run = runs.get(name, {}).get(seed, {})
+        return statistics.fmean(run.get(key, math.nan) for key in keys)
+
+    for seeds in looks:
+        values = np.array([[top1(name, seed) for seed in seeds] for name in pair])
+        finished = np.isfinite(values).sum()
+        row["answer"] = f"open, {finished} of {values.size} runs"
+        if finished < values.size:
+            return row
+        differences, level = (values[0] - values[1]).tolist(), 1 - 0.05 / len(looks)
+        mean, low, high, p = interval(differences, level)
+        row |= {"n": len(seeds), "interval": f"{level:.1%}"}
+        row["difference"] = DIFFERENCE.format(difference=mean, low=low, high=high)
+        if not low <= 0 <= high:
+            break
+    side = "above 0" if mean > 0 else "below 0"
+    row["answer"] = "undecided" if low <= 0 <= high else side
+    row["p"] = min(1, len(looks) * p)
+    return row
+
+
+def contrast_rows(folder):
+    """The rows of contrasts.md: the results of contrasts.json.
+
+    p, Holm: adjusted for the number of contrasts that are answered.
+    """
+    contrasts = json.loads((folder / "contrasts.json").read_text())
+    rows = [contrast_row(folder, contrast) for contrast in contrasts]
+    answered, adjusted = [row for row in rows if "p" in row], 0
+    for i, row in enumerate(sorted(answered, key=lambda row: row["p"])):
+        adjusted = max(adjusted, min(1, (len(answered) - i) * row["p"]))
+        row |= {"p": f"{row['p']:.2g}", "p, Holm": f"{adjusted:.2g}"}
+    return rows
+
+
 def write_table(folder):
-    """Write table.md of the runs in a folder. Returns its rows, see table_rows."""
-    rows = table_rows(read_study(folder))
+    """Write table.md of the runs in a folder, or contrasts.md if it has contrasts.json.
+
+    Returns (rows, text): those of table_rows or contrast_rows.
+    """
+    name, rows = "table.md", table_rows(read_study(folder))
+    text = markdown(rows)
+    if (folder / "contrasts.json").exists():
+        name, rows = "contrasts.md", contrast_rows(folder)
+        text = markdown_table(rows)
     if not rows:
         raise ValueError(f"{folder}: no results of runs in folders VARIANT-seedN")
-    with replacing(folder / "table.md") as temporary:
-        temporary.write_text(markdown(rows))
-    return rows
+    with replacing(folder / name) as temporary:
+        temporary.write_text(text)
+    return rows, text
 
 
 def compare(folders):
@@ -324,7 +424,7 @@ def compare(folders):
 
 
 def main(argv=None):
-    """Run a study. Returns the rows of its table, see table_rows."""
+    """Run a study. Returns the rows of its table, see write_table."""
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)
     settings = parse(Settings, __doc__, argv[:end])
@@ -334,8 +434,8 @@ def main(argv=None):
     folder = Path(settings.table or settings.out)
     if not settings.table:
         run_study(settings)
-    rows = write_table(folder)
-    log_line((folder / "table.md").read_text())
+    rows, text = write_table(folder)
+    log_line(text)
     return rows
 
 

@@ -33,6 +33,17 @@ def test_studies_follow_from_their_logs(folder):
             assert abs(metrics["k-NN, k = 20", feature] - last["knn"][feature]) < 0.05
 
 
+def test_contrasts_follow_from_the_logs():
+    """Those of docs/study.md's design, whether or not all runs have finished."""
+    rows = study.contrast_rows(RESULTS / "study")
+    table = (RESULTS / "study" / "contrasts.md").read_text()
+    assert len(rows) == 5 and study.markdown_table(rows) == table
+    for row in rows:
+        variant, control = row["contrast"].split(" - ")
+        cells = row["study"].removesuffix("-new-seeds").removesuffix("64")
+        assert f"| {row['question']} | {cells} | `{variant}` - `{control}` |" in STUDY
+
+
 def rows_of_study(name):
     """{(variant, metric, feature): row of study.table_rows}"""
     rows = study.table_rows(study.read_study(RESULTS / "study" / name))

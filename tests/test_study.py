@@ -3,6 +3,7 @@ study.py: variants, paired differences and their intervals, a whole study that i
 """
 
 import importlib
+import itertools
 import json
 import math
 import re
@@ -13,35 +14,44 @@ import pytest
 from PIL import Image
 
 import study
+from attg.cli import parse
 from attg.datasets import open_data
 from attg.features import FEATURES
 from attg.maps import load_maps
 from tests.helpers import make_images, make_maps
 
 
-def test_intervals_equal_scipy():
+def test_intervals_and_p_values_equal_scipy():
     stats = pytest.importorskip("scipy.stats")
-    for freedom, quantile in enumerate(study.T_975, start=1):
-        assert abs(quantile - stats.t.ppf(0.975, freedom)) < 1e-4
     random = np.random.default_rng(0)
-    for n in (2, 3, 5, 17):
-        values = random.normal(3, 2, n)
-        want = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-        mean, low, high = study.interval(values.tolist())
-        assert math.isclose(mean, values.mean())
-        assert abs(low - want.low) < 1e-4 * (high - low)
-        assert abs(high - want.high) < 1e-4 * (high - low)
-        # The normal distribution's 1.96 would be too narrow for so few.
-        normal = mean - 1.96 * values.std(ddof=1) / math.sqrt(n)
-        assert abs(low - normal) > 0.01
+    for n in (2, 3, 4, 5, 10, 17, 40):
+        values = random.normal(1, 2, n)
+        want = stats.ttest_1samp(values, 0)
+        for level in (0.95, 0.975):
+            mean, *ends, p = study.interval(values.tolist(), level)
+            assert math.isclose(mean, values.mean())
+            assert math.isclose(p, want.pvalue, abs_tol=1e-12)
+            tolerance = {"rtol": 0, "atol": 1e-6 * values.std()}
+            assert np.allclose(ends, want.confidence_interval(level), **tolerance)
+            # The normal distribution would be too narrow for so few.
+            normal = stats.norm.interval(level, mean, values.std(ddof=1) / n**0.5)
+            assert not np.allclose(ends, normal, **tolerance)
     assert study.interval([4.0])[0] == 4 and math.isnan(study.interval([4.0])[1])
+    # Without any spread.
+    assert study.interval([2.0, 2.0]) == (2, 2, 2, 0)
+    assert study.interval([0.0, 0.0]) == (0, 0, 0, 1)
 
 
-def saved(folder, variant, seed, top1):
-    """Write a run's folder as the evaluations leave it; the last line counts."""
-    row = {"feature": "class_token", "protocol": "k-NN", "k": 20, "top-5": 90.0}
-    other = row | {"test": "gray", "top-1": 7.0}
-    lines = [{"results": [row | {"top-1": x}, other]} for x in (1.0, top1)]
+def saved(folder, variant, seed, *top1):
+    """Write a run's folder as the evaluations leave it; the last line counts.
+
+    top1: for one or both of FEATURES.
+    """
+    rows = []
+    for feature, value in zip(FEATURES, top1, strict=False):
+        row = {"feature": feature, "protocol": "k-NN", "k": 20, "top-5": 90.0}
+        rows += [row | {"top-1": value}, row | {"test": "gray", "top-1": 7.0}]
+    lines = [{"results": [row | {"top-1": 1.0} for row in rows]}, {"results": rows}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     file = folder / f"{variant}-seed{seed}" / "knn.jsonl"
     file.parent.mkdir(parents=True)
@@ -58,7 +68,7 @@ def test_differences_are_those_of_the_same_seed(tmp_path):
         saved(tmp_path, "cut+tau=0.7", seed, guided[seed])
     (tmp_path / "cut+tau=0.7-seed9").mkdir()  # not evaluated yet
     first, gray, second, _ = study.main(["--table", str(tmp_path)])
-    assert (gray["metric"], gray["mean"]) == ("k-NN, k = 20, gray", 7)
+    assert (gray["metric"], gray["mean"]) == ("gray: k-NN, k = 20", 7)
     assert (first["variant"], first["n"], first["mean"]) == ("none", 4, 40)
     assert math.isclose(first["sd"], np.std([40, 50, 60, 10], ddof=1))
     # Seed 5 has no partner: it counts for the mean, not for the difference.
@@ -70,9 +80,74 @@ def test_differences_are_those_of_the_same_seed(tmp_path):
     unpaired = stats.ttest_ind([41, 52, 63], [40, 50, 60])
     assert unpaired.confidence_interval(0.95).low < -10 < second["low"]
     text = (tmp_path / "table.md").read_text()
-    assert "| none | 4 | 40.00 ± 21.60 |" in text
+    assert "| metric | feature | none, n = 4 | cut+tau=0.7, n = 4 |" in text
+    assert "| k-NN, k = 20 | class token | 40.00 ± 21.60 | 63.75 ± 25.16 |" in text
     assert text.endswith(
-        "\n| cut+tau=0.7 | 3 | +2.00 [-0.48, +4.48] | +0.00 [+0.00, +0.00] |\n"
+        "| cut+tau=0.7, n = 3 |\n| --- | --- | --- |\n"
+        "| k-NN, k = 20 | class token | +2.00 [-0.48, +4.48] |\n"
+        "| gray: k-NN, k = 20 | class token | +0.00 [+0.00, +0.00] |\n"
+    )
+
+
+# Names, differences of the seeds 0, 1, ... and numbers of seeds of the looks.
+CONTRASTS = {
+    "first": ([3.0, 3.5, 2.5, 3.2, 2.9, -90.0], [5, 6]),
+    "second": ([-1.0, -2.5, 0.5, -1.2, -0.9, -1.1, -1.0, -1.3], [4, 8]),
+    "between": ([0.1, 0.9, 0.7], [3]),
+    "opposite": ([-0.1, -0.9, -0.7], [3]),  # the same p
+    "neither": ([0.4, -0.3, 0.2, 0.1], [2, 4]),
+    "missing": ([0.4, -0.3, 0.2], [2, 4]),
+    "early": ([3.0], [2]),
+}
+
+
+def test_contrasts_are_answered_by_complete_looks(tmp_path):
+    stats = pytest.importorskip("scipy.stats")
+    entries = []
+    for name, (differences, looks) in CONTRASTS.items():
+        for seed, difference in enumerate(differences):
+            saved(tmp_path / name, "none", seed, 50.0 + seed, 60.0)
+            # On the average of both features.
+            guided = 50.0 + seed + difference - 4, 60.0 + difference + 4
+            saved(tmp_path / name, "box", seed, *guided)
+        entry = {"question": name, "study": name, "variant": "box", "control": "none"}
+        entry |= {"metric": "k-NN, k = 20", "features": list(FEATURES)}
+        entries.append(entry | {"looks": [list(range(n)) for n in looks]})
+    saved(tmp_path / "missing", "none", 3, 53.0, 60.0)
+    (tmp_path / "contrasts.json").write_text(json.dumps(entries))
+    rows = study.main(["--table", str(tmp_path)])
+    rows = {row["question"]: row for row in rows}
+    answers = ["above 0", "below 0", *["undecided"] * 3]
+    answers += ["open, 7 of 8 runs", "open, 2 of 4 runs"]
+    assert [row["answer"] for row in rows.values()] == answers
+    p_values = {}
+    ends = {"first": 5, "second": 8, "between": 3, "opposite": 3, "neither": 4}
+    for name, n in ends.items():
+        differences, looks = CONTRASTS[name]
+        test = stats.ttest_1samp(differences[:n], 0)
+        low, high = test.confidence_interval(1 - 0.05 / len(looks))
+        mean = np.mean(differences[:n])
+        assert rows[name]["n"] == n
+        assert rows[name]["difference"] == f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+        p_values[name] = min(1, len(looks) * test.pvalue)
+        assert rows[name]["p"] == f"{p_values[name]:.2g}"
+    # Holm's method is the closure of Bonferroni's.
+    subsets = [x for k in range(1, 6) for x in itertools.combinations(p_values, k)]
+    for name, p in p_values.items():
+        bounds = [
+            min(1, len(subset) * min(p_values[x] for x in subset))
+            for subset in subsets
+            if name in subset
+        ]
+        assert rows[name]["p, Holm"] == f"{max(bounds):.2g}"
+        assert max(bounds) > p or p == 1 or p == max(p_values.values())
+    # The first look, which is not the answer, is shown; nothing is if it is incomplete.
+    assert rows["missing"]["n"] == 2 and "p" not in rows["missing"]
+    assert "n" not in rows["early"]
+    text = (tmp_path / "contrasts.md").read_text()
+    assert (
+        "| early | early | k-NN, k = 20 | class token, patch mean | box - none | open"
+        in text
     )
 
 
@@ -130,6 +205,40 @@ def test_a_study_is_resumed(tmp_path, monkeypatch, capsys):
     both = Image.open(out / "compare.png")
     assert both.width >= sum(sheet.width for sheet in sheets)
     assert both.height > sheets[0].height + 400
+
+
+def test_shuffled_maps_are_those_of_other_images(plain, tmp_path, monkeypatch):
+    ran = []
+
+    def run_program(output, log, program, *flags):
+        ran.append((output.parent.name, program))
+        if program == "object_discovery.py":
+            make_maps(output.with_suffix(".npy"), plain)
+        if "shuffled" in output.parent.name:
+            assert (flags[-4], flags[-3]) == ("--maps", output.with_name("maps.npy"))
+
+    monkeypatch.setattr(study, "run_program", run_program)
+    monkeypatch.setattr(study, "evaluate", lambda settings, folder: None)
+    monkeypatch.setattr(study, "write_table", lambda folder: None)
+    flags = f"--data {plain} --variants self-shuffled --seeds 4 5 --out {tmp_path}"
+    study.run_study(parse(study.Settings, "", flags.split()))
+    programs = ["attg_mae.py", "object_discovery.py", "attg_mae.py", "attg_mae.py"]
+    for seed in (4, 5):
+        variants = ["none", "self", "self", "self-shuffled"]
+        names = [f"{variant}-seed{seed}" for variant in variants]
+        assert ran[:4] == list(zip(names, programs, strict=True))
+        del ran[:4]
+    orders = []
+    for seed in (4, 5):
+        own, shuffled = (
+            load_maps(tmp_path / f"{name}-seed{seed}" / "maps.npy", open_data(plain))[0]
+            for name in ("self", "self-shuffled")
+        )
+        row, source = np.nonzero((shuffled[:, None] == own[None]).all(axis=(2, 3)))
+        assert row.tolist() == sorted(source) == list(range(13))
+        assert (row != source).all()
+        orders.append(source.tolist())
+    assert orders[0] != orders[1]
 
 
 def test_gaussian_maps_are_centered(plain, tmp_path):
