@@ -46,7 +46,7 @@ def compare(times, count=1):
 
     ms: the median, with the 20th and 80th percentile, per image if a call takes `count`
     images. x NAME: speed relative to the first one, the median of the ratios of all
-    rounds; low and high: its 95 % interval, inconclusive if it includes 1.
+    rounds; low and high: its 95 % interval, which decides nothing if it includes 1.
     """
     (first, base), *_ = times.items()
     columns = {}
@@ -55,11 +55,8 @@ def compare(times, count=1):
         p20, median, p80 = ms.quantile(ms.new_tensor([0.2, 0.5, 0.8])).tolist()
         ratios = [x / y for x, y in zip(base, seconds, strict=True)]
         low, high = median_interval(ratios)
-        columns[name] = {"ms": median, "p20": p20, "p80": p80}
-        columns[name][f"x {first}"] = statistics.median(ratios)
-        verdict = "faster" if low > 1 else "slower" if high < 1 else "inconclusive"
-        columns[name] |= {"low": low, "high": high, "verdict": verdict}
-    columns[first]["verdict"] = ""
+        speed = {f"x {first}": statistics.median(ratios), "low": low, "high": high}
+        columns[name] = {"ms": median, "p20": p20, "p80": p80} | speed
     return columns
 
 

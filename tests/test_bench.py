@@ -42,10 +42,8 @@ def test_comparison_by_rounds():
     times = {"base": base, "fast": [x / 2 for x in base], "odd": base[::-1]}
     times["slow"] = [2 * x for x in base]
     rows = measure.compare(times, count=10)
-    expected = [15, 6, 36, 2, 2, 2, "faster"]
-    assert list(rows["fast"].values()) == pytest.approx(expected)
-    verdicts = [row["verdict"] for row in rows.values()]
-    assert verdicts == ["", "faster", "inconclusive", "slower"]
+    assert list(rows["fast"].values()) == pytest.approx([15, 6, 36, 2, 2, 2])
+    assert rows["odd"]["low"] < 1 < rows["odd"]["high"] and rows["slow"]["high"] < 1
 
 
 def test_median_interval():
