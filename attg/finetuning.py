@@ -123,8 +123,7 @@ def fit(
     model.train()
 
     losses = []  # of this epoch, on the device
-    bar = {"initial": start, "total": total_steps}
-    for step in progress(range(start, total_steps), **bar):
+    for step in progress(range(start, total_steps), desc="training"):
         warmup_steps = settings.warmup_epochs * epoch_steps
         # min_lr is added to the whole schedule, warm-up included.
         peak = settings.blr * settings.batch_size / 256 - settings.min_lr
