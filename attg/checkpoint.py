@@ -202,6 +202,8 @@ def load_optimizer(optimizer, stored, steps, name):
             raise ValueError(f"{where}: must hold {sorted(like)}")
         for key, x in state.items():
             check_like(x, like[key], f"{where}: {key}")
+            if not x.isfinite().all():
+                raise ValueError(f"{where}: {key} is not finite")
             state[key] = x.contiguous()
         if float(state.get("step", 0)) not in range(steps + 1):
             raise ValueError(f"{where}: step must be from 0 to {steps}")
