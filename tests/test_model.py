@@ -113,7 +113,8 @@ def test_weighted_loss_masks_and_grids(seed, grid, chans, ratio):
     assert mask.equal(lowest)
     # An argument wins over the config; without noise the mask is random.
     assert (model(imgs, mask_ratio=1 - 1.5 / L)[2].sum(1) == L - 1).all()
-    assert L < 16 or not model(imgs)[2].equal(model(imgs)[2])
+    random = {str(model(imgs)[2].tolist()) for _ in range(1 if L < 16 else 4)}
+    assert L < 16 or len(random) > 1  # else of 16^-6 at most
 
 
 def test_model_compiles_once_for_all_tau():
