@@ -222,6 +222,8 @@ def test_links_are_followed_and_devices_refused(tmp_path):
     for path in (tmp_path / "null", tmp_path / "disk"):
         with pytest.raises(ValueError, match=f"{path}: a folder or device"):
             attg_mae.save_checkpoint(path, step=1)
+    with pytest.raises(ValueError, match="disk: a folder; .* such as last.pt"):
+        attg_mae.load_checkpoint(tmp_path / "disk")
     flags = ["x.pt", "--save", str(tmp_path / "null"), "--device", "cpu"]
     with pytest.raises(OSError, match="--save .*null: not writable"):
         eval_finetune.main(flags)

@@ -317,9 +317,9 @@ def test_masks_of_several_kinds(images, tmp_path):
     assert "object is any but 0xFFFFFF" in masks.rule
     assert np.array_equal(masks[0] > 0, OBJECT > 0) and not masks[4].any()
     for i in range(5):
-        write(tmp_path / f"{i}.png", gray(SOFT))
+        write(tmp_path / f"{i}.png", gray(SOFT if i == 1 else 255 * OBJECT))
     masks = MaskFolder(tmp_path, images)
-    assert np.array_equal(next(true_masks(masks, [2])), SOFT > 127)
+    assert np.array_equal(next(true_masks(masks, [1])), SOFT > 127)
 
 
 # -- The job ---------------------------------------------------------------------------

@@ -5,6 +5,7 @@ The embedded data set: its pixels, its masks, its variants.
 import hashlib
 
 import numpy as np
+import pytest
 import torch
 
 import attg_mae
@@ -35,6 +36,8 @@ def test_splits_as_data_sets():
         np.testing.assert_array_equal(sample.image.permute(1, 2, 0), images[13])
         assert (sample.label, sample.box.tolist()) == (3, [0, 0, 1, 1])
     assert len({open_data("toy", split).fingerprint for split in SPLITS}) == 6
+    with pytest.raises(ValueError, match="split 'val' of --data toy.*'only_fg'"):
+        toy("val")
 
 
 def test_a_guided_run_takes_toys_masks(tmp_path):
