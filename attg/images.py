@@ -95,9 +95,10 @@ def to_8_bits(image, mode="RGB", white=None):
     floats, and ValueError if the image is brighter.
     """
     if image.mode.startswith("I") or image.mode == "F":
-        # PIL's own conversion clips at 255. Pillow 10 opens 16-bit PNGs in mode I.
-        default = {"F": 1, "I": 255}.get(image.mode, 65535)
-        default = 65535 if image.format == "PNG" else default
+        # PIL's own conversion clips at 255. 16-bit PGMs open in mode I, in Pillow 10 such
+        # PNGs as well.
+        has_16_bits = image.format in ("PNG", "PPM")
+        default = {"F": 1, "I": 65535 if has_16_bits else 255}.get(image.mode, 65535)
         gray = np.nan_to_num(np.array(image, dtype=np.float32), posinf=0, neginf=0)
         if white is None and gray.max() > 1.01 * default:
             raise ValueError(

@@ -30,8 +30,9 @@ SEEDS = st.integers(0, 2**64 - 1)
 MODES = {
     "png": ("RGB", "L", "1", "RGBA", "LA", "P", "I;16"),
     "tif": ("RGB", "L", "1", "P", "CMYK", "I;16", "I", "F"),
+    "pgm": ("L", "I;16"),
 }
-ALL_MODES = sorted(set(MODES["png"] + MODES["tif"]))
+ALL_MODES = sorted({*MODES["png"], *MODES["tif"]})
 
 
 # -- Modes -----------------------------------------------------------------------------
