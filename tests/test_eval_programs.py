@@ -155,7 +155,7 @@ def test_the_default_is_the_data_set_of_the_checkpoint(evaluate, labelled, tmp_p
     """That of a gray encoder, on two of its three classes; other files have none."""
     (tmp_path / "two.txt").write_text("g\nb\n")
     data = {"data": labelled["data"], "classes": str(tmp_path / "two.txt")}
-    data |= {"in_chans": 1, "mean": (0.5,), "std": (0.25,)}
+    data |= {"in_chans": 1, "mean": (0.5,), "std": (0.25,), "white": 300.0}
     file = str(tmp_path / "gray.pt")
     save_encoder(file, width=192, heads=3, **data)
     results = evaluate(checkpoint=file)
@@ -163,6 +163,7 @@ def test_the_default_is_the_data_set_of_the_checkpoint(evaluate, labelled, tmp_p
     assert evaluate(*flags, checkpoint=file) == results
     one, two = (json.loads(x)["settings"] for x in (tmp_path / "o.jsonl").open())
     assert [[x["data"], x["classes"]] for x in (one, two)] == [flags[1::2]] * 2
+    assert one["white"] == two["white"] == 300
     assert "train 16, test 10; 2 classes, chance 50 %" in one["header"]
     torch.save(torch.load(file)["model"], tmp_path / "bare.pt")
     with pytest.raises(

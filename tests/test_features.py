@@ -5,12 +5,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import Subset
 
 import attg_mae
 import eval_knn
 from attg import features
+from attg.datasets import open_data
 from attg.evaluation import percent_correct
-from tests.helpers import blobs, rand, randn, save_features
+from attg.loader import make_loader
+from tests.helpers import blobs, close, rand, randn, save_features
 
 
 def is_right(ranking, train, labels, test, k):
@@ -100,6 +103,20 @@ def test_knn_in_several_chunks():
     got = attg_mae.knn_classify(bank, labels, test)
     some = test[[0, 63, 64, 69]]
     assert is_right(got[[0, 63, 64, 69]], bank, labels, some, 20)
+
+
+def test_features_of_two_processes_are_in_order(labelled, monkeypatch):
+    model, dataset = attg_mae.ViT(attg_mae.Config()), open_data(labelled["data"])
+    shards = []
+    for rank in range(2):
+        loader = make_loader(Subset(dataset, range(rank, 25, 2)))
+        shards.append(features.extract_features(model, loader))
+    gather = lambda parts, _: parts.__setitem__(slice(2), shards)  # noqa: E731
+    monkeypatch.setattr(features.dist, "all_gather_object", gather)
+    got = features.extract_sharded(model, dataset, None, 0, 2)
+    want = features.extract_sharded(model, dataset, None, 0, 1)
+    assert got["labels"].equal(want["labels"])
+    assert close(got["patch_mean"], want["patch_mean"], 1e-5)
 
 
 BROKEN = {
