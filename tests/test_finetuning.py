@@ -150,8 +150,8 @@ def test_begun_on_one_process_and_continued_on_two(ask, flags, labelled, tmp_pat
     settings = {"data": labelled["data"], "device": "cpu", "seed": 1, "batch_size": 8}
     settings |= {"protocol": "mae", "epochs": 3, "save": cut}
     runs = ranks(ask, tmp_path / "o", settings, [str(script), flags[0]])
-    (code, printed, errors), (other, *_) = (run.wait() for run in runs)
-    assert (code, other) == (0, 0), errors
+    (code, printed, errors), (other, quiet, _) = (run.wait() for run in runs)
+    assert (code, other, quiet) == (0, 0, ""), errors
     assert "after 6 of 9 steps" in printed and torch.load(cut)["step"] == 9
     (one, model), (two, twin) = (torch.load(f"{script}{rank}") for rank in (0, 1))
     assert len(set(one + two)) == 2 * len(one) == 6 and same(model, twin)
