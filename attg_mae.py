@@ -529,6 +529,7 @@ try:
     from attg.figures import save_examples
     from attg.images import seed_for
     from attg.kernels import attg_loss
+    from attg.loader import BatchIterator
     from attg.pretraining import TrainFlags, check_config, resolve
     from attg.trainer import Trainer, result, setup
     from attg.weights import encoder_config, load_initial, load_weights, read_weights
@@ -624,13 +625,6 @@ class Config(TrainFlags):
 
 # -- Runs ------------------------------------------------------------------------------
 # Data, log, checkpoints and evaluation are in attg/trainer.py, the loop is here.
-def mask_noise(batch_size, grid, generator):
-    """Uniform noise (batch_size, L) of a global batch, which decides its masks."""
-    # The loader seeds the generator with (seed, step): any number of processes draws the
-    # same, and there is no generator state to save.
-    return torch.rand(batch_size, math.prod(grid), generator=generator)
-
-
 def train(cfg, data=None, on_log=None):
     """Pre-train a model and write the run folder, cfg.out; resumes an interrupted run.
 
@@ -649,7 +643,8 @@ def train(cfg, data=None, on_log=None):
         cfg, device = run.cfg, run.device
         torch.manual_seed(seed_for("weights", cfg.seed))
         model = build_model(cfg).to(device)
-        load_initial(model, run, checkpoint, sincos_table)
+        if checkpoint or cfg.init:
+            load_initial(model, run, checkpoint, sincos_table)
         if cfg.epochs == 0:
             save_examples(model, run, checkpoint, model_inputs, pool_maps)
             return result(run, step=0)
@@ -658,14 +653,16 @@ def train(cfg, data=None, on_log=None):
         optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
         scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
         start = restore(optimizer, scaler, checkpoint) if checkpoint else 0
-        noise = functools.partial(mask_noise, cfg.batch_size, cfg.grid)
+        # Images, maps and mask noise depend on seed and step alone.
         ties = cfg.guidance in DROPS_PATCHES
-        trainer = Trainer(run, model, optimizer, scaler, start, signals, noise, ties)
+        loader = BatchIterator(run, start, math.prod(cfg.grid), ties)
+        trainer = Trainer(run, model, optimizer, scaler, start, signals, loader)
         if cfg.compile:
             model.compile()
         ddp = DistributedDataParallel(model) if run.world > 1 else model
         warmup_steps = cfg.warmup_epochs * run.steps_per_epoch
         tau = torch.zeros((), device=device)
+        micro_batches = iter(loader)
 
         # Around the steps there are only schedules, evaluations, log and checkpoints.
         for step in trainer.steps:
@@ -675,7 +672,7 @@ def train(cfg, data=None, on_log=None):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             tau.fill_(tau_at(step, run.total_steps, cfg))
-            batches = itertools.islice(trainer.batches, cfg.accum)
+            batches = itertools.islice(micro_batches, cfg.accum)
             values = train_step(ddp, optimizer, scaler, batches, tau, cfg, run.dtype)
             if trainer.after_step(step + 1, values, lr, tau):
                 return trainer.stop(step + 1)

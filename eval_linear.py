@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attg.cli import RunFlags, check_unused, flag, parse, progress, run_cli
+from attg.cli import RunFlags, check_unused, flag, parse, run_cli
 from attg.datasets import shot_indices
 from attg.evaluation import (
     EvalFlags,
@@ -49,6 +49,7 @@ from attg.evaluation import (
 from attg.features import FEATURES, pool_tokens
 from attg.finetuning import RecipeFlags, fit, open_training, score
 from attg.images import seed_for
+from attg.log import progress
 from attg_mae import load_encoder, lr_at
 
 # 1e-4 to 3, for SGD with momentum 0.9 on standardized features.

@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from attg.cli import RunFlags, check_unused, flag, log_line, parse, progress, run_cli
+from attg.cli import RunFlags, check_unused, flag, parse, run_cli
 from attg.evaluation import EvalFlags, evaluate, open_encoder
 from attg.features import FEATURES
 from attg.images import MODES, load_image, to_8_bits, to_tensor
+from attg.log import log_line, progress
 from attg.weights import resize_positions
 from attg_mae import load_encoder
 

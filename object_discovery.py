@@ -45,7 +45,6 @@ from attg.cli import (
     WeightFlags,
     check_unused,
     flag,
-    log_line,
     parse,
     print_table,
     run_cli,
@@ -56,6 +55,7 @@ from attg.evaluation import CheckpointDataFlags, default_data, open_encoder
 from attg.figures import save_map_sheet
 from attg.files import sha256
 from attg.kernels import normalize_map
+from attg.log import log_line
 from attg.map_job import SquashedImages, run_job
 from attg.map_quality import peak_component, quality, true_masks
 from attg.maps import load_maps

@@ -41,11 +41,11 @@ from pathlib import Path
 
 import numpy as np
 
-from attg.cli import flag, log_line, parse, print_table, run_cli
+from attg.cli import flag, parse, print_table, run_cli
 from attg.datasets import open_data
 from attg.figures import PANELS, append_images, panels_of, plot_panels
 from attg.files import replacing
-from attg.log import read_log, rename, revision
+from attg.log import log_line, read_log, rename, revision
 from attg.maps import load_maps, save_maps
 from attg_mae import Config
 

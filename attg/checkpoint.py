@@ -225,31 +225,36 @@ def load_scaler(scaler, stored, name):
         scaler.load_state_dict({key: stored[key] for key in expected})
 
 
-def checkpoint_path(cfg):
-    """Path of the checkpoint to resume, or with --epochs 0 to draw; or None.
+def find_checkpoint(cfg, train_set, maps_id):
+    """The checkpoint to resume, or with --epochs 0 to draw, see read_run; or None.
 
     If last.pt is missing, the latest complete temporary file takes its place: not every
     file system renames atomically. ValueError if there is none, but steps in the log,
-    which a new run would overwrite.
+    which a new run would overwrite; or if it was trained on other images or maps.
     """
-    if cfg.resume != "auto":
-        return None if cfg.resume == "none" else Path(cfg.resume)
-    last, complete = Path(cfg.out, "last.pt"), {}
-    if last.exists():
-        return last
-    for path in last.parent.glob("last.pt*.tmp"):
-        with contextlib.suppress(ValueError, OSError):
-            complete[read_run(path)["step"]] = path
-    if complete:
-        os.replace(complete[max(complete)], last)
-        return last
-    log = last.with_name("log.jsonl")
-    if cfg.epochs and log.exists() and read_log(log):
-        raise ValueError(
-            f"--out {cfg.out}: last.pt is missing, but log.jsonl has the steps of a run; "
-            "restore last.pt, change --out, or start over: --resume none"
-        )
-    return None
+    if cfg.resume == "none":
+        return None
+    path, complete = Path(cfg.resume), {}
+    if cfg.resume == "auto":
+        path = Path(cfg.out, "last.pt")
+        if not path.exists():
+            for temporary in path.parent.glob("last.pt*.tmp"):
+                with contextlib.suppress(ValueError, OSError):
+                    complete[read_run(temporary)["step"]] = temporary
+        if complete:
+            os.replace(complete[max(complete)], path)
+        if not path.exists():
+            log = path.with_name("log.jsonl")
+            if cfg.epochs and log.exists() and read_log(log):
+                raise ValueError(
+                    f"--out {cfg.out}: last.pt is missing, but log.jsonl has the steps of "
+                    "a run; restore it, change --out, or start over: --resume none"
+                )
+            return None
+    checkpoint = read_run(path)
+    if cfg.epochs:
+        check_data(cfg, checkpoint, train_set, maps_id)
+    return checkpoint
 
 
 def read_run(path):

@@ -1,5 +1,5 @@
 """
-Command lines: flags generated from dataclasses, log lines and progress bars, exit codes.
+Command lines: flags generated from dataclasses, exit codes.
 
     @dataclasses.dataclass(kw_only=True)
     class Settings(DataFlags, RunFlags):
@@ -16,11 +16,9 @@ import numbers
 import os
 import signal
 import sys
-import time
 import traceback
 import types
 import typing
-from importlib.util import find_spec
 from pathlib import Path
 
 from attg.files import naming
@@ -107,31 +105,31 @@ def validate(settings):
     Raises ValueError that names the first wrong flag, its value and what it must be.
     """
     for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
+        low, high, choices = map(field.metadata.get, ("low", "high", "choices"))
         kinds, item = field_types(field)
-        check_value(field, value, kinds)
-        if isinstance(value, tuple | list):
-            for one in value:
-                check_value(field, one, (item,))
-
-
-def check_value(field, value, kinds):
-    """ValueError unless a value has one of the types and is in the field's range."""
-    low, high, choices = map(field.metadata.get, ("low", "high", "choices"))
-    right = isinstance(value, tuple(ACCEPTED.get(kind, kind) for kind in kinds))
-    # bool is a subclass of int.
-    right = right and (bool in kinds or not isinstance(value, bool))
-    if right and low is not None and isinstance(value, numbers.Real):
-        right = low <= value <= high
-    if right and choices and value is not None:
-        right = value in choices
-    if not right:
-        expected = " or ".join(TYPE_NAMES.get(kind, kind.__name__) for kind in kinds)
-        if choices:
-            expected = f"one of {', '.join(choices)}"
-        if low is not None:
-            expected = f"{TYPE_NAMES[field_types(field)[1]]} from {low:g} to {high:g}"
-        raise ValueError(f"--{field.name} {value}: must be {expected}")
+        values = [(getattr(settings, field.name), kinds)]
+        if isinstance(values[0][0], tuple | list):
+            values += [(one, (item,)) for one in values[0][0]]
+        for value, allowed in values:
+            right = isinstance(
+                value, tuple(ACCEPTED.get(kind, kind) for kind in allowed)
+            )
+            # bool is a subclass of int.
+            right = right and (bool in allowed or not isinstance(value, bool))
+            if right and low is not None and isinstance(value, numbers.Real):
+                right = low <= value <= high
+            if right and choices and value is not None:
+                right = value in choices
+            if right:
+                continue
+            expected = " or ".join(
+                TYPE_NAMES.get(kind, kind.__name__) for kind in kinds
+            )
+            if choices:
+                expected = f"one of {', '.join(choices)}"
+            if low is not None:
+                expected = f"{TYPE_NAMES[item]} from {low:g} to {high:g}"
+            raise ValueError(f"--{field.name} {value}: must be {expected}")
 
 
 def check_unused(settings, names, reason):
@@ -153,8 +151,25 @@ def parse(kind, description, argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for field in dataclasses.fields(kind):
-        if field.metadata:
-            add_flag(parser, field)
+        metadata, (kinds, item) = field.metadata, field_types(field)
+        if not metadata:
+            continue
+        options = {"help": metadata["help"], "default": field.default}
+        if isinstance(field.default, tuple) and field.default:
+            options["help"] += f" [{' '.join(map(str, field.default))}]"
+        elif field.default not in (None, ()) and item is not bool:
+            options["help"] += " [%(default)s]"
+        if item is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["choices"] = metadata["choices"]
+            options["type"] = item
+            if tuple in kinds:
+                options["nargs"] = "+"
+        if metadata["positional"]:
+            parser.add_argument(field.name, nargs="?", **options)
+        else:
+            parser.add_argument(f"--{field.name}", **options)
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
         if isinstance(value, list):
@@ -166,27 +181,6 @@ def parse(kind, description, argv=None):
     return settings
 
 
-def add_flag(parser, field):
-    """Add the flag of a dataclass field to a parser."""
-    metadata, (kinds, item) = field.metadata, field_types(field)
-    options = {"help": metadata["help"], "default": field.default}
-    if isinstance(field.default, tuple) and field.default:
-        options["help"] += f" [{' '.join(map(str, field.default))}]"
-    elif field.default not in (None, ()) and item is not bool:
-        options["help"] += " [%(default)s]"
-    if item is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    else:
-        options["choices"] = metadata["choices"]
-        options["type"] = item
-        if tuple in kinds:
-            options["nargs"] = "+"
-    if metadata["positional"]:
-        parser.add_argument(field.name, nargs="?", **options)
-    else:
-        parser.add_argument(f"--{field.name}", **options)
-
-
 def make_folder(name, path):
     """Create the folder of the flag --name with its parents; OSError names the flag."""
     try:
@@ -194,49 +188,6 @@ def make_folder(name, path):
     except OSError as error:
         message = f"cannot create this folder ({error.strerror}); choose another"
         raise OSError(f"--{name} {path}: {message}") from error
-
-
-def log_line(text):
-    """Print a line at once on rank 0, above a progress bar if there is one."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print
-    with naming("standard output"):
-        write(text)
-        # Without it, output that is piped to a file arrives in blocks of 8 KB.
-        sys.stdout.flush()
-
-
-def progress(steps, total=None, desc=None, **options):
-    """The steps under a progress bar in a terminal that has tqdm, else with log lines.
-
-    Rank 0 alone shows either. The first line comes after 5 s, the next after twice as
-    long, up to 5 minutes; without desc there is none. total: by default len(steps).
-    options: further ones of tqdm.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        return steps
-    if sys.stderr.isatty() and find_spec("tqdm") is not None:
-        from tqdm import tqdm
-
-        return tqdm(steps, total=total, desc=desc, leave=False, **options)
-    if desc is None:
-        return steps
-    return log_steps(steps, len(steps) if total is None else total, desc)
-
-
-def log_steps(steps, total, desc):
-    """Yield the steps and log how many are done, see progress."""
-    start, wait = time.monotonic(), 5
-    due = start + wait
-    for done, step in enumerate(steps):
-        now = time.monotonic()
-        if done and now >= due:
-            left = (now - start) / done * (total - done)
-            log_line(f"{desc}: {done} of {total}, {left:.0f} s left")
-            wait = min(2 * wait, 300)
-            due = now + wait
-        yield step
 
 
 def print_table(rows):

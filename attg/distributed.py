@@ -1,16 +1,22 @@
-"""Devices, process groups, collectives and stop signals."""
+"""Devices, process groups, collectives, locks and stop signals."""
 
 import contextlib
 import datetime
 import os
 import re
 import signal
+import socket
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from attg.files import locked
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @contextlib.contextmanager
@@ -89,19 +95,71 @@ def broadcast_from_rank0(function, rank, world):
 
 
 @contextlib.contextmanager
-def exclusive_run(lock, output, rank, world, read=lambda: None):
-    """Hold a lock file on rank 0 for the duration of the block; see files.locked.
+def exclusive_run(path, output, rank, world, read=lambda: None):
+    """Hold an exclusive lock file on rank 0 for the duration of the block.
 
-    Every rank raises what rank 0 raises, and gets the result of read(), which rank 0
-    calls while it holds the lock.
+    Every rank gets the result of read(), which rank 0 calls while it holds the lock, or
+    raises what rank 0 raises: ValueError with the holder if another process has the lock.
+    output: what the lock protects, for messages. The lock ends with its process, however
+    that ends. Without file locks (Windows, some network file systems) it only warns.
     """
+    path, held = Path(path), []
+    is_new_folder = not path.parent.exists()
+    lock_and_read = lambda: held.append(acquire_lock(path, output)) or read()  # noqa: E731
+    try:
+        yield broadcast_from_rank0(lock_and_read, rank, world)
+    finally:
+        for file in held:
+            # Removed while the lock is held: a waiting process notices and creates a new
+            # file. Windows cannot remove an open file, and has no lock to hold.
+            with contextlib.suppress(OSError):
+                path.unlink()
+            file.close()
+            if is_new_folder:
+                # Succeeds only if nothing was written.
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
+
+
+def acquire_lock(path, output):
+    """Create a lock file with its folder, and lock it; see exclusive_run."""
     # torchrun restarts a killed run before all of its processes have exited.
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    with contextlib.ExitStack() as stack:
-        held = locked(lock, output, timeout=30 if restarted else 0)
-        # enter_context returns None here, so the result is that of read().
-        enter_and_read = lambda: stack.enter_context(held) or read()  # noqa: E731
-        yield broadcast_from_rank0(enter_and_read, rank, world)
+    deadline = time.monotonic() + (30 if restarted else 0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = open(path, "a+")
+            try:
+                if fcntl is None:
+                    raise OSError("no file locks on this system")
+                # Not flock: forked loader workers would inherit its locks.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                holder = file.read() or "another process"
+                file.close()
+                if time.monotonic() >= deadline:
+                    message = f"{holder} is writing here; wait, or choose another path"
+                    raise ValueError(f"{output}: {message}") from None
+                time.sleep(0.1)
+                continue
+            except OSError as error:
+                print(
+                    f"{output}: not locked against other runs ({error})",
+                    file=sys.stderr,
+                )
+                return file
+            # The previous holder may have removed the file after this process opened it.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                    file.flush()
+                    return file
+            file.close()
+    except OSError as error:
+        raise OSError(f"{output}: cannot write here ({error})") from error
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ from attg.cli import (
     WeightFlags,
     check_unused,
     flag,
-    log_line,
     make_folder,
     print_table,
 )
@@ -25,8 +24,9 @@ from attg.datasets import open_labeled, resolve_dataset, shot_indices
 from attg.distributed import exclusive_run, processes
 from attg.features import SOURCE, make_features, read_features
 from attg.figures import class_names, save_confusion, save_neighbors
-from attg.files import is_replaceable, naming, sha256
+from attg.files import naming, sha256
 from attg.loader import default_workers
+from attg.log import log_line
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -243,8 +243,10 @@ def check_outputs(settings):
         if path:
             make_folder(name, Path(path).parent)
             # A device can take the lines of --out, but not be replaced.
-            wrong = Path(path).is_dir() or name != "out" and not is_replaceable(path)
-            if wrong or not os.access(Path(path).parent, os.W_OK):
+            path = Path(path)
+            special = path.exists() and not path.is_file()
+            wrong = special and (path.is_dir() or name != "out")
+            if wrong or not os.access(path.parent, os.W_OK):
                 raise OSError(f"--{name} {path}: not writable; choose another file")
 
 

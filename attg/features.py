@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch.utils.data import Subset
 
 from attg.checkpoint import check_like, load_checkpoint, read_settings, save_checkpoint
-from attg.cli import progress
 from attg.datasets import refuse_unreadable
 from attg.loader import make_loader
+from attg.log import progress
 
 FEATURES = ("class_token", "patch_mean")
 # Settings that determine the features; they are stored in the file of --save_features.

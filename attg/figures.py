@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import default_collate
 
-from attg.cli import log_line
 from attg.files import replacing
 from attg.images import generator_for
 from attg.loader import Batch
+from attg.log import log_line
 from attg.map_job import SquashedImages
 from attg.toy import TOY_CLASSES
 

@@ -1,19 +1,11 @@
-"""Atomic writes, file locks and checksums."""
+"""Atomic writes and checksums."""
 
 import contextlib
 import errno
 import hashlib
 import os
-import socket
-import sys
-import time
 import warnings
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 def sha256(path):
@@ -33,11 +25,6 @@ def naming(path):
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def is_replaceable(path):
-    """Whether there is a regular file of this name, or none."""
-    return Path(path).is_file() or not Path(path).exists()
-
-
 @contextlib.contextmanager
 def replacing(path):
     """A temporary path that replaces `path` when the block ends without an error.
@@ -46,7 +33,7 @@ def replacing(path):
     Symbolic links are followed; ValueError for what is no regular file.
     """
     target = Path(os.path.realpath(path))
-    if not is_replaceable(path):
+    if target.exists() and not target.is_file():
         raise ValueError(f"{path}: a folder or device; choose the name of a file")
     temporary = Path(f"{target}.{os.getpid()}.tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,82 +41,15 @@ def replacing(path):
         with naming(path):
             yield temporary
             with open(temporary, "r+b") as file:
-                sync(file)
+                try:
+                    # Otherwise a power cut could leave an empty file under its name.
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    # Some file systems do not support it.
+                    if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                        raise
+                    message = f"fsync: {error.strerror}; a power cut may lose {path}"
+                    warnings.warn(message, stacklevel=3)
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def sync(file):
-    """Write an open file to the disk; a power cut could leave an empty one under its name.
-
-    Some file systems do not support it: that is a warning.
-    """
-    try:
-        os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
-        message = f"fsync: {error.strerror}; a power cut may lose what is written"
-        warnings.warn(message, stacklevel=2)
-
-
-@contextlib.contextmanager
-def locked(path, output, timeout=0):
-    """Hold an exclusive lock file for the duration of the block.
-
-    output: what the lock protects, for messages. Raises ValueError that names the holder
-    if another process keeps the lock for `timeout` seconds. The lock ends with its
-    process, however that ends. Without file locks (Windows, some network file systems)
-    it only warns.
-    """
-    path = Path(path)
-    is_new_folder = not path.parent.exists()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = acquire_lock(path, output, time.monotonic() + timeout)
-    except OSError as error:
-        raise OSError(f"{output}: cannot write here ({error})") from error
-    try:
-        yield
-    finally:
-        # Removed while the lock is held: a waiting process notices and creates a new
-        # file. Windows cannot remove an open file, and has no lock to hold.
-        with contextlib.suppress(OSError):
-            path.unlink()
-        file.close()
-        if is_new_folder:
-            # Succeeds only if nothing was written.
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()
-
-
-def acquire_lock(path, output, deadline):
-    """Open the lock file and lock it; see locked. deadline: of time.monotonic()."""
-    while True:
-        file = open(path, "a+")
-        try:
-            if fcntl is None:
-                raise OSError("no file locks on this system")
-            # Not flock: forked loader workers would inherit its locks.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            holder = file.read() or "another process"
-            file.close()
-            if time.monotonic() >= deadline:
-                message = f"{holder} is writing here; wait, or choose another path"
-                raise ValueError(f"{output}: {message}") from None
-            time.sleep(0.1)
-            continue
-        except OSError as error:
-            print(f"{output}: not locked against other runs ({error})", file=sys.stderr)
-            return file
-        # The previous holder may have removed the file after this process opened it.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
-                return file
-        file.close()

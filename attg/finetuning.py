@@ -25,11 +25,12 @@ from attg.checkpoint import (
     read_settings,
     save_checkpoint,
 )
-from attg.cli import flag, log_line, progress, resume_class
+from attg.cli import flag, resume_class
 from attg.datasets import refuse_unreadable
 from attg.evaluation import count_correct, draw, fill, open_sets
 from attg.images import seed_for, train_view
 from attg.loader import ResumableBatchSampler, make_loader
+from attg.log import log_line, progress
 
 
 @dataclasses.dataclass(kw_only=True)

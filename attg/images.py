@@ -11,6 +11,7 @@ import math
 import os
 import struct
 import sys
+import warnings
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -105,12 +106,18 @@ def to_8_bits(image, mode="RGB", white=None):
                 f"gray up to {gray.max():g} in mode {image.mode}, where white is "
                 f"{default}; set --white"
             )
+        if white is None and default == 65535 and 0 < gray.max() < 4096:
+            warnings.warn(  # shown once
+                "a 16-bit image has no gray above 4095, and comes out dark; if that is "
+                "white, set --white 4095",
+                stacklevel=2,
+            )
         white = white or default
         image = Image.fromarray(np.uint8(gray.clip(0, white) * (255 / white) + 0.5))
     if image.mode == "P" and "transparency" in image.info:
         # Without this detour PIL warns.
         image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)
+    return image.convert(mode)
 
 
 # -- Views -----------------------------------------------------------------------------
@@ -125,12 +132,14 @@ def to_tensor(image):
 class Jpeg:
     """A JPEG file of three channels, decoded once region and size of a view are known."""
 
+    mode = "RGB"
+
     def __init__(self, content, size):
         self.content, self.size = content, size  # width, height
 
     @classmethod
-    def open(cls, path):
-        """Read a file; None if it is not such a JPEG."""
+    def open(cls, path, max_pixels=MAX_PIXELS):
+        """Read a file; None if it is not such a JPEG. ValueError: see load_image."""
         with open(path, "rb") as file:
             content = bytearray(file.read())
         at = 2 if content.startswith(b"\xff\xd8") else len(content)
@@ -140,7 +149,10 @@ class Jpeg:
             if marker in (0xC0, 0xC1, 0xC2):
                 # ... and, in a frame header, bits, height, width, channels.
                 bits, h, w, channels = struct.unpack_from(">BHHB", content, at + 4)
-                return cls(content, (w, h)) if (bits, channels) == (8, 3) else None
+                if (bits, channels) != (8, 3):
+                    return None
+                check_pixels((w, h), max_pixels)
+                return cls(content, (w, h))
             at += 2 + length
         return None
 
@@ -308,7 +320,7 @@ class ImageData(Dataset):
         after, before = range(requested, self.num_images), range(requested)
         for index in itertools.chain(after, before):
             try:
-                image, label = self.open(index, self.channels)
+                image, label = self.read(index, self.channels)
                 image, box, flip = view(image, self.size)
                 return Sample(image, label, index, torch.tensor(box), flip)
             # Decoders raise OSError, SyntaxError, ValueError and others.
@@ -320,24 +332,23 @@ class ImageData(Dataset):
             f"{reason}; repair them or choose another folder"
         )
 
-    def open(self, i, channels=3):
-        """(Jpeg or 8-bit PIL image, label) of image i. channels: 3 = RGB, 1 = gray."""
-        if self.pairs is None and channels == 3:
-            image = Jpeg.open(self.path(i))
-            if image:
-                check_pixels(image.size, self.max_pixels)
-                return image, int(self.known_labels[i])
-        image, label = self.read(i)
-        return to_8_bits(image, MODES[channels], self.white), label
+    def read(self, i, channels=None):
+        """(image, label) of image i. Raises what its decoder raises.
 
-    def read(self, i):
-        """(PIL image of any mode, label) of image i. Raises what its decoder raises."""
+        channels: 3 gives a Jpeg or a PIL image in RGB, 1 one in gray, None one of any mode.
+        """
         if self.pairs is None:
-            return load_image(self.path(i), self.max_pixels), int(self.known_labels[i])
-        image, label = self.pairs[i]
-        if not isinstance(image, Image.Image):
-            kind = type(image).__name__
-            raise ValueError(f"is {kind}, items must be (PIL image, label)")
+            image, label = None, self.known_labels[i]
+            if channels == 3:
+                image = Jpeg.open(self.path(i), self.max_pixels)
+            image = image or load_image(self.path(i), self.max_pixels)
+        else:
+            image, label = self.pairs[i]
+            if not isinstance(image, Image.Image):
+                kind = type(image).__name__
+                raise ValueError(f"is {kind}, items must be (PIL image, label)")
+        if channels and image.mode != MODES[channels]:
+            image = to_8_bits(image, MODES[channels], self.white)
         return image, -1 if label is None else int(label)
 
     def path(self, i):
@@ -397,19 +408,16 @@ class ImageData(Dataset):
         )
 
     def file_sizes(self):
-        """Sizes in bytes; none if the images are not files."""
-        if self.pairs is not None:
-            return []
+        """Sizes in bytes of the files."""
         return [os.stat(self.path(i)).st_size for i in range(len(self))]
 
     def checksums(self, step):
         """Checksums of the contents of every step-th file."""
-        if self.pairs is None:
-            for i in range(0, len(self), step):
-                try:
-                    yield sha256(self.path(i))
-                except OSError as error:
-                    yield error.errno
+        for i in range(0, len(self), step):
+            try:
+                yield sha256(self.path(i))
+            except OSError as error:
+                yield error.errno
 
     @functools.cached_property
     def fingerprint(self):
@@ -419,9 +427,13 @@ class ImageData(Dataset):
         sizes and contents; of more than 10,000 files, the contents of 1,000. With `verify`
         a colon and a sha256 of all contents follow.
         """
-        step = len(self) // SAMPLE if len(self) > MAX_VERIFIED else 1
-        parts = len(self), *self.names, *self.file_sizes(), *self.checksums(step)
-        full = f":{sha256_of(*self.checksums(1))}" if self.verify and step > 1 else ""
+        n, full = self.num_images, ""
+        parts = [n, *self.names]
+        if self.pairs is None:
+            step = n // SAMPLE if n > MAX_VERIFIED else 1
+            parts += [*self.file_sizes(), *self.checksums(step)]
+            if self.verify and step > 1:
+                full = f":{sha256_of(*self.checksums(1))}"
         return f"v3:{sha256_of(*parts)}{full}"
 
     def matches(self, fingerprint):
@@ -432,7 +444,9 @@ class ImageData(Dataset):
                 self.fingerprint.split(":"), fingerprint.split(":"), strict=False
             )
             return all(a == b for a, b in pairs)
-        names, sizes = (len(self), *self.names), self.file_sizes()
+        names, sizes = (len(self), *self.names), []
+        if self.pairs is None:
+            sizes = self.file_sizes()
         oldest = sha256_of(*names)
         oldest = sha256_of(oldest, *sizes) if sizes else oldest
         return fingerprint in (oldest, "v2:" + sha256_of("v2", *names, *sizes))

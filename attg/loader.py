@@ -132,48 +132,50 @@ class Batch(NamedTuple):
 
 
 class BatchIterator:
-    """The Batches of a run on one rank, in the order of a ResumableBatchSampler.
+    """The Batches of a run on one rank, from the step `start` on.
 
-    maps: (n, h, w) on the host, or None. draw(generator): uniform noise (batch_size, L) of
-    a global batch. ties: whether batches need them. Noise and ties are functions of seed
-    and step, and are sharded as the images are: a run depends on neither accum nor world,
-    and has no generator state to save.
-
-    waited: seconds spent waiting for images, until the reader resets it. unreadable:
-    number of images of this epoch that were replaced.
+    run: attg.trainer.Setup. patches: L. ties: whether batches need them. waited: seconds
+    spent waiting for images, until the reader resets it. unreadable: number of images of
+    this epoch that were replaced.
     """
 
-    def __init__(self, dataset, sampler, device, maps, draw, ties=False, workers=0):
-        self.dataset, self.sampler = dataset, sampler
-        self.device, self.maps = device, maps
-        self.draw = draw
+    def __init__(self, run, start, patches, ties=False):
+        cfg, self.run, self.patches = run.cfg, run, patches
         # Field of a Batch: name of its random stream.
         self.streams = {"noise": "masks"} | ({"ties": "ties"} if ties else {})
         self.waited, self.unreadable = 0.0, 0
-        options = {"batch_sampler": sampler, "pin_memory": device.type == "cuda"}
-        self.loader = make_loader(dataset, workers=workers, **options)
+        shape = (run.train_set.num_images, cfg.batch_size, start, run.total_steps)
+        shard = (cfg.accum, run.rank, run.world)
+        self.sampler = ResumableBatchSampler(*shape, cfg.seed, *shard)
+        options = {"workers": run.workers, "pin_memory": run.device.type == "cuda"}
+        self.loader = make_loader(run.train_set, batch_sampler=self.sampler, **options)
 
     def __iter__(self):
-        sampler, samples = self.sampler, iter(self.loader)
+        run, sampler, samples = self.run, self.sampler, iter(self.loader)
         for step in range(sampler.start, sampler.stop):
             if step % sampler.steps_per_epoch == 0:
                 self.unreadable = 0
-            indices = sampler.indices(step)[sampler.rows]  # (accum, b)
-            draws = {}
-            for name, stream in self.streams.items():
-                noise = self.draw(generator_for(stream, sampler.seed, step))
-                draws[name] = noise[sampler.rows]  # (accum, b, L)
-            for micro in range(sampler.accum):
+            for micro, ids in enumerate(sampler.indices(step)[sampler.rows]):
                 began = time.perf_counter()
                 sample = next(samples)
                 self.waited += time.perf_counter() - began
-                self.unreadable += int(self.dataset.unreadable[indices[micro]].sum())
+                self.unreadable += int(run.train_set.unreadable[ids].sum())
+                if micro == 0:
+                    # Noise and ties of the global batch are functions of seed and step, and
+                    # are sharded as the images are: a run depends on neither accum nor
+                    # world, and has no generator state to save.
+                    draws = {}
+                    for name, stream in self.streams.items():
+                        generator = generator_for(stream, sampler.seed, step)
+                        shape = (sampler.batch_size, self.patches)
+                        noise = torch.rand(shape, generator=generator)
+                        draws[name] = noise[sampler.rows]  # (accum, b, L)
                 batch = {"image": sample.image, "box": sample.box, "flip": sample.flip}
                 batch |= {name: noise[micro] for name, noise in draws.items()}
-                if self.maps is not None:
-                    batch["maps"] = torch.from_numpy(self.maps[sample.index.numpy()])
+                if run.maps is not None:
+                    batch["maps"] = torch.from_numpy(run.maps[sample.index.numpy()])
                 for name, x in batch.items():
                     # The copy of pageable memory would wait for the GPU.
-                    x = x.pin_memory() if self.device.type == "cuda" else x
-                    batch[name] = x.to(self.device, non_blocking=True)
+                    x = x.pin_memory() if run.device.type == "cuda" else x
+                    batch[name] = x.to(run.device, non_blocking=True)
                 yield Batch(**{"maps": None} | batch)

@@ -1,4 +1,4 @@
-"""The log of a training run: log.jsonl, config.json and log lines."""
+"""Log lines and progress bars; the log of a training run: log.jsonl, config.json."""
 
 import contextlib
 import dataclasses
@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from attg.cli import log_line
 from attg.files import naming, replacing
+from attg.pretraining import MAE_IMAGES, RULE
 
 # Names of settings and metrics in older configs, logs and results, and their new names.
 RENAMED_SETTINGS = {"knn_every": "eval_every", "keep_every": "keep_ckpt_every"}
@@ -24,6 +25,49 @@ LINE = (
     "step {step:6}/{total} epoch {epoch:6.2f} loss {loss:.4f} mse {mse:.4f} "
     "lr {lr:.2e} tau {tau:.3f} {img_s:7.1f} img/s data {data_wait:4.0%} ETA {eta}"
 )
+
+
+def log_line(text):
+    """Print a line at once on rank 0, above a progress bar if there is one."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print
+    with naming("standard output"):
+        write(text)
+        # Without it, output that is piped to a file arrives in blocks of 8 KB.
+        sys.stdout.flush()
+
+
+def progress(steps, total=None, desc=None, **options):
+    """The steps under a progress bar in a terminal that has tqdm, else with log lines.
+
+    Rank 0 alone shows either. The first line comes after 5 s, the next after twice as
+    long, up to 5 minutes; without desc there is none. total: by default len(steps).
+    options: further ones of tqdm.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return steps
+    if sys.stderr.isatty() and find_spec("tqdm") is not None:
+        from tqdm import tqdm
+
+        return tqdm(steps, total=total, desc=desc, leave=False, **options)
+    if desc is None:
+        return steps
+    return log_steps(steps, len(steps) if total is None else total, desc)
+
+
+def log_steps(steps, total, desc):
+    """Yield the steps and log how many are done, see progress."""
+    start, wait = time.monotonic(), 5
+    due = start + wait
+    for done, step in enumerate(steps):
+        now = time.monotonic()
+        if done and now >= due:
+            left = (now - start) / done * (total - done)
+            log_line(f"{desc}: {done} of {total}, {left:.0f} s left")
+            wait = min(2 * wait, 300)
+            due = now + wait
+        yield step
 
 
 def rename(settings):
@@ -53,19 +97,13 @@ def read_log(path):
     return records
 
 
-def versions():
-    """{package: version}, of those that the last bits of an image or a loss depend on."""
-    packages = ("torch", "torchvision", "Pillow")
-    return {name: importlib.metadata.version(name) for name in packages}
-
-
-def describe_machine(device):
+def describe_machine(device, versions):
     """Log lines on versions and device, and on other programs that keep the cores busy."""
     name, threads = device.type, torch.get_num_threads()
     if name == "cuda":
         name = torch.cuda.get_device_name(device)
     python = sys.version.split()[0]
-    packages = ", ".join(map(" ".join, versions().items()))
+    packages = ", ".join(map(" ".join, versions.items()))
     line = f"attg_mae {revision()}, python {python}, {packages}, {name}"
     line += f", {threads} threads"
     load, cores = getattr(os, "getloadavg", lambda: [0])()[0], os.cpu_count()
@@ -73,6 +111,35 @@ def describe_machine(device):
         line += f"\nload {load:.1f} on {cores} cores: threads wait for each other on a "
         line += "busy machine, OMP_NUM_THREADS=1 may be several times faster"
     return line
+
+
+def describe_run(run, model):
+    """Log lines on what will be trained. run: attg.trainer.Setup."""
+    cfg, kind, tau = run.cfg, "a vanilla MAE", ""
+    if run.maps is not None:
+        kind = f"an MAE guided by attention maps ({cfg.guidance})"
+        if cfg.guidance != "input_masking":  # which has no weights
+            end = "" if cfg.tau_schedule == "constant" else f" to {cfg.tau_end}"
+            tau = f", tau {cfg.tau}{end} ({cfg.tau_schedule})"
+    if cfg.data == "toy" and cfg.model != "vit_micro":
+        kind += ", a smoke test on the enlarged toy set"
+    number, rule = run.train_set.num_images, "MAE's"
+    if number < MAE_IMAGES:
+        rule = f"below {MAE_IMAGES:,} images: {RULE}"
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    height, width = run.train_set.size
+    micro = cfg.batch_size // (cfg.accum * run.world)
+    return (
+        f"training {kind}: {cfg.model}, {sum(trained) / 1e6:.1f} M parameters\n"
+        f"{number} images of {cfg.data}, {height} x {width} pixels, "
+        f"patches {cfg.patch_size} x {cfg.patch_size}; {cfg.epochs} epochs of "
+        f"{run.steps_per_epoch} steps\n"
+        f"batch size {cfg.batch_size} = {micro} x {run.world} (processes) x "
+        f"{cfg.accum} (--accum), {cfg.precision}; lr {cfg.lr:.2e} (base lr "
+        f"{cfg.blr:.2e}, cosine), warm-up {cfg.warmup_epochs:.3g} epochs{tau}\n"
+        f"defaults {rule}\n"
+        f"run folder {cfg.out}: settings in config.json, all metrics in log.jsonl"
+    )
 
 
 def tensorboard_hook(folder, step):
@@ -116,45 +183,53 @@ class Log:
             self.signals.append(13)  # SIGPIPE, which Windows does not define
 
     def write(self, record, line):
-        """Append a record to log.jsonl and print it as `line`."""
+        """Print a record as `line` and append it to log.jsonl."""
         if self.is_rank0:
+            self.say(line)
             with naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
             for hook in self.hooks:
                 hook(record)
-            self.say(line)
 
-    def begin(self, cfg, step, header):
-        """Write config.json, drop the records that will be repeated, print the header.
+    def begin(self, run, model, start):
+        """Print what will be trained, write config.json and drop the records to repeat.
 
-        A run that resumes after `step` repeats all later steps, and the evaluation after
-        `step` itself.
+        A run that resumes after the step `start` repeats all later steps, and the
+        evaluation after `start` itself.
         """
-        self.path = Path(cfg.out, "log.jsonl")
+        self.path = Path(run.cfg.out, "log.jsonl")
         if not self.is_rank0:
             return
-        if cfg.tensorboard:
-            self.hooks.append(tensorboard_hook(self.path.parent, step))
-        kept = read_log(self.path) if step and self.path.exists() else []
+        # The last bits of an image or a loss depend on these.
+        packages = ("torch", "torchvision", "Pillow")
+        versions = {name: importlib.metadata.version(name) for name in packages}
+        self.say(
+            f"{describe_machine(run.device, versions)}\n{describe_run(run, model)}"
+        )
+        if run.cfg.tensorboard:
+            self.hooks.append(tensorboard_hook(self.path.parent, start))
+        kept = read_log(self.path) if start and self.path.exists() else []
         # Only evaluations have no loss.
-        kept = [r for r in kept if r["step"] + ("loss" not in r) <= step]
+        kept = [r for r in kept if r["step"] + ("loss" not in r) <= start]
         with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
         with replacing(self.path.with_name("config.json")) as temporary:
-            config = dataclasses.asdict(cfg) | {"versions": versions()}
+            config = dataclasses.asdict(run.cfg) | {"versions": versions}
             temporary.write_text(json.dumps(config, indent=1))
         # Of processes that were killed while they wrote it.
         for path in self.path.parent.glob("last.pt*.tmp"):
             path.unlink()
-        self.say(header)
 
 
+@dataclasses.dataclass
 class Meter:
     """Turns the metrics of the steps between two log lines into a record and a line."""
 
-    def __init__(self, run, start):
-        self.run, self.start = run, start  # attg.trainer.Setup, steps done before
-        self.began = self.logged = time.perf_counter()
+    run: object  # attg.trainer.Setup
+    start: int  # steps done before
+    began: float = dataclasses.field(default_factory=time.perf_counter)
+    # End of the time that the last record, or an evaluation, accounts for.
+    logged: float = dataclasses.field(default_factory=time.perf_counter)
 
     def summarize(self, step, rows, lr, tau, waited, unreadable):
         """(record, log line) after `step`.

@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from attg.cli import log_line, progress
 from attg.distributed import broadcast_from_rank0, wait
 from attg.files import replacing
 from attg.images import resize_region, to_tensor
 from attg.kernels import normalize_map
 from attg.loader import default_workers, make_loader
+from attg.log import log_line, progress
 from attg.maps import read_manifest, write_maps
 
 
@@ -46,7 +46,7 @@ class SquashedImages(Dataset):
             if self.masks:
                 image = Image.fromarray(self.masks[i].filled(0))
                 return to_tensor(image.resize((w, h), Image.Resampling.BOX)), True
-            image = self.dataset.open(i, self.channels)[0]
+            image = self.dataset.read(i, self.channels)[0]
             return resize_region(image, (0, 0, *image.size), self.size), True
         # Decoders raise OSError, SyntaxError, ValueError and others.
         except Exception:

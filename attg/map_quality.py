@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from attg.cli import log_line
+from attg.log import log_line
 
 
 def true_masks(masks, rows):

@@ -91,23 +91,13 @@ RULE = (
 )
 
 
-def schedule_defaults(num_images, width):
-    """(epochs, batch_size, blr) for a number of training images, see RULE."""
-    if num_images >= MAE_IMAGES:
-        return 800, 4096, 1.5e-4
-    quarter = max(1, num_images // 4)
-    batch_size = min(64, 2 ** (quarter.bit_length() - 1))
-    epochs = min(max(8, 80_000 // num_images), 800)
-    return epochs, batch_size, 6e-3 * 128 / width
-
-
 def fit_size(dataset):
     """(image size, patch size) for vit_micro by the images; always 8 x 8 patches."""
     ids = torch.linspace(0, len(dataset) - 1, 9).long().tolist()
     sides = []
     for i in ids:
         with contextlib.suppress(Exception):  # unreadable, which training reports
-            sides.append(min(dataset.open(i)[0].size))
+            sides.append(min(dataset.read(i, 3)[0].size))
     return (64, 8) if sides and statistics.median(sides) >= 64 else (32, 4)
 
 
@@ -129,7 +119,12 @@ def resolve(cfg, dataset=None):
             f"--maps {cfg.maps}: --guidance none uses no maps; leave out one of the two"
         )
     num_images = 10_000 if dataset is None else dataset.num_images
-    epochs, batch_size, blr = schedule_defaults(num_images, cfg.width)
+    epochs, batch_size, blr = 800, 4096, 1.5e-4
+    if num_images < MAE_IMAGES:  # see RULE
+        epochs = min(max(8, 80_000 // num_images), 800)
+        quarter = max(1, num_images // 4)
+        batch_size = min(64, 2 ** (quarter.bit_length() - 1))
+        blr = 6e-3 * 128 / cfg.width
     if cfg.data == "toy" and cfg.model != "vit_micro":
         # Enlarged to 224 pixels, it only shows that everything runs.
         epochs = 1

@@ -5,6 +5,7 @@ method is here; see attg_mae.train.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import time
@@ -15,29 +16,17 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Subset
 
-from attg.checkpoint import (
-    check_data,
-    check_settings,
-    checkpoint_path,
-    read_run,
-    save_checkpoint,
-)
-from attg.cli import progress
+from attg.checkpoint import check_settings, find_checkpoint, save_checkpoint
 from attg.datasets import open_data, resolve_dataset
 from attg.distributed import all_reduce_sum, exclusive_run
 from attg.export import timm_arguments
 from attg.features import knn_accuracy
 from attg.figures import save_curves
 from attg.images import ImageData, generator_for
-from attg.loader import (
-    BatchIterator,
-    ResumableBatchSampler,
-    default_workers,
-    make_loader,
-)
-from attg.log import Log, Meter, describe_machine, read_log
+from attg.loader import default_workers, make_loader
+from attg.log import Log, Meter, progress, read_log
 from attg.maps import open_maps, read_manifest
-from attg.pretraining import MAE_IMAGES, RULE, resolve
+from attg.pretraining import resolve
 from attg.weights import DECODER
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,11 +43,13 @@ class Setup:
     log: Log
     train_set: ImageData
     test_set: ImageData | None
+    data_id: str | None  # fingerprint of train_set, on rank 0
     maps: np.ndarray | None  # (n, h, w) on the host
     maps_id: str | None  # checksum of the maps
     steps_per_epoch: int
     total_steps: int
     dtype: torch.dtype | None  # of autocast, None for fp32
+    workers: int  # of the loader
 
 
 @contextlib.contextmanager
@@ -70,21 +61,21 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     """
     device, rank, world = dist_info
     log = Log(rank == 0, [on_log] if on_log else [], signals)
-    log.say(describe_machine(device))
     name = cfg.data if data is None else resolve_dataset(data, cfg.data)
     view = {"classes": cfg.classes, "channels": cfg.in_chans}
     view |= {"max_pixels": cfg.max_pixels, "white": cfg.white}
-    view["verify"] = cfg.verify == "full"
-    train_set = open_data(name, "train", cfg.img_size, True, cfg.seed, **view)
-    default_size, cfg = cfg.img_size, resolve(cfg, train_set)
-    if cfg.img_size != default_size:
-        train_set.size = cfg.size
-    test_set = open_data(name, "test", cfg.img_size, **view)
-    if cfg.eval_every and not test_set:
+    view |= {"verify": cfg.verify == "full", "size": cfg.img_size}
+    train_set = open_data(name, "train", augment=True, seed=cfg.seed, **view)
+    test_set = open_data(name, "test", **view)
+    cfg = resolve(cfg, train_set)
+    if cfg.img_size != view["size"]:
+        for dataset in filter(None, (train_set, test_set)):
+            dataset.size = cfg.size
+    if cfg.eval_every and test_set is None:
         reason = f"--data {cfg.data} has no test split; leave it out"
         raise ValueError(f"--eval_every {cfg.eval_every}: {reason}")
     if cfg.eval_every is None:
-        cfg.eval_every = math.ceil(cfg.epochs / 4) if test_set else 0
+        cfg.eval_every = 0 if test_set is None else math.ceil(cfg.epochs / 4)
     maps = None if cfg.guidance == "none" else train_set.masks
     maps_id = None if maps is None else "masks of the data set"
     # Drawing examples (--epochs 0) works without maps, guided training does not.
@@ -95,17 +86,11 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     steps_per_epoch = max(1, train_set.num_images // cfg.batch_size)
     total_steps = cfg.epochs * steps_per_epoch
     total_steps = min(total_steps, cfg.max_steps or total_steps)
+    workers = default_workers(device) if cfg.workers is None else cfg.workers
     lock, output = Path(cfg.out, ".lock"), f"--out {cfg.out}"
-
-    def read():
-        """The checkpoint to resume; on rank 0, as others need not share the folder."""
-        path = checkpoint_path(cfg)
-        checkpoint = read_run(path) if path else None
-        if checkpoint and cfg.epochs:
-            check_data(cfg, checkpoint, train_set, maps_id)
-        return checkpoint
-
-    with exclusive_run(lock, output, rank, world, read) as checkpoint:
+    # On rank 0, as others need not share the folder.
+    find = functools.partial(find_checkpoint, cfg, train_set, maps_id)
+    with exclusive_run(lock, output, rank, world, find) as checkpoint:
         if checkpoint:
             changed = check_settings(cfg, checkpoint, total_steps)
             where = f"{checkpoint['path']} after step {checkpoint['step']}"
@@ -113,8 +98,9 @@ def setup(cfg, data, dist_info, signals, on_log=None):
             log.say(f"resuming {where}{changes}" if cfg.epochs else f"from {where}")
             if checkpoint["step"] == total_steps:
                 log.say("nothing left to train: only its evaluation is repeated")
-        sets = (train_set, test_set, maps, maps_id)
-        steps = (steps_per_epoch, total_steps, DTYPES[cfg.precision])
+        data_id = train_set.fingerprint if rank == 0 and cfg.epochs else None
+        sets = (train_set, test_set, data_id, maps, maps_id)
+        steps = (steps_per_epoch, total_steps, DTYPES[cfg.precision], workers)
         yield Setup(cfg, device, rank, world, log, *sets, *steps), checkpoint
 
 
@@ -125,7 +111,7 @@ def result(run, step, stopped=None, val_mse=None, knn=None):
 
 
 @torch.no_grad()
-def reconstruction_mse(model, dataset, run, workers):
+def reconstruction_mse(model, dataset, run):
     """Unweighted mse of the masked patches over a data set, the mean over all ranks.
 
     Each image has its own mask, the same in every evaluation and every run.
@@ -135,7 +121,7 @@ def reconstruction_mse(model, dataset, run, workers):
     noise = torch.rand(len(dataset), math.prod(cfg.grid), generator=generator)
     shard = range(run.rank, len(dataset), run.world)
     total, done = torch.zeros((), device=run.device), 0
-    loader = make_loader(Subset(dataset, shard), workers=workers)
+    loader = make_loader(Subset(dataset, shard), workers=run.workers)
     for sample in progress(loader, desc="validation mse"):
         ids = torch.tensor(shard[done : done + len(sample.label)])
         imgs = model.normalize(sample.image.to(run.device))
@@ -151,66 +137,27 @@ def reconstruction_mse(model, dataset, run, workers):
 class Trainer:
     """Log, evaluations and checkpoints of a run that has done `start` steps.
 
-    signals: list of stop signals received, see attg.distributed. draw, ties: see
+    signals: list of stop signals received, see attg.distributed. loader:
     attg.loader.BatchIterator.
     """
 
-    def __init__(self, run, model, optimizer, scaler, start, signals, draw, ties=False):
+    def __init__(self, run, model, optimizer, scaler, start, signals, loader):
         cfg = run.cfg
-        self.run, self.signals = run, signals
+        self.run, self.signals, self.loader = run, signals, loader
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         # Metrics (3,) of the steps since the last log line: loss, mse, gradient norm.
         # They stay on the device, so that no step waits for it.
         self.values = []
-        self.workers = cfg.workers
-        if cfg.workers is None:
-            self.workers = default_workers(run.device)
-        shape = (run.train_set.num_images, cfg.batch_size, start, run.total_steps)
-        shard = (cfg.accum, run.rank, run.world)
-        self.sampler = ResumableBatchSampler(*shape, cfg.seed, *shard)
-        data = (run.train_set, self.sampler, run.device, run.maps)
-        self.loader = BatchIterator(*data, draw, ties, self.workers)
-        self.batches = iter(self.loader)
-        self.meter = Meter(run, start)
-        run.log.begin(cfg, start, self.header())
-        if start == 0:
-            # A log with steps but without a checkpoint is then the sign of a loss.
-            self.save("last.pt", 0)
         # The last evaluation is in finish.
         every = cfg.eval_every * run.steps_per_epoch
         self.eval_steps = range(every, run.total_steps, every) if every else ()
+        if start == 0:
+            # A log with steps but without a checkpoint is then the sign of a loss.
+            self.save("last.pt", 0)
         steps = range(start, run.total_steps)
-        bar = {"initial": start, "total": run.total_steps}
-        self.steps = progress(steps, **bar) if run.rank == 0 else steps
-
-    def header(self):
-        """Log lines on what will be trained."""
-        run, cfg = self.run, self.run.cfg
-        kind, tau = "a vanilla MAE", ""
-        if run.maps is not None:
-            kind = f"an MAE guided by attention maps ({cfg.guidance})"
-            if cfg.guidance != "input_masking":  # which has no weights
-                end = "" if cfg.tau_schedule == "constant" else f" to {cfg.tau_end}"
-                tau = f", tau {cfg.tau}{end} ({cfg.tau_schedule})"
-        if cfg.data == "toy" and cfg.model != "vit_micro":
-            kind += ", a smoke test on the enlarged toy set"
-        number, rule = run.train_set.num_images, "MAE's"
-        if number < MAE_IMAGES:
-            rule = f"below {MAE_IMAGES:,} images: {RULE}"
-        trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
-        height, width = run.train_set.size
-        micro = cfg.batch_size // (cfg.accum * run.world)
-        return (
-            f"training {kind}: {cfg.model}, {sum(trained) / 1e6:.1f} M parameters\n"
-            f"{number} images of {cfg.data}, {height} x {width} pixels, "
-            f"patches {cfg.patch_size} x {cfg.patch_size}; {cfg.epochs} epochs of "
-            f"{run.steps_per_epoch} steps\n"
-            f"batch size {cfg.batch_size} = {micro} x {run.world} (processes) x "
-            f"{cfg.accum} (--accum), {cfg.precision}; lr {cfg.lr:.2e} (base lr "
-            f"{cfg.blr:.2e}, cosine), warm-up {cfg.warmup_epochs:.3g} epochs{tau}\n"
-            f"defaults {rule}\n"
-            f"run folder {cfg.out}: settings in config.json, all metrics in log.jsonl"
-        )
+        self.steps = progress(steps, initial=start, total=run.total_steps)
+        run.log.begin(run, model, start)
+        self.meter = Meter(run, start)
 
     def after_step(self, done, values, lr, tau):
         """Log, check and save when it is due after step `done`; True = stop here.
@@ -275,7 +222,7 @@ class Trainer:
             if not bad:
                 continue
             message = f"step {step + 1}: {bad[0]} not finite"
-            ids = self.sampler.indices(step).tolist()
+            ids = self.loader.sampler.indices(step).tolist()
             record = {"step": step + 1, "not_finite": bad[0], "indices": ids}
             self.run.log.write(record, message)
             raise ValueError(
@@ -290,13 +237,13 @@ class Trainer:
         knn if there are no labels; {} without a test split.
         """
         run, test_set = self.run, self.run.test_set
-        if not test_set:
+        if test_set is None:
             return {}
-        mse = reconstruction_mse(self.model, test_set, run, self.workers)
+        mse = reconstruction_mse(self.model, test_set, run)
         metrics, line = {"val_mse": mse}, f"step {step}: test split: mse {mse:.4f}"
         if run.train_set.labeled and test_set.labeled:
             options = run.train_set, test_set, run.dtype, run.rank, run.world
-            metrics["knn"] = knn_accuracy(self.model, *options, workers=self.workers)
+            metrics["knn"] = knn_accuracy(self.model, *options, workers=run.workers)
             for name, accuracy in metrics["knn"].items():
                 name = name.replace("_", " ")
                 line += f", k-NN (k = 20) of the {name} {accuracy:.2f} %"
@@ -314,7 +261,7 @@ class Trainer:
                 optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(),
                 step=done,
-                data=self.run.train_set.fingerprint,
+                data=self.run.data_id,
                 maps=self.run.maps_id,
                 config=dataclasses.asdict(self.run.cfg),
             )

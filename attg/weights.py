@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attg.checkpoint import load_checkpoint, load_state
-from attg.cli import log_line
+from attg.log import log_line
 
 # Entries of a file that may hold the weights; the first one found is taken. As in timm,
 # averaged weights come first.

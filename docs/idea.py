@@ -31,7 +31,7 @@ from attg.figures import (
     save_sheet,
 )
 from attg.images import generator_for
-from attg_mae import MAE, Config, load_checkpoint, mask_noise, normalize, pool_maps
+from attg_mae import MAE, Config, load_checkpoint, normalize, pool_maps
 from study import read_study, table_rows
 
 SEED = 0
@@ -64,7 +64,8 @@ def main(vanilla, guided, out="assets/idea.png"):
     masks = torch.from_numpy(dataset.masks)
     imgs = normalize(sample.image, cfg)
     # The same noise, so the same hidden patches, for both models.
-    noise = mask_noise(len(imgs), cfg.grid, generator_for("masks", cfg.seed, 0))
+    generator = generator_for("masks", cfg.seed, 0)
+    noise = torch.rand(len(imgs), math.prod(cfg.grid), generator=generator)
     m_norm = pool_maps(masks, sample.box, sample.flip, cfg.grid)
     heading = "Error on the test set: vanilla " + errors(vanilla, imgs, noise, m_norm)
     heading += "; guided " + errors(guided, imgs, noise, m_norm)

@@ -9,8 +9,9 @@ It is the first image of the first step of `python attg_mae.py`: its crop, its n
 its tau. Prints the numbers and draws the panels.
 """
 
-import functools
+import math
 import sys
+from types import SimpleNamespace
 
 import torch
 from matplotlib.figure import Figure
@@ -20,13 +21,12 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from attg.datasets import open_data
 from attg.figures import denormalize, unpatchify
-from attg.loader import Batch, BatchIterator, ResumableBatchSampler
+from attg.loader import Batch, BatchIterator
 from attg_mae import (
     MAE,
     Config,
     crop_maps,
     load_checkpoint,
-    mask_noise,
     masked_loss,
     model_inputs,
     resolve,
@@ -36,13 +36,12 @@ from attg_mae import (
 
 def first_image(dataset, cfg):
     """(index, Batch) of the first image of the first step."""
-    sampler = ResumableBatchSampler(len(dataset), cfg.batch_size, 0, 1, cfg.seed)
-    draw_noise = functools.partial(mask_noise, cfg.batch_size, cfg.grid)
-    cpu = torch.device("cpu")
-    batches = BatchIterator(dataset, sampler, cpu, dataset.masks, draw_noise)
-    batch = next(iter(batches))
+    run = SimpleNamespace(cfg=cfg, train_set=dataset, maps=dataset.masks, workers=0)
+    run.device, run.rank, run.world, run.total_steps = torch.device("cpu"), 0, 1, 1
+    loader = BatchIterator(run, 0, math.prod(cfg.grid))
+    batch = next(iter(loader))
     one = [None if x is None else x[:1] for x in batch]
-    return sampler.indices(0)[0].item(), Batch(*one)
+    return loader.sampler.indices(0)[0].item(), Batch(*one)
 
 
 @torch.no_grad()

@@ -23,12 +23,12 @@ import eval_finetune
 import eval_knn
 import eval_linear
 import object_discovery
-from attg import files
+from attg import distributed
 from attg.checkpoint import check_settings, load_state, read_run, restore
-from attg.cli import log_line
+from attg.distributed import exclusive_run
 from attg.figures import save_sheet
 from attg.finetuning import resume, save
-from attg.log import Log
+from attg.log import Log, log_line
 from tests.fuzz import RANDOM, damaged_checkpoint, damaged_parts, within
 from tests.helpers import TINY, assert_same_run, blobs, same, save_features
 from tests.processes import Process, ranks
@@ -299,26 +299,30 @@ def holder(lock, seconds):
 
 def test_locked(tmp_path, monkeypatch, capsys):
     lock = tmp_path / "new" / ".lock"
-    with files.locked(lock, "--out new"):
+    with exclusive_run(lock, "--out new", 0, 1):
         assert lock.exists()
     assert list(tmp_path.iterdir()) == []  # nothing was written there
     lock.parent.mkdir()
     with holder(lock, 20) as process:
         message = f"--out new: process {process.pid} on a machine"
-        with pytest.raises(ValueError, match=message), files.locked(lock, "--out new"):
+        with (
+            pytest.raises(ValueError, match=message),
+            exclusive_run(lock, "--out new", 0, 1),
+        ):
             raise AssertionError("two at once")
         process.kill()
         process.wait()
         # A lock ends with its process.
-        with files.locked(lock, "--out new"):
+        with exclusive_run(lock, "--out new", 0, 1):
             pass
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with holder(lock, 1):
         began = time.monotonic()
-        with files.locked(lock, "--out new", timeout=60):
+        with exclusive_run(lock, "--out new", 0, 1):
             assert time.monotonic() - began > 0.3
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(files, "fcntl", None)
-    with files.locked(lock, "--out new"):
+    monkeypatch.setattr(distributed, "fcntl", None)
+    with exclusive_run(lock, "--out new", 0, 1):
         pass
     assert "--out new: not locked" in capsys.readouterr().err
 

@@ -26,12 +26,12 @@ from attg.cli import (
     flag,
     make_folder,
     parse,
-    progress,
     resume_class,
     run_cli,
     validate,
 )
 from attg.loader import make_loader
+from attg.log import progress
 from tests.helpers import ROOT
 from tests.processes import SCRIPT
 
@@ -224,7 +224,7 @@ def test_ctrl_c_during_the_imports(tmp_path):
 @pytest.mark.parametrize("code", ["log_line('x')", "print('x')", "print('x'), exit()"])
 def test_closed_pipe(code):
     """As in `python attg_mae.py | head -n 1`, also if the output comes at exit."""
-    imports = "from attg.cli import log_line, run_cli"
+    imports = "from attg.cli import run_cli; from attg.log import log_line"
     with start("-c", f"{imports}; input(); run_cli(lambda: [{code}])") as run:
         run.stdout.close()
         run.stdin.write("go\n")
@@ -236,7 +236,7 @@ def test_closed_pipe(code):
 def test_progress_without_a_terminal(monkeypatch, capsys):
     """Lines after 5 s and after twice as long, on rank 0 and with a description."""
     monkeypatch.setattr(
-        sys.modules["attg.cli"].time, "monotonic", itertools.count().__next__
+        sys.modules["attg.log"].time, "monotonic", itertools.count().__next__
     )
     assert list(progress(range(20), desc="maps")) == list(range(20))
     assert capsys.readouterr().out.splitlines() == [

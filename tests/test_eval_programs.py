@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import attg.cli
+import attg.log
 import eval_finetune
 import eval_knn
 import eval_linear
@@ -107,7 +107,7 @@ def test_a_rank_that_never_starts(tmp_path, monkeypatch):
 
 def test_progress_without_a_terminal(encoder, labelled, monkeypatch, capsys):
     """The clock is six seconds on whenever it is read."""
-    monkeypatch.setattr(attg.cli.time, "monotonic", itertools.count(0, 6).__next__)
+    monkeypatch.setattr(attg.log.time, "monotonic", itertools.count(0, 6).__next__)
     flags = ["--data", labelled["data"], "--device", "cpu", "--batch_size", "5"]
     eval_knn.main([encoder, *flags])
     printed = capsys.readouterr().out

@@ -69,6 +69,7 @@ def image_of(mode, random, shape=None):
         image = Image.fromarray(gray.astype(np.int32))
     elif mode == "I;16":
         wide = random.integers(0, 65536, shape)
+        wide.flat[0] = 65535  # without it a dark one could warn
         image = Image.fromarray(wide.astype(np.uint16))
         gray = np.floor(wide / 257 + 0.5)
     return image, gray[..., None]
@@ -99,11 +100,16 @@ def test_white_is_decided_by_the_type_or_the_flag(tmp_path):
         ):
             to_8_bits(Image.fromarray(values))
     # Of a whole data set, not of one image.
-    for i, level in enumerate((4095, 1000)):
+    for i, level in enumerate((4095, 1000, 4096)):
         values = np.full((40, 40), level, dtype=np.uint16)
         write(tmp_path / f"{i}.png", Image.fromarray(values))
     data = open_data(tmp_path, white=4095)
     assert [int(data[i].image.max()) for i in range(2)] == [255, 62]
+    data = open_data(tmp_path)
+    assert data[2].image.max() == 16
+    for i in range(2):
+        with pytest.warns(UserWarning, match="16-bit .* dark; .* set --white 4095"):
+            assert data[i].image.max() <= 16
 
 
 def test_exif_rotation_is_ignored(tmp_path):
@@ -268,7 +274,7 @@ def test_views_and_maps_are_aligned(tmp_path, suffix, size):
         image = Image.fromarray(gray).convert("RGB")
         write(tmp_path / f"{i}.{suffix}", image, quality=100)
     data = open_data(tmp_path)
-    images = [data.open(i)[0] for i in range(4)]
+    images = [data.read(i, 3)[0] for i in range(4)]
     maps = np.stack([data.read(i)[0].convert("L") for i in range(4)])
     offsets, moved = [], []
     # The smallest views are decoded at 1/2 to 1/8.

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock, call
 
 import numpy as np
@@ -27,7 +28,6 @@ from attg.images import generator_for
 from attg.loader import make_loader
 from attg.log import RENAMED_SETTINGS, describe_machine, read_log
 from attg.maps import save_maps
-from attg.pretraining import schedule_defaults
 from tests.helpers import (
     LUMA,
     TINY,
@@ -169,7 +169,9 @@ def test_accumulation_breaks_the_same_ties(labelled, passes, tmp_path):
     ],
 )
 def test_defaults_follow_the_number_of_images(images, width, expected):
-    assert schedule_defaults(images, width) == expected
+    cfg = attg_mae.Config(data="x", width=width, img_size=32)
+    cfg = attg_mae.resolve(cfg, SimpleNamespace(num_images=images))
+    assert (cfg.epochs, cfg.batch_size, cfg.blr) == pytest.approx(expected)
 
 
 def test_the_smallest_model_fits_the_images(tmp_path):
@@ -279,7 +281,7 @@ def test_busy_machines_are_named(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for load, named in ((os.cpu_count() + 0.5, True), (0.5, False)):
         monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))  # noqa: B023
-        text = describe_machine(torch.device("cpu"))
+        text = describe_machine(torch.device("cpu"), {"torch": "2.9"})
         assert ("OMP_NUM_THREADS=1" in text) == named and "threads" in text
 
 
