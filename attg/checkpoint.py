@@ -234,22 +234,22 @@ def find_checkpoint(cfg, train_set, maps_id):
     """
     if cfg.resume == "none":
         return None
-    path, complete = Path(cfg.resume), {}
-    if cfg.resume == "auto":
-        path = Path(cfg.out, "last.pt")
-        if not path.exists():
-            for temporary in path.parent.glob("last.pt*.tmp"):
-                with contextlib.suppress(ValueError, OSError):
-                    complete[read_run(temporary)["step"]] = temporary
+    is_auto = cfg.resume == "auto"
+    path = Path(cfg.out, "last.pt") if is_auto else Path(cfg.resume)
+    if is_auto and not path.exists():
+        complete = {}
+        for temporary in path.parent.glob("last.pt*.tmp"):
+            with contextlib.suppress(ValueError, OSError):
+                complete[read_run(temporary)["step"]] = temporary
+        log = path.with_name("log.jsonl")
         if complete:
             os.replace(complete[max(complete)], path)
-        if not path.exists():
-            log = path.with_name("log.jsonl")
-            if cfg.epochs and log.exists() and read_log(log):
-                raise ValueError(
-                    f"--out {cfg.out}: last.pt is missing, but log.jsonl has the steps of "
-                    "a run; restore it, change --out, or start over: --resume none"
-                )
+        elif cfg.epochs and log.exists() and read_log(log):
+            raise ValueError(
+                f"--out {cfg.out}: last.pt is missing, but log.jsonl has the steps of a "
+                "run; restore it, change --out, or start over: --resume none"
+            )
+        else:
             return None
     checkpoint = read_run(path)
     if cfg.epochs:
@@ -314,19 +314,18 @@ def check_settings(cfg, checkpoint, total_steps):
     elif cfg.resume == "auto":
         # lr and tau follow the number of steps.
         fixed |= {"epochs", "max_steps"}
-    changed, refused = {}, []
+    changed, refused = [], []
     for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
         if stored.get(name) != value:
-            changed[name] = f"--{name} {stored.get(name)} -> {value}"
-    for name, change in changed.items():
-        if name in fixed or (ended and name not in free):
-            refused.append(change)
+            changed.append(f"--{name} {stored.get(name)} -> {value}")
+            if name in fixed or (ended and name not in free):
+                refused.append(changed[-1])
     if refused:
         raise ValueError(
             f"{path} is of another run: {', '.join(refused)}; change --out, start over: "
             f"--resume none, or continue with other --epochs: --resume {path}"
         )
-    return list(changed.values())
+    return changed
 
 
 def restore(optimizer, scaler, checkpoint):

@@ -42,8 +42,6 @@ MODES = {1: "L", 3: "RGB"}
 
 # -- Seeds -----------------------------------------------------------------------------
 # Random numbers are functions of what they depend on: there is no generator state to save.
-
-
 def seed_for(*parts):
     """64-bit seed hashed from ints and strings, the same on every machine.
 
@@ -61,8 +59,6 @@ def generator_for(*parts):
 
 
 # -- Decoding --------------------------------------------------------------------------
-
-
 def check_pixels(size, max_pixels):
     width, height = size
     if width * height > max_pixels:
@@ -121,8 +117,6 @@ def to_8_bits(image, mode="RGB", white=None):
 
 
 # -- Views -----------------------------------------------------------------------------
-
-
 def to_tensor(image):
     """uint8 (C, h, w) of a PIL image in RGB or gray."""
     pixels = torch.from_numpy(np.array(image))
@@ -255,8 +249,6 @@ def eval_view(image, size):
 
 
 # -- Data sets -------------------------------------------------------------------------
-
-
 class Sample(NamedTuple):
     """One item of a data set. default_collate makes a Sample of batched tensors."""
 

@@ -67,9 +67,6 @@ def small(labelled, tmp_path_factory):
     return attg_mae.resolve(cfg), out / "last.pt"
 
 
-# -- Damaged files ---------------------------------------------------------------------
-
-
 @given(rng=RANDOM)
 def test_damaged_checkpoints(small, tmp_path, rng):
     """Loading gives the same weights and moments, or one error that names the file."""
@@ -208,9 +205,6 @@ def test_checksums_cover_names_types_and_shapes(tmp_path):
             attg_mae.load_checkpoint(path)
 
 
-# -- Files -----------------------------------------------------------------------------
-
-
 def test_links_are_followed_and_devices_refused(tmp_path):
     (tmp_path / "disk").mkdir()
     link, target = tmp_path / "last.pt", tmp_path / "disk" / "last.pt"
@@ -272,8 +266,6 @@ def test_file_systems_without_fsync(tmp_path, monkeypatch):
         attg_mae.save_checkpoint(path, step=2)
     assert attg_mae.load_checkpoint(path) == {"step": 1}
 
-
-# -- One run at a time -----------------------------------------------------------------
 
 HOLD = """
 import fcntl, os, sys, time

@@ -33,8 +33,6 @@ from tests.helpers import (
 )
 from tests.processes import SCRIPT, Process, command, members, ranks
 
-# -- Signals and kill -9 ---------------------------------------------------------------
-
 
 def test_ctrl_c_saves(ask, long, tmp_path):
     run = Process(ask, tmp_path / "out", long | {"workers": 2})
@@ -181,9 +179,6 @@ def test_unreadable_images(bad, workers, ask, tmp_path):
         assert code == 0 and records(run.out)[-1]["unreadable"] == bad
         lines = [line for line in output.splitlines() if "img/s" in line]
         assert lines[-1].endswith(f"unreadable {bad}")
-
-
-# -- Several processes -----------------------------------------------------------------
 
 
 def test_evaluation_in_a_run_on_two_processes(distributed, whole):
