@@ -33,9 +33,8 @@ def test_results_of_a_data_set(encoder, labelled, tmp_path, capsys):
     model = attg_mae.load_encoder(encoder)
     sets = [open_data(labelled["data"], split, 32) for split in ("train", "test")]
     want = attg.features.knn_accuracy(model, *sets, None, 0, 1)
-    assert {row["feature"]: row["top-1"] for row in results[1::2]} == pytest.approx(
-        want
-    )
+    got = {row["feature"]: row["top-1"] for row in results[1::2]}
+    assert got == pytest.approx(want)
 
     from_file = ["--features", kept, "--device", "cpu"]
     assert eval_knn.main([*from_file, "--k", "1", "20"]) == results

@@ -166,7 +166,6 @@ def test_the_default_is_the_data_set_of_the_checkpoint(evaluate, labelled, tmp_p
     assert one["white"] == two["white"] == 300
     assert "train 16, test 10; 2 classes, chance 50 %" in one["header"]
     torch.save(torch.load(file)["model"], tmp_path / "bare.pt")
-    with pytest.raises(
-        ValueError, match="--data: missing, .*bare.pt .*name a data set"
-    ):
+    message = "--data: missing, .*bare.pt .*name a data set"
+    with pytest.raises(ValueError, match=message):
         evaluate(checkpoint=str(tmp_path / "bare.pt"))

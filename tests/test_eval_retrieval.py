@@ -97,10 +97,8 @@ PHOTOS = [(100, 60), (60, 100), (64, 64), (97, 71), (30, 20), (48, 48), (300, 77
 
 def photographs(folder):
     """(paths, ground truth, flags) of 40 photographs of many sizes, then 2 queries."""
-    names = [f"oxford_{i:06d}" for i in range(40)] + [
-        "all_souls_000013",
-        "keble_000055",
-    ]
+    names = [f"oxford_{i:06d}" for i in range(40)]
+    names += ["all_souls_000013", "keble_000055"]
     paths = [folder / f"{name}.jpg" for name in names]
     for i, path in enumerate(paths):
         write(path, noise(*PHOTOS[i % len(PHOTOS)], i))

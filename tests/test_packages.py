@@ -65,11 +65,8 @@ def test_installed_files_and_metadata(site):
     extras = project["optional-dependencies"]
     required = [x for x in distribution.requires if "extra ==" not in x]
     tests = extras.pop("test")
-    for name, found in (
-        ("requirements.txt", required),
-        ("requirements-test.txt", tests),
-    ):
-        lines = (ROOT / name).read_text().splitlines()
+    for name, found in {"": required, "-test": tests}.items():
+        lines = (ROOT / f"requirements{name}.txt").read_text().splitlines()
         wanted = {line.replace(" ", "") for line in lines if not line.startswith("#")}
         assert {line.replace(" ", "") for line in found} == wanted
     names = [x.partition(">")[0] for x in tests]
@@ -78,10 +75,8 @@ def test_installed_files_and_metadata(site):
 
 def test_console_commands_in_an_empty_folder(site, tmp_path):
     (info,) = site.glob("*.dist-info")
-    commands = {
-        entry.name: entry.load() for entry in Distribution.at(info).entry_points
-    }
-    assert {command.args[0] for command in commands.values()} == PROGRAMS
+    commands = [entry.load() for entry in Distribution.at(info).entry_points]
+    assert {command.args[0] for command in commands} == PROGRAMS
     options = {"cwd": tmp_path, "capture_output": True, "text": True}
     options["env"] = os.environ | {"PYTHONPATH": str(site)}
     for command, flag, end in (
@@ -98,9 +93,7 @@ def test_modules_beside_another_package_kernels(where, site, tmp_path):
     package = tmp_path / "third_party" / "kernels"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("def get_kernel(): ...\n")
-    paths = (
-        [package.parent, site] if where == "installed" else [package.parent, ROOT, site]
-    )
+    paths = [package.parent] + [ROOT] * (where == "checkout") + [site]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "-c", IMPORTS], **options)

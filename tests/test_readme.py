@@ -96,13 +96,8 @@ def test_loss_dropped_into_hugging_face_and_mae(norm_pix):
     out = model(imgs)
     mae = SimpleNamespace(patch_embed=SimpleNamespace(patch_size=(4, 4)))
     mae.forward_loss, mae.norm_pix_loss = lambda *_: out.loss, norm_pix
-    names = {
-        "self": mae,
-        "imgs": imgs,
-        "pred": out.logits,
-        "mask": out.mask,
-        "out": out,
-    }
+    names = {"self": mae, "imgs": imgs, "pred": out.logits}
+    names |= {"mask": out.mask, "out": out}
     check_drop_in("mae", [out.logits], names, (2, 64), outputs, norm_pix)
 
 

@@ -60,9 +60,7 @@ def written_out(passes, maps):
     torch.manual_seed(seed_for("weights", 0))
     model = attg_mae.MAE(attg_mae.Config(**TINY))
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p], "weight_decay": 0.05 if p.dim() > 1 else 0.0} for p in trained
-    ]
+    groups = [{"params": p, "weight_decay": 0.05 * (p.dim() > 1)} for p in trained]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     steps = []
     for step, (seen, m_norm) in enumerate(zip(passes, maps, strict=True)):
