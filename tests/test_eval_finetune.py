@@ -118,7 +118,10 @@ def test_mixup_cutmix_and_erasing(monkeypatch):
     keep = staticmethod(lambda _: lambda imgs, labels: (imgs, labels))
     monkeypatch.setattr(eval_finetune.v2, "RandomChoice", keep)
     erased = [eval_finetune.mix(imgs, labels, 4)[0] != imgs for _ in range(10)]
-    area = torch.stack(erased).any(2).flatten(2).float().mean(2)  # (10, 64)
+    erased = torch.stack(erased).any(2)  # (10, 64, 16, 16)
+    height, width = (erased.any(dim).sum(2) for dim in (3, 2))
+    assert (height > 2 * width).any() and (width > 2 * height).any()
+    area = erased.flatten(2).float().mean(2)  # (10, 64)
     assert 0.2 < (area > 0).float().mean() < 0.3
     assert 0.01 < area[area > 0].min() and area.max() < 0.4
 

@@ -231,7 +231,7 @@ OBJECT = np.zeros((8, 8), int)
 OBJECT[2:6, 3:7] = 1
 IDS = OBJECT * (1 + np.arange(8) % 2)  # of two objects
 BORDER = np.where(np.roll(OBJECT, 1, 0) > OBJECT, 255, IDS)
-SOFT = np.arange(64).reshape(8, 8) ** 2 % 251
+SOFT = np.arange(64).reshape(8, 8) * 7 % 251  # includes 127
 
 
 def colored(x, *colors):
