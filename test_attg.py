@@ -395,13 +395,8 @@ def test_the_method_is_in_one_file(tmp_path):
     """attg_mae.py copied alone trains on random images; a run asks for the packages."""
     shutil.copy(ROOT / "attg_mae.py", tmp_path)
     code = "import attg_mae as a; a.demo(); a.demo(); a.train(a.Config())"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    options = {
-        "cwd": tmp_path,
-        "env": environment,
-        "capture_output": True,
-        "text": True,
-    }
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "-c", code], **options)
     losses = [float(x) for x in re.findall(r"loss (\S+),", done.stdout)]
     assert losses[:3] == losses[3:] and losses[0] > losses[1] > losses[2], done.stderr

@@ -72,6 +72,7 @@ def test_bench_kernel(monkeypatch):
     quick = partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", quick)
     monkeypatch.setattr(kernel.shutil, "which", lambda name: name)
+    assert not any(bench.Settings().size % patch for patch, *_ in kernel.CASES)
     case = (8, torch.bfloat16, torch.uint8)
     monkeypatch.setattr(kernel, "CASES", [case])
     rows = rows_of(kernel)
