@@ -88,8 +88,9 @@ FLAGS = "epochs batch_size accum blr warmup_epochs weight_decay min_lr".split()
 FLAGS += ["layer_decay", "drop_path"]
 
 
-def test_recipes_are_those_of_mae():
-    """They follow the flags and the number of images."""
+def test_recipes_are_those_of_mae(monkeypatch):
+    """They follow the flags and the number of images; a GPU beside the CPU is not used."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     for program, depth, micro_batch, want in RECIPES:
         settings = resolved(program, depth, micro_batch=micro_batch)
         got = [getattr(settings, name) for name in FLAGS if hasattr(settings, name)]
