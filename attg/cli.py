@@ -170,11 +170,8 @@ def parse(kind, description, argv=None):
             parser.add_argument(field.name, nargs="?", **options)
         else:
             parser.add_argument(f"--{field.name}", **options)
-    values = vars(parser.parse_args(argv))
-    for name, value in values.items():
-        if isinstance(value, list):
-            values[name] = tuple(value)
-    settings = kind(**values)
+    values = vars(parser.parse_args(argv)).items()
+    settings = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})
     # A dataclass with __post_init__ validates itself there.
     if not hasattr(kind, "__post_init__"):
         validate(settings)

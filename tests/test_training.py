@@ -307,11 +307,9 @@ def test_curves(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figure.Figure, "savefig", spy)
     out = whole(eval_every=2)
     rows, tests = records(out), records(out, "knn")
-    figures.save_curves(tmp_path / "curves.png", rows + tests)
-    figures.save_curves(tmp_path / "one.png", rows + tests[:1])
-    figures.save_curves(tmp_path / "empty.png", rows[:1])
     vanilla = [row | {"loss": row["mse"]} for row in rows]
-    figures.save_curves(tmp_path / "vanilla.png", vanilla)
+    for logged in (rows + tests, rows + tests[:1], rows[:1], vanilla):
+        figures.save_curves(tmp_path / "curves.png", logged)
     first, one, vanilla = ([a.get_title() for a in x.axes] for x in drawn)
     k_nn = "k-NN on the test split, %"
     assert [x for x in first if x not in one] == [k_nn]  # a point is no curve
