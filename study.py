@@ -314,7 +314,9 @@ def pivot(rows, column, cell):
     for row in rows:
         names = {"metric": row["metric"], "feature": row["feature"].replace("_", " ")}
         cells = table.setdefault((row["metric"], row["feature"]), names)
-        cells[column.format(**row)] = cell.format(**row)
+        # A single seed has no deviation and no interval.
+        text = cell.format(**row).replace(" ± nan", "").replace(" [+nan, +nan]", "")
+        cells[column.format(**row)] = text
     return markdown_table(table.values())
 
 

@@ -89,6 +89,15 @@ def test_differences_are_those_of_the_same_seed(tmp_path):
     )
 
 
+def test_table_of_one_seed_has_no_nan(tmp_path):
+    for variant in ("none", "box"):
+        saved(tmp_path, variant, 3, 40.0)
+    study.main(["--table", str(tmp_path)])
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert "| k-NN, k = 20 | class token | 40.00 | 40.00 |" in lines
+    assert "| k-NN, k = 20 | class token | +0.00 |" in lines
+
+
 # Names, differences of the seeds 0, 1, ... and numbers of seeds of the looks.
 CONTRASTS = {
     "first": ([3.0, 3.5, 2.5, 3.2, 2.9, -90.0], [5, 6]),
