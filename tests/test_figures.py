@@ -51,7 +51,9 @@ def test_sheet_of_maps_names_images_and_flat_maps(plain, sheets):
 
 
 def test_confusion_matrices_agree_with_the_accuracy(encoder, labelled, monkeypatch):
-    drawn, save = [], evaluation.save_confusion
+    drawn, save, written = [], evaluation.save_confusion, []
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    monkeypatch.setattr(axes, "text", lambda *args, **_: written.append(int(args[3])))
 
     def spy(path, counts, names, title):
         save(path, counts, names, title)
@@ -67,5 +69,6 @@ def test_confusion_matrices_agree_with_the_accuracy(encoder, labelled, monkeypat
         assert title == result["feature"] + ", k = 20" * (program is eval_knn)
         assert names == ["b", "g", "r"] and min(size) > 300
         # Five test images of each class; rows are the classes.
-        assert counts.sum(dim=1).tolist() == [5, 5, 5]
+        assert counts.sum(dim=1).tolist() == [5, 5, 5] and sum(written) == 300
+        written.clear()
         assert 100 * counts.trace() / 15 == pytest.approx(result["top-1"])
