@@ -230,7 +230,7 @@ def test_quality_of_maps_smaller_than_their_masks():
 OBJECT = np.zeros((8, 8), int)
 OBJECT[2:6, 3:7] = 1
 IDS = OBJECT * (1 + np.arange(8) % 2)  # of two objects
-BORDER = np.where(np.roll(OBJECT, 1, 0) > OBJECT, 255, IDS)
+BORDER = np.where(np.roll(OBJECT, 1, 0) > OBJECT, 255, np.where(IDS == 2, 127, IDS))
 SOFT = np.arange(64).reshape(8, 8) * 7 % 251  # includes 127
 
 
