@@ -308,7 +308,7 @@ def test_masks_that_need_a_flag_or_are_refused(images, tmp_path, capsys):
 
 
 def test_masks_of_several_kinds(images, tmp_path):
-    """An opaque alpha says nothing; among colors, white is a color; soft ground truth."""
+    """An opaque alpha says nothing; among colors, white is a color; others are refused."""
     image = colored(OBJECT, (255, 255, 255), (128, 0, 0)).convert("RGBA")
     for i in range(4):
         write(tmp_path / f"{i}.png", image)
@@ -319,7 +319,9 @@ def test_masks_of_several_kinds(images, tmp_path):
     for i in range(5):
         write(tmp_path / f"{i}.png", gray(SOFT if i == 1 else 255 * OBJECT))
     masks = MaskFolder(tmp_path, images)
-    assert np.array_equal(next(true_masks(masks, [1])), SOFT > 127)
+    write(tmp_path / "2.png", indexed(OBJECT))
+    first, second = true_masks(masks, [1, 2])
+    assert np.array_equal(first, SOFT > 127) and second is None
 
 
 # -- The job ---------------------------------------------------------------------------
