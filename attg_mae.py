@@ -13,7 +13,7 @@ is computed without labels before training (object_discovery.py). Masking stays 
     loss   = sum(mask * w * l) / sum(mask)                  Eq. 2    masked_loss
 
 x_norm is the patch normalized by its own mean and standard deviation. The background
-(M_norm = 0) has weight 1, as in MAE. tau starts at 0.75 and rises, so guidance is strongest
+(M_norm = 0) has weight 1, as in MAE. tau rises from 0.75 to 1.0, so guidance is strongest
 at first. Map files hold M_norm of whole images, computed once when they are written.
 
     python attg_mae.py --demo                 # three steps on random images, in seconds
@@ -28,7 +28,8 @@ and reconstructions.png. The same command resumes an interrupted run.
 """
 
 # Copied alone, this file needs torch and torchvision only, and has everything up to train_step,
-# Config and the demo. In comments, mae: is facebookresearch/mae, MAE its paper; timm:, HF:.
+# Config and the demo. "mae:", "timm:" and "HF:" in comments give the name of the same thing in
+# facebookresearch/mae, timm and Hugging Face; "MAE, Table 1" is the paper's.
 #
 # Shapes: B images, C channels, L patches in an image, K of them visible, N = 1 + L tokens
 # (the class token first), D width of encoder or decoder, p patch size in pixels,
@@ -65,11 +66,12 @@ DROPS_PATCHES = ("foreground", "background")
 
 
 def is_flat(attn):
-    """Maps (B, L) -> (B,) bool: max - min <= 1e-5 max|M|, or 1e-30: there is no object."""
+    """Maps (B, L) -> (B,) bool: no object, as max - min <= 1e-5 max|M|, or <= 1e-30."""
     # amin and amax take a fraction of aminmax's time on a CPU.
     low, high = attn.amin(dim=1), attn.amax(dim=1)
     largest = torch.maximum(high.abs(), low.abs())
     spread = high - low
+    # Infinite cells are no flat map: the loss shows them.
     return (spread <= (1e-5 * largest).clamp(min=1e-30)) & (spread < math.inf)
 
 
@@ -96,7 +98,7 @@ def patch_weights(m_norm, tau, guidance="attg", flat=None, ties=None):
         m_norm = 1 - m_norm
     w = torch.exp(m_norm / tau)  # Eq. 1
     if guidance in DROPS_PATCHES:
-        # The number of values below the 10 % quantile if there are no ties.
+        # As many as lie below the 10 % quantile of L different values, 7 of 64.
         dropped = math.ceil((m_norm.shape[1] - 1) / 10)
         w = w.masked_fill(patch_order(m_norm, ties) < dropped, 0.0)
     if flat is not None:
@@ -114,8 +116,8 @@ def masked_loss(pred, patches, mask, weight=None, norm_pix=True, fused=None):
     if fused is None:
         fused = pred.is_cuda and attg_loss is not None
     if fused:
-        # The kernel (imported below) takes a map and tau: with log w and tau = 1 it computes
-        # exp(log w / 1) = w. Weight 0 becomes -inf.
+        # The kernel takes a map and tau, and computes w = exp(map / tau) itself. Given log w
+        # and tau = 1 that is w again; weight 0 becomes -inf.
         attn = None if weight is None else weight.log()
         options = {"tau": 1.0, "norm_pix": norm_pix, "normalize_attn": False}
         return attg_loss(pred, patches, mask, attn, return_mse=True, **options)
@@ -355,9 +357,9 @@ class MAE(ViT):
     ):
         """Loss (Eq. 2), pred (B, L, P) and mask (B, L) of normalized imgs (B, C, H, W).
 
-        attn (B, L): the map M, for weights by Eq. 1 with tau, a float or 0-d tensor; or
-        weight (B, L) itself. Without both this is MAE. mask_ratio None: the config's. noise
-        (B, L): its lowest stay visible, None is random. return_mse appends the detached mse.
+        weight (B, L): see patch_weights, what training passes; or attn (B, L): maps, to be
+        normalized over these crops, with tau for Eq. 1. Neither: MAE. mask_ratio None: the
+        config's. noise (B, L): its lowest stay visible. return_mse appends the detached mse.
         """
         patches = self.patchify(imgs)  # (B, L, P)
         B, L, _ = patches.shape
@@ -404,7 +406,7 @@ def pool_maps(maps, box, flip, grid):
     rois = torch.stack([index, x0 * w, y0 * h, x1 * w, y1 * h], dim=1).float()
     # Without aligned=True everything is off by half a cell. roi_align takes as many samples
     # as a patch covers cells of the map, so this is the mean under the patch.
-    pooled = roi_align(maps.float()[:, None], rois, grid, aligned=True)  # (B, 1, h, w)
+    pooled = roi_align(maps.float()[:, None], rois, grid, aligned=True)  # (B, 1, *grid)
     mirrored = pooled.flip(-1)
     return torch.where(flip[:, None, None, None], mirrored, pooled).flatten(1)
 
@@ -421,8 +423,8 @@ def crop_maps(maps, box, flip, cfg):
 
 def patch_order(m, ties=None):
     """Rank of each patch by m (B, L), 0 the lowest; ties are broken by `ties`, or at random."""
-    # Do not break ties with the mask noise: among tied patches it would always drop the
-    # visible ones, which are not in the loss. A stable sort of what `ties` has shuffled.
+    # To drop patches from the loss, do not pass the mask noise as ties: it would always drop
+    # visible ones. `ties` shuffles the patches, and a stable sort keeps that order in ties.
     if ties is None:
         ties = torch.rand_like(m)
     order = ties.argsort(dim=1)
@@ -479,7 +481,7 @@ def model_inputs(batch, cfg, tau):
         return imgs, None, noise
     m_norm, flat = crop_maps(batch.maps, batch.box, batch.flip, cfg)  # (B, L), (B,)
     if cfg.guidance == "input_masking":
-        # Hides the patches with the highest M_norm; at random if the map is flat.
+        # Hides the patches with the highest M_norm, in ties at random, by the mask noise.
         m_norm = m_norm.masked_fill(flat[:, None], 0.0)
         noise = patch_order(m_norm, noise).to(noise.dtype)
     weight = patch_weights(m_norm, tau, cfg.guidance, flat, batch.ties)
@@ -567,7 +569,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Config(TrainFlags):
     """Settings of method and model, each a flag; TrainFlags has those of a run."""
 
-    # None in the model's shape becomes the preset's value, in TrainFlags resolve's, by the data.
+    # None: the preset's value; in TrainFlags, chosen by `resolve`. Without resume= a flag may
+    # change until the run has ended.
     model: str = flag("vit_micro", "preset of the model", choices=tuple(PRESETS))
     maps: str | None = flag(None, "attention maps, a .npy file [toy: its object masks]")
     guidance: str = flag("attg", "use of the maps, none = MAE", choices=GUIDANCE)
@@ -599,7 +602,7 @@ class Config(TrainFlags):
     def __post_init__(self):
         if not MISSING:
             validate(self)
-        # Then resolve chooses them for vit_micro by the images.
+        # If so, resolve chooses them for vit_micro by the size of the images.
         self.default_size = (self.img_size, self.patch_size) == (None, None)
         for name, value in zip(SHAPE, PRESETS[self.model], strict=True):
             if getattr(self, name) is None:
@@ -729,7 +732,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if "--demo" in sys.argv:  # takes no other flags
+    if sys.argv[1:] == ["--demo"]:  # takes no other flags
         demo()
     elif MISSING:
         sys.exit(f"{__file__}: error: {MISSING}")

@@ -314,16 +314,18 @@ def check_settings(cfg, checkpoint, total_steps):
     elif cfg.resume == "auto":
         # lr and tau follow the number of steps.
         fixed |= {"epochs", "max_steps"}
-    changed, refused = [], []
+    changed, refused, other = [], [], False
     for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
         if stored.get(name) != value:
             changed.append(f"--{name} {stored.get(name)} -> {value}")
             if name in fixed or (ended and name not in free):
                 refused.append(changed[-1])
+                other |= name in fixed
     if refused:
+        state = "is of another run" if other else "has ended"
         raise ValueError(
-            f"{path} is of another run: {', '.join(refused)}; change --out, start over: "
-            f"--resume none, or continue with other --epochs: --resume {path}"
+            f"{path} {state}: {', '.join(refused)}; change --out, start over: --resume "
+            f"none, or continue with other --epochs or --max_steps: --resume {path}"
         )
     return changed
 

@@ -95,19 +95,20 @@ def broadcast_from_rank0(function, rank, world):
 
 
 @contextlib.contextmanager
-def exclusive_run(path, output, rank, world, read=lambda: None):
+def exclusive_run(path, output, rank, world):
     """Hold an exclusive lock file on rank 0 for the duration of the block.
 
-    Every rank gets the result of read(), which rank 0 calls while it holds the lock, or
-    raises what rank 0 raises: ValueError with the holder if another process has the lock.
-    output: what the lock protects, for messages. The lock ends with its process, however
-    that ends. Without file locks (Windows, some network file systems) it only warns.
+    ValueError on every rank, with the holder, if another process has the lock. output:
+    what the lock protects, for messages. The lock ends with its process, however that
+    ends. Without file locks (Windows, some network file systems) it only warns.
     """
     path, held = Path(path), []
     is_new_folder = not path.parent.exists()
-    lock_and_read = lambda: held.append(acquire_lock(path, output)) or read()  # noqa: E731
     try:
-        yield broadcast_from_rank0(lock_and_read, rank, world)
+        broadcast_from_rank0(
+            lambda: held.append(acquire_lock(path, output)), rank, world
+        )
+        yield
     finally:
         for file in held:
             # Removed while the lock is held: a waiting process notices and creates a new

@@ -179,8 +179,9 @@ class Log:
         except BrokenPipeError:
             # The reader has ended, as `| head` does: the run saves and ends, too.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print("the reader of the output has ended: saving", file=sys.stderr)
             self.signals.append(13)  # SIGPIPE, which Windows does not define
+            with contextlib.suppress(OSError):  # `2>&1 | head` has closed both
+                print("the reader of the output has ended: saving", file=sys.stderr)
 
     def write(self, record, line):
         """Print a record as `line` and append it to log.jsonl."""

@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 
 from attg.checkpoint import check_settings, find_checkpoint, save_checkpoint
 from attg.datasets import open_data, resolve_dataset
-from attg.distributed import all_reduce_sum, exclusive_run
+from attg.distributed import all_reduce_sum, broadcast_from_rank0, exclusive_run
 from attg.export import timm_arguments
 from attg.features import knn_accuracy
 from attg.figures import save_curves
@@ -88,9 +88,10 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     total_steps = min(total_steps, cfg.max_steps or total_steps)
     workers = default_workers(device) if cfg.workers is None else cfg.workers
     lock, output = Path(cfg.out, ".lock"), f"--out {cfg.out}"
-    # On rank 0, as others need not share the folder.
-    find = functools.partial(find_checkpoint, cfg, train_set, maps_id)
-    with exclusive_run(lock, output, rank, world, find) as checkpoint:
+    with exclusive_run(lock, output, rank, world):
+        # On rank 0, as others need not share the folder.
+        find = functools.partial(find_checkpoint, cfg, train_set, maps_id)
+        checkpoint = broadcast_from_rank0(find, rank, world)
         if checkpoint:
             changed = check_settings(cfg, checkpoint, total_steps)
             where = f"{checkpoint['path']} after step {checkpoint['step']}"

@@ -636,7 +636,7 @@ def test_other_epochs(copy, tmp_path):
     assert [r["lr"] for r in records(tmp_path / "more")] == lr
     # Or the result of two epochs would pass for that of one.
     train(**settings)
-    with pytest.raises(ValueError, match="last.pt is of another run: --epochs 2 -> 1"):
+    with pytest.raises(ValueError, match="last.pt has ended: --epochs 2 -> 1"):
         train(**settings | {"epochs": 1, "resume": str(path)})
 
 
