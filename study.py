@@ -30,6 +30,7 @@ if __name__ == "__main__":
     ignore_sigint_during_import()
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -223,39 +224,20 @@ def read_study(folder):
     return runs
 
 
-def t_coverage(theta, freedom):
-    """P(|T| <= sqrt(freedom) tan(theta)) for Student's t; `freedom` is an integer.
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-    """
-    odd = freedom % 2
-    term, total = math.cos(theta) ** odd, 0.0
-    for power in range(odd, freedom, 2):
-        total += term
-        term *= math.cos(theta) ** 2 * (power + 1) / (power + 2)
-    total *= math.sin(theta)
-    return (theta + total) * 2 / math.pi if odd else total
-
-
 def interval(values, level=0.95):
     """(mean, low, high, p): interval of the mean, and its two-sided p-value against 0.
 
-    By Student's t. All but the mean are NaN for one value.
+    By Student's t. All but the mean are NaN for one value. Needs scipy.
     """
-    mean, n = statistics.fmean(values), len(values)
-    if n == 1:
-        return mean, math.nan, math.nan, math.nan
-    # The standard error times the square root of the degrees of freedom.
-    scale = statistics.stdev(values) * math.sqrt(1 - 1 / n)
-    p = 1 - t_coverage(math.atan2(abs(mean), scale), n - 1)
-    low, high = 0.0, math.pi / 2
-    while low < (theta := (low + high) / 2) < high:
-        if t_coverage(theta, n - 1) < level:
-            low = theta
-        else:
-            high = theta
-    half = math.tan(theta) * scale
-    return mean, mean - half, mean + half, p
+    from scipy import stats
+
+    if len(values) == 1:
+        return values[0], math.nan, math.nan, math.nan
+    test = stats.ttest_1samp(values, 0)
+    low, high = test.confidence_interval(level)
+    # Of zeros it is NaN.
+    p = float(np.nan_to_num(test.pvalue, nan=1.0))
+    return statistics.fmean(values), float(low), float(high), p
 
 
 def table_rows(runs):
@@ -433,6 +415,8 @@ def main(argv=None):
     settings.train = tuple(argv[end + 1 :])
     if settings.compare:
         return compare(settings.compare)
+    if not importlib.util.find_spec("scipy"):
+        raise ValueError("intervals need scipy: pip install scipy")
     folder = Path(settings.table or settings.out)
     if not settings.table:
         run_study(settings)
