@@ -173,7 +173,7 @@ def test_cuts_equal_a_dense_maskcut():
 def test_cuts_without_a_solution():
     """All patches alike, or none: flat maps. Features that are not finite: NaN."""
     for alike in (torch.ones(1, 9, 4), torch.eye(9)[None]):
-        assert not cut_maps(alike, (3, 3), model_settings()).any()
+        assert not cut_maps(alike, (3, 3), model_settings(sign="border")).any()
     halves = torch.eye(2)[torch.tensor([0] * 8 + [1] * 8)][None]
     one = cut_maps(halves, (4, 4), model_settings())
     # Each half is all alike: nothing is left to be cut.

@@ -36,14 +36,17 @@ def test_positions_of_any_grid():
     assert table[1:].view(5, 2, 64).equal(square[:5, :2]) and not table[0].any()
 
 
+MAES = {"epochs": 1600, "eval_every": 400, "batch_size": 4096, "warmup_epochs": 40}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name, monkeypatch):
-    """Names and shapes are those of Hugging Face and timm, sizes those of the paper."""
+    """Names and shapes are those of Hugging Face and timm, sizes MAE's, as its settings."""
     p, size, width, depth, heads, *_, decoder_heads, published = PRESETS[name]
     # Older timm reads numbers of a linspace, which a meta tensor does not have.
     monkeypatch.setattr(torch, "linspace", partial(torch.linspace, device="cpu"))
     with torch.device("meta"):
-        model = attg_mae.MAE(attg_mae.Config(model=name))
+        model = attg_mae.MAE(attg_mae.Config(model=name, **MAES))
         ref = from_hf(hf_model("ViTMAEForPreTraining", name).state_dict())
         encoder = timm_model(width, depth, heads, size, p).state_dict()
     shapes = {key: x.shape for key, x in model.state_dict().items()}
