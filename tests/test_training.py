@@ -544,6 +544,7 @@ WRONG = [  # settings, what the error names
     ({"device": "cuda"}, "--device cuda cpu"),
     ({"maps": None}, "--data object_discovery.py --guidance none --maps"),
     ({"init": "/absent.pt"}, "/absent.pt no file"),
+    ({"precision": "fp8"}, "--precision fp8 fp32"),
 ]
 
 
