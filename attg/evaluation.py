@@ -282,7 +282,7 @@ def report(results, settings):
     line = json.dumps(record, allow_nan=False)
     # A full disk must not lose the results, nor the reader of a pipe that closes it.
     try:
-        print(settings["header"])
+        log_line(settings["header"])
         print_table([as_row(result) for result in results])
         log_line(f"with all settings: {settings['out']}")
     finally:

@@ -32,6 +32,8 @@ def log_line(text):
     if os.environ.get("RANK", "0") != "0":
         return
     write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print
+    # Names of folders need not be UTF-8.
+    text = text.encode(errors="backslashreplace").decode()
     with naming("standard output"):
         write(text)
         # Without it, output that is piped to a file arrives in blocks of 8 KB.

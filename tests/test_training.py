@@ -26,7 +26,7 @@ from attg.cli import resume_class
 from attg.datasets import open_data
 from attg.images import generator_for
 from attg.loader import make_loader
-from attg.log import RENAMED_SETTINGS, describe_machine, read_log
+from attg.log import RENAMED_SETTINGS, describe_machine, log_line, read_log
 from attg.maps import save_maps
 from tests.helpers import (
     LUMA,
@@ -283,6 +283,11 @@ def test_busy_machines_are_named(monkeypatch):
         monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))  # noqa: B023
         text = describe_machine(torch.device("cpu"), {"torch": "2.9"})
         assert ("OMP_NUM_THREADS=1" in text) == named and "threads" in text
+
+
+def test_names_that_are_no_utf8_are_printed(capsys):
+    log_line("in \udcff")  # capsys is as strict as a terminal
+    assert capsys.readouterr().out == "in \\udcff\n"
 
 
 def test_older_and_damaged_logs(tmp_path):
