@@ -124,7 +124,8 @@ def check_loss(pred, target, mask, attn, impl, reduction, return_mse=True, **opt
     if impl == "triton" and grad.count_nonzero() > 32:
         torchs = run(pred, target, mask, attn, upstream, "torch", **options)
         for x, y, want in zip(got, torchs, (rows, grad, plain), strict=False):
-            eps = torch.finfo(x.dtype).eps * (0.5 if x.dtype.itemsize == 2 else 1)
+            # PyTorch's sum may be exact by chance.
+            eps = torch.finfo(x.dtype).eps * (0.5 if x.dtype.itemsize == 2 else 2)
             assert rms(x - want) <= factor * max(rms(y - want), eps * rms(want))
 
 
