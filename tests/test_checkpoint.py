@@ -136,6 +136,7 @@ SCALER = torch.amp.GradScaler("cpu").state_dict()
 FOREIGN = {  # what the error names: change of the states, of AdamW's parameter 3
     "parameter 3: exp_avg": {"exp_avg": torch.zeros(1)},
     "parameter 3: exp_avg_sq": {"exp_avg_sq": torch.zeros(32, dtype=torch.float64)},
+    "parameter 3: exp_avg is not finite": {"exp_avg": torch.full((24, 8), math.nan)},
     "parameter 3: step": {"step": torch.tensor(3.0)},
     "moments of 1 parameters": {},
     "only one has .*extra": {"extra": torch.zeros(2)},
