@@ -63,7 +63,8 @@ def main(argv=None):
     settings.repeats = settings.repeats or (50 if on_gpu else 7)
     settings.batch_size = settings.batch_size or (128 if on_gpu else 32)
     device = torch.device(settings.device or ("cuda" if on_gpu else "cpu"))
-    print(f"{describe_machine(device)}, {'GPU' if on_gpu else 'CPU'} time\n")
+    machine = describe_machine(device, {"torch": torch.__version__})
+    print(f"{machine}, {'GPU' if on_gpu else 'CPU'} time\n")
     print_table(benchmark.run(settings, device))
 
 
