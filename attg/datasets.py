@@ -217,6 +217,8 @@ def find_images(path, train, folder, classes):
     found = walk_images(folder, here)
     filled = [c for c, names in found.items() if names]
     if images and not filled:
+        if folder == train != path:
+            refuse_class_train(path)
         return {"": images}
 
     odd = sorted(set(expected) ^ set(filled))[:5]
@@ -234,6 +236,16 @@ def find_images(path, train, folder, classes):
         f"--data {path}: {reason}; move what does not belong there elsewhere, or list "
         f"the classes to use in a file for --classes. {LAYOUTS}"
     )
+
+
+def refuse_class_train(path):
+    """Raise ValueError if train/, which has images directly, may be one class of several."""
+    others = set(list_folder(path)[0]) - {"train", "val", "test"}
+    if beside := sorted(c for c in others if list_folder(path / c)[1]):
+        raise ValueError(
+            f"--data {path}: is train/ a class, as {beside[0]}/ beside it? If so, move all "
+            f"class folders into a new train/; otherwise pass --data {path / 'train'}"
+        )
 
 
 def list_folder(folder):

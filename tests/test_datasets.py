@@ -68,6 +68,8 @@ LAYOUTS = [
     ("0 1 maps/", "train", None, "root", ["0", "1"]),
     ("0 1", "test", None, "root", None),
     ("train/0 train/1 val/2", "test", None, "root", ["2"]),
+    ("train/0 test/1 more/x/2", "train", None, "root", ["0"]),
+    ("train/0 bus/1 val/2", "train", None, "root", "--data|is train/ a class|bus/"),
     ("0 1", "train", None, "root/0.png", ["0"]),
     ("0 1", "test", None, "root/0.png", None),
     ("val/a/0", "train", None, "root", "--data|no images in|must hold"),
@@ -190,7 +192,7 @@ class FakeSet:
 CLASSES = 10, 100, 102, 47, 37, 10, 10, 196
 
 
-@pytest.mark.parametrize(("name", "classes"), zip(TORCHVISION, CLASSES, strict=True))
+@pytest.mark.parametrize(("name", "classes"), [*zip(TORCHVISION, CLASSES, strict=True)])
 def test_torchvision_names(name, classes, tmp_path, monkeypatch):
     kind, _, parts, test_part = TORCHVISION[name]
     monkeypatch.setenv("ATTG_DATA", str(tmp_path))
