@@ -18,7 +18,8 @@ from attg.cli import parse
 from attg.datasets import open_data
 from attg.features import FEATURES
 from attg.maps import load_maps
-from tests.helpers import make_images, make_maps
+from docs import study_data
+from tests.helpers import make_images, make_maps, noise, write
 
 
 def test_intervals_have_the_quantiles_of_printed_tables():
@@ -266,6 +267,66 @@ def test_a_program_that_fails_is_named(monkeypatch, tmp_path):
     with pytest.raises(ChildProcessError, match=f"x.py --k 0: exit code 3; .*{log}"):
         study.run_program(tmp_path / "output", log, "x.py", "--k", 0)
     assert re.match(r"\$ python x.py --k 0    # \S+\nwrong", log.read_text())
+
+
+def test_photographs_on_other_backgrounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_data, "SUBSETS", {"small": ((0.125, 0.5), "n2 n1")})
+    tiny, out = tmp_path / "tiny", tmp_path / "small"
+    # A box of exactly the smallest size and one row less; the largest and one row more.
+    boxes = [(0, 0, 7, 63), (3, 9, 10, 62), (0, 32, 63, 63), (0, 31, 63, 63)]
+    lines = {
+        f"n{c}_{i}.JPEG": (*boxes[i], f"n{c}") for c in (1, 2, 3) for i in range(4)
+    }
+    # Validation images; the boxes of two are too large and too small for a background.
+    val = [(i, 2 * i, i + 30, 2 * i + 20) for i in range(12)]
+    val[9:11] = (0, 0, 63, 50), (0, 0, 20, 18)
+    lines |= {f"val_{i}.JPEG": (*val[i], f"n{1 + i % 3}") for i in range(12)}
+    images = {name: noise(64, 64, seed) for seed, name in enumerate(lines)}
+    for name, (*box, wnid) in lines.items():
+        folder, words, file = tiny / "train" / wnid, [name, *box], f"{wnid}_boxes.txt"
+        if name.startswith("val"):
+            folder, words, file = (
+                tiny / "val",
+                [name, wnid, *box],
+                "val_annotations.txt",
+            )
+        write(folder / "images" / name, images[name], format="PNG")
+        with open(folder / file, "a") as text:
+            print(*words, sep="\t", file=text)
+    study_data.main(tiny, out)
+
+    used = [0, 3, 6, 1, 4, 7]
+    tests = {f"n{1 + i % 3}/val_{i}" for i in used}
+    left_out = {"n1/n1_1", "n1/n1_3", "n2/n2_1", "n2/n2_3", "n1/val_9", "n2/val_10"}
+    train = {"n1/n1_0", "n1/n1_2", "n2/n2_0", "n2/n2_2"}
+    # Other images as drawn by the program that made the data of the published runs.
+    others = {"same_class": [6, 6, 0, 7, 1, 1], "other_class": [1, 1, 4, 0, 6, 6]}
+    folders = {
+        "train": train,
+        "val": tests | left_out,
+        "original": tests,
+        "grey": tests,
+    }
+    for folder, names in (folders | dict.fromkeys(others, tests)).items():
+        files = {f"{x.parent.name}/{x.stem}": x for x in out.glob(f"{folder}/*/*")}
+        assert files.keys() == names
+        for name, file in files.items():
+            want = np.array(images[Path(name).name + ".JPEG"])
+            if folder in ("grey", *others):
+                i = int(name.rpartition("_")[2])
+                around = np.full_like(want, 128)
+                if folder != "grey":
+                    other = dict(zip(used, others[folder], strict=True))[i]
+                    around = np.array(images[f"val_{other}.JPEG"])
+                x0, y0, x1, y1 = val[i]
+                around[y0 : y1 + 1, x0 : x1 + 1] = want[y0 : y1 + 1, x0 : x1 + 1]
+                want = around
+            assert (np.asarray(Image.open(file)) == want).all(), (folder, name)
+    maps, _ = load_maps(out / "box.npy", open_data(out))
+    assert maps.sum(axis=(1, 2), dtype=int).tolist() == [512, 2048] * 2
+    assert maps[::2, :, :8].all() and maps[1::2, 32:].all()
+    shuffled, _ = load_maps(out / "shuffled.npy", open_data(out))
+    assert shuffled.sum(axis=(1, 2), dtype=int).tolist() == [512, 512, 2048, 2048]
 
 
 @pytest.mark.parametrize(
