@@ -40,22 +40,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from attg.backbones import NamedViT, is_named, load_cnn
-from attg.cli import (
-    RunFlags,
-    WeightFlags,
-    check_unused,
-    flag,
-    parse,
-    print_table,
-    run_cli,
-)
+from attg.cli import RunFlags, WeightFlags, check_unused, flag, parse, run_cli
 from attg.datasets import open_data, resolve_dataset
 from attg.distributed import exclusive_run, processes, wait
 from attg.evaluation import CheckpointDataFlags, default_data, open_encoder
 from attg.figures import save_map_sheet
 from attg.files import sha256
 from attg.kernels import normalize_map
-from attg.log import log_line
+from attg.log import log_line, print_table
 from attg.map_job import SquashedImages, run_job
 from attg.map_quality import peak_component, quality, true_masks
 from attg.maps import load_maps

@@ -42,11 +42,11 @@ from pathlib import Path
 
 import numpy as np
 
-from attg.cli import flag, parse, print_table, run_cli
+from attg.cli import flag, parse, run_cli
 from attg.datasets import open_data
 from attg.figures import PANELS, append_images, panels_of, plot_panels
 from attg.files import replacing
-from attg.log import log_line, read_log, rename, revision
+from attg.log import log_line, print_table, read_log, rename, revision
 from attg.maps import load_maps, save_maps
 from attg_mae import Config
 
@@ -404,7 +404,8 @@ def compare(folders):
     path = Path(folders[0]).with_name("compare.png")
     plot_panels(path, panels)
     append_images(path, [Path(folder, "reconstructions.png") for folder in folders])
-    log_line(f"figure: {path}")
+    if path.exists():
+        log_line(f"figure: {path}")
 
 
 def main(argv=None):

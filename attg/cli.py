@@ -187,18 +187,6 @@ def make_folder(name, path):
         raise OSError(f"--{name} {path}: {message}") from error
 
 
-def print_table(rows):
-    """Print dicts as the rows of a table with a column for each key of any of them."""
-    columns = []
-    for key in dict.fromkeys(key for row in rows for key in row):
-        values = [key, *(row.get(key, "") for row in rows)]
-        texts = [f"{v:.2f}" if isinstance(v, float) else str(v) for v in values]
-        width = max(map(len, texts))
-        columns.append([text.ljust(width) for text in texts])
-    for line in zip(*columns, strict=True):
-        print("  ".join(line).rstrip())
-
-
 def ignore_sigint_during_import():
     """From here to run_cli, Ctrl-C ends the process at once and without a traceback.
 

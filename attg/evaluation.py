@@ -12,21 +12,14 @@ from pathlib import Path
 import torch
 
 from attg.backbones import is_named, open_backbone, weights_sha256
-from attg.cli import (
-    DataFlags,
-    WeightFlags,
-    check_unused,
-    flag,
-    make_folder,
-    print_table,
-)
+from attg.cli import DataFlags, WeightFlags, check_unused, flag, make_folder
 from attg.datasets import open_labeled, resolve_dataset, shot_indices
 from attg.distributed import exclusive_run, processes
 from attg.features import SOURCE, make_features, read_features
 from attg.figures import class_names, save_confusion, save_neighbors
 from attg.files import naming, sha256
 from attg.loader import default_workers
-from attg.log import log_line
+from attg.log import log_line, print_table
 
 
 @dataclasses.dataclass(kw_only=True)

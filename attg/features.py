@@ -52,15 +52,16 @@ def extract_sharded(model, dataset, dtype, rank, world, **loader_args):
     Each rank extracts every world-th image, then all ranks exchange their features. An
     unreadable image has the features and label of its replacement (see ImageData).
     """
-    shard = Subset(dataset, range(rank, len(dataset), world))
-    loader = make_loader(shard, **loader_args)
+    n = len(dataset)
+    # If there are more ranks than images, the last image has several.
+    ids = [torch.arange(min(r, n - 1), n, world) for r in range(world)]
+    loader = make_loader(Subset(dataset, ids[rank].tolist()), **loader_args)
     features = extract_features(model, loader, dtype)
     refuse_unreadable(dataset)
     if world > 1:
         shards = [None] * world
         dist.all_gather_object(shards, features)
-        ids = [torch.arange(r, len(dataset), world) for r in range(world)]
-        order = torch.cat(ids).argsort()
+        order = torch.cat(ids).argsort()[:n]
         features = [torch.cat(x)[order] for x in zip(*shards, strict=True)]
     return dict(zip((*FEATURES, "labels"), features, strict=True))
 

@@ -234,6 +234,8 @@ def plot_panels(path, panels):
 def append_images(path, others):
     """Paste images below the image in a file, side by side; missing ones are left out."""
     paths = [x for x in (path, *others) if Path(x).exists()]
+    if not paths:
+        return
     first, *rest = map(Image.open, paths)
     width = max(first.width, sum(x.width for x in rest))
     height = first.height + max((x.height for x in rest), default=0)

@@ -40,6 +40,18 @@ def log_line(text):
         sys.stdout.flush()
 
 
+def print_table(rows):
+    """Print dicts as the rows of a table with a column for each key of any of them."""
+    columns = []
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [key, *(row.get(key, "") for row in rows)]
+        texts = [f"{v:.2f}" if isinstance(v, float) else str(v) for v in values]
+        width = max(map(len, texts))
+        columns.append([text.ljust(width) for text in texts])
+    lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+    log_line("\n".join(lines))
+
+
 def progress(steps, total=None, desc=None, **options):
     """The steps under a progress bar in a terminal that has tqdm, else with log lines.
 
@@ -146,10 +158,8 @@ def describe_run(run, model):
 
 def tensorboard_hook(folder, step):
     """A function that writes records for TensorBoard, instead of those after `step`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--tensorboard: needs pip install tensorboard") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(folder, purge_step=step + 1)
 
     def write(record):

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import math
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -118,6 +119,8 @@ def resolve(cfg, dataset=None):
         raise ValueError(
             f"--maps {cfg.maps}: --guidance none uses no maps; leave out one of the two"
         )
+    if cfg.tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard: needs pip install tensorboard")
     num_images = 10_000 if dataset is None else dataset.num_images
     epochs, batch_size, blr = 800, 4096, 1.5e-4
     if num_images < MAE_IMAGES:  # see RULE

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import study
+from attg import figures
 from attg.cli import parse
 from attg.datasets import open_data
 from attg.features import FEATURES
@@ -211,6 +212,13 @@ def test_a_study_is_resumed(tmp_path, monkeypatch, capsys):
     both = Image.open(out / "compare.png")
     assert both.width >= sum(sheet.width for sheet in sheets)
     assert both.height > sheets[0].height + 400
+    # Without matplotlib and reconstructions.
+    for path in (out / "compare.png", *out.glob("*/reconstructions.png")):
+        path.unlink()
+    monkeypatch.setattr(figures, "find_spec", lambda _: None)
+    study.main(["--compare", *runs])
+    text = capsys.readouterr().out
+    assert "pip install matplotlib" in text and "figure:" not in text
 
 
 def test_shuffled_maps_are_those_of_other_images(plain, tmp_path, monkeypatch):

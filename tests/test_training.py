@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 
 import attg_mae
-from attg import figures, trainer
+from attg import figures, pretraining, trainer
 from attg.checkpoint import check_settings, read_run
 from attg.cli import resume_class
 from attg.datasets import open_data
 from attg.images import generator_for
 from attg.loader import make_loader
-from attg.log import RENAMED_SETTINGS, describe_machine, log_line, read_log
+from attg.log import RENAMED_SETTINGS, describe_machine, print_table, read_log
 from attg.maps import save_maps
 from tests.helpers import (
     LUMA,
@@ -264,9 +264,11 @@ def test_hooks(labelled, tmp_path, monkeypatch):
     seen, module = [], MagicMock()
     settings = TINY | labelled | {"out": str(tmp_path), "max_steps": 2}
     cfg = attg_mae.Config(**settings, tensorboard=True)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr(pretraining, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="--tensorboard: .* pip install tensorboard"):
         attg_mae.train(cfg)
+    assert not (tmp_path / "last.pt").exists()
+    monkeypatch.setattr(pretraining, "find_spec", lambda _: True)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     attg_mae.train(cfg, on_log=seen.append)
     assert seen == records(tmp_path, "step") and len(seen) == 3
@@ -286,8 +288,8 @@ def test_busy_machines_are_named(monkeypatch):
 
 
 def test_names_that_are_no_utf8_are_printed(capsys):
-    log_line("in \udcff")  # capsys is as strict as a terminal
-    assert capsys.readouterr().out == "in \\udcff\n"
+    print_table([{"in": "\udcff"}])  # capsys is as strict as a terminal
+    assert capsys.readouterr().out == "in\n\\udcff\n"
 
 
 def test_older_and_damaged_logs(tmp_path):
