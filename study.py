@@ -282,7 +282,7 @@ def markdown(rows):
         text += (
             "\nPaired differences from the vanilla runs of the same n seeds, with the "
         )
-        text += "95 % interval of their mean.\n\n"
+        text += "95 % interval of their mean (a single seed has none).\n\n"
         text += pivot(paired, "{variant}, n = {pairs}", DIFFERENCE)
     return text
 
@@ -350,13 +350,13 @@ def contrast_row(folder, contrast):
 def contrast_rows(folder):
     """The rows of contrasts.md: the results of contrasts.json.
 
-    p, Holm: adjusted for the number of contrasts that are answered.
+    p, Holm: adjusted for all contrasts; open ones count as p = 1.
     """
     contrasts = json.loads((folder / "contrasts.json").read_text())
     rows = [contrast_row(folder, contrast) for contrast in contrasts]
     answered, adjusted = [row for row in rows if "p" in row], 0
     for i, row in enumerate(sorted(answered, key=lambda row: row["p"])):
-        adjusted = max(adjusted, min(1, (len(answered) - i) * row["p"]))
+        adjusted = max(adjusted, min(1, (len(rows) - i) * row["p"]))
         row |= {"p": f"{row['p']:.2g}", "p, Holm": f"{adjusted:.2g}"}
     return rows
 

@@ -139,10 +139,11 @@ def test_contrasts_are_answered_by_complete_looks(tmp_path):
         p_values[name] = min(1, len(looks) * test.pvalue)
         assert rows[name]["p"] == f"{p_values[name]:.2g}"
     # Holm's method is the closure of Bonferroni's.
-    subsets = [x for k in range(1, 6) for x in itertools.combinations(p_values, k)]
+    all_p = p_values | dict.fromkeys(("early", "missing"), 1)
+    subsets = [x for k in range(1, 8) for x in itertools.combinations(all_p, k)]
     for name, p in p_values.items():
         bounds = [
-            min(1, len(subset) * min(p_values[x] for x in subset))
+            min(1, len(subset) * min(all_p[x] for x in subset))
             for subset in subsets
             if name in subset
         ]
