@@ -7,9 +7,10 @@ Fine-tuning of all weights of an encoder (arXiv 2402.15172, Table 2 and section 
 
 By MAE's recipe: random crops, RandAugment, random erasing, mixup or cutmix, label
 smoothing, stochastic depth, and layer-wise learning rate decay. 1,024 images per batch,
-weight decay 0.05, 5 epochs of warm-up, min_lr 1e-6; epochs, blr, layer decay, stochastic
-depth: 100, 5e-4, 0.65, 0.1 for ViT-B; 50, 1e-3, 0.75, 0.2 for ViT-L (0.3 for ViT-H). In
-other batches the default lr is MAE's * sqrt(batch size / 1,024), which few images need.
+weight decay 0.05, 5 epochs of warm-up, min_lr 1e-6; epochs, blr, layer decay,
+stochastic depth: 100, 5e-4, 0.65, 0.1 for ViT-B; 50, 1e-3, 0.75, 0.2 for ViT-L (0.3 for
+ViT-H). With few images the default batch is about a tenth of them. In batches other
+than MAE's the default lr is MAE's lr * sqrt(batch size / 1,024).
 
 Shapes: B images, N tokens, D width, C classes.
 """
@@ -37,7 +38,7 @@ from attg_mae import ViT, load_encoder, lr_at
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(EvalFlags, LabelFlags, RecipeFlags, RunFlags):
-    layer_decay: float | None = flag(None, "of lr, per layer below the head", 1e-6, 1.0)
+    layer_decay: float | None = flag(None, "lr decay per layer", 1e-6, 1.0)
     drop_path: float | None = flag(None, "stochastic depth", 0, 0.99)
 
 
@@ -129,7 +130,7 @@ def mix(imgs, labels, num_classes):
     return v2.RandomChoice([mixup, cutmix])(erased, labels)
 
 
-# Those of facebookresearch/mae.
+# Recipes of facebookresearch/mae, as flags.
 VIT_BASE = {
     "epochs": 100,
     "batch_size": 1024,

@@ -10,8 +10,9 @@ Linear probes of an encoder (arXiv 2402.15172, Tables 1, 5, 6 and 7).
 on them with ten learning rates for 100 epochs, at least 1,000 steps; held-out training
 images select the learning rate.
 
---protocol mae: the probe of facebookresearch/mae on random crops, by LARS: 90 epochs (50
-from ViT-L on), 16,384 images per batch, blr 0.1, 10 epochs of warm-up, no weight decay.
+--protocol mae: the probe of facebookresearch/mae on random crops, by LARS: 90 epochs
+(50 from ViT-L on), 16,384 images per batch (with few images a tenth of them), blr 0.1,
+10 epochs of warm-up, no weight decay.
 
 Shapes: n training images, B images, D width, C classes, R learning rates, F features
 (class token, patch mean).
@@ -147,7 +148,7 @@ def train_heads(
         rows = batches[step % steps_per_epoch]
         batch = x[rows]
         logits = (batch @ weights).view(len(rows), -1, num_classes)  # (B, R, C)
-        # The gradient of the cross-entropy for the logits: softmax - one-hot.
+        # Gradient of the cross-entropy with respect to the logits: softmax - one-hot.
         error = logits.softmax(dim=2)
         error[torch.arange(len(rows), device=x.device), :, labels[rows]] -= 1
         momentum.mul_(0.9).addmm_(batch.T, error.flatten(1), alpha=1 / len(rows))
@@ -156,7 +157,7 @@ def train_heads(
 
 
 def best_classes(x, weights):
-    """Up to five classes (R, n, 5), best first, of x (n, D + 1) by train_heads."""
+    """Top-5 classes (R, n, up to 5), best first, of x (n, D + 1) by R linear layers."""
     k = min(5, weights.shape[2])
     chunks = [(rows @ weights).topk(k).indices.cpu() for rows in x.split(4096)]
     return torch.cat(chunks, dim=1)
@@ -249,7 +250,7 @@ class Probe(nn.Module):
             return torch.stack(logits)  # (F, B, C)
 
 
-# Those of facebookresearch/mae.
+# Recipes of facebookresearch/mae, as flags.
 VIT_BASE = {"epochs": 90, "batch_size": 16384, "warmup_epochs": 10}
 VIT_BASE |= {"blr": 0.1, "min_lr": 0.0, "weight_decay": 0.0}
 VIT_LARGE = VIT_BASE | {"epochs": 50}

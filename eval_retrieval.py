@@ -114,7 +114,7 @@ def retrieval_map(database, queries, gnd, ks=(1, 5, 10)):
 
 
 def average_precision(ranks):
-    """Area under precision over recall, by the trapezoids of the protocol.
+    """Area under the precision-recall curve, by the protocol's trapezoidal rule.
 
     ranks: those of all positives, from 0, ascending.
     """
@@ -149,8 +149,8 @@ def photograph_features(encoder, paths, longest, device):
     features = []
     for path in progress(paths, desc="features"):
         imgs = load_photograph(path, longest, cfg).to(device)
-        # Positions follow the grid of each image. Sin-cos ones, too, as in DINO's code:
-        # those of a landscape span the same range as a square's.
+        # Resize the positions to the grid of each image, sin-cos ones too, as in DINO's
+        # code: in a landscape image they span the same range as in a square.
         cfg.img_size = tuple(imgs.shape[2:])
         encoder.pos_embed.data = resize_positions(positions, grid, cfg.grid)
         tokens = encoder.forward_features(encoder.normalize(imgs))  # (1, N, D)

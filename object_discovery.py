@@ -12,7 +12,7 @@ arXiv 2402.15172): by TokenCut, DINO's class attention or Grad-CAM, or from mask
 The first command needs no weights and no data: the embedded toy set takes about half a
 minute on one CPU core. tokencut and dino take any checkpoint of this project, MAE, timm
 or Hugging Face; dino_vits16 is downloaded. resnet50 and mobilenet_v2 were trained with
-ImageNet's labels. DATA: see attg_mae.py.
+ImageNet's labels. DATA: see docs/data.md.
 
 Maps cover the whole image, squashed to the input size; training pools them over each crop.
 The same command resumes an interrupted job. --show N saves a sheet of examples beside the
@@ -104,7 +104,7 @@ def lanczos(S, trivial):
         # or rounding errors would be amplified to a basis vector.
         beta = w.norm(dim=-1, keepdim=True)
         w = torch.where(beta < 1e-10, start.roll(j), w / beta)
-        # Rounding brings the earlier rows back, and the trivial one above all.
+        # Rounding reintroduces the earlier rows, above all the trivial one.
         earlier = basis[:, :j]
         w = w - w @ earlier.mT @ earlier
         basis[:, j : j + 1] = w / w.norm(dim=-1, keepdim=True)
@@ -354,7 +354,7 @@ def vit(settings, device):
         return x.unflatten(1, cfg.grid) if is_dino else cut_maps(x, cfg.grid, settings)
 
     if is_dino:
-        # An error for a model without class token comes before the images.
+        # Fail before any image is read if the model has no class token.
         maps(torch.zeros(1, cfg.in_chans, *cfg.size, device=device))
     about = {"sha256": settings.sha256, "mean": cfg.mean, "std": cfg.std}
     return Backbone(maps, cfg.size, cfg.grid, about)
@@ -443,17 +443,17 @@ class Settings(CheckpointDataFlags, WeightFlags, RunFlags):
         "TokenCut, or with the lower mean on the border [max for dino_*, else border]",
         choices=("max", "border"),
     )
-    objects: int = flag(1, "cuts, each without the objects so far (MaskCut)", 1, 1000)
+    objects: int = flag(1, "cuts, each excluding the objects so far (MaskCut)", 1, 1000)
     masks: str | None = flag(None, "folder of PNG masks: maps, or the ground truth")
     mask_values: tuple[str, ...] = flag(
         (), "values of objects, colors as 0xRRGGBB [see attg/masks.py]"
     )
     out: Path = flag(Path("maps.npy"), "map file")
     img_size: int | None = flag(None, "in pixels [the checkpoint's, or 224]", 1, 8192)
-    heads: int | None = flag(None, "of a ViT [by its file or width]", 1, 1024)
-    batch_size: int = flag(64, "images in a block of work", 1, 10**7)
+    heads: int | None = flag(None, "attention heads [by file or width]", 1, 1024)
+    batch_size: int = flag(64, "images per batch, the unit of resuming", 1, 10**7)
     show: int = flag(0, "save a sheet of this many examples", 0, 10**4)
-    # These are no flags: the backbone's file or name, and the checksum of its weights.
+    # Not flags: the backbone's file or name, and the checksum of its weights.
     checkpoint: str | None = None
     sha256: str | None = None
 
@@ -517,7 +517,7 @@ def make_maps(settings, dataset, masks, dist_info):
 
 
 def main(argv=None, data=None):
-    """Make the map file. Returns its metrics, a dict: {} if there are no true masks.
+    """Make the map file. Returns the metrics of its quality, {} without ground-truth masks.
 
     data: a data set of your own, which --data then names; see open_data.
     """

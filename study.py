@@ -1,6 +1,6 @@
 """
-The paper's ablations in small: variants x seeds on one data set, each compared with the
-vanilla MAE of the same seed (Sick et al., arXiv 2402.15172, Tables 9 to 11).
+The paper's ablations at small scale: variants x seeds on one data set, each compared
+with the vanilla MAE of the same seed (Sick et al., arXiv 2402.15172, Tables 9 to 11).
 
     python study.py --variants masks masks+guidance=inverted gaussian --seeds 0 1 2
     python study.py --out out/photos --data DIR --maps cut=cut.npy cam=cam.npy \\
@@ -53,7 +53,7 @@ from attg_mae import Config
 ROOT = Path(__file__).resolve().parent
 SOURCES = ("none", "masks", "self", "self-shuffled", "gaussian")
 STUDY_FLAGS = {"--data", "--maps", "--seed", "--out", "--guidance", "--resume"}
-# File of a run with the results of an evaluation: name of its metric.
+# Results file of an evaluation: format of its metric's name.
 METRICS = {"knn": "k-NN, k = {k}", "shots": "k-NN, {protocol}"}
 METRICS |= {"linear": "linear probe", "transfer": "transfer, k = {k}"}
 DIFFERENCE = "{difference:+.2f} [{low:+.2f}, {high:+.2f}]"
@@ -63,7 +63,7 @@ DIFFERENCE = "{difference:+.2f} [{low:+.2f}, {high:+.2f}]"
 class Settings:
     """Settings of a study; train holds the flags of attg_mae.py."""
 
-    data: str = flag("toy", "data set with labels and a test split, see attg_mae.py")
+    data: str = flag("toy", "data set with labels and a test split, see docs/data.md")
     variants: tuple[str, ...] = flag(("masks",), "besides none, see above")
     # A folder VARIANT-seedN ends with its seed, so it has no sign.
     seeds: tuple[int, ...] = flag((0, 1, 2), "one run each", 0, 2**63 - 1)
@@ -235,7 +235,7 @@ def interval(values, level=0.95):
         return values[0], math.nan, math.nan, math.nan
     test = stats.ttest_1samp(values, 0)
     low, high = test.confidence_interval(level)
-    # Of zeros it is NaN.
+    # NaN if all differences are 0.
     p = float(np.nan_to_num(test.pvalue, nan=1.0))
     return statistics.fmean(values), float(low), float(high), p
 
@@ -313,10 +313,10 @@ def markdown_table(rows):
 def contrast_row(folder, contrast):
     """The result of an entry of contrasts.json, a row of contrasts.md.
 
-    The entry: question, study (a folder), variant, control, metric, features (averaged),
-    and looks, lists of seeds. A look with an interval that contains 0 is followed by the
-    next. For k looks, intervals are of 1 - 0.05 / k and p is multiplied by k. Nothing is
-    answered by a look before all its runs have finished.
+    The entry: question, study (a folder), variant, control, metric, features
+    (averaged), and looks, lists of seeds. If a look's interval contains 0, the next
+    look follows. For k looks, intervals are of 1 - 0.05 / k and p is multiplied by k. A
+    look gives no answer before all its runs have finished.
     """
     runs = read_study(folder / contrast["study"])
     pair, looks = (contrast["variant"], contrast["control"]), contrast["looks"]

@@ -96,8 +96,9 @@ class FindAttention(TorchFunctionMode):
 class NamedViT(nn.Module):
     """A ViT of timm or Hugging Face, with what the programs use of this project's ViT.
 
-    Register and distillation tokens are left out. Without a class token, its place has the
-    model's own pooled feature. fc_norm: see attg.features.pool_tokens.
+    Register and distillation tokens are left out. Without a class token, the model's
+    pooled feature takes its place, or else the patch mean. fc_norm: see
+    attg.features.pool_tokens.
     """
 
     def __init__(self, model, size, mean, std):
@@ -210,12 +211,12 @@ class NamedViT(nn.Module):
 
 
 def weights_sha256(model):
-    """Hexadecimal sha256 that tells the weights of a model."""
+    """sha256 (hex digest) that identifies the weights of a model."""
     sums = checksums(model.state_dict())
     return hashlib.sha256(repr(sums).encode()).hexdigest()
 
 
-# A weight that tells the prefix of all names, and the classifier.
+# A weight whose name reveals the prefix of all names, and the classifier.
 CNNS = {"resnet50": ("layer1.0.conv1.weight", "fc")}
 CNNS["mobilenet_v2"] = ("features.1.conv.0.0.weight", "classifier.1")
 

@@ -97,7 +97,7 @@ def load_checkpoint(path):
         # PyTorch's message advises to disable weights_only.
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe:
-            reason = f"holds {unsafe[1]}, no plain type; refused, no code was executed"
+            reason = f"refused: {unsafe[1]} is not a plain type; no code was executed"
         raise ValueError(f"{path}: {reason}") from error
     if not isinstance(parts, dict):
         raise ValueError(f"{path}: not a checkpoint, but a {type(parts).__name__}")

@@ -49,15 +49,15 @@ class DataFlags:
 
     data: str = flag("toy", "toy, torchvision name, or folder", resume="fixed")
     classes: str | None = flag(None, "file of class folders to keep", resume="fixed")
-    max_pixels: int = flag(10**8, "skip larger images", 1, 10**12, resume="free")
+    max_pixels: int = flag(10**8, "skip images above this", 1, 10**12, resume="free")
     verify: str = flag(
         "sample",
-        "contents of more than 10,000 files that identify the data, 1,000 or all",
+        "contents of the files to check above 10,000 files: of 1,000, or all",
         choices=("sample", "full"),
         resume="free",
     )
     white: float | None = flag(
-        None, "white in gray of over 8 bits [by the type]", 1e-9, 1e9, resume="fixed"
+        None, "white level of gray above 8 bits [by type]", 1e-9, 1e9, resume="fixed"
     )
 
 
@@ -65,8 +65,8 @@ class DataFlags:
 class WeightFlags:
     """Weights of other code bases."""
 
-    weights_key: str | None = flag(None, "their entry in a file [averaged first]")
-    weights_prefix: str | None = flag(None, "of their names, if there are several")
+    weights_key: str | None = flag(None, "entry that holds the weights [EMA first]")
+    weights_prefix: str | None = flag(None, "prefix of the encoder, if several match")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -77,7 +77,7 @@ class RunFlags:
     workers: int | None = flag(
         None, "loader workers per process [CPU 0, GPU up to 16]", 0, 1024, resume="free"
     )
-    timeout: float = flag(30, "distributed, in minutes", 0.01, 10**6, resume="free")
+    timeout: float = flag(30, "distributed timeout (min)", 0.01, 10**6, resume="free")
 
 
 # Types that a field accepts, and how messages name a type.

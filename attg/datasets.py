@@ -57,7 +57,7 @@ def open_data(
         verify      the fingerprint covers the contents of all files
 
     A label from Python is an int, or -1 or None for no label. Attributes `targets` (all
-    labels) and `classes`, as in torchvision, spare a pass over the images.
+    labels) and `classes`, as in torchvision, avoid a pass over the images.
 
     ValueError names --data or --classes, the value and the remedy.
     """
@@ -73,7 +73,7 @@ def open_data(
         images, masks, labels = toy(split)
         names = [f"toy/{split}/{i:05d}" for i in range(len(images))]
         pairs = list(zip(map(Image.fromarray, images), labels, strict=True))
-        source = pairs, names, labels, len(TOY_CLASSES), None, masks
+        source = pairs, names, labels, len(TOY_CLASSES), "", masks
     elif name in TORCHVISION:
         source = open_torchvision(name, split)
     else:

@@ -99,8 +99,9 @@ def exclusive_run(path, output, rank, world):
     """Hold an exclusive lock file on rank 0 for the duration of the block.
 
     ValueError on every rank, with the holder, if another process has the lock. output:
-    what the lock protects, for messages. The lock ends with its process, however that
-    ends. Without file locks (Windows, some network file systems) it only warns.
+    what the lock protects, for messages. The lock is released when its process exits,
+    even if it is killed. Without file locks (Windows, some network file systems) it
+    only warns.
     """
     path, held = Path(path), []
     is_new_folder = not path.parent.exists()

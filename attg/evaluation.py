@@ -30,11 +30,11 @@ class EvalFlags(WeightFlags):
         None, "encoder: a file, timm:NAME or hf:NAME", positional=True, resume="free"
     )
     img_size: int | None = flag(None, "in pixels [the checkpoint's]", 1, 8192)
-    heads: int | None = flag(None, "of the encoder [by its file or width]", 1, 1024)
+    heads: int | None = flag(None, "attention heads [by file or width]", 1, 1024)
     out: str | None = flag(
         None, "append results here [PROGRAM.jsonl beside the input]", resume="free"
     )
-    # These are no flags: checksum of the checkpoint, line that describes the data.
+    # Not flags: checksum of the checkpoint, line that describes the data.
     sha256: str | None = None
     header: str = ""
 
@@ -56,7 +56,7 @@ class LabelFlags(CheckpointDataFlags):
         ("test",), "test, folders of the same classes, toy's variants", resume="free"
     )
     show: bool = flag(
-        False, "draw confusion.png (to 50 classes), k-NN: neighbors.png", resume="free"
+        False, "save confusion.png (to 50 classes); k-NN: neighbors.png", resume="free"
     )
 
 
@@ -66,7 +66,7 @@ class FeatureFlags:
 
     batch_size: int = flag(256, "images per batch", 1, 10**7)
     precision: str = flag("fp32", "of the encoder", choices=("fp32", "bf16"))
-    features: str | None = flag(None, "use this file of --save_features")
+    features: str | None = flag(None, "read features from this --save_features file")
     save_features: str | None = flag(None, "write the features to this file")
     shots: tuple[int, ...] = flag((), "labeled images per class", 1, 10**7)
     seeds: int = flag(5, "number of draws of the --shots", 1, 10**6)
@@ -235,7 +235,7 @@ def check_outputs(settings):
         path = getattr(settings, name, None)
         if path:
             make_folder(name, Path(path).parent)
-            # A device can take the lines of --out, but not be replaced.
+            # --out may be a device, such as /dev/stdout; the other files are replaced.
             path = Path(path)
             special = path.exists() and not path.is_file()
             wrong = special and (path.is_dir() or name != "out")
@@ -244,7 +244,7 @@ def check_outputs(settings):
 
 
 def count_correct(classes, truth):
-    """Counts (..., 2) of images whose class is the first one, or any of those given.
+    """Numbers (..., 2) of images that are correct in top-1 and in top-5.
 
     classes (..., B, up to 5), best first; truth (B,).
     """
@@ -273,7 +273,7 @@ def report(results, settings):
         {k: v if v == v else None for k, v in r.items()} for r in results
     ]
     line = json.dumps(record, allow_nan=False)
-    # A full disk must not lose the results, nor the reader of a pipe that closes it.
+    # Write the file even if printing fails (closed pipe, full disk behind stdout).
     try:
         log_line(settings["header"])
         print_table([as_row(result) for result in results])

@@ -93,7 +93,7 @@ def save_examples(model, run, checkpoint, model_inputs, pool_maps):
     error = (completed - image).abs().mean(dim=1, keepdim=True)
     columns.append(("error (white 0.5)", (2 * error).clamp(0, 1)))
     path = out / "reconstructions.png"
-    # --epochs 0 draws what it reads.
+    # With --epochs 0 the examples are those of the checkpoint.
     step = checkpoint["step"] if checkpoint and not cfg.epochs else run.total_steps
     save_sheet(path, columns, f"{out.name}, step {step}, training images")
     run.log.say(f"examples: {path}")
@@ -208,7 +208,7 @@ def panels_of(records, run=""):
             values = record | record.get("knn", {})
             if values.get(name) is not None:
                 points.append((record["step"], values[name]))
-        # A single point is in the log.
+        # A single point makes no curve; it is in the log.
         if len(points) > 1 and (weighted or name not in ("loss", "tau")):
             label = f"{run} {name.replace('_', ' ')}".strip()
             panels.setdefault(title, {})[label] = points
@@ -277,7 +277,7 @@ def save_sheet(path, columns, heading=""):
     gap, line = 6, 22  # px
     font = ImageFont.load_default(size=16)
     rows, _, h, w = columns[0][1].shape
-    # A whole factor, so that each pixel of a small image stays a square.
+    # An integer factor, so that each pixel of a small image stays a square.
     zoom = math.ceil(SIDE / min(h, w))
     size = (zoom * w, zoom * h)
     has_texts = any(len(column) > 2 for column in columns)

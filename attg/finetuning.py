@@ -80,10 +80,10 @@ def open_training(cfg, settings, data, recipe, micro_batch, dist_info, after=Non
 def resolve(settings, recipe, images, micro_batch, device, world):
     """Fill in the settings that were not given.
 
-    recipe: {flag: MAE's value}. With few training images a batch is about a tenth of them,
-    with few epochs warm-up is a fifth. In batches other than MAE's, AdamW learns at
-    MAE's lr * sqrt(batch_size / MAE's batch_size). micro_batch: images per rank that need
-    no accumulation.
+    recipe: {flag: MAE's value}. With few training images a batch is about a tenth of
+    them, with few epochs warm-up is a fifth. In batches other than MAE's, the default
+    lr is MAE's lr * sqrt(batch_size / MAE's batch_size). micro_batch: images per rank
+    that need no accumulation.
     """
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     fill(settings, precision="bf16" if bf16 else "fp32", epochs=recipe["epochs"])
@@ -185,7 +185,7 @@ def backward(model, imgs, targets, settings, smoothing):
 
 
 def identity(settings, train_set):
-    """What a resumed run must share: settings, checksum of the encoder, images."""
+    """Settings, encoder checksum and images that a resumed run must share."""
     free = resume_class(type(settings), "free") | {"classes", "header"}
     shared = dataclasses.asdict(settings)
     # The images themselves, wherever they lie.

@@ -32,7 +32,7 @@ BICUBIC = Image.Resampling.BICUBIC
 CROP_SCALE = (0.2, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
-# Images with more pixels are not decoded. So many take 0.4 GB in RGB, 1.7 GB as floats.
+# Images with more pixels are not decoded. That many take 0.4 GB in RGB, 1.7 GB as floats.
 MAX_PIXELS = 100_000_000
 # Data sets of more files are identified by the contents of 1,000 of them.
 MAX_VERIFIED, SAMPLE = 10_000, 1000
@@ -155,10 +155,10 @@ class Jpeg:
         return load_image(io.BytesIO(self.content), math.prod(self.size), scale)
 
     def resize_region(self, region, size):
-        """See resize_region, in half of Pillow's time."""
+        """Like the function resize_region, in half of Pillow's time."""
         x, y, w, h = region
         ratio = min(h / size[0], w / size[1])
-        # Decoded at 1/scale of its size, it still has twice as many pixels.
+        # Decoded at 1/scale, each side still has at least twice as many pixels.
         scale = next((s for s in (8, 4, 2) if ratio >= 2 * s), 1)
         if scale > 1:
             box = [v / scale for v in (x, y, x + w, y + h)]
@@ -269,12 +269,12 @@ class ImageData(Dataset):
     """
 
     pairs: Dataset | None  # map-style, of (PIL image, label); None: files, see root
-    # One per image: order and identity of the rows of a map file. An array: workers write
-    # reference counts into what they read of a list, and so come to copy it.
+    # One per image: order and identity of the rows of a map file. An array, because
+    # reading a list changes reference counts, and each worker would come to copy it.
     names: np.ndarray
     known_labels: Sequence[int] | None  # None: only the source knows them
     known_classes: int | None  # 0 = no labels; None = the largest label + 1
-    root: Path | str = ""  # the folder of the images, if names are names of files
+    root: Path | str = ""  # the folder of the images, if pairs is None
     masks: np.ndarray | None = None  # of toy alone: uint8 (n, h, w), 1 = object
     # See open_data.
     size: int | tuple[int, int] = 32
@@ -294,7 +294,7 @@ class ImageData(Dataset):
             self.augment = train_view
         # 1 % may be unreadable, and at least one.
         self.max_unreadable = max(1, self.num_images / 100)
-        # Shared memory: what a worker marks, its parent and the other workers see.
+        # In shared memory: all workers and their parent see what one of them marks.
         self.unreadable = torch.zeros(self.num_images, dtype=torch.bool).share_memory_()
 
     def __len__(self):
@@ -431,7 +431,7 @@ class ImageData(Dataset):
     def matches(self, fingerprint):
         """Whether a map file or checkpoint with this fingerprint is of these images."""
         if fingerprint.startswith("v3:"):
-            # Only one of them may have the part of all contents.
+            # Either may lack the part for all contents, which is not compared then.
             pairs = zip(
                 self.fingerprint.split(":"), fingerprint.split(":"), strict=False
             )

@@ -53,7 +53,7 @@ def print_table(rows):
 
 
 def progress(steps, total=None, desc=None, **options):
-    """The steps under a progress bar in a terminal that has tqdm, else with log lines.
+    """Wrap steps in a progress bar in a terminal with tqdm, otherwise log the progress.
 
     Rank 0 alone shows either. The first line comes after 5 s, the next after twice as
     long, up to 5 minutes; without desc there is none. total: by default len(steps).
@@ -229,7 +229,7 @@ class Log:
         with replacing(self.path.with_name("config.json")) as temporary:
             config = dataclasses.asdict(run.cfg) | {"versions": versions}
             temporary.write_text(json.dumps(config, indent=1))
-        # Of processes that were killed while they wrote it.
+        # Left by processes that were killed while they wrote it.
         for path in self.path.parent.glob("last.pt*.tmp"):
             path.unlink()
 

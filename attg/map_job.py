@@ -2,9 +2,10 @@
 The map job: maps of a whole data set, computed in blocks of images by any number of
 processes, and resumed after an interruption.
 
-While it runs, NAME.npy.job/ holds settings.json and a file for each finished block: its
-number, raw float16 rows. A block is finished if its file exists, because files are
-renamed into place once they are complete. What a killed job leaves is in this folder.
+While it runs, NAME.npy.job/ holds settings.json and, for each finished block, a file
+named by its number, with raw float16 rows. A block is finished if its file exists,
+because files are renamed into place once they are complete. What a killed job leaves is
+in this folder.
 """
 
 import json

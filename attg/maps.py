@@ -23,7 +23,7 @@ import torch
 from attg.files import replacing, sha256
 from attg.kernels import normalize_map
 
-# Manifests of version 1 have none, and call affinity_threshold cut.
+# Version 1 has no "version" field, and calls affinity_threshold "cut".
 VERSION = 2
 MANIFEST = {"method": str, "fingerprint": str, "shape": list, "settings": dict}
 MANIFEST |= {"flat": list, "failed": list, "checksum": str}

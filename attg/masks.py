@@ -119,7 +119,7 @@ class MaskFolder:
         return Path(self.folder, self.dataset.names[i]).with_suffix(".png")
 
     def image_size(self, i):
-        if self.dataset.root is None:
+        if self.dataset.pairs is not None:
             return self.dataset.read(i)[0].size
         with Image.open(self.dataset.path(i)) as image:
             return image.size

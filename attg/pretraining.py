@@ -32,21 +32,21 @@ class TrainFlags(DataFlags, RunFlags, WeightFlags):
     blr: float | None = flag(None, "lr = blr * batch_size / 256 [by width]", 0, 1e38)
     lr: float | None = flag(None, "peak learning rate, instead of blr", 0, 1e38)
     warmup_epochs: float | None = flag(
-        None, "epochs of linear warm-up [40 from 400 epochs on, 5 %% of fewer]", 0, 1e6
+        None, "warm-up epochs [40 for >= 400 epochs, else 5 %% of them]", 0, 1e6
     )
     precision: str = flag("auto", "auto = bf16 on GPUs", choices=PRECISIONS, **FREE)
     compile: bool = flag(False, "torch.compile the model", **FREE)
     seed: int = flag(
-        0, "of weights, order, augmentation and masks", -(2**63), 2**63 - 1, **FIXED
+        0, "seed: weights, order, augmentation, masks", -(2**63), 2**63 - 1, **FIXED
     )
     out: str | None = flag(None, "run folder [out/DATA-MODEL-GUIDANCE]", **FREE)
-    init: str | None = flag(None, "weights to start from, ours or other people's")
+    init: str | None = flag(None, "checkpoint to start from, ours or another project's")
     resume: str = flag(
         "auto", "auto = from OUT/last.pt, none = start over, or a checkpoint", **FREE
     )
     eval_every: int | None = flag(
         None,
-        "epochs between evaluations [a quarter, rounded up]; 0 = last",
+        "epochs between evaluations [a quarter of all]; 0 = only at the end",
         0,
         10**6,
         **FREE,
@@ -56,7 +56,7 @@ class TrainFlags(DataFlags, RunFlags, WeightFlags):
         0, "epochs between checkpoints that are kept [the last]", 0, 10**6, **FREE
     )
     log_every: int = flag(20, "steps between log lines", 1, 10**9, **FREE)
-    max_steps: int | None = flag(None, "end the run after so many steps", 1, 10**9)
+    max_steps: int | None = flag(None, "stop after this many steps", 1, 10**9)
     tensorboard: bool = flag(False, "log for TensorBoard, too", **FREE)
 
 
@@ -82,12 +82,12 @@ def check_config(cfg):
         )
 
 
-# Defaults of batch size, epochs and lr: MAE's from so many images on, below them one rule.
-# It was set on toy (10,000 images, vit_micro) and keeps the number of images seen; wider
+# Defaults of batch size, epochs and lr: MAE's from this many images on, else RULE. RULE
+# was set on toy (10,000 images, vit_micro) and keeps the number of images seen; wider
 # models need a lower lr. MAE's lr at width 1024 is 2.4e-3 for 4096 images a step.
 MAE_IMAGES = 100_000
 RULE = (
-    "batch size 64 (fewer for less than 4 steps an epoch), 80,000 / images epochs (8 to "
+    "batch size 64 (less if an epoch had under 4 steps), 80,000 / images epochs (8 to "
     "800), lr 1.5e-3 * 128 / width at batch size 64"
 )
 

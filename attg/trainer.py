@@ -34,7 +34,7 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run has before its model: settings, processes and data."""
+    """Settings, processes and data of a run, before its model exists."""
 
     cfg: object  # attg_mae.Config, resolved
     device: torch.device
@@ -106,7 +106,7 @@ def setup(cfg, data, dist_info, signals, on_log=None):
 
 
 def result(run, step, stopped=None, val_mse=None, knn=None):
-    """What attg_mae.train returns."""
+    """The return value of attg_mae.train."""
     metrics = {"val_mse": val_mse, "knn": knn or {}}
     return {"step": step, "out": str(run.cfg.out), "stopped": stopped} | metrics
 
@@ -153,7 +153,7 @@ class Trainer:
         every = cfg.eval_every * run.steps_per_epoch
         self.eval_steps = range(every, run.total_steps, every) if every else ()
         if start == 0:
-            # A log with steps but without a checkpoint is then the sign of a loss.
+            # So a log with steps but no checkpoint means that the checkpoint was lost.
             self.save("last.pt", 0)
         steps = range(start, run.total_steps)
         self.steps = progress(steps, initial=start, total=run.total_steps)
@@ -210,7 +210,7 @@ class Trainer:
         return signals > 0
 
     def check_finite(self, rows, done):
-        """ValueError for the first step whose loss, weights or gradient are not finite.
+        """ValueError for the first step with a part that is not finite, see `parts`.
 
         rows: [loss, mse, gradient norm] of the steps up to `done`. With fp16 the gradient
         scaler skips steps of infinite gradients.

@@ -2,10 +2,10 @@
 Reading weights of other code bases: facebookresearch/mae, DINO, timm, Hugging Face, and
 whatever wraps their encoders. Their names become this project's, which are MAE's and timm's.
 
-The prefix of the patch embedding is that of the encoder, and what lies outside is left out.
-Sizes follow from the weights; grid, heads and eps from the settings in the file or from
-Hugging Face's config.json beside it. Where nothing tells the heads, they are guessed, and a
-line says so.
+The prefix of the patch embedding is that of the encoder, and what lies outside is left
+out. Sizes follow from the weights; grid, heads and eps from the settings in the file or
+from Hugging Face's config.json beside it. If they do not give the number of heads, it
+is guessed from the width, which is logged.
 """
 
 import dataclasses

@@ -51,8 +51,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The largest tile that fits into the registers and the shared memory of one program.
 MAX_TILE = 16384
-# A program loops over TILES_PER_PROGRAM tiles. A tile has WARP values, or those of one
-# patch if these are more, and one warp per WARP values. Neither has been tuned on a GPU.
+# A program loops over TILES_PER_PROGRAM tiles; more for large maps, fewer for few rows.
+# A tile has WARP values, or those of one patch if these are more, and one warp per WARP
+# values. Neither constant has been tuned on a GPU.
 TILES_PER_PROGRAM = 4
 WARP = 1024
 
@@ -128,8 +129,8 @@ def crop_map(
 def _pooling(start, end, size, parts):
     """Return weights (B, parts, size) that average a row of `size` cells.
 
-    start, end (B, 1, 1): a section of each row, which is divided into equal parts. Of each
-    part the mean of samples is taken, linearly interpolated, one for every cell.
+    start, end (B, 1, 1): a section of each row, divided into equal parts. Each part is
+    the mean of linearly interpolated samples, about one per cell.
     """
     step = (end - start) / parts
     number = step.ceil().clamp(min=1)
@@ -329,10 +330,10 @@ def _store_tile(out, g, inside, P, C, ROWS, PIXELS, CHANNELS, GROUP):
 
 # -- Register groups -------------------------------------------------------------------
 #
-# An image stores its colours in three planes, pred stores the colours of a pixel side by
+# An image stores its colors in three planes, pred stores the colors of a pixel side by
 # side. A thread that reads single pixels loads 2 or 4 bytes at a time from either. So a
-# thread takes a group of GROUP pixels: GROUP neighbours in each plane, and 3 * GROUP
-# neighbours in pred. With GROUP = 4:
+# thread takes a group of GROUP pixels: GROUP neighbors in each plane, and 3 * GROUP
+# neighbors in pred. With GROUP = 4:
 #
 #     planes   r0 r1 r2 r3     g0 g1 g2 g3     b0 b1 b2 b3       three vectors
 #     pred     r0 g0 b0 r1     g1 b1 r2 g2     b2 r3 g3 b3       three vectors
@@ -807,7 +808,7 @@ def _shared_arguments(pred, target, mask, patch_size):
     if INTERPRETED and not _has_tuples():
         # The interpreter of Triton 3.2 ignores a mask of one element.
         rows = max(rows, 2)
-    # Each program reads the whole map. With more tiles it stays the smaller part.
+    # Each program reads the whole map; enough tiles make that the smaller part.
     tiles = max(TILES_PER_PROGRAM, triton.cdiv(2 * L, rows * P))
     tiles = min(tiles, triton.cdiv(L, rows))
     programs = B * triton.cdiv(L, rows * tiles)
@@ -844,7 +845,7 @@ def _op(
     reduction: str,
     return_mse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the loss by the kernels.
+    """Compute the loss with the kernels.
 
     Returns fp32 tensors: the loss, (B, L) or one value; the mse alike, empty without
     return_mse; mean, 1 / deviation and weight of each patch (B, L, 3); the number by
@@ -1044,7 +1045,7 @@ def _is_fused(pred, target, mask, attn, tau, impl):
 def _why_not_fused(pred, target, mask, attn, tau):
     """Return why the kernels cannot compute this loss; "" if they can."""
     tensors = [x for x in (pred, target, mask, attn, tau) if isinstance(x, Tensor)]
-    # Transforms of PyTorch. An operator would silently drop the tangent.
+    # PyTorch's function transforms. An operator would silently drop the tangent.
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         return "forward-mode differentiation"
     if not torch.compiler.is_compiling():

@@ -282,6 +282,10 @@ def test_encodings_of_masks(name, images, tmp_path):
     assert rule in masks.rule and str(tmp_path) in masks.rule
     assert np.abs(masks[3].filled(0) / 255 - want).max() < 0.01
     assert np.array_equal(masks[3].mask, (BORDER == 255) & ("ids" in name))
+    # A data set from Python has names, but no files.
+    pairs = open_data([(noise(40, 40), None)] * 5)
+    pairs.names = images.names
+    assert np.array_equal(MaskFolder(tmp_path, pairs)[3], masks[3])
 
 
 def test_masks_that_need_a_flag_or_are_refused(images, tmp_path, capsys):
