@@ -43,9 +43,10 @@ from attg.backbones import NamedViT, is_named, load_cnn
 from attg.cli import RunFlags, WeightFlags, check_unused, flag, parse, run_cli
 from attg.datasets import open_data, resolve_dataset
 from attg.distributed import exclusive_run, processes, wait
-from attg.evaluation import CheckpointDataFlags, default_data, open_encoder
+from attg.evaluation import CheckpointDataFlags, default_data, fill, open_encoder
 from attg.figures import save_map_sheet
 from attg.files import sha256
+from attg.images import sha256_of
 from attg.kernels import normalize_map
 from attg.log import log_line, print_table
 from attg.map_job import SquashedImages, run_job
@@ -504,10 +505,16 @@ def make_maps(settings, dataset, masks, dist_info):
         wait(world)
     about = {"method": settings.method, "backbone": settings.backbone}
     about |= {"input": backbone.size, "grid": backbone.grid, **backbone.about}
+    # Where they are not flags, the same weights and images have the same values.
+    for name in ("heads", "weights_key", "weights_prefix", "white"):
+        if getattr(settings, name) is not None:
+            about[name] = getattr(settings, name)
     if settings.method == "tokencut":
         about |= {name: getattr(settings, name) for name in CUT_FLAGS}
     if settings.method == "masks":
-        about["masks"] = masks.rule
+        files = [masks.path(i) for i in range(len(dataset))]
+        checksums = (sha256(file) if file.is_file() else None for file in files)
+        about |= {"masks": masks.rule, "masks_sha256": sha256_of(*checksums)}
     else:
         masks = None
     # A backbone for grayscale images has one mean.
@@ -524,9 +531,10 @@ def main(argv=None, data=None):
     settings = resolve(parse(Settings, __doc__, argv))
     backbone, config = settings.backbone, {}
     is_file = backbone not in (None, "pixels", *DINO, *CNNS) and not is_named(backbone)
-    if settings.data is None and is_file:
+    if is_file and (settings.data is None or Path(backbone).is_file()):
         keys = settings.weights_key, settings.weights_prefix
         config = read_weights(backbone, *keys).settings
+        fill(settings, white=config.get("white"))
     default_data(settings, config, f"--backbone {backbone}")
     out, data, masks = settings.out, resolve_dataset(data, settings.data), None
     with processes(settings.device, settings.timeout) as dist_info:

@@ -123,12 +123,14 @@ def run_program(output, log, program, *flags):
     """Run `python program flags` unless the file `output`, which it writes last, exists.
 
     Command and messages are appended to the file log. Raises ChildProcessError if the
-    program fails.
+    program fails, ValueError if output is there, but not by this command.
     """
-    if output.exists():
-        return
     flags = [str(flag) for flag in flags]
     command = f"python {program} {shlex.join(flags)}"
+    if output.exists():
+        if f"$ {command}    #" not in log.read_text():
+            raise ValueError(f"{output} was not made by {command}; change --out")
+        return
     with open(log, "a") as file:
         print(f"$ {command}    # {revision()}", file=file, flush=True)
         argv = [sys.executable, ROOT / program, *flags]

@@ -27,11 +27,9 @@ from torch.utils.data import Dataset, Subset
 from attg.files import sha256
 
 BICUBIC = Image.Resampling.BICUBIC
-
 # Area fraction and aspect ratio of a random crop, as in MAE's pre-training.
 CROP_SCALE = (0.2, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
-
 # Images with more pixels are not decoded. That many take 0.4 GB in RGB, 1.7 GB as floats.
 MAX_PIXELS = 100_000_000
 # Data sets of more files are identified by the contents of 1,000 of them.
@@ -79,8 +77,12 @@ def load_image(file, max_pixels=MAX_PIXELS, scale=1):
         check_pixels(image.size, max_pixels)
         if scale > 1:
             image.draft("RGB", [side // scale for side in image.size])
+        has_16_bits = image.mode.startswith("RGB") and ";16" in str(image.tile)
         # Raises an error if the file is truncated.
         image.load()
+        if has_16_bits and max(high for _, high in image.getextrema()[:3]) < 16:
+            message = "a 16-bit RGB image has no value above 4095, and comes out dark: "
+            warnings.warn(f"{message}convert it to 8 bits", stacklevel=2)  # shown once
         return image
 
 
@@ -206,9 +208,8 @@ def train_view(image, size, seed, scale=CROP_SCALE, after=None):
         flip = torch.rand(()).item() < 0.5
         crop = resize_region(image, (x, y, w, h), size)
         if after:
-            crop = to_tensor(
-                after(Image.fromarray(crop.permute(1, 2, 0).squeeze(-1).numpy()))
-            )
+            image = Image.fromarray(crop.permute(1, 2, 0).squeeze(-1).numpy())
+            crop = to_tensor(after(image))
     finally:
         torch.set_rng_state(state)
     return crop, (x / width, y / height, (x + w) / width, (y + h) / height), flip

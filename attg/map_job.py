@@ -71,6 +71,7 @@ def run_job(compute, images, grid, settings, options, dist_info):
         if not images.dataset.matches(manifest["fingerprint"]):
             message = "made for other images; delete it, or choose another --out"
             raise ValueError(f"--out {path}: {message}")
+        log_line(f"{path} is complete: nothing is computed")
         return
     rows = torch.arange(len(images)).split(options.batch_size)
     blocks = {folder / str(i): ids for i, ids in enumerate(rows)}

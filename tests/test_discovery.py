@@ -76,6 +76,10 @@ def test_maps_from_masks(tmp_path, capsys):
     mask = Image.open(tmp_path / "masks" / "02.png")
     want = np.asarray(mask.resize((56, 56), Image.Resampling.BOX)) / 255
     assert abs(maps[2] - want).max() < 1e-3 and want.any()
+    # Corrected masks are not passed over.
+    shutil.copy(tmp_path / "masks" / "03.png", tmp_path / "masks" / "02.png")
+    with pytest.raises(ValueError, match="--out .*made with masks_sha256"):
+        discover(tmp_path, tmp_path / "m.npy", *flags, method="masks")
     discover(tmp_path, tmp_path / "p.npy")
     assert load_maps(tmp_path / "p.npy", dataset)[1]["flat"] == [0, 1]
 
@@ -100,11 +104,13 @@ def test_maps_of_an_encoder(tmp_path):
 
 
 def test_a_grayscale_backbone_sees_grayscale_images(tmp_path):
+    """Of 16 bits, with the white that it was trained with."""
     disc_images(tmp_path, 3)
-    file = tmp_path / "gray.pt"
-    model = save_encoder(file, in_chans=1, mean=(0.5,), std=(0.25,))
+    file, photo = tmp_path / "gray.pt", tmp_path / "data" / "01.png"
+    model = save_encoder(file, in_chans=1, mean=(0.5,), std=(0.25,), white=16 * 255.0)
+    image = Image.open(photo).convert("L")
+    Image.fromarray(np.uint16(image) * 16).save(photo)
     discover(tmp_path, tmp_path / "m.npy", "--backbone", file, method="dino")
-    image = Image.open(tmp_path / "data" / "01.png").convert("L")
     image = np.array(image.resize((32, 32), Image.Resampling.BICUBIC))
     image = (torch.from_numpy(image)[None, None] / 255 - 0.5) / 0.25
     want = normalize_map(object_discovery.class_attention(model, image))[0].detach()
@@ -173,6 +179,7 @@ ERRORS = {  # flags: what the message names
     f"{PIXELS} --out m.pt": "--out m.pt .npy",
     f"{PIXELS} --out old.npy --data more/data": "--out old.npy other delete",
     f"{PIXELS} --out old.npy --affinity_threshold 0.4": "--out old.npy 0.2 0.4 delete",
+    f"{PIXELS} --out old.npy --white 4095": "--out old.npy white None 4095 delete",
     f"{PIXELS} --max_pixels 9": "finite --max_pixels 00.png",
 }
 

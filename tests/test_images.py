@@ -2,6 +2,7 @@
 Decoding, conversion to 8 bits and crops: against torchvision, numpy and by hand.
 """
 
+import struct
 import subprocess
 import sys
 import tempfile
@@ -110,6 +111,15 @@ def test_white_is_decided_by_the_type_or_the_flag(tmp_path):
     for i in range(2):
         with pytest.warns(UserWarning, match="16-bit .* dark; .* set --white 4095"):
             assert data[i].image.max() <= 16
+    for color, channels in ((2, 3), (6, 4)):
+        row = struct.pack(f">{8 * channels}H", *[4095] * 8 * channels)
+        (tmp_path / "0.png").write_bytes(png(8, 8, 16, color, row))
+        with pytest.warns(UserWarning, match="16-bit RGB .* dark"):
+            load_image(tmp_path / "0.png")
+    row = struct.pack(">24H", *[4096] * 24)
+    (tmp_path / "0.png").write_bytes(png(8, 8, 16, 2, row))
+    with warnings.catch_warnings(action="error"):
+        load_image(tmp_path / "0.png")
 
 
 def test_exif_rotation_is_ignored(tmp_path):

@@ -187,6 +187,8 @@ def test_a_study_is_resumed(tmp_path, monkeypatch, capsys):
     rows = study.main(flags.split())
     assert len(ran) == 1 + 4 * 4
     assert study.main(flags.split()) == rows and len(ran) == 17
+    with pytest.raises(ValueError, match="encoder.pt was not made by .* 5.*--out"):
+        study.main(flags.replace("--epochs 4", "--epochs 5").split())
     variants = {"none": "none", "bright+tau=0.6": "attg"}
     for seed in (0, 1):
         for variant, guidance in variants.items():
