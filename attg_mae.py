@@ -47,9 +47,9 @@ from types import SimpleNamespace
 if __name__ == "__main__":
     # Ctrl-C during the imports, which take seconds, ends without a traceback.
     with contextlib.suppress(ModuleNotFoundError):
-        from attg.cli import ignore_sigint_during_import
+        from attg.cli import quiet_sigint_during_import
 
-        ignore_sigint_during_import()
+        quiet_sigint_during_import()
 
 import torch
 import torch.nn as nn
@@ -499,8 +499,8 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
         # Flip images, crop and flip maps alike; M_norm, w = exp(M_norm / tau) (Eq. 1).
         imgs, weight, noise = model_inputs(batch, cfg, tau)
         # DDP: exchange gradients once a step, with the last micro-batch.
-        wait = number < cfg.accum and isinstance(model, DistributedDataParallel)
-        with model.no_sync() if wait else contextlib.nullcontext():
+        skip_sync = number < cfg.accum and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if skip_sync else contextlib.nullcontext():
             with torch.autocast(tau.device.type, dtype, enabled=dtype is not None):
                 # Hide patches at random, encode the rest, decode all; weighted loss (Eq. 2).
                 loss, _, _, mse = model(

@@ -15,9 +15,9 @@ most important first.
 if __name__ == "__main__":
     import os
 
-    from attg.cli import ignore_sigint_during_import
+    from attg.cli import quiet_sigint_during_import
 
-    ignore_sigint_during_import()
+    quiet_sigint_during_import()
     # PyTorch and the libraries of scipy and scikit-learn read this when they load.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

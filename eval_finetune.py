@@ -16,9 +16,9 @@ Shapes: B images, N tokens, D width, C classes.
 """
 
 if __name__ == "__main__":
-    from attg.cli import ignore_sigint_during_import
+    from attg.cli import quiet_sigint_during_import
 
-    ignore_sigint_during_import()
+    quiet_sigint_during_import()
 
 import copy
 import dataclasses

@@ -13,9 +13,9 @@ Shapes: n training images, B test images, D width, C classes, K values of k.
 """
 
 if __name__ == "__main__":
-    from attg.cli import ignore_sigint_during_import
+    from attg.cli import quiet_sigint_during_import
 
-    ignore_sigint_during_import()
+    quiet_sigint_during_import()
 
 import dataclasses
 import itertools

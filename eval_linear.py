@@ -19,9 +19,9 @@ Shapes: n training images, B images, D width, C classes, R learning rates, F fea
 """
 
 if __name__ == "__main__":
-    from attg.cli import ignore_sigint_during_import
+    from attg.cli import quiet_sigint_during_import
 
-    ignore_sigint_during_import()
+    quiet_sigint_during_import()
 
 import dataclasses
 import functools

@@ -11,9 +11,9 @@ Shapes: Q queries, N images of the database, D width.
 """
 
 if __name__ == "__main__":
-    from attg.cli import ignore_sigint_during_import
+    from attg.cli import quiet_sigint_during_import
 
-    ignore_sigint_during_import()
+    quiet_sigint_during_import()
 
 import dataclasses
 import math

@@ -22,9 +22,9 @@ Shapes: B images, H heads, L patches of a grid (h, w), d or D channels.
 """
 
 if __name__ == "__main__":
-    from attg.cli import ignore_sigint_during_import
+    from attg.cli import quiet_sigint_during_import
 
-    ignore_sigint_during_import()
+    quiet_sigint_during_import()
 
 import dataclasses
 import math
@@ -42,7 +42,7 @@ from torch import nn
 from attg.backbones import NamedViT, is_named, load_cnn
 from attg.cli import RunFlags, WeightFlags, check_unused, flag, parse, run_cli
 from attg.datasets import open_data, resolve_dataset
-from attg.distributed import exclusive_run, processes, wait
+from attg.distributed import barrier, exclusive_run, processes
 from attg.evaluation import CheckpointDataFlags, default_data, fill, open_encoder
 from attg.figures import save_map_sheet
 from attg.files import sha256
@@ -91,10 +91,10 @@ def lanczos(S, trivial):
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(L, generator=generator, dtype=torch.float64).to(S.device)
 
-    # Rows of `basis` are orthonormal, rows of `images` are S times them. Row 0 is the
+    # Rows of `basis` are orthonormal, rows of `products` are S times them. Row 0 is the
     # trivial eigenvector. All others are orthogonal to it, so that the largest
     # eigenvalue they see is the second largest of S.
-    basis, images = S.new_empty(2, B, steps + 1, L)
+    basis, products = S.new_empty(2, B, steps + 1, L)
     basis[:, 0] = trivial
     w = start.expand(B, 1, L)
     for j in range(1, steps + 1):
@@ -110,27 +110,27 @@ def lanczos(S, trivial):
         w = w - w @ earlier.mT @ earlier
         basis[:, j : j + 1] = w / w.norm(dim=-1, keepdim=True)
         w = basis[:, j : j + 1] @ S
-        images[:, j : j + 1] = w
+        products[:, j : j + 1] = w
         if j in LANCZOS_TESTS or j == steps:
-            v, converged = largest_pair(basis[:, 1 : j + 1], images[:, 1 : j + 1])
+            v, converged = largest_pair(basis[:, 1 : j + 1], products[:, 1 : j + 1])
             if converged.all():
                 break
     return v, converged
 
 
-def largest_pair(basis, images):
+def largest_pair(basis, products):
     """Rayleigh-Ritz: S's largest eigenvector in the span of `basis`, and its test.
 
-    basis, images (B, j, L): orthonormal rows q and the rows S q. Returns v (B, L) and
+    basis, products (B, j, L): orthonormal rows q and the rows S q. Returns v (B, L) and
     bool (B,), converged: by the residual |S v - theta v| alone. The error of v is
     residual / gap, but the gap of the Ritz values must not be used: two eigenvalues
     that lie close together look like one at first, and the next gap looks wide.
     """
-    theta, coordinates = torch.linalg.eigh(basis @ images.mT)
+    theta, coordinates = torch.linalg.eigh(basis @ products.mT)
     largest = coordinates[:, :, -1:].mT  # (B, 1, j)
     v = largest @ basis
-    image = largest @ images
-    residual = (image - theta[:, -1:, None] * v).norm(dim=-1).flatten()
+    product = largest @ products
+    residual = (product - theta[:, -1:, None] * v).norm(dim=-1).flatten()
     return v[:, 0], residual <= 1e-12
 
 
@@ -411,7 +411,7 @@ def cnn(settings, device):
     return Backbone(maps, size, grid, {"sha256": sha256(path), **vars(IMAGENET)})
 
 
-def own_masks(settings, device):
+def masks_backbone(settings, device):
     """The masks themselves, which SquashedImages reads instead of the images."""
     return Backbone(lambda imgs: imgs[:, 0].float(), (56, 56), (56, 56), {})
 
@@ -496,13 +496,13 @@ def resolve(settings):
 def make_maps(settings, dataset, masks, dist_info):
     """Run the map job."""
     device, rank, world = dist_info
-    kinds = dict.fromkeys(CNNS, cnn) | {"pixels": pixels, None: own_masks}
+    kinds = dict.fromkeys(CNNS, cnn) | {"pixels": pixels, None: masks_backbone}
     # Rank 0 downloads, the others load what it has downloaded.
     if rank:
-        wait(world)
+        barrier(world)
     backbone = kinds.get(settings.backbone, vit)(settings, device)
     if rank == 0:
-        wait(world)
+        barrier(world)
     about = {"method": settings.method, "backbone": settings.backbone}
     about |= {"input": backbone.size, "grid": backbone.grid, **backbone.about}
     # Where they are not flags, the same weights and images have the same values.

@@ -25,9 +25,9 @@ its own --seeds.
 """
 
 if __name__ == "__main__":
-    from attg.cli import ignore_sigint_during_import
+    from attg.cli import quiet_sigint_during_import
 
-    ignore_sigint_during_import()
+    quiet_sigint_during_import()
 
 import dataclasses
 import importlib.util

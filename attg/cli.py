@@ -187,7 +187,7 @@ def make_folder(name, path):
         raise OSError(f"--{name} {path}: {message}") from error
 
 
-def ignore_sigint_during_import():
+def quiet_sigint_during_import():
     """From here to run_cli, Ctrl-C ends the process at once and without a traceback.
 
     Imports can take many seconds, so a line says that the program has started.

@@ -64,7 +64,7 @@ def processes(name, timeout=30):
         dist.destroy_process_group()
 
 
-def wait(world):
+def barrier(world):
     """Barrier over all ranks."""
     if world > 1:
         dist.barrier()

@@ -96,7 +96,7 @@ def save_examples(model, run, checkpoint, model_inputs, pool_maps):
     # With --epochs 0 the examples are those of the checkpoint.
     step = checkpoint["step"] if checkpoint and not cfg.epochs else run.total_steps
     save_sheet(path, columns, f"{out.name}, step {step}, training images")
-    run.log.say(f"examples: {path}")
+    run.log.info(f"examples: {path}")
 
 
 def evenly_spaced(dataset, count):

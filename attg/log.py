@@ -183,7 +183,7 @@ class Log:
     signals: list
     path: Path | None = None  # of log.jsonl, from begin on
 
-    def say(self, text):
+    def info(self, text):
         if not self.is_rank0:
             return
         try:
@@ -198,7 +198,7 @@ class Log:
     def write(self, record, line):
         """Print a record as `line` and append it to log.jsonl."""
         if self.is_rank0:
-            self.say(line)
+            self.info(line)
             with naming(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
             for hook in self.hooks:
@@ -216,7 +216,7 @@ class Log:
         # The last bits of an image or a loss depend on these.
         packages = ("torch", "torchvision", "Pillow")
         versions = {name: importlib.metadata.version(name) for name in packages}
-        self.say(
+        self.info(
             f"{describe_machine(run.device, versions)}\n{describe_run(run, model)}"
         )
         if run.cfg.tensorboard:

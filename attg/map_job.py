@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from attg.distributed import broadcast_from_rank0, wait
+from attg.distributed import barrier, broadcast_from_rank0
 from attg.files import replacing
 from attg.images import resize_region, to_tensor
 from attg.kernels import normalize_map
@@ -93,7 +93,7 @@ def run_job(compute, images, grid, settings, options, dist_info):
             # tofile would not notice a full disk.
             temporary.write_bytes(m.half().numpy().astype("<f2").tobytes())
 
-    wait(world)
+    barrier(world)
     finish = lambda: join_blocks(path, blocks, grid, images, settings)  # noqa: E731
     broadcast_from_rank0(finish, rank, world)
 

@@ -96,9 +96,9 @@ def setup(cfg, data, dist_info, signals, on_log=None):
             changed = check_settings(cfg, checkpoint, total_steps)
             where = f"{checkpoint['path']} after step {checkpoint['step']}"
             changes = f" with {', '.join(changed)}" if changed else ""
-            log.say(f"resuming {where}{changes}" if cfg.epochs else f"from {where}")
+            log.info(f"resuming {where}{changes}" if cfg.epochs else f"from {where}")
             if checkpoint["step"] == total_steps:
-                log.say("nothing left to train: only its evaluation is repeated")
+                log.info("nothing left to train: only its evaluation is repeated")
         data_id = train_set.fingerprint if rank == 0 and cfg.epochs else None
         sets = (train_set, test_set, data_id, maps, maps_id)
         steps = (steps_per_epoch, total_steps, DTYPES[cfg.precision], workers)
@@ -216,7 +216,7 @@ class Trainer:
         scaler skips steps of infinite gradients.
         """
         for step, (loss, mse, grad_norm) in enumerate(rows, done - len(rows)):
-            parts = {"prediction or input": mse, "weight": loss}
+            parts = {"prediction or input": mse, "patch weight": loss}
             if self.run.cfg.precision != "fp16":
                 parts["gradient"] = grad_norm
             bad = [name for name, value in parts.items() if not math.isfinite(value)]
@@ -270,7 +270,7 @@ class Trainer:
     def stop(self, done):
         """The result of a run that a signal stopped, on this rank or another."""
         text = f"stopped by a signal after step {done}; the same command resumes"
-        self.run.log.say(text)
+        self.run.log.info(text)
         number = self.signals[0] if self.signals else signal.SIGTERM
         return result(self.run, done, stopped=number)
 
@@ -283,7 +283,7 @@ class Trainer:
             config = dataclasses.asdict(run.cfg)
             timm = timm_arguments(run.cfg)
             save_checkpoint(out / "encoder.pt", model=encoder, config=config, timm=timm)
-        run.log.say(f"encoder: {out / 'encoder.pt'}")
+        run.log.info(f"encoder: {out / 'encoder.pt'}")
         metrics = self.evaluate(run.total_steps)
         if run.rank == 0:
             save_curves(out / "curves.png", read_log(out / "log.jsonl"))

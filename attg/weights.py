@@ -338,7 +338,7 @@ def load_initial(model, run, checkpoint, sincos_table):
             raise ValueError(f"{cfg.init} {reason}")
         encoder_config(type(cfg), weights, sincos_table, cfg.heads)
         message = load_weights(model, weights, sincos_table)
-        run.log.say(f"--init {cfg.init}: {message}")
+        run.log.info(f"--init {cfg.init}: {message}")
 
 
 def load_weights(model, weights, sincos_table):

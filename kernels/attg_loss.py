@@ -51,11 +51,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The largest tile that fits into the registers and the shared memory of one program.
 MAX_TILE = 16384
-# A program loops over TILES_PER_PROGRAM tiles; more for large maps, fewer for few rows.
-# A tile has WARP values, or those of one patch if these are more, and one warp per WARP
-# values. Neither constant has been tuned on a GPU.
+# A program loops over TILES_PER_PROGRAM tiles; more for large maps, fewer for few rows. A
+# tile has VALUES_PER_WARP values, or those of one patch if these are more, and one warp for
+# as many. Neither constant has been tuned on a GPU.
 TILES_PER_PROGRAM = 4
-WARP = 1024
+VALUES_PER_WARP = 1024
 
 # The operators are registered under the module's name, so that two copies of this file
 # can live in one process.
@@ -804,7 +804,7 @@ def _shared_arguments(pred, target, mask, patch_size):
 
     pixels, channels = _tile_shape(P, C)
     lanes = pixels * channels
-    rows = max(1, min(WARP // lanes, triton.next_power_of_2(L)))
+    rows = max(1, min(VALUES_PER_WARP // lanes, triton.next_power_of_2(L)))
     if INTERPRETED and not _has_tuples():
         # The interpreter of Triton 3.2 ignores a mask of one element.
         rows = max(rows, 2)
@@ -827,7 +827,7 @@ def _shared_arguments(pred, target, mask, patch_size):
         "CHANNELS": channels,
         "GROUP": _group(pred, target, patch_size),
         "TILES_PER_PROGRAM": tiles,
-        "num_warps": min(16, triton.cdiv(rows * lanes, WARP)),
+        "num_warps": min(16, triton.cdiv(rows * lanes, VALUES_PER_WARP)),
     }
 
 

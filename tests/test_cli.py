@@ -318,6 +318,6 @@ SCRIPTS = [ROOT / f"{name}.py" for name in PROGRAMS if name != "attg_mae"]
 def test_every_program_begins_and_ends_alike(path):
     """Ctrl-C is quiet from the first import on, and errors are one line."""
     docstring, first, *_, last = ast.parse(path.read_text()).body
-    assert "ignore_sigint_during_import()" in ast.unparse(first)
+    assert "quiet_sigint_during_import()" in ast.unparse(first)
     last = ast.unparse(last)
     assert last.startswith("if __name__ == '__main__':") and "run_cli(main" in last

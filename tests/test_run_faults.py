@@ -113,7 +113,7 @@ def test_closed_output(redirection, long, finished, tmp_path):
 NOT_FINITE = {  # change, log_every, first bad step, part
     "huge lr": ({"lr": 1e30}, 1, 8, "prediction or input"),
     "gradient": ({"gradient": math.inf}, 20, 8, "gradient"),
-    "small tau": ({"tau": 1e-3, "tau_end": 1e-3}, 20, 7, "weight"),
+    "small tau": ({"tau": 1e-3, "tau_end": 1e-3}, 20, 7, "patch weight"),
     "no std": ({"std": (1e-37,) * 3, "norm_pix": False}, 1, 7, "prediction or input"),
 }
 
