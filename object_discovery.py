@@ -447,7 +447,7 @@ class Settings(CheckpointDataFlags, WeightFlags, RunFlags):
     objects: int = flag(1, "cuts, each excluding the objects so far (MaskCut)", 1, 1000)
     masks: str | None = flag(None, "folder of PNG masks: maps, or the ground truth")
     mask_values: tuple[str, ...] = flag(
-        (), "values of objects, colors as 0xRRGGBB [see attg/masks.py]"
+        (), "values of objects, colors as 0xRRGGBB; or ids, soft [see attg/masks.py]"
     )
     out: Path = flag(Path("maps.npy"), "map file")
     img_size: int | None = flag(None, "in pixels [the checkpoint's, or 224]", 1, 8192)

@@ -4,16 +4,20 @@ Masks of the images of a data set: PNGs of the same relative paths in a folder.
 One rule for the whole folder, decided by the values of up to 200 evenly spaced masks:
 
     alpha       object where it is opaque, if it is not opaque everywhere
-    two values  object is the higher; in palettes and colors, the one that does not prevail
-                on the border of the images
-    ids         palettes, colors, at most 64 grays below 128: object is any but 0 (black);
-                255, in colors that of VOC's borders, is ignored
+    two values  object is the higher; in palettes and colors without black, the one that
+                does not prevail on the border of the images
+    ids         palettes, colors, at most 64 grays below 128, grays in even areas: object
+                is any but 0 (black); 255, in colors that of VOC's borders, is ignored
+                unless it is an id
     soft        other grays: parts of 255 or 65535, or of their maximum if it is far below
 
---mask_values names the values that are object: numbers, or colors as 0xRRGGBB.
+--mask_values names the values that are object, numbers or colors as 0xRRGGBB, or the rule:
+ids or soft.
 """
 
+import os
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +28,20 @@ from attg.images import load_image
 SAMPLE, MAX_IDS, MAX_ID = 200, 64, 127
 # Neither object nor background
 IGNORED = {"gray": 255, "palette": 255, "color": 0xE0E0C0}
-# Of Oxford-IIIT Pet (object, background, border), and of matting
-TRIMAPS = ([1, 2, 3], [0, 127, 255], [0, 128, 255])
+# Share of even steps (count_steps) up to which grays are soft, and from which they are ids.
+# Drawn masks have at most 0.09 if soft (anti-aliased, blurred, JPEG, saliency of 320 x 320
+# and maps of 14 x 14 enlarged with any filter; maps of 7 x 7 that are mostly 0 up to 0.3),
+# 0.78 to 1 if ids (150 cells of radius 1 to 15, touching or not; dense and sparse scenes).
+MAX_SOFT, MIN_IDS = 0.2, 0.7
+# In EXIF; images of 2 to 8 are mirrored or turned, from 5 on their sides are swapped.
+ORIENTATION = 0x0112
 
 
 def read_values(path):
-    """(kind, int64 (H, W), alpha (H, W) or None) of a PNG; kind: gray, palette or color."""
+    """(kind, int64 (H, W), alpha (H, W) or None, whether 0 is black) of a PNG.
+
+    kind: gray, palette or color.
+    """
     # Opening a named pipe or a device would block.
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -39,11 +51,33 @@ def read_values(path):
     if image.mode not in ("RGB", "RGBA"):
         kind = "palette" if image.mode.startswith("P") else "gray"
         first = image.getchannel(0) if len(image.getbands()) > 1 else image
-        return kind, np.asarray(first, np.int64), alpha
+        black = kind == "gray" or not any(image.getpalette()[:3])
+        return kind, np.asarray(first, np.int64), alpha, black
     red, green, blue = np.moveaxis(np.asarray(image, np.int64), 2, 0)[:3]
     if (red == green).all() and (red == blue).all():
-        return "gray", red, alpha
-    return "color", (red << 16) + (green << 8) + blue, alpha
+        return "gray", red, alpha, True
+    return "color", (red << 16) + (green << 8) + blue, alpha, True
+
+
+def count_steps(x):
+    """Numbers of even steps and of all: neighbors that differ by more than 1.
+
+    A step is even if both neighbors have an equal one behind them. Steps from black to
+    white do not count: soft masks have them, too.
+    """
+    counts = np.zeros(2)
+    for lines in (x, x.T):
+        lines = lines[:: len(lines) // 64 + 1]
+        columns = np.flatnonzero(np.diff(lines).any(0)) + 1
+        gaps = np.diff(columns)
+        # A coarse mask was enlarged by repeating its pixels.
+        if len(gaps) > 3 and 1 < gaps.min() >= np.median(gaps) - 1:
+            lines = lines[:, [0, *columns]]
+        sizes = abs(np.diff(lines))
+        steps = ~np.isin(sizes[:, 1:-1], [0, 1, *range(250, 256), 65535])
+        even = steps & (sizes[:, :-2] == 0) & (sizes[:, 2:] == 0)
+        counts += even.sum(), steps.sum()
+    return counts
 
 
 class MaskFolder:
@@ -55,15 +89,23 @@ class MaskFolder:
 
     def __init__(self, folder, dataset, mask_values=()):
         self.folder, self.dataset = Path(folder), dataset
-        found, self.has_alpha = [], False
+        stems = Counter(os.path.splitext(name)[0] for name in dataset.names)
+        stem, images = stems.most_common(1)[0]
+        if images > 1:
+            message = f"{images} images would share {stem}.png; rename or move them"
+            raise ValueError(f"--masks {folder}: {message}")
+        found, counts = [], np.zeros(2)
+        self.has_alpha, self.has_black, self.has_binary = False, True, False
         sample = np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset)))
         for i in sample.round().astype(int).tolist():
             try:
-                kind, x, alpha = read_values(self.path(i))
+                kind, x, alpha, black = read_values(self.path(i))
             # Missing, or damaged: decoders raise OSError, SyntaxError, ValueError.
             except Exception:
                 continue
             self.has_alpha |= alpha is not None and alpha.min() < 255
+            self.has_black &= black
+            counts += count_steps(x)
             edges = np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
             found.append((kind, np.unique(x), edges))
         if not found:
@@ -73,43 +115,63 @@ class MaskFolder:
         self.kind = "color" if "color" in kinds else max(kinds)
         values, border = set(), Counter()
         for kind, distinct, edges in found:
+            self.has_binary |= kind == "gray" and distinct.tolist() == [0, 255]
             values |= set(self.convert(kind, distinct).tolist())
             border.update(self.convert(kind, edges).tolist())
         self.scale, self.ignored, self.listed, self.is_object = None, -1, set(), True
-        rule = self.decide(sorted(values), border, mask_values)
+        share = counts[0] / max(counts[1], 1)
+        rule = self.decide(sorted(values), border, share, mask_values)
         form = "0x{:06X}" if self.kind == "color" else "{}"
         listed = " ".join(map(form.format, sorted(self.listed)))
         rule = rule.format(listed=listed, ignored=form.format(self.ignored))
         self.rule = f"--masks {folder}: {self.kind}, {rule}"
 
-    def decide(self, values, border, mask_values):
-        """Choose the rule by all sampled values, and those on the border; describe it."""
-        is_gray = self.kind == "gray"
-        if mask_values:
+    def decide(self, values, border, share, mask_values):
+        """Choose the rule by the sampled values, all and on the border; describe it.
+
+        share: of even steps, see count_steps.
+        """
+        is_gray, choice = self.kind == "gray", " ".join(mask_values)
+        if choice not in ("", "ids", "soft" if is_gray else "ids"):
             try:
                 self.listed = {int(value, 0) for value in mask_values}
             except ValueError as error:
-                message = f"--mask_values {' '.join(mask_values)}: give 1, 0xC08080 ..."
+                message = f"--mask_values {choice}: give 1, 0xC08080, ids, soft (gray)"
                 raise ValueError(message) from error
             return "object is {listed}"
-        if self.has_alpha:
+        if self.has_alpha and choice != "ids":
             self.scale = 255
             return "object is where alpha is opaque"
-        if values in TRIMAPS:
-            message = f"{values} look like trimaps; name the values of objects, such as"
-            raise ValueError(f"--masks {self.folder}: {message} --mask_values 1")
-        if len(values) <= 2 and is_gray:
-            self.listed = set(values[-1:]) - {0}
-            return "object is {listed}"
-        if len(values) <= 2:
+        if len(values) <= 2 and not choice:
+            if is_gray or self.has_black and values[0] == 0:
+                self.listed = set(values[-1:]) - {0}
+                return "object is {listed}"
             self.listed, self.is_object = {border.most_common(1)[0][0]}, False
             return "object is any but {listed}, which prevails on the border"
-        if not is_gray or len(values) <= MAX_IDS and max(set(values) - {255}) <= MAX_ID:
-            self.listed, self.is_object, self.ignored = {0}, False, IGNORED[self.kind]
-            return "object is any but {listed}, {ignored} is ignored"
-        limit = 255 if values[-1] < 256 else 65535
-        self.scale = values[-1] if values[-1] < limit / 4 else limit
-        return f"soft, parts of {self.scale}"
+
+        are_few = len(values) <= MAX_IDS and max(set(values) - {255}) <= MAX_ID
+        if choice or not is_gray or are_few:
+            share = float(choice != "soft")
+        if share <= MAX_SOFT:
+            limit = 255 if values[-1] < 256 else 65535
+            self.scale = values[-1] if values[-1] < limit / 4 else limit
+            return f"soft, parts of {self.scale}"
+        if not choice:
+            gaps = np.diff(values)
+            # Gray levels far apart, or equally
+            levels = gaps[0] >= 32 or gaps[0] > 1 and np.ptp(gaps) <= 1
+            white_is_object = values[-1] == 255 and (levels or self.has_binary)
+            # 1, 2, 3 in Oxford-IIIT Pet: object, background, border
+            if share < MIN_IDS or white_is_object or values == [1, 2, 3]:
+                message = f"{values[:9]} may be ids, soft, trimaps or of several kinds"
+                remedy = "pass the objects' values, --mask_values 1 255, or ids or soft"
+                raise ValueError(f"--masks {self.folder}: {message}; {remedy}")
+        self.listed, self.is_object = {0}, False
+        is_id = 254 in values or values[-1] > 255 or self.has_binary
+        if is_id and self.kind != "color":
+            return "object is any but {listed}"
+        self.ignored = IGNORED[self.kind]
+        return "object is any but {listed}, {ignored} is ignored"
 
     def convert(self, kind, values):
         """Gray values as colors if there are colors: a mask without an object is black."""
@@ -118,18 +180,27 @@ class MaskFolder:
     def path(self, i):
         return Path(self.folder, self.dataset.names[i]).with_suffix(".png")
 
-    def image_size(self, i):
-        if self.dataset.pairs is not None:
-            return self.dataset.read(i)[0].size
-        with Image.open(self.dataset.path(i)) as image:
-            return image.size
+    def image_header(self, i):
+        """Width, height and EXIF orientation of image i."""
+        if self.dataset.pairs is None:
+            file = Image.open(self.dataset.path(i))
+        else:
+            file = nullcontext(self.dataset.read(i)[0])
+        with file as image:
+            return *image.size, image.getexif().get(ORIENTATION, 1)
 
     def __getitem__(self, i):
         path = self.path(i)
-        kind, values, alpha = read_values(path)
-        (h, w), (width, height) = values.shape, self.image_size(i)
-        if abs(w * height / (h * width) - 1) > 0.02:
+        kind, values, alpha, _ = read_values(path)
+        width, height, orientation = self.image_header(i)
+        h, w = values.shape
+        stretch = np.array([width / height, height / width]) * h / w
+        fits, fits_turned = abs(stretch - 1) <= 0.02
+        if not fits:
             raise ValueError(f"{path}: {w} x {h}, but the image is {width} x {height}")
+        if orientation in range(2, 9 if fits_turned else 5):
+            message = f"drawn before or after EXIF orientation {orientation}?"
+            raise ValueError(f"{path}: {message} Turn the image, or remove that tag")
         if self.has_alpha and self.scale:
             kind, values = self.kind, alpha
         elif kind == "gray" and self.kind == "color":

@@ -260,6 +260,7 @@ ENCODINGS = {  # image, the map as parts of 1, words of the rule
     "palette": (indexed(OBJECT), OBJECT, "any but 0"),
     "palette, white first": (indexed(1 - OBJECT), OBJECT, "any but 1"),
     "palette with ids": (indexed(BORDER), OBJECT, "any but 0, 255 is ignored"),
+    "palette, black first": (gray(1 - OBJECT).convert("P"), 1 - OBJECT, "object is 1"),
     "gray ids": (gray(BORDER), OBJECT, "any but 0, 255 is ignored"),
     "two colors": (TWO, OBJECT, "any but 0xC08080"),
     "colors": (COLORS, OBJECT, "0xE0E0C0 is ignored"),
@@ -286,6 +287,47 @@ def test_encodings_of_masks(name, images, tmp_path):
     pairs = open_data([(noise(40, 40), None)] * 5)
     pairs.names = images.names
     assert np.array_equal(MaskFolder(tmp_path, pairs)[3], masks[3])
+
+
+def test_ids_are_told_from_soft_masks(images, tmp_path):
+    """Touching cells, soft borders, a coarse map; few levels and tiny cells are refused."""
+    ndimage = pytest.importorskip("scipy.ndimage")
+
+    def read(x, values=()):
+        write(tmp_path / "0.png", gray(x, np.uint8 if x.max() < 256 else np.uint16))
+        return MaskFolder(tmp_path, images, values)[0].filled(0)
+
+    rng = np.random.default_rng(5)
+    seeds = rng.permutation(9216).reshape(96, 96) < 255
+    distance, nearest = ndimage.distance_transform_edt(~seeds, return_indices=True)
+    cells = seeds.cumsum().reshape(96, 96)[tuple(nearest)] * (distance < 4)
+    for scale in (1, 255):
+        assert np.array_equal(read(cells * scale), 255 * (cells > 0))
+    blurred = ndimage.gaussian_filter(255.0 * (cells > 0), 1)
+    for k in (1, 4, 16):
+        saturated = (k * (blurred - 127) + 127).clip(0, 255)
+        assert np.array_equal(read(saturated), np.uint8(saturated))
+    coarse = np.kron(rng.integers(0, 256, (8, 8)), np.ones((8, 8)))
+    assert np.array_equal(read(coarse), coarse)
+    levels = blurred.round() // 51 * 51
+    for x in (levels, cells[::2, ::2]):
+        with pytest.raises(ValueError, match="--masks .*--mask_values .*ids or soft"):
+            read(x)
+    assert np.array_equal(read(levels, ["soft"]), levels)
+    assert np.array_equal(read(levels, ["ids"]) > 0, (levels > 0) & (levels < 255))
+
+
+def test_masks_of_turned_images(tmp_path):
+    """A mask is refused if it fits both the stored image and the one that EXIF turns."""
+    cases = [(20, 1), (20, 6), (40, 0), (20, 3), (20, 4), (40, 8)]
+    for i, (height, orientation) in enumerate(cases):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        write(tmp_path / f"data/{i}.png", noise(40, height), exif=exif)
+        write(tmp_path / f"masks/{i}.png", gray(np.eye(height, 40)))
+    masks = MaskFolder(tmp_path / "masks", open_data(tmp_path / "data"))
+    refused = [mask is None for mask in true_masks(masks, range(6))]
+    assert refused == [False] * 3 + [True] * 3
 
 
 def test_masks_that_need_a_flag_or_are_refused(images, tmp_path, capsys):
@@ -326,6 +368,17 @@ def test_masks_of_several_kinds(images, tmp_path):
     write(tmp_path / "2.png", indexed(OBJECT))
     first, second = true_masks(masks, [1, 2])
     assert np.array_equal(first, SOFT > 127) and second is None
+    # 255 is the object, or may be
+    halves = OBJECT * np.where(np.arange(8) < 5, 100, 255)
+    for pair in ([OBJECT, 255 * OBJECT], [halves, halves]):
+        for i in range(5):
+            write(tmp_path / f"{i}.png", gray(pair[i % 2]))
+        with pytest.raises(ValueError, match="--masks .*several kinds.*--mask_values"):
+            MaskFolder(tmp_path, images)
+    images = open_data([(noise(40, 40), None)] * 2)
+    images.names = np.array(["1.jpg", "1.png"])
+    with pytest.raises(ValueError, match="--masks .*2 images.* 1.png.*rename"):
+        MaskFolder(tmp_path, images)
 
 
 # -- The job ---------------------------------------------------------------------------
