@@ -28,7 +28,7 @@ from PIL import Image
 
 from attg.cli import RunFlags, check_unused, flag, parse, run_cli
 from attg.evaluation import EvalFlags, evaluate, open_encoder
-from attg.features import FEATURES
+from attg.features import FEATURES, pool_tokens
 from attg.images import MODES, load_image, to_8_bits, to_tensor
 from attg.log import log_line, progress
 from attg.weights import resize_positions
@@ -154,7 +154,7 @@ def photograph_features(encoder, paths, longest, device):
         cfg.img_size = tuple(imgs.shape[2:])
         encoder.pos_embed.data = resize_positions(positions, grid, cfg.grid)
         tokens = encoder.forward_features(encoder.normalize(imgs))  # (1, N, D)
-        features.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)]))
+        features.append(torch.cat(pool_tokens(encoder, tokens)))
     return torch.stack(features, dim=1)
 
 

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import math
 import re
+import textwrap
 from types import SimpleNamespace
 
 import torch
@@ -44,7 +45,7 @@ def open_backbone(source, img_size=None):
         return (open_timm if library == "timm" else open_hf)(name, img_size)
     # These libraries raise nearly anything for a wrong name, file or size.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = textwrap.shorten(str(error), 300)
         if isinstance(error, ModuleNotFoundError):
             reason += f"; pip install {'timm' if library == 'timm' else 'transformers'}"
         raise ValueError(f"{source}: {reason}") from error
@@ -55,12 +56,22 @@ def open_timm(name, img_size):
     import timm
 
     name, _, path = name.partition("@")
-    overlay, options = {}, {"img_size": img_size} if img_size else {}
+    options = {"img_size": img_size} if img_size else {}
+    options |= {"num_classes": 0, "pretrained": True}
     if path:
-        state = select_entry(read_file(path), None, path)
-        overlay["state_dict"] = timm.models.clean_state_dict(state)
-    options |= {"num_classes": 0, "pretrained_cfg_overlay": overlay}
-    model = timm.create_model(name, pretrained=True, **options)
+        state = timm.models.clean_state_dict(select_entry(read_file(path), None, path))
+        anchor = "patch_embed.proj.weight"
+        starts = {k.removesuffix(anchor) for k in state if k.endswith(anchor)}
+        start = starts.pop() if len(starts) == 1 else ""
+        state = {k[len(start) :]: x for k, x in state.items() if k.startswith(start)}
+        # timm loads what fits. NaN in place of the weights show what that is.
+        tensors = {k: x for k, x in state.items() if torch.is_tensor(x)}
+        nan = {k: torch.tensor(math.nan).expand(x.shape) for k, x in tensors.items()}
+        options["pretrained_cfg_overlay"] = {"state_dict": nan}
+        loaded = timm.create_model(name, **options).named_parameters()
+        refuse_missing(k for k, x in loaded if not x.isnan().any())
+        options["pretrained_cfg_overlay"] = {"state_dict": tensors}
+    model = timm.create_model(name, **options)
     images = timm.data.resolve_model_data_config(model)
     size = (img_size, img_size) if img_size else images["input_size"][1:]
     return NamedViT(model, size, images["mean"], images["std"])
@@ -70,13 +81,25 @@ def open_hf(name, img_size):
     """See open_backbone."""
     import transformers as hf
 
-    model = hf.AutoModel.from_pretrained(name, attn_implementation="sdpa")
+    options = {"attn_implementation": "sdpa", "output_loading_info": True}
+    model, info = hf.AutoModel.from_pretrained(name, **options)
+    refuse_missing(k for k in info["missing_keys"] if "pooler." not in k)
     # CLIP and SigLIP have a text model, too.
     model = getattr(model, "vision_model", model)
+    if info["missing_keys"]:
+        model.pooler = None  # its weights would be random
     images = hf.AutoImageProcessor.from_pretrained(name)
     side = img_size or model.config.image_size
     size = (side, side) if isinstance(side, int) else side
     return NamedViT(model, size, images.image_mean, images.image_std)
+
+
+def refuse_missing(names):
+    """ValueError if there are names of parameters that a file does not hold."""
+    names = sorted(names)
+    if names:
+        lacks = f"lacks {len(names)} parameters: {', '.join(names[:3])}"
+        raise ValueError(f"the file {lacks}; it is of another model, or rename them")
 
 
 class Found(Exception):

@@ -305,15 +305,18 @@ def check_settings(cfg, checkpoint, total_steps):
     data = {"data", "classes", "maps"}
     fixed = resume_class(type(cfg), "fixed") - data
     free = resume_class(type(cfg), "free") | data
+    initial = {"init", "weights_key", "weights_prefix"}
     ended = checkpoint["step"] >= total_steps
     if cfg.epochs == 0:
         # Only draws: the weights must be those that the settings name.
         fixed -= {"batch_size", "seed"}
-        fixed |= {"init"} if cfg.init else set()
         ended = False
     elif cfg.resume == "auto":
         # lr and tau follow the number of steps.
-        fixed |= {"epochs", "max_steps"}
+        fixed |= {"epochs", "max_steps"} | initial
+    if cfg.init:
+        # The checkpoint's weights would replace them.
+        fixed |= initial
     changed, refused, other = [], [], False
     for name, value in json.loads(json.dumps(dataclasses.asdict(cfg))).items():
         if stored.get(name) != value:

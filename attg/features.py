@@ -131,7 +131,8 @@ def knn_classify(
     train_features (n, D), train_labels (n,) int64, test_features (B, D); all on one
     device. Each of the k neighbors of highest cosine s votes exp(s / temperature) for
     its class; of equal cosines the lower row is nearer. Returns (B, min(5, C)), or
-    (K, B, min(5, C)) if k is a sequence of K values.
+    (K, B, min(5, C)) if k is a sequence of K values; -1 in place of classes without a
+    vote.
     """
     ks = [k] if isinstance(k, int) else k
     num_classes = num_classes or int(train_labels.max()) + 1
@@ -148,12 +149,14 @@ def knn_classify(
         labels = train_labels[ids]
         # A common factor changes no ranking, and subtracting 1 rules out an overflow.
         weights = ((similarity - 1) / temperature).exp()
+        weights = weights.clamp(min=torch.finfo().tiny)  # a vote is never 0
         votes = torch.zeros(len(ks), len(x), num_classes, device=x.device)
         for vote, n in zip(votes, ks, strict=True):
             vote.scatter_add_(1, labels[:, :n], weights[:, :n])
         # stable: of classes with equal votes the lower number comes first
-        ranking = votes.sort(dim=2, descending=True, stable=True).indices
-        rankings.append(ranking[..., :5])
+        ranking = votes.sort(dim=2, descending=True, stable=True)
+        votes, classes = (x[..., :5] for x in ranking)
+        rankings.append(classes.masked_fill(votes == 0, -1))
     rankings = torch.cat(rankings, dim=1)
     return rankings[0] if isinstance(k, int) else rankings
 

@@ -238,7 +238,9 @@ def score(model, tests, features, protocol, settings, data, dist_info):
     model.eval()
     results = []
     for name, dataset in tests.items():
-        shard = Subset(dataset, range(rank, len(dataset), world))
+        n = len(dataset)
+        # If there are more ranks than images, the last image has several.
+        shard = Subset(dataset, range(min(rank, n - 1), n, world))
         classes, truth = [], []
         for sample in make_loader(shard, batch_size, settings.workers):
             imgs, labels = to_device(sample, model, device)
@@ -250,14 +252,14 @@ def score(model, tests, features, protocol, settings, data, dist_info):
             truth.append(labels)
         classes, truth = torch.cat(classes, dim=1), torch.cat(truth)
         refuse_unreadable(dataset)
-        counts = count_correct(classes, truth)  # (F, 2)
+        counts = count_correct(classes, truth) * (rank < n)  # (F, 2)
         if world > 1:
             dist.all_reduce(counts)
         if settings.show and name == settings.val[0]:
             draw(settings, data, truth.cpu(), classes[-1, :, 0].cpu(), features[-1])
-        percent = 100 * counts.cpu().double() / len(dataset)
+        percent = 100 * counts.cpu().double() / n
         for feature, (top1, top5) in zip(features, percent.tolist(), strict=True):
             result = {"feature": feature, "protocol": protocol, "test": name}
-            result |= {"top-1": top1, "top-5": top5, "test_images": len(dataset)}
+            result |= {"top-1": top1, "top-5": top5, "test_images": n}
             results.append(result)
     return results

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attg.checkpoint import load_checkpoint, load_state
+from attg.checkpoint import leaves, load_checkpoint, load_state
 from attg.log import log_line
 
 # Entries of a file that may hold the weights; the first one found is taken. As in timm,
 # averaged weights come first.
-ENTRIES = ("state_dict_ema", "model_ema", "teacher", "target_encoder", "state_dict")
+ENTRIES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+ENTRIES += ("teacher", "target_encoder", "state_dict")
 ENTRIES += ("model", "model_state_dict", "module", "net")
 PATCH_EMBED = r"(patch_embed\.proj|(embeddings\.)?patch_embeddings\.projection)\.weight"
 DECODER = re.compile("decoder_|mask_token")
@@ -140,18 +141,24 @@ def select_entry(content, key, name):
     """The state dict in the content of a file; logs the choice if there is one."""
     while True:
         entries = [k for k, x in content.items() if isinstance(x, dict) and x]
-        chosen = key or next((k for k in ENTRIES if k in entries), None)
+        nets = [k for k in entries if holds_weights(content[k])]
+        names = (*ENTRIES, *nets) if len(nets) == 1 else ENTRIES
+        chosen = key or next((k for k in names if k in entries), None)
         if chosen is None:
             break
         if chosen not in entries:
             raise ValueError(f"--weights_key {key}: {name} has the entries {entries}")
-        nets = [k for k in entries if any(map(torch.is_tensor, content[k].values()))]
         if len(nets) > 1 and not key:
             log_line(f"{name}: takes {chosen} of {nets}; see --weights_key")
         content, key = content[chosen], None
     if not all(isinstance(key, str) for key in content):
         raise ValueError(f"{name}: not a state dict, its keys are not strings")
     return content
+
+
+def holds_weights(entry):
+    """Whether a dict holds weights at any depth, which an optimizer's state does not."""
+    return any(k.endswith("weight']") and torch.is_tensor(x) for k, x in leaves(entry))
 
 
 def find_prefix(state, anchor, prefix, name):
@@ -171,7 +178,8 @@ def find_prefix(state, anchor, prefix, name):
         remedy = f"choose one: --weights_prefix {chosen[-1]}"
         raise ValueError(f"{name}: holds the networks {', '.join(chosen)}; {remedy}")
     flag = f"--weights_prefix {prefix}: " if prefix else ""
-    raise ValueError(f"{flag}{name}: no such network, keys are {sorted(state)[:8]}")
+    keys = f"keys are {sorted(state)[:8]}; see --weights_key"
+    raise ValueError(f"{flag}{name}: no such network, {keys}")
 
 
 def rename_all(state, start, name):
@@ -336,8 +344,12 @@ def load_initial(model, run, checkpoint, sincos_table):
         if flags:
             reason = f"does not fit this {cfg.model}; use {' '.join(flags)}"
             raise ValueError(f"{cfg.init} {reason}")
-        encoder_config(type(cfg), weights, sincos_table, cfg.heads)
+        trained = encoder_config(type(cfg), weights, sincos_table, cfg.heads)
         message = load_weights(model, weights, sincos_table)
+        for key in ("mean", "std"):
+            values = getattr(trained, key)
+            if key in weights.settings and values != getattr(cfg, key):
+                message += f"; trained with --{key} {' '.join(map(str, values))}"
         run.log.info(f"--init {cfg.init}: {message}")
 
 

@@ -10,7 +10,7 @@ import torch
 import eval_finetune
 import eval_knn
 import object_discovery
-from attg.backbones import open_backbone
+from attg.backbones import open_backbone, weights_sha256
 from attg.features import pool_tokens
 from tests.helpers import close, randn, shake, transformers
 
@@ -39,7 +39,8 @@ def open_timm(name, folder, monkeypatch):
     monkeypatch.setattr(timm, "create_model", shallow)
     torch.manual_seed(0)
     ref = shake(timm.create_model(name, num_classes=0, img_size=side), 0.05)
-    torch.save({"state_dict": {}, "model_ema": ref.state_dict()}, folder / "a.pth")
+    state = {f"model.net.{key}": x for key, x in ref.state_dict().items()}
+    torch.save({"state_dict": {}, "model_ema": state | {"x": 3}}, folder / "a.pth")
     model = open_backbone(f"timm:{name}@{folder / 'a.pth'}", side)
     assert model.cfg.mean == ref.pretrained_cfg["mean"] and model.cfg.depth == 2
     return ref, model, randn(2, 3, side, side)
@@ -83,6 +84,12 @@ def test_timm(name, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="no class token"):
             model.class_attention(imgs)
 
+    state, path = ref.state_dict(), tmp_path / "a.pth"
+    del state["blocks.1.norm2.bias"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=f"{path}: .*blocks.1.norm2.bias"):
+        open_backbone(f"timm:{name}@{path}", imgs.shape[2])
+
 
 @pytest.mark.parametrize("kind", HF)
 def test_hugging_face(kind, tmp_path):
@@ -122,8 +129,8 @@ def test_hugging_face(kind, tmp_path):
     [
         ("timm:no_such_model", "no_such_model"),
         ("timm:vit_tiny_patch16_224@missing.pth", "missing.pth: no such file"),
-        ("timm:swin_tiny_patch4_window7_224@empty.pth", "plain"),
-        ("timm:resnet18@empty.pth", "keys"),
+        ("timm:swin_tiny_patch4_window7_224", "plain"),
+        ("timm:resnet18", "keys"),
         ("hf:.", "model"),
     ],
 )
@@ -135,7 +142,6 @@ def test_refused(source, named, tmp_path, monkeypatch):
     create = timm.create_model
     untrained = lambda name, pretrained, **_: create(name)  # noqa: E731
     monkeypatch.setattr(timm, "create_model", untrained)
-    torch.save({}, "empty.pth")
     with pytest.raises(ValueError, match=f"^{source.replace('/', '.')}: .*{named}"):
         open_backbone(source).patch_keys(randn(1, 3, 224, 224))
 
@@ -145,12 +151,16 @@ def test_programs_take_named_models(labelled, tmp_path, monkeypatch):
     hf = transformers()
     monkeypatch.chdir(tmp_path)
     config = hf.ViTConfig(**SIZES | {"intermediate_size": 128})
-    shake(hf.ViTModel(config), 0.1).save_pretrained("vit")
+    model = shake(hf.ViTModel(config, add_pooling_layer=False), 0.1)
+    model.save_pretrained("vit")
     images = {"image_processor_type": "ViTImageProcessor"}
     images |= {"image_mean": [0.5] * 3, "image_std": [0.4] * 3}
     Path("vit/preprocessor_config.json").write_text(json.dumps(images))
     data = ["--data", labelled["data"], "--device", "cpu"]
     sources = ["hf:vit", "vit/model.safetensors"]
+    # Not that of a random pooler.
+    one, two = (weights_sha256(open_backbone("hf:vit")) for _ in range(2))
+    assert one == two
     results = [eval_knn.main([source, *data]) for source in sources]
     assert results[0] == results[1] and Path("eval_knn.jsonl").exists()
     for method in ("tokencut", "dino"):
@@ -172,3 +182,8 @@ def test_programs_take_named_models(labelled, tmp_path, monkeypatch):
     assert np.load("m.npy").shape == (25, 6, 6)
     with pytest.raises(ValueError, match="checkpoint hf:vit: .*files only"):
         eval_finetune.main(["hf:vit", *data])
+    state = {f"encoder.vit.{key}": x for key, x in model.state_dict().items()}
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file(state, sources[1], {"format": "pt"})
+    with pytest.raises(ValueError, match="hf:vit: .*lacks .*: embeddings.cls_token,"):
+        open_backbone("hf:vit")

@@ -11,6 +11,7 @@ import torch
 import attg_mae
 import eval_finetune
 import eval_linear
+from attg import finetuning
 from attg.datasets import open_data, shot_indices
 from attg.features import FEATURES
 from attg.finetuning import identity, open_training, to_device
@@ -155,6 +156,19 @@ def test_begun_on_one_process_and_continued_on_two(ask, flags, labelled, tmp_pat
     assert "after 6 of 9 steps" in printed and torch.load(cut)["step"] == 9
     (one, model), (two, twin) = (torch.load(f"{script}{rank}") for rank in (0, 1))
     assert len(set(one + two)) == 2 * len(one) == 6 and same(model, twin)
+
+
+def test_more_processes_than_test_images(labelled, monkeypatch):
+    """Each of them scores an image, which counts once."""
+    model, counts = attg_mae.ViT(attg_mae.Config(**SMALL)), []
+    model.forward = lambda imgs: imgs.mean(dim=(2, 3))[None]  # of 3 classes
+    tests = {"test": open_data(labelled["data"], "test", 32).subset(torch.tensor([14]))}
+    settings = eval_finetune.Settings(batch_size=3, accum=1, workers=0)
+    monkeypatch.setattr(finetuning.dist, "all_reduce", counts.append)
+    for rank in range(3):
+        dist_info = (torch.device("cpu"), rank, 3)
+        finetuning.score(model, tests, ("x",), "", settings, None, dist_info)
+    assert torch.cat(counts)[:, 1].tolist() == [1, 0, 0]  # in the top-5
 
 
 def test_images_are_flipped_and_normalized():

@@ -511,10 +511,11 @@ def test_epochs_0_draws_the_images_of_a_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["last.pt", "encoder.pt"])
-def test_init(name, whole, labelled, tmp_path):
+def test_init(name, whole, labelled, tmp_path, capsys):
     """From a checkpoint, or an encoder with a new decoder; lr 0 keeps what it starts with."""
     settings = labelled | {"seed": 1, "lr": 0.0, "epochs": 1}
-    train(tmp_path / "out", **settings, init=str(whole() / name))
+    train(tmp_path / "out", **settings, init=str(whole() / name), mean=(0.5,) * 3)
+    assert "trained with --mean 0.485 0.456 0.406\n" in capsys.readouterr().out
     train(tmp_path / "fresh", **settings)
     folders = (whole(), tmp_path / "fresh", tmp_path / "out")
     given, fresh, ours = (last(out)["model"] for out in folders)
@@ -589,7 +590,8 @@ def test_resume_class_decides_what_may_change(copy):
     checkpoint["config"]["out"] = cfg.out
     fixed, free = (resume_class(attg_mae.Config, name) for name in ("fixed", "free"))
     assert fixed == {*OTHER, *DATA[:2]} and "lr" not in free | fixed
-    fixed, free = fixed - set(DATA), free | set(DATA)
+    initial = {"init", "weights_key", "weights_prefix"}
+    fixed, free = fixed - set(DATA) | initial, free | set(DATA)
     assert {"workers", "log_every", "precision"} <= free
     assert check_settings(cfg, checkpoint, 12) == []
     for field in dataclasses.fields(cfg):
@@ -607,6 +609,12 @@ def test_resume_class_decides_what_may_change(copy):
             else:
                 (change,) = check_settings(*args)
                 assert change.startswith(f"--{field.name} ") and "-> " in change
+    # A named checkpoint replaces the weights of --init, which may be left out.
+    other = dataclasses.replace(cfg, resume="x", init="a.pt")
+    with pytest.raises(ValueError, match="--init None -> a.pt"):
+        check_settings(other, checkpoint, 12)
+    other.init, checkpoint["config"]["init"] = None, "a.pt"
+    assert check_settings(other, checkpoint, 12)[0] == "--init a.pt -> None"
 
 
 def test_changed_settings_are_named_and_used(copy, capsys):

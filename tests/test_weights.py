@@ -14,6 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import attg_mae
+import eval_retrieval
 from attg.backbones import load_cnn
 from attg.features import pool_tokens
 from attg.weights import HEADS, encoder_config, load_weights, read_weights
@@ -63,6 +64,8 @@ def layouts():
         "dino training": training | {"student": wrong, "teacher": dino},
         "timm EMA": {"state_dict": wrong, "state_dict_ema": state},
         "timm EMA of 2020": {"state_dict": wrong, "model_ema": state},
+        "EMA": {"model": wrong, "ema": {"module": state, "updates": 3}},
+        "EMA's state": {"state_dict": wrong, "ema_state_dict": state},
         "Lightning": lightning,
         "averaged": averaged,
         "i-jepa": {"encoder": wrong, "target_encoder": prefixed(state, "module.")},
@@ -121,6 +124,13 @@ def test_entries_are_chosen_and_told(capsys):
     assert same_features(model, ref) and capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="--weights_key x: .*state_dict_ema"):
         attg_mae.load_encoder(content, weights_key="x")
+    # Of a callback of Lightning.
+    content["callbacks"] = {"EMA": {"decay": 0.9, "ema": content.pop("state_dict")}}
+    content["optimizer"] = {"state": {0: {"exp_avg": randn(3, 3)}}}
+    attg_mae.load_encoder(content, heads=4)
+    assert "of ['state_dict_ema', 'callbacks']; see" in capsys.readouterr().out
+    model = attg_mae.load_encoder(content, heads=4, weights_key="callbacks")
+    assert same_features(model, ref)
 
 
 def test_heads_are_a_guess(capsys):
@@ -236,13 +246,17 @@ def test_settings_must_be_those_of_the_weights(tmp_path):
             attg_mae.load_encoder(path)
 
 
-def test_fine_tuned_encoders_normalize_the_mean(tmp_path):
+def test_fine_tuned_encoders_normalize_the_mean(monkeypatch):
     """As timm does with global_pool="avg"."""
     ref = timm_model(global_pool="avg", num_classes=5)
     content = {"model": ref.state_dict()}
     model = attg_mae.load_encoder(content, heads=4)
     pooled = ref.forward_head(ref.forward_features(IMGS), pre_logits=True)
     assert close(pool_tokens(model, model.forward_features(IMGS))[1], pooled, 1e-5)
+    monkeypatch.setattr(eval_retrieval, "load_photograph", lambda imgs, *_: imgs)
+    model.normalize = lambda imgs: imgs
+    features = eval_retrieval.photograph_features(model, IMGS.split(1), 32, "cpu")
+    assert close(features[1], pooled, 1e-5)
     # Pre-training continues with a fresh norm of each token.
     weights = read_weights(content)
     weights.grid = (4, 4)
