@@ -13,7 +13,8 @@ rotation is ignored, as it is when maps are made.
 
 import contextlib
 import os
-from collections import deque
+import re
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -167,6 +168,13 @@ JUNK = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Sn
 JUNK |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".gif", ".tif")
 SUFFIXES += (".tiff", ".webp", ".avif", ".jp2")
+# Names of folders: of splits, such as Training, test_set, seg_val and train2017; of masks.
+SPLIT = r"(.*[ _-])?(train|e?val|test)(ing|val|id|idation)?"
+SPLIT = re.compile(rf"(?i){SPLIT}([ _-]?(set|data|images?|\d+))?")
+MASK = r"mask|label(?!l?ed)|annot|segm|trimap|ground.?truth|(?<![a-z])(gt|seg)(?![a-z])"
+# 1_mask and 1_mask_2, which lie beside the image 1.
+MASK_OF = re.compile(f"(?i)(.+?)[ ._-]({MASK}).*")
+MASK = re.compile(f"(?i){MASK}")
 
 
 def open_path(path, split, classes):
@@ -192,6 +200,7 @@ def open_path(path, split, classes):
         raise ValueError(f"split {split!r} of --data {path}: no such folder")
     found = find_images(path, train, folder, classes)
     names = [name for below in found.values() for name in below]
+    check_names(path, folder, names)
     labels = np.repeat(np.arange(len(found)), [len(below) for below in found.values()])
     # The images of a flat folder have no class.
     flat = "" in found
@@ -216,14 +225,13 @@ def find_images(path, train, folder, classes):
         here, images = [c for c in here if c in expected], []
     found = walk_images(folder, here)
     filled = [c for c, names in found.items() if names]
+    if folder == train != path and not classes and (images or filled):
+        refuse_class_train(path, filled)
     if images and not filled:
-        if folder == train != path:
-            refuse_class_train(path)
         return {"": images}
 
     odd = sorted(set(expected) ^ set(filled))[:5]
-    # Without a train folder, val and test are not classes.
-    if not images and not odd and not set(filled) <= {"val", "test"}:
+    if filled and not images and not odd:
         return found
     reason = f"no class folders and no images in {folder}"
     if images:
@@ -238,23 +246,60 @@ def find_images(path, train, folder, classes):
     )
 
 
-def refuse_class_train(path):
-    """Raise ValueError if train/, which has images directly, may be one class of several."""
-    others = set(list_folder(path)[0]) - {"train", "val", "test"}
-    if beside := sorted(c for c in others if list_folder(path / c)[1]):
-        raise ValueError(
-            f"--data {path}: is train/ a class, as {beside[0]}/ beside it? If so, move all "
-            f"class folders into a new train/; otherwise pass --data {path / 'train'}"
-        )
+def refuse_class_train(path, filled):
+    """Raise ValueError if train/, with images in the folders `filled`, may be a class."""
+    others = set(list_folder(path)[0]) - {"train"}
+    if any(map(SPLIT.fullmatch, others)):
+        return
+    for other in sorted(others):
+        folders, images = list_folder(path / other)
+        if filled:
+            images = folders == filled and list_folder(path / other / filled[0])[1]
+        if images and not MASK.search(other):
+            raise ValueError(
+                f"--data {path}: is train/ a class, as {other}/ beside it? If so, move all "
+                f"class folders into a new train/; otherwise pass --data {path / 'train'}"
+            )
+
+
+def check_names(path, folder, names):
+    """Raise ValueError if some images, by their names, are test images, masks or copies."""
+    stems = {name.rpartition(".")[0] for name in names}
+    masks = {x for x in stems if (m := MASK_OF.fullmatch(x)) and m[1] in stems}
+    images = len(stems) - len(masks)
+    if len(names) - images > images / 2:
+        reason = f"most images are there twice, {names[:2]} ...; move masks elsewhere"
+        raise ValueError(f"--data {path}: {reason} (for --masks), delete copies")
+    below = defaultdict(set)  # {folder: its subfolders that have images}
+    for place in map(Path, {os.path.dirname(name) for name in names}):
+        for x in [place, *place.parents][:-1]:
+            below[x.parent].add(x.name)
+    for parent, inside in list(below.items()):
+        splits = {x: m[2].lower() for x in sorted(inside) if (m := SPLIT.fullmatch(x))}
+        masks = set(filter(MASK.search, inside))
+        images = sorted(x for x in inside - masks if re.search("(?i)(image|img)s?$", x))
+        copies = [x for x in inside if inside <= below[parent / x] | {x}]
+        all_splits = parent == Path() and len(splits) == len(inside)
+        meant = copies if len(inside) > 2 else []
+        if masks and images:
+            meant = images
+        if all_splits or len(set(splits.values())) > 1:
+            meant = sorted(splits, key=lambda x: splits[x] != "train")
+        if meant:
+            raise ValueError(
+                f"--data {path}: {sorted(inside)[:5]} seem to be splits, images and masks, "
+                f"or copies, not classes; pass --data {folder / parent / meant[0]} (others "
+                "as --val or --masks), or rename or move them"
+            )
 
 
 def list_folder(folder):
     """(folders, images) directly in a folder: two sorted lists of names.
 
     Only regular files are images: opening a pipe or a device could block for ever.
-    Hidden names and JUNK are left out.
+    Hidden names and JUNK are left out. ValueError if over 1 % are links without a target.
     """
-    folders, images = [], []
+    folders, images, missing = [], [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             # A link to itself raises OSError.
@@ -263,8 +308,14 @@ def list_folder(folder):
                     continue
                 if entry.is_dir():
                     folders.append(entry.name)
-                elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
-                    images.append(entry.name)
+                elif entry.name.lower().endswith(SUFFIXES):
+                    if entry.is_file():
+                        images.append(entry.name)
+                    elif not os.path.exists(entry.path):
+                        missing.append(entry.name)
+    if len(missing) > (len(images) + len(missing)) / 100:
+        reason = f"{len(missing)} links without a target in {folder}, as {missing[0]}"
+        raise ValueError(f"--data: {reason}; fetch what they point to, or delete them")
     return sorted(folders), sorted(images)
 
 
@@ -328,7 +379,15 @@ def open_labeled(name, tests, size, augment=False, seed=0, **options):
                 "the images into train/CLASS/ and val/CLASS/, or name another folder "
                 "of the same classes with --val"
             )
-    return sets.pop("train"), sets
+    train_set = sets.pop("train")
+    for test, dataset in sets.items():
+        if len(dataset) == len(train_set) and dataset.matches(train_set.fingerprint):
+            raise ValueError(f"--val {test}: the training images again; name others")
+        # The classes of folders are the same.
+        if from_python and dataset.labels.max() >= train_set.num_classes:
+            reason = f"label {dataset.labels.max()} in {test} is no class of training"
+            raise ValueError(f"data: {reason}; count both from 0, or set `classes`")
+    return train_set, sets
 
 
 def refuse_unreadable(dataset):

@@ -104,6 +104,9 @@ def read_features(path):
             parts[name] = labeled_rows(part)
         if len(parts) < 2:
             raise ValueError("no test set")
+        most = parts["train"]["labels"].max()
+        if any(part["labels"].max() > most for part in parts.values()):
+            raise ValueError("test labels beyond those of training; count both from 0")
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(
             f"--features {path}: not a file of --save_features ({error!r})"

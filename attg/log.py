@@ -127,6 +127,14 @@ def describe_machine(device, versions):
     return line
 
 
+def describe_images(dataset, name):
+    """Part of a log line: how many images of which classes, and where they are."""
+    if dataset.pairs is None:
+        first, last = dataset.names[[0, -1]]
+        name = f"{dataset.num_classes} classes in {dataset.root} ({first} ... {last})"
+    return f"{dataset.num_images} images of {name}"
+
+
 def describe_run(run, model):
     """Log lines on what will be trained. run: attg.trainer.Setup."""
     cfg, kind, tau = run.cfg, "a vanilla MAE", ""
@@ -145,7 +153,7 @@ def describe_run(run, model):
     micro = cfg.batch_size // (cfg.accum * run.world)
     return (
         f"training {kind}: {cfg.model}, {sum(trained) / 1e6:.1f} M parameters\n"
-        f"{number} images of {cfg.data}, {height} x {width} pixels, "
+        f"{describe_images(run.train_set, cfg.data)}, {height} x {width} pixels, "
         f"patches {cfg.patch_size} x {cfg.patch_size}; {cfg.epochs} epochs of "
         f"{run.steps_per_epoch} steps\n"
         f"batch size {cfg.batch_size} = {micro} x {run.world} (processes) x "

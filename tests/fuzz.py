@@ -83,6 +83,7 @@ def odd_tree(folder, rng, links):
     links: kinds of links: "up", "across", "device", "file".
     """
     folders = [folder / name for name in "abc"]
+    (folder / ".hidden.png").write_bytes(png(1, 1))
     for path in folders:
         path.mkdir(parents=True)
         if rng.random() < 0.97:
@@ -104,7 +105,7 @@ def odd_tree(folder, rng, links):
         else:
             up = rng.choice(("..", ".", "../..", "../../..", path))
             targets = {"up": up, "across": rng.choice(folders), "device": "/dev/zero"}
-            path.symlink_to(targets.get(kind, folder / "a" / "0.png"))
+            path.symlink_to(targets.get(kind, folder / ".hidden.png"))
 
 
 def damaged_checkpoint(content, rng):

@@ -35,6 +35,7 @@ from attg.datasets import (
 from attg.features import knn_accuracy
 from attg.images import Sample, eval_view, seed_for, train_view
 from attg.loader import make_loader
+from attg.log import describe_images
 from tests.fuzz import RANDOM, odd_tree, within
 from tests.helpers import (
     SMALL,
@@ -53,6 +54,7 @@ from tests.helpers import (
 
 AB = "train/a/0 train/b/sub/1 train/b/2"
 NAMES = ["a/0", "b/2", "b/sub/1"]
+TRAINS = ["bus/0", "new_train/1", "train/2"]
 # Images below root/, split, lines of --classes, --data; then the names of the images, None
 # if there is no such split, or parts of the error message, separated by |.
 LAYOUTS = [
@@ -69,10 +71,25 @@ LAYOUTS = [
     ("0 1", "test", None, "root", None),
     ("train/0 train/1 val/2", "test", None, "root", ["2"]),
     ("train/0 test/1 more/x/2", "train", None, "root", ["0"]),
-    ("train/0 bus/1 val/2", "train", None, "root", "--data|is train/ a class|bus/"),
+    ("train/0 bus/1 val/2", "train", None, "root", ["0"]),
+    ("train/0 bus/1", "train", None, "root", "--data|is train/ a class|bus/"),
+    ("train/x/0 bus/x/1", "train", None, "root", "--data|is train/ a class|bus/"),
+    (f"{AB} c/a/7 c/b/8 c/d/9 masks/a/0 masks/b/1", "train", None, "root", NAMES),
+    (f"{AB} more/a/7 more/b/8 valid/a/0", "train", None, "root", NAMES),
+    ("Training/a/0 Testing/a/1", "train", None, "root", "--data root/Training (|--val"),
+    ("extra/0 seg_test2/1 seg_train2/2", "train", None, "root", "root/seg_train2 ("),
+    ("a/train/0 a/test_set/1", "train", None, "root", "--data root/a/train (|rename"),
+    ("train/bus/0 train/new_train/1 train/train/2", "train", None, "root", TRAINS),
+    ("img/0 gtMasks/1", "train", None, "root", "--data root/img (|--masks|move"),
+    ("train/images/0 train/labels/x/0", "train", None, "root", "root/train/images ("),
+    ("bottles/0 labels/1", "train", None, "root", ["bottles/0", "labels/1"]),
+    ("img/0 unlabeled/1", "train", None, "root", ["img/0", "unlabeled/1"]),
+    ("0 0_mask 1 1_seg_2", "train", None, "root", "--data|twice|0_mask.png|--masks"),
+    ("0 0_mask 1", "train", None, "root", ["0", "0_mask", "1"]),
+    ("a/0 b/1 x/a/0 x/b/1", "train", None, "root", "--data root/x (|move"),
     ("0 1", "train", None, "root/0.png", ["0"]),
     ("0 1", "test", None, "root/0.png", None),
-    ("val/a/0", "train", None, "root", "--data|no images in|must hold"),
+    ("val/a/0", "train", None, "root", "--data root/val ("),
     ("train/ a/0", "train", None, "root", "--data|/train;|must hold"),
     ("0", "train", None, "nowhere", "--data|nowhere|cifar10|.jpg|must hold"),
     (f"{AB} train/c/", "train", None, "root", "--data|['c'] are in one|--classes"),
@@ -117,6 +134,8 @@ def test_layouts(files, split, classes, data, expected, tmp_path, monkeypatch):
     labels = [folders.index(x.partition("/")[0]) if folders else -1 for x in expected]
     assert opened.labels.tolist() == [sample.label for sample in opened] == labels
     assert opened.num_classes == len(folders) and opened.labeled == bool(folders)
+    logged = f"{len(expected)} images of {len(folders)} classes in root"
+    assert describe_images(opened, data).startswith(logged)
 
 
 def test_links_are_followed(folder):
@@ -124,12 +143,28 @@ def test_links_are_followed(folder):
     train, before = folder / "train", set(open_data(folder).names)
     write(folder / "more" / "x" / "9.png", noise(40, 40))
     links = {"a/up": "..", "b/root": folder, "a/0link": "sub", "d": folder / "more"}
-    links |= {"a/link": folder / "more/x", "a/0.jpg": "no"}
+    links |= {"a/link": folder / "more/x"}
     for path, target in links.items():
         (train / path).symlink_to(target)
     assert set(open_data(folder).names) - before == {"d/x/9.png"}
     (train / "d").unlink()
     assert set(open_data(folder).names) - before == {"a/link/9.png"}
+
+
+def test_one_percent_may_be_links_without_a_target(folder):
+    (folder / "train" / "b" / "x.jpg").symlink_to("no")
+    with pytest.raises(ValueError, match="--data: 1 links .*/b, as x.jpg; fetch"):
+        open_data(folder)
+    for i in range(4, 100):
+        write(folder / "train" / "b" / f"{i}.png", noise(2, 2))
+    assert len(open_data(folder)) == 12 + 96
+
+
+def test_masks_beside_their_images(folder):
+    for path in folder.glob("train/*/[013].png"):
+        noise(4, 4).save(path.with_suffix(".jpg"))
+    with pytest.raises(ValueError, match="--data .*twice, .'a/0.jpg', 'a/0.png'"):
+        open_data(folder)
 
 
 @pytest.mark.parametrize("links", [(), ("up", "across", "device", "file")])
@@ -499,6 +534,13 @@ def test_evaluations_need_labels(folder):
     pair = {"train": Own([-1, 0, 1], targets=[-1, 0, 1]), "test": Own([1, None, 0])}
     train_set, tests = open_labeled(pair, ["test"], 32)
     assert train_set.labels.tolist() == [0, 1] == tests["test"].labels.tolist()[::-1]
+    pair["test"] = Own([1, 2])
+    with pytest.raises(ValueError, match="data: label 2 in test .* count both from 0"):
+        open_labeled(pair, ["test"], 32)
+    shutil.copytree(folder / "train", folder / "copy")
+    for again in (folder / "train", folder / "copy"):
+        with pytest.raises(ValueError, match=f"--val {again}: .*; name others"):
+            open_labeled(folder, [str(again)], 32)
     unlabeled = {"train": Own([0]), "test": Own([None, -1], targets=[None, -1])}
     # ImageNet's val/ as it is unpacked.
     for c in "abc":

@@ -132,6 +132,7 @@ BROKEN = {
     "no test set": lambda parts: parts.pop("test"),
     "short": lambda parts: parts["test"].update(patch_mean=randn(3, 16)),
     "labels": lambda parts: parts["test"]["labels"].add_(10**6),
+    "another label": lambda parts: parts["test"]["labels"][:1].fill_(3),
     "no labels": lambda parts: parts["train"]["labels"].fill_(-1),
 }
 
