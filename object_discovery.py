@@ -48,7 +48,7 @@ from attg.figures import save_map_sheet
 from attg.files import sha256
 from attg.images import sha256_of
 from attg.kernels import normalize_map
-from attg.log import describe_images, log_line, print_table
+from attg.log import describe_files, log_line, print_table
 from attg.map_job import SquashedImages, run_job
 from attg.map_quality import peak_component, quality, true_masks
 from attg.maps import load_maps
@@ -546,7 +546,8 @@ def main(argv=None, data=None):
             white=settings.white,
             verify=settings.verify == "full",
         )
-        log_line(f"train split: {describe_images(dataset, settings.data)}")
+        source = describe_files(dataset) if dataset.pairs is None else settings.data
+        log_line(f"train split: {len(dataset):,} images of {source}")
         with exclusive_run(f"{out}.lock", f"--out {out}", rank, world):
             if settings.masks:
                 masks = MaskFolder(settings.masks, dataset, settings.mask_values)

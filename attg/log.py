@@ -127,12 +127,10 @@ def describe_machine(device, versions):
     return line
 
 
-def describe_images(dataset, name):
-    """Part of a log line: how many images of which classes, and where they are."""
-    if dataset.pairs is None:
-        first, last = dataset.names[[0, -1]]
-        name = f"{dataset.num_classes} classes in {dataset.root} ({first} ... {last})"
-    return f"{dataset.num_images} images of {name}"
+def describe_files(dataset):
+    """Part of a log line: the classes and the folder of a data set of files."""
+    first, last = dataset.names[[0, -1]]
+    return f"{dataset.num_classes} classes in {dataset.root} ({first} ... {last})"
 
 
 def describe_run(run, model):
@@ -146,6 +144,7 @@ def describe_run(run, model):
     if cfg.data == "toy" and cfg.model != "vit_micro":
         kind += ", a smoke test on the enlarged toy set"
     number, rule = run.train_set.num_images, "MAE's"
+    source = describe_files(run.train_set) if run.train_set.pairs is None else cfg.data
     if number < MAE_IMAGES:
         rule = f"below {MAE_IMAGES:,} images: {RULE}"
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -153,7 +152,7 @@ def describe_run(run, model):
     micro = cfg.batch_size // (cfg.accum * run.world)
     return (
         f"training {kind}: {cfg.model}, {sum(trained) / 1e6:.1f} M parameters\n"
-        f"{describe_images(run.train_set, cfg.data)}, {height} x {width} pixels, "
+        f"{number} images of {source}, {height} x {width} pixels, "
         f"patches {cfg.patch_size} x {cfg.patch_size}; {cfg.epochs} epochs of "
         f"{run.steps_per_epoch} steps\n"
         f"batch size {cfg.batch_size} = {micro} x {run.world} (processes) x "
