@@ -65,9 +65,8 @@ def evaluate_knn(settings, data, dist_info):
         test = tests[settings.val[0]]
         queries, truth = test[FEATURES[1]], test["labels"]
         guesses = knn_classify(bank, labels, queries, settings.k[0])[:, 0]
-        name = FEATURES[1].replace("_", " ")
-        title = f"{name}, k = {settings.k[0]}"
-        draw(settings, data, truth, guesses, title, (bank, queries, name))
+        title = f"{FEATURES[1]}, k = {settings.k[0]}"
+        draw(settings, data, truth, guesses, title, (bank, queries, FEATURES[1]))
     return results
 
 

@@ -221,11 +221,15 @@ def draw(settings, data, truth, guesses, title, features=None):
     if classes <= 50:
         counts = (truth * classes + guesses).bincount(minlength=classes**2)
         path, names = folder / "confusion.png", class_names(train_set)
+        title = title.replace("_", " ")
         save_confusion(path, counts.view(classes, classes), names, title)
         log_line(f"confusion matrix: {path}")
     if features:
         path = folder / "neighbors.png"
-        save_neighbors(path, train_set, tests[settings.val[0]], *features)
+        bank, queries, name = features
+        heading = name.replace("_", " ")
+        test_set = tests[settings.val[0]]
+        save_neighbors(path, train_set, test_set, bank, queries, heading)
         log_line(f"neighbors: {path}")
 
 

@@ -66,7 +66,8 @@ def test_confusion_matrices_agree_with_the_accuracy(encoder, labelled, monkeypat
         more = [] if program is eval_knn else quick
         result = program.main([*flags, *more])[-1]
         size, counts, names, title = drawn.pop()
-        assert title == result["feature"] + ", k = 20" * (program is eval_knn)
+        name = result["feature"].replace("_", " ")
+        assert title == name + ", k = 20" * (program is eval_knn)
         assert names == ["b", "g", "r"] and min(size) > 300
         # Five test images of each class; rows are the classes.
         assert counts.sum(dim=1).tolist() == [5, 5, 5] and sum(written) == 300

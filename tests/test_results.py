@@ -82,8 +82,10 @@ def test_first_table_of_the_readme():
 
     toy = rows_of_study("toy")
     for variant in ("masks", "none"):
-        both = [mean(toy[variant, "k-NN, k = 20", x]) for x in FEATURES]
-        assert " / ".join(both) in README
+        assert mean(toy[variant, "k-NN, k = 20", FEATURES[0]]) in README
+    for feature in FEATURES:
+        guided = toy["masks", "k-NN, k = 20", feature]
+        assert difference(guided) in README.replace("\n", " ")
 
 
 def test_tables_of_the_study_page():
@@ -113,6 +115,33 @@ def test_tables_of_the_study_page():
             line += f" {mean(row)} |"
             line += f" {difference(row)} |" if variant != "none" else " |"
         assert line in STUDY
+
+
+KNN, LINEAR = "k-NN, k = 20", "linear probe"
+TOKEN, MEAN = FEATURES
+# Study, variant, control, and the metrics and features that are averaged.
+CONTRASTS = [
+    ("imagenette64", "cnn-tokencut", "none", [(KNN, TOKEN), (KNN, MEAN)]),
+    ("imagenette64", "gaussian", "none", [(KNN, TOKEN), (KNN, MEAN)]),
+    ("imagenette64", "cnn-tokencut", "gaussian", [(KNN, TOKEN)]),
+    ("imagenette64", "cnn-tokencut", "gaussian", [(KNN, MEAN)]),
+    ("toy", "masks", "gaussian", [(LINEAR, MEAN)]),
+    ("toy", "masks", "gaussian", [(KNN, MEAN)]),
+    ("toy", "self", "gaussian", [(KNN, MEAN)]),
+    ("toy", "masks", "masks+inverted", [(KNN, TOKEN)]),
+    ("toy", "masks", "masks+inverted", [(KNN, MEAN)]),
+]
+
+
+@pytest.mark.parametrize(("name", "variant", "control", "keys"), CONTRASTS)
+def test_other_contrasts_of_the_study_page(name, variant, control, keys):
+    runs = study.read_study(RESULTS / "study" / name)
+    differences = [
+        sum(run[key] - runs[control][seed][key] for key in keys) / len(keys)
+        for seed, run in runs[variant].items()
+    ]
+    mean, low, high, _ = study.interval(differences)
+    assert f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" in STUDY
 
 
 def test_quick_start_is_that_of_its_log():
