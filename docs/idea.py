@@ -97,13 +97,13 @@ def main(vanilla, guided, out="assets/idea.png"):
 
 def draw_differences(path):
     """Draw the paired differences of k-NN accuracy, guided minus vanilla."""
-    figure, ticks = new_figure(path, 11.9, 4.5), {}
+    figure, ticks = new_figure(path, 11.9, 5.5), {}
     axes = figure.add_subplot()
     axes.set_title("k-NN (k = 20), guided - vanilla, in points: mean and 95 % interval")
     axes.axvline(0, color="gray")
-    for name in ("toy", "imagenette64"):
+    for name in ("toy", "toy-new-seeds", "imagenette64"):
         for row in table_rows(read_study(Path("results/study", name))):
-            if row["metric"] == "k-NN, k = 20" and "difference" in row:
+            if row["metric"] == "k-NN, k = 20" and row.get("pairs", 0) > 2:
                 label = f"{name}: {row['variant']}, n = {row['pairs']}"
                 tick = ticks.setdefault(label, -len(ticks))
                 feature = FEATURES.index(row["feature"])

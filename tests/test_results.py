@@ -83,9 +83,8 @@ def test_first_table_of_the_readme():
     toy = rows_of_study("toy")
     for variant in ("masks", "none"):
         assert mean(toy[variant, "k-NN, k = 20", FEATURES[0]]) in README
-    for feature in FEATURES:
-        guided = toy["masks", "k-NN, k = 20", feature]
-        assert difference(guided) in README.replace("\n", " ")
+    new = rows_of_study("toy-new-seeds")["self", "k-NN, k = 20", "patch_mean"]
+    assert difference(new) in README and new["pairs"] == 10
 
 
 def test_tables_of_the_study_page():
@@ -125,6 +124,12 @@ CONTRASTS = [
     ("imagenette64", "gaussian", "none", [(KNN, TOKEN), (KNN, MEAN)]),
     ("imagenette64", "cnn-tokencut", "gaussian", [(KNN, TOKEN)]),
     ("imagenette64", "cnn-tokencut", "gaussian", [(KNN, MEAN)]),
+    ("toy-new-seeds", "self", "none", [(KNN, MEAN)]),
+    ("toy-new-seeds", "self", "gaussian", [(KNN, MEAN)]),
+    ("toy-new-seeds", "self", "gaussian", [(KNN, TOKEN)]),
+    ("toy-new-seeds", "gaussian", "none", [(KNN, MEAN)]),
+    ("toy-new-seeds", "self", "none", [("k-NN, 10 shots", TOKEN)]),
+    ("toy-new-seeds", "self", "none", [(LINEAR, MEAN)]),
     ("toy", "masks", "gaussian", [(LINEAR, MEAN)]),
     ("toy", "masks", "gaussian", [(KNN, MEAN)]),
     ("toy", "self", "gaussian", [(KNN, MEAN)]),
