@@ -192,7 +192,8 @@ def open_path(path, split, classes):
     if split == "train":
         candidates = [train]
     elif split == "test":
-        candidates = [path / "val", path / "test"] if train != path else []
+        names = ("val", "valid", "validation", "test") if train != path else ()
+        candidates = [path / name for name in names]
     folder = next(filter(Path.is_dir, candidates), None)
     if folder is None:
         if split == "test":

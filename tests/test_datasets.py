@@ -62,6 +62,13 @@ LAYOUTS = [
     (AB, "test", None, "root", None),
     # ImageNet's test/ has no labels.
     (f"{AB} test/a/3 test/b/4 val/a/5 val/b/6", "test", None, "root", ["a/5", "b/6"]),
+    (
+        f"{AB} test/a/3 test/b/4 valid/a/5 valid/b/6",
+        "test",
+        None,
+        "root",
+        ["a/5", "b/6"],
+    ),
     (f"{AB} more/a/7 more/b/8", "more", None, "root", ["a/7", "b/8"]),
     (f"{AB} more/val/a/7 more/val/b/8 more/x/9", "more", None, "root", ["a/7", "b/8"]),
     (f"{AB} more/test/a/7 more/test/b/8", "more", None, "root/train", ["a/7", "b/8"]),
