@@ -50,7 +50,7 @@ from attg.images import sha256_of
 from attg.kernels import normalize_map
 from attg.log import describe_files, log_line, print_table
 from attg.map_job import SquashedImages, run_job
-from attg.map_quality import peak_component, quality, true_masks
+from attg.map_quality import ground_truth_masks, peak_component, quality
 from attg.maps import load_maps
 from attg.masks import MaskFolder
 from attg.weights import read_weights
@@ -568,12 +568,12 @@ def main(argv=None, data=None):
         save_map_sheet(sheet, dataset, maps, settings.show)
         log_line(f"sheet: {sheet}")
     if settings.method == "masks":
-        list(true_masks(masks, failed))  # logs the reason
+        list(ground_truth_masks(masks, failed))  # logs the reason
         return {}
     if masks is None and dataset.masks is None:
         return {}
     truth = 255 * dataset.masks if masks is None else masks
-    metrics = quality(maps, true_masks(truth, range(len(maps))))
+    metrics = quality(maps, ground_truth_masks(truth, range(len(maps))))
     print_table([metrics])
     return metrics
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from attg.log import log_line
 
 
-def true_masks(masks, rows):
+def ground_truth_masks(masks, rows):
     """Yield the mask of each of the rows, bool (H, W), or None if it cannot be read.
 
     masks: a MaskFolder, or arrays uint8 (H, W), 255 = object.

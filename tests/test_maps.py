@@ -24,7 +24,7 @@ import attg.maps
 import object_discovery
 from attg.datasets import open_data
 from attg.map_job import SquashedImages, run_job
-from attg.map_quality import peak_component, quality, true_masks
+from attg.map_quality import ground_truth_masks, peak_component, quality
 from attg.maps import load_maps, save_maps
 from attg.masks import MaskFolder
 from tests.fuzz import RANDOM, damage, png, within
@@ -326,7 +326,7 @@ def test_masks_of_turned_images(tmp_path):
         write(tmp_path / f"data/{i}.png", noise(40, height), exif=exif)
         write(tmp_path / f"masks/{i}.png", gray(np.eye(height, 40)))
     masks = MaskFolder(tmp_path / "masks", open_data(tmp_path / "data"))
-    refused = [mask is None for mask in true_masks(masks, range(6))]
+    refused = [mask is None for mask in ground_truth_masks(masks, range(6))]
     assert refused == [False] * 3 + [True] * 3
 
 
@@ -346,7 +346,7 @@ def test_masks_that_need_a_flag_or_are_refused(images, tmp_path, capsys):
     os.mkfifo(tmp_path / "3.png")
     (tmp_path / "4.png").write_bytes(png(10**5, 10**4, row=b"", rows=1))
     with within(10):
-        read = list(true_masks(masks, range(5)))
+        read = list(ground_truth_masks(masks, range(5)))
     assert [mask is None for mask in read] == [False, False, True, True, True]
     printed = capsys.readouterr().out
     assert "3 masks are missing or refused" in printed
@@ -366,7 +366,7 @@ def test_masks_of_several_kinds(images, tmp_path):
         write(tmp_path / f"{i}.png", gray(SOFT if i == 1 else 255 * OBJECT))
     masks = MaskFolder(tmp_path, images)
     write(tmp_path / "2.png", indexed(OBJECT))
-    first, second = true_masks(masks, [1, 2])
+    first, second = ground_truth_masks(masks, [1, 2])
     assert np.array_equal(first, SOFT > 127) and second is None
     # 255 is the object, or may be
     halves = OBJECT * np.where(np.arange(8) < 5, 100, 255)
