@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from attg.checkpoint import checksums
 from attg.weights import (
+    PATCH_EMBED,
     check_parameter,
     find_prefix,
     load_checked,
@@ -60,9 +61,7 @@ def open_timm(name, img_size):
     options |= {"num_classes": 0, "pretrained": True}
     if path:
         state = timm.models.clean_state_dict(select_entry(read_file(path), None, path))
-        anchor = "patch_embed.proj.weight"
-        starts = {k.removesuffix(anchor) for k in state if k.endswith(anchor)}
-        start = starts.pop() if len(starts) == 1 else ""
+        start = find_prefix(state, PATCH_EMBED, None, path)
         state = {k[len(start) :]: x for k, x in state.items() if k.startswith(start)}
         # timm loads what fits. NaN in place of the weights show what that is.
         tensors = {k: x for k, x in state.items() if torch.is_tensor(x)}

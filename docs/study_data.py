@@ -99,8 +99,8 @@ def main(tiny, out):
     """Write the subset that the folder out is named after."""
     tiny, out = Path(tiny), Path(out)
     shares, wnids = SUBSETS[out.name]
-    training = []
-    for wnid in wnids.split():
+    wnids, training = wnids.split(), []
+    for wnid in wnids:
         folder = tiny / "train" / wnid
         training += read_photos(folder / f"{wnid}_boxes.txt", folder / "images", wnid)
     boxes = tiny / "val" / "val_annotations.txt"
