@@ -66,7 +66,7 @@ def evaluate_knn(settings, data, dist_info):
         queries, truth = test[FEATURES[1]], test["labels"]
         guesses = knn_classify(bank, labels, queries, settings.k[0])[:, 0]
         title = f"{FEATURES[1]}, k = {settings.k[0]}"
-        draw(settings, data, truth, guesses, title, (bank, queries, FEATURES[1]))
+        draw(settings, data, truth, guesses, title, (bank, queries))
     return results
 
 

@@ -505,7 +505,7 @@ def make_maps(settings, dataset, masks, dist_info):
         barrier(world)
     about = {"method": settings.method, "backbone": settings.backbone}
     about |= {"input": backbone.size, "grid": backbone.grid, **backbone.about}
-    # Where they are not flags, the same weights and images have the same values.
+    # Without these flags, their values follow from the weights and the images.
     for name in ("heads", "weights_key", "weights_prefix", "white"):
         if getattr(settings, name) is not None:
             about[name] = getattr(settings, name)

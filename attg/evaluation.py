@@ -213,23 +213,20 @@ def draw(settings, data, truth, guesses, title, features=None):
     """Draw the figures of --show beside --out: confusion.png and neighbors.png.
 
     truth, guesses (n,): classes of the first test set. title: the feature that they are
-    of. features: (bank, queries, name) of k-NN.
+    of. features: (bank, queries) of k-NN.
     """
+    title = title.replace("_", " ")
     folder = Path(settings.out).parent
     train_set, tests = open_images(settings, data, 32)
     classes = train_set.num_classes
     if classes <= 50:
         counts = (truth * classes + guesses).bincount(minlength=classes**2)
         path, names = folder / "confusion.png", class_names(train_set)
-        title = title.replace("_", " ")
         save_confusion(path, counts.view(classes, classes), names, title)
         log_line(f"confusion matrix: {path}")
     if features:
         path = folder / "neighbors.png"
-        bank, queries, name = features
-        heading = name.replace("_", " ")
-        test_set = tests[settings.val[0]]
-        save_neighbors(path, train_set, test_set, bank, queries, heading)
+        save_neighbors(path, train_set, tests[settings.val[0]], *features, title)
         log_line(f"neighbors: {path}")
 
 
