@@ -223,7 +223,6 @@ def draw(settings, data, truth, guesses, title, features=None):
         counts = (truth * classes + guesses).bincount(minlength=classes**2)
         path, names = folder / "confusion.png", class_names(train_set)
         save_confusion(path, counts.view(classes, classes), names, title)
-        log_line(f"confusion matrix: {path}")
     if features:
         path = folder / "neighbors.png"
         save_neighbors(path, train_set, tests[settings.val[0]], *features, title)

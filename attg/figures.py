@@ -178,6 +178,7 @@ def save_confusion(path, counts, names, title):
     for row, column in (percent >= 0.5).nonzero().tolist():
         axes.text(column, row, f"{percent[row, column]:.0f}", **style)
     save_figure(path, figure)
+    log_line(f"confusion matrix: {path}")
 
 
 # Panel of each curve.
