@@ -13,6 +13,7 @@ import inspect
 import math
 import re
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -25,8 +26,10 @@ from attg.weights import (
     PATCH_EMBED,
     check_parameter,
     find_prefix,
+    image_statistics,
     load_checked,
     read_file,
+    read_json,
     select_entry,
 )
 
@@ -72,8 +75,11 @@ def open_timm(name, img_size):
         options["pretrained_cfg_overlay"] = {"state_dict": tensors}
     model = timm.create_model(name, **options)
     images = timm.data.resolve_model_data_config(model)
+    beside = Path(path).with_name("config.json") if path else None
+    if path and beside.is_file():
+        images |= image_statistics(read_json(beside).get("pretrained_cfg"))
     size = (img_size, img_size) if img_size else images["input_size"][1:]
-    return NamedViT(model, size, images["mean"], images["std"])
+    return NamedViT(model, size, **image_statistics(images))
 
 
 def open_hf(name, img_size):
@@ -87,10 +93,10 @@ def open_hf(name, img_size):
     model = getattr(model, "vision_model", model)
     if info["missing_keys"]:
         model.pooler = None  # its weights would be random
-    images = hf.AutoImageProcessor.from_pretrained(name)
+    images = hf.AutoImageProcessor.from_pretrained(name).to_dict()
     side = img_size or model.config.image_size
     size = (side, side) if isinstance(side, int) else side
-    return NamedViT(model, size, images.image_mean, images.image_std)
+    return NamedViT(model, size, **image_statistics(images))
 
 
 def refuse_missing(names):
@@ -161,6 +167,8 @@ class NamedViT(nn.Module):
             if tokens.dim() != 3 or not 0 <= self.first < 20:
                 shape = tuple(tokens.shape)
                 raise ValueError(f"not a plain ViT: {shape} tokens of {L} patches")
+        # AIMv2's is a query of its pooling.
+        self.has_class_token &= self.first > 0
 
     def normalize(self, imgs):
         """uint8 (B, C, H, W) -> normalized floats."""
@@ -176,7 +184,11 @@ class NamedViT(nn.Module):
             resize = "interpolate_pos_encoding"
             takes = resize in inspect.signature(model.forward).parameters
             output = model(imgs, **({resize: True} if takes else {}))
-            return output.last_hidden_state, output.get("pooler_output")
+            tokens = output.last_hidden_state
+            if self.has_class_token and hasattr(model, "post_layernorm"):
+                # CLIP normalizes the class token only, and not in this output.
+                tokens = model.post_layernorm(tokens)
+            return tokens, output.get("pooler_output")
         tokens = model.forward_features(imgs)
         has_pool = getattr(model, "attn_pool", None) is not None
         return tokens, model.forward_head(tokens, True) if has_pool else None

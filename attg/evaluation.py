@@ -146,10 +146,14 @@ def open_encoder(load_encoder, settings, only_files=False, **options):
         check_unused(settings, names, "has no effect on timm: and hf:")
         encoder = open_backbone(source, settings.img_size)
         settings.sha256 = weights_sha256(encoder)
-        return encoder
-    settings.sha256 = sha256(source)
-    arguments = {name: getattr(settings, name) for name in {"img_size", *names}}
-    return load_encoder(source, **arguments | options)
+    else:
+        settings.sha256 = sha256(source)
+        arguments = {name: getattr(settings, name) for name in {"img_size", *names}}
+        encoder = load_encoder(source, **arguments | options)
+    cfg = encoder.cfg
+    if not getattr(cfg, "data", None):  # other people's
+        log_line(f"{source}: images are normalized by mean {cfg.mean}, std {cfg.std}")
+    return encoder
 
 
 def labeled_features(load_encoder, settings, data, dist_info):

@@ -121,20 +121,29 @@ def read_json(path):
 
 
 def settings_beside(folder):
-    """Settings of Config, and eps, by Hugging Face's JSON files in a folder."""
+    """Settings of Config, and eps, by the JSON files of timm or Hugging Face in a folder."""
     files = [folder / "config.json", folder / "preprocessor_config.json"]
     config, images = (read_json(path) if path.is_file() else {} for path in files)
+    if "architecture" in config:
+        return image_statistics(config.get("pretrained_cfg"))
     if "hidden_size" not in config:
         return {}
     settings = {old: config[new] for old, new in HF_SETTINGS.items() if new in config}
-    for name in ("mean", "std"):
-        if f"image_{name}" in images:
-            settings[name] = images[f"image_{name}"]
     eps, activation = config.get("layer_norm_eps"), config.get("hidden_act")
     if activation != "gelu" or not isinstance(eps, float):
         told = f"hidden_act {activation}, layer_norm_eps {eps}"
         raise ValueError(f"{files[0]}: {told}: not a plain ViT; try hf:{folder}")
-    return settings | {"eps": eps}
+    return settings | image_statistics(images) | {"eps": eps}
+
+
+def image_statistics(images):
+    """mean and std in timm's pretrained_cfg or Hugging Face's settings of images."""
+    if not isinstance(images, dict):
+        return {}
+    if images.get("do_normalize") is False:
+        images = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    values = {x: images.get(x, images.get(f"image_{x}")) for x in ("mean", "std")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def select_entry(content, key, name):

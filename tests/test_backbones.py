@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import attg_mae
 import eval_finetune
 import eval_knn
 import object_discovery
@@ -24,7 +25,7 @@ TIMM = {
     "beit_base_patch16_224": 1,
 }
 HF = {"ViT": 1, "DeiT": 2, "Dinov2WithRegisters": 5, "DINOv3ViT": 3, "SiglipVision": 0}
-HF |= {"Beit": 1}
+HF |= {"Beit": 1, "CLIPVision": 1, "Aimv2Vision": 0}
 SIZES = dict(hidden_size=32, intermediate_size=64, image_size=48, patch_size=8)
 SIZES |= dict(num_hidden_layers=2, num_attention_heads=2)
 
@@ -109,13 +110,15 @@ def test_hugging_face(kind, tmp_path):
     load = getattr(hf, f"{kind}Model").from_pretrained
     ref = load(tmp_path, attn_implementation="eager")
     want = ref(imgs, output_attentions=True)
-    got = model.forward_features(imgs)
-    assert close(got[:, 1:], want.last_hidden_state[:, first:], 1e-5)
-    if kind in ("SiglipVision", "Beit"):
+    got, tokens = model.forward_features(imgs), want.last_hidden_state
+    if kind == "CLIPVision":  # which normalizes its pooled token only
+        tokens = getattr(ref, "vision_model", ref).post_layernorm(tokens)
+    assert close(got[:, 1:], tokens[:, first:], 1e-5)
+    if kind in ("SiglipVision", "Beit", "CLIPVision", "Aimv2Vision"):
         features = pool_tokens(model, got)
         assert close(features[kind == "Beit"], want.pooler_output, 1e-5)
     else:
-        assert close(got[:, 0], want.last_hidden_state[:, 0], 1e-5)
+        assert close(got[:, 0], tokens[:, 0], 1e-5)
     assert model.patch_keys(imgs).shape == (2, 36, 32)
     if first:
         attention = want.attentions[-1][:, :, 0, first:].mean(dim=1)
@@ -144,6 +147,35 @@ def test_refused(source, named, tmp_path, monkeypatch):
     monkeypatch.setattr(timm, "create_model", untrained)
     with pytest.raises(ValueError, match=f"^{source.replace('/', '.')}: .*{named}"):
         open_backbone(source).patch_keys(randn(1, 3, 224, 224))
+
+
+def test_statistics_of_images(tmp_path):
+    """Those of the JSON files beside the weights, for files and for timm:NAME@FILE."""
+    timm = pytest.importorskip("timm")
+    hf = transformers()
+    name, path = "vit_tiny_patch16_224", tmp_path / "pytorch_model.bin"
+    cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    options = {"img_size": 32, "num_classes": 0, "pretrained_cfg_overlay": cfg}
+    timm.models.save_for_hf(timm.create_model(name, depth=1, **options), tmp_path)
+    timm.models.save_for_hf(timm.create_model(name, **options), tmp_path / "whole")
+    for model in (
+        attg_mae.load_encoder(path),
+        open_backbone(f"timm:{name}@{tmp_path / 'whole' / path.name}", 32),
+    ):
+        assert {x: tuple(getattr(model.cfg, x)) for x in cfg} == cfg
+    # Pixels in [0, 1].
+    hf.ViTModel(hf.ViTConfig(**SIZES | {"intermediate_size": 128})).save_pretrained(
+        tmp_path
+    )
+    images = {"image_processor_type": "ViTImageProcessor", "do_normalize": False}
+    images |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    for model in (
+        attg_mae.load_encoder(tmp_path / "model.safetensors"),
+        open_backbone(f"hf:{tmp_path}"),
+    ):
+        assert model.normalize(white).equal(torch.ones(white.shape))
 
 
 def test_programs_take_named_models(labelled, tmp_path, monkeypatch):
