@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from attg.images import load_image
+from attg.log import log_line
 
 SAMPLE, MAX_IDS, MAX_ID = 200, 64, 127
 # Neither object nor background
@@ -125,6 +126,14 @@ class MaskFolder:
         listed = " ".join(map(form.format, sorted(self.listed)))
         rule = rule.format(listed=listed, ignored=form.format(self.ignored))
         self.rule = f"--masks {folder}: {self.kind}, {rule}"
+        if self.has_alpha and self.scale:
+            return
+        if self.object_part(sorted(values)).min() == 1:
+            message = "no mask has background; if they are heat maps in colors, give"
+            raise ValueError(f"{self.rule}: {message} gray ones, else --mask_values")
+        edges, counts = zip(*border.items(), strict=True)
+        if np.average(self.object_part(edges), weights=counts) > 0.5:
+            log_line(f"--masks {folder}: most of the border is object; inverted?")
 
     def decide(self, values, border, share, mask_values):
         """Choose the rule by the sampled values, all and on the border; describe it.
@@ -207,9 +216,11 @@ class MaskFolder:
             kind, values = "color", self.convert(kind, values)
         if kind != self.kind or values is None:
             raise ValueError(f"{path}: not {self.kind} as the others are")
-        if self.scale:
-            mask = np.clip(values / self.scale, 0, 1)
-        else:
-            mask = np.isin(values, list(self.listed)) == self.is_object
-        mask = (mask * 255).round().astype(np.uint8)
+        mask = (self.object_part(values) * 255).round().astype(np.uint8)
         return np.ma.array(mask, mask=values == self.ignored)
+
+    def object_part(self, values):
+        """How far values are object, from 0 to 1, by the rule."""
+        if self.scale:
+            return np.clip(np.asarray(values) / self.scale, 0, 1)
+        return np.isin(values, list(self.listed)) == self.is_object

@@ -317,6 +317,21 @@ def test_ids_are_told_from_soft_masks(images, tmp_path):
     assert np.array_equal(read(levels, ["ids"]) > 0, (levels > 0) & (levels < 255))
 
 
+def test_masks_without_background(images, tmp_path, capsys):
+    """Heat maps in colors and labels of all pixels are refused, inverted masks told."""
+    cm = pytest.importorskip("matplotlib").colormaps
+    heat = [cm[x](np.uint8(SOFT), bytes=True) for x in ("jet", "viridis", "hot")]
+    for image in (*map(Image.fromarray, heat), gray(1 + SOFT % 5)):
+        write(tmp_path / "0.png", image)
+        with pytest.raises(ValueError, match="--masks .*no mask has background.*gray"):
+            MaskFolder(tmp_path, images)
+    assert "inverted" not in capsys.readouterr().out
+    for x in (255 * (1 - OBJECT), 255 - SOFT * (1 - OBJECT) // 3):
+        write(tmp_path / "0.png", gray(x))
+        assert np.abs(MaskFolder(tmp_path, images)[0] - x).max() < 2
+        assert "is object; inverted?" in capsys.readouterr().out
+
+
 def test_masks_of_turned_images(tmp_path):
     """A mask is refused if it fits both the stored image and the one that EXIF turns."""
     cases = [(20, 1), (20, 6), (40, 0), (20, 3), (20, 4), (40, 8)]
