@@ -25,7 +25,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset
 
 from attg.distributed import broadcast_from_rank0
-from attg.images import MAX_PIXELS, MODES, ImageData, generator_for
+from attg.files import sha256
+from attg.images import MAX_PIXELS, MODES, ImageData, as_label, generator_for
 from attg.toy import TOY_CLASSES, toy
 
 
@@ -104,7 +105,7 @@ def open_python(data, split):
             "are in one only; give both the same `classes`, and `targets` in their order"
         )
     if labels is not None:
-        labels = [-1 if label is None else int(label) for label in labels]
+        labels = list(map(as_label, labels))
     names = [f"data/{split}/{i:06d}" for i in range(len(source))]
     return source, names, labels, None if classes is None else len(classes)
 
@@ -382,13 +383,32 @@ def open_labeled(name, tests, size, augment=False, seed=0, **options):
             )
     train_set = sets.pop("train")
     for test, dataset in sets.items():
-        if len(dataset) == len(train_set) and dataset.matches(train_set.fingerprint):
-            raise ValueError(f"--val {test}: the training images again; name others")
+        if train_set.pairs is dataset.pairs is None:
+            known = files_in_common(train_set, dataset)
+            if known > len(dataset) / 100:
+                reason = f"{known} of {len(dataset)} are training images"
+                raise ValueError(f"--val {test}: {reason}; remove them, or name others")
         # The classes of folders are the same.
         if from_python and dataset.labels.max() >= train_set.num_classes:
             reason = f"label {dataset.labels.max()} in {test} is no class of training"
             raise ValueError(f"data: {reason}; count both from 0, or set `classes`")
     return train_set, sets
+
+
+def files_in_common(one, other):
+    """Number of files of another data set that are in one, too: same name and content."""
+    rows = [range(len(one)), range(len(other))]
+    # Most pairs differ in the name or in the size, so that few contents are read.
+    for key in (os.path.basename, os.path.getsize, sha256):
+        found = defaultdict(list), defaultdict(list)
+        for below, dataset, remaining in zip(found, (one, other), rows, strict=True):
+            for i in remaining:
+                # An unreadable file is not in both.
+                with contextlib.suppress(OSError):
+                    below[key(dataset.path(i))].append(i)
+        both = found[0].keys() & found[1].keys()
+        rows = [[i for value in both for i in below[value]] for below in found]
+    return len(rows[1])
 
 
 def refuse_unreadable(dataset):

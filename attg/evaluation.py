@@ -104,7 +104,7 @@ def open_sets(settings, data, cfg, fraction=1.0, **options):
         rows = shot_indices(train_set.labels, fraction, settings.seed)
         train_set = train_set.subset(rows.sort().values)
     sizes = {name: len(x) for name, x in {"train": train_set, **tests}.items()}
-    describe(settings, sizes, train_set.num_classes)
+    describe(settings, sizes, train_set.num_classes, train_set.known_labels)
     return train_set, tests
 
 
@@ -126,10 +126,19 @@ def default_data(settings, config, checkpoint):
         log_line(f"no --data: {settings.data}, which {checkpoint} was trained on")
 
 
-def describe(settings, sizes, classes):
-    """Log a line on the data and keep it as the header of the results."""
+def describe(settings, sizes, classes, labels):
+    """Log a line on the data and keep it as the header of the results.
+
+    labels: of the training images, if they are known. ValueError if they are all alike.
+    """
     images = ", ".join(f"{name} {count:,}" for name, count in sizes.items())
     chance = f"{classes} classes, chance {100 / classes:.3g} %"
+    if labels is not None:
+        largest = torch.as_tensor(labels).bincount().max().item() / len(labels)
+        if largest == 1:
+            reason = f"all training images have the label {int(labels[0])}"
+            raise ValueError(f"--data {settings.data}: {reason}; below 0 is no label")
+        chance += f", the largest has {100 * largest:.3g} %"
     settings.header = f"data {settings.data}, images: {images}; {chance}"
     log_line(settings.header)
 
@@ -173,7 +182,7 @@ def labeled_features(load_encoder, settings, data, dist_info):
     sizes = {name: len(part["labels"]) for name, part in parts.items()}
     train = parts.pop("train")
     if settings.features:
-        describe(settings, sizes, int(train["labels"].max()) + 1)
+        describe(settings, sizes, int(train["labels"].max()) + 1, train["labels"])
     return train, parts
 
 

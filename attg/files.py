@@ -14,6 +14,12 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of(*parts):
+    """Hex digest of the strings of all parts."""
+    text = "\0".join(map(str, parts))
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
 @contextlib.contextmanager
 def naming(path):
     """Add the path to errors such as "No space left on device", which name no file."""

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from attg.files import sha256
+from attg.files import sha256, sha256_of
 
 BICUBIC = Image.Resampling.BICUBIC
 # Area fraction and aspect ratio of a random crop, as in MAE's pre-training.
@@ -91,7 +91,7 @@ def to_8_bits(image, mode="RGB", white=None):
 
     Alpha is dropped, as by torchvision. white: the level of white in gray of more than
     8 bits; by default 65535 in integers of 16 bits, 255 in those of 32 bits and 1 in
-    floats, and ValueError if the image is brighter.
+    floats, and ValueError if the image is brighter or has values below 0.
     """
     if image.mode.startswith("I") or image.mode == "F":
         # PIL's own conversion clips at 255. 16-bit PGMs open in mode I, in Pillow 10 such
@@ -99,12 +99,11 @@ def to_8_bits(image, mode="RGB", white=None):
         has_16_bits = image.format in ("PNG", "PPM")
         default = {"F": 1, "I": 65535 if has_16_bits else 255}.get(image.mode, 65535)
         gray = np.nan_to_num(np.array(image, dtype=np.float32), posinf=0, neginf=0)
-        if white is None and gray.max() > 1.01 * default:
-            raise ValueError(
-                f"gray up to {gray.max():g} in mode {image.mode}, where white is "
-                f"{default}; set --white"
-            )
-        if white is None and default == 65535 and 0 < gray.max() < 4096:
+        low, high = gray.min(), gray.max()
+        if white is None and (high > 1.01 * default or low < -0.01 * default):
+            reason = f"gray from {low:g} to {high:g} in mode {image.mode}, where"
+            raise ValueError(f"{reason} black is 0, white is {default}; set --white")
+        if white is None and default == 65535 and 0 < high < 4096:
             warnings.warn(  # shown once
                 "a 16-bit image has no gray above 4095, and comes out dark; if that is "
                 "white, set --white 4095",
@@ -260,6 +259,13 @@ class Sample(NamedTuple):
     flip: bool  # whether to mirror image and map
 
 
+def as_label(label):
+    """A label from Python as an int, -1 for None; ValueError for 0.7 and "7"."""
+    if label is not None and int(label) != label:
+        raise ValueError(f"the label {label!r} is not a whole number")
+    return -1 if label is None else int(label)
+
+
 @dataclass(eq=False)
 class ImageData(Dataset):
     """One split of a data set.
@@ -342,7 +348,7 @@ class ImageData(Dataset):
                 raise ValueError(f"is {kind}, items must be (PIL image, label)")
         if channels and image.mode != MODES[channels]:
             image = to_8_bits(image, MODES[channels], self.white)
-        return image, -1 if label is None else int(label)
+        return image, as_label(label)
 
     def path(self, i):
         """The path of image i, or its name if it is not a file."""
@@ -433,18 +439,11 @@ class ImageData(Dataset):
         """Whether a map file or checkpoint with this fingerprint is of these images."""
         if fingerprint.startswith("v3:"):
             # Either may lack the part for all contents, which is not compared then.
-            pairs = zip(
-                self.fingerprint.split(":"), fingerprint.split(":"), strict=False
-            )
-            return all(a == b for a, b in pairs)
+            parts = self.fingerprint.split(":"), fingerprint.split(":")
+            return all(a == b for a, b in zip(*parts, strict=False))
         names, sizes = (len(self), *self.names), []
         if self.pairs is None:
             sizes = self.file_sizes()
         oldest = sha256_of(*names)
         oldest = sha256_of(oldest, *sizes) if sizes else oldest
         return fingerprint in (oldest, "v2:" + sha256_of("v2", *names, *sizes))
-
-
-def sha256_of(*parts):
-    text = "\0".join(map(str, parts))
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

@@ -505,11 +505,18 @@ def test_data_sets_from_python(tmp_path, capsys):
     assert own.reads == 0 and not test.labeled and test[0].label == -1
     assert known.fingerprint != open_data(Own([0, 0, 0])).fingerprint
     assert open_data(Own(["bad", 3])).num_classes == 4
-    for kind, item in (("Tensor", (torch.zeros(3, 8, 8), 0)), ("str", ("a", 0))):
-        with pytest.raises(
-            ValueError, match=f"{kind}, items must be .PIL image, label"
-        ):
+    image = noise(8, 8)
+    for item, message in (
+        ((torch.zeros(3, 8, 8), 0), "Tensor, items must be .PIL image, label"),
+        (("a", 0), "str, items must be .PIL image, label"),
+        ((image, 0.7), "label 0.7 is not a whole number"),
+        ((image, "7"), "label '7' is not a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
             open_data([item])[0]
+    with pytest.raises(ValueError, match="label .*0.5.* is not a whole"):
+        open_data(Own([0, 1], targets=np.float32([0, 0.5])))
+    assert open_data([(image, np.float64(7))])[0].label == 7
 
 
 def test_training_on_a_data_set_from_python(labelled, tmp_path):
@@ -543,10 +550,16 @@ def test_evaluations_need_labels(folder):
     pair["test"] = Own([1, 2])
     with pytest.raises(ValueError, match="data: label 2 in test .* count both from 0"):
         open_labeled(pair, ["test"], 32)
-    shutil.copytree(folder / "train", folder / "copy")
-    for again in (folder / "train", folder / "copy"):
-        with pytest.raises(ValueError, match=f"--val {again}: .*; name others"):
+    copy = shutil.copytree(folder / "train", folder / "copy")
+    files = sorted(copy.rglob("*.png"))
+    for again, changed in ((folder / "train", 0), (copy, 0), (copy, 5), (copy, 11)):
+        for path in files[:changed]:  # of the same name and size
+            path.write_bytes(path.read_bytes()[:-9] + bytes(9))
+        message = f"--val {again}: {12 - changed} of 12 are training .*; remove"
+        with pytest.raises(ValueError, match=message):
             open_labeled(folder, [str(again)], 32)
+    write(files[11], noise(50, 40, 9))
+    assert len(open_labeled(folder, [str(copy)], 32)[1][str(copy)]) == 12
     unlabeled = {"train": Own([0]), "test": Own([None, -1], targets=[None, -1])}
     # ImageNet's val/ as it is unpacked.
     for c in "abc":

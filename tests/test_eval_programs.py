@@ -136,6 +136,7 @@ def test_data_sets_in_python(evaluate, labelled, tmp_path):
     files = {split: open_data(labelled["data"], split) for split in ("train", "test")}
     data = {split: [x.read(i) for i in range(len(x))] for split, x in files.items()}
     none = [(image, None) for image, _ in data["train"]]
+    signs = {x: [(im, -1 if y else 1) for im, y in data[x]] for x in data}
     more = {split: [*none[:5], *pairs, *none[5:9]] for split, pairs in data.items()}
     want = evaluate("--data", labelled["data"])
     assert evaluate("--data", "mine", data=data) == want
@@ -146,6 +147,7 @@ def test_data_sets_in_python(evaluate, labelled, tmp_path):
         ([], data, "--data NAME"),
         (["--data", "mine"], data["train"], "--data .*: needs"),
         (["--data", "mine"], data | {"test": none}, "--data .*labels in test"),
+        (["--data", "mine"], signs, "--data mine: all .* label 1; below 0"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(*flags, data=wrong)
@@ -164,7 +166,7 @@ def test_the_default_is_the_data_set_of_the_checkpoint(evaluate, labelled, tmp_p
     one, two = (json.loads(x)["settings"] for x in (tmp_path / "o.jsonl").open())
     assert [[x["data"], x["classes"]] for x in (one, two)] == [flags[1::2]] * 2
     assert one["white"] == two["white"] == 300
-    assert "train 16, test 10; 2 classes, chance 50 %" in one["header"]
+    assert "train 16, test 10; 2 classes, chance 50 %, the" in one["header"]
     torch.save(torch.load(file)["model"], tmp_path / "bare.pt")
     message = "--data: missing, .*bare.pt .*name a data set"
     with pytest.raises(ValueError, match=message):

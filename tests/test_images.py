@@ -93,13 +93,20 @@ def test_every_mode_becomes_8_bits(tmp_path, suffix, mode, seed):
 
 
 def test_white_is_decided_by_the_type_or_the_flag(tmp_path):
-    wide = Image.fromarray(np.float32([[np.nan, np.inf], [-3, 1.001]]))
+    wide = Image.fromarray(np.float32([[np.nan, np.inf], [-0.009, 1.001]]))
     assert np.array(to_8_bits(wide, "L")).tolist() == [[0, 0], [0, 255]]
-    for values, white in ((np.int32([[256, 300]]), 255), (np.float32([[2, 300]]), 1)):
+    for values, white in (
+        (np.int32([[2, 300]]), 255),
+        (np.float32([[2, 300]]), 1),
+        (np.int32([[-3, 255]]), 255),
+        (np.float32([[-0.02, 1]]), 1),
+    ):
+        low, high = values.flatten().tolist()
         with pytest.raises(
-            ValueError, match=f"up to 300 .* white is {white}; set --wh"
+            ValueError, match=f"from {low:g} to {high:g} .* is {white}; set --white"
         ):
             to_8_bits(Image.fromarray(values))
+    assert np.array(to_8_bits(Image.fromarray(values), "L", 1)).tolist() == [[0, 255]]
     # Of a whole data set, not of one image.
     for i, level in enumerate((4095, 1000, 4096)):
         values = np.full((40, 40), level, dtype=np.uint16)
