@@ -8,10 +8,8 @@ PyTorch; on NVIDIA and AMD GPUs it uses Triton, which comes with PyTorch.
     loss = attg_loss(pred, imgs, mask, attn, tau=0.75, patch_size=16)
 
 Without a map (attn=None) this is the loss of MAE. `crop_map` turns maps of whole images
-into attn of their random crops.
-
-A batch has B images of L patches. A patch has P = p*p*C values in the order (p, p, C).
-The mask is 1 where a patch was removed and is predicted:
+into attn of their random crops. A batch has B images of L patches of P values. The mask
+is 1 where a patch was removed and is predicted:
 
     M_norm = (M - min M) / (max M - min M)        per image, over all L patches
     w      = exp(M_norm / tau)                    Eq. 1: the background (0) has weight 1
@@ -20,11 +18,20 @@ The mask is 1 where a patch was removed and is predicted:
     loss   = sum(mask * w * l) / sum(mask)        Eq. 2
     mse    = sum(mask * l) / sum(mask)            on request, from the same pass
 
-The PyTorch code (`normalize_map`, `_patch_loss`) is the specification. The fused path
-has one kernel for the forward pass, a small one that adds up the partial sums of its
-programs, and one for the gradient. They read masked patches only, and images without
-a copy. The forward kernel stores three numbers per patch; the backward kernel reads the
-patches again and writes the gradient.
+Code bases differ in things that their tensors do not show:
+
+mask        Where 1 means visible (Hiera, SparK), pass ~mask.
+patches     Row by row, without a class token: pred[:, 1:], attn[:, 1:]. In images their
+            values have the order (p, p, C). For another one, such as (C, p, p) in Hiera,
+            CROMA and Clay, or for video, pass your own patches as target.
+norm_pix    True here, False by default in MAE. Pass False for normalized targets.
+attn        If only masked patches are predicted, use `normalize_map` before gathering,
+            and normalize_attn=False. An image without a map gets zeros, that is weight 1.
+mean        Over all masked patches of the call, not per image and then over images.
+
+The PyTorch code (`normalize_map`, `_patch_loss`) is the specification. The kernels read
+masked patches only, and images without a copy. The forward kernel stores three numbers
+per patch; the backward kernel reads the patches again and writes the gradient.
 """
 
 from __future__ import annotations
@@ -33,6 +40,7 @@ import functools
 import importlib.util
 import math
 import os
+import re
 import sys
 from numbers import Real
 
@@ -59,7 +67,7 @@ VALUES_PER_WARP = 1024
 
 # The operators are registered under the module's name, so that two copies of this file
 # can live in one process.
-NAMESPACE = __name__.replace(".", "_")
+NAMESPACE = re.sub(r"\W", "_", f"attg_{__name__}", flags=re.ASCII)
 FP32 = torch.finfo(torch.float32)
 # Dtypes that the kernels read. Targets may also be uint8.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,24 +102,17 @@ def crop_map(
     maps (B, H, W) cover the whole images, at any resolution, in [0, 1]. boxes (B, 4) are
     the crops, x0, y0, x1, y1 as fractions of the image's width and height. flips (B,),
     bool: mirror after the crop; None: none. grid: rows and columns of patches. Returns
-    (B, L) fp32. ValueError for other shapes and types and, on a CPU, for other boxes.
+    (B, L) fp32. ValueError for other shapes, types and boxes; on a GPU and in a compiled
+    graph, where boxes are not read, NaN for other boxes, so that the loss is NaN.
 
     Normalize the maps before, over the whole image, and pass normalize_attn=False to
     `attg_loss`: a crop without the object then has weights near 1. Equals torchvision's
     roi_align(aligned=True), which is not needed.
     """
     if maps.dim() != 3 or maps.dtype not in FLOATS:
-        raise ValueError(
-            f"maps: got {_describe(maps)}; pass floats (B, H, W), in [0, 1]"
-        )
+        raise ValueError(f"maps: got {_describe(maps)}; pass floats (B, H, W)")
     B, H, W = maps.shape
-    is_valid = boxes.shape == (B, 4)
-    # Reading values would sync a GPU, and end the graph of torch.compile.
-    if is_valid and not boxes.is_cuda and not torch.compiler.is_compiling():
-        is_valid = (boxes[:, :2] < boxes[:, 2:]).all() and (
-            boxes - 0.5
-        ).abs().max() < 0.501
-    if not is_valid:
+    if boxes.shape != (B, 4) or not _holds(boxes, _are_fractions):
         message = f"pass x0, y0, x1, y1 as fractions of width and height, ({B}, 4)"
         raise ValueError(f"boxes: got {_describe(boxes)} for {B} maps; {message}")
     if flips is not None and (flips.shape != (B,) or flips.dtype != torch.bool):
@@ -123,7 +124,14 @@ def crop_map(
         pooled = rows @ maps.float() @ columns.mT  # (B, h, w)
     if flips is not None:
         pooled = torch.where(flips[:, None, None], pooled.flip(-1), pooled)
-    return pooled.flatten(1)
+    return torch.where(_are_fractions(boxes), pooled.flatten(1), math.nan)
+
+
+def _are_fractions(boxes):
+    """Return whether each box is not empty and lies within its image, (B, 1)."""
+    boxes = boxes.float()
+    is_inside = (boxes - 0.5).abs().amax(1, keepdim=True) < 0.501
+    return is_inside & (boxes[:, :2] < boxes[:, 2:]).all(1, keepdim=True)
 
 
 def _pooling(start, end, size, parts):
@@ -147,10 +155,7 @@ def _pooling(start, end, size, parts):
 def _patch_loss(
     pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn
 ):
-    """Return mask * w * l and mask * l, (B, L) each, for the arguments of `attg_loss`.
-
-    The second is detached.
-    """
+    """Return mask * w * l and mask * l (detached), (B, L), as `attg_loss` defines them."""
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
     x = _patchify(target, patch_size) if target.dim() == 4 else target
     x = x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
@@ -286,7 +291,6 @@ def _load_tile(
     P,
     C,
     PATCH_SIZE,
-    IS_UINT8,
     ROWS,
     PIXELS,
     CHANNELS,
@@ -310,7 +314,7 @@ def _load_tile(
         x = tl.load(target[:, None, None] + within, read, 0)
     y = y.to(tl.float32)
     x = x.to(tl.float32)
-    if IS_UINT8:
+    if target.dtype.element_ty == tl.uint8:
         x = x * (1 / 255)
     return y, x
 
@@ -366,28 +370,21 @@ def _split_group(x, ROWS, GROUPS, GROUP):
 
 
 @_jit
-def _join_four(a, b, c, d, ROWS, GROUPS):
-    """Four tensors (ROWS, GROUPS) -> (ROWS, GROUPS, 4)."""
-    pairs = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(pairs, [ROWS, GROUPS, 4])
+def _join_four(values, first, step, ROWS, GROUPS):
+    """Join four values: first, first + step ... (ROWS, GROUPS, 4)."""
+    even = tl.join(values[first], values[first + 2 * step])
+    odd = tl.join(values[first + step], values[first + 3 * step])
+    return tl.reshape(tl.join(even, odd), [ROWS, GROUPS, 4])
 
 
 @_jit
 def _join_group(values, first, step, ROWS, GROUPS, GROUP):
     """Join GROUP values: first, first + step, first + 2 step ... (ROWS, GROUPS, GROUP)."""
-    a = values[first]
-    b = values[first + step]
-    c = values[first + 2 * step]
-    d = values[first + 3 * step]
     if GROUP == 4:
-        return _join_four(a, b, c, d, ROWS, GROUPS)
+        return _join_four(values, first, step, ROWS, GROUPS)
     else:
-        e = values[first + 4 * step]
-        f = values[first + 5 * step]
-        g = values[first + 6 * step]
-        h = values[first + 7 * step]
-        even = _join_four(a, c, e, g, ROWS, GROUPS)
-        odd = _join_four(b, d, f, h, ROWS, GROUPS)
+        even = _join_four(values, first, 2 * step, ROWS, GROUPS)
+        odd = _join_four(values, first + step, 2 * step, ROWS, GROUPS)
         return tl.reshape(tl.join(even, odd), [ROWS, GROUPS, 8])
 
 
@@ -413,10 +410,8 @@ def _load_groups(
     within = (pixel // PATCH_SIZE).to(tl.int64) * target_y + pixel % PATCH_SIZE
     plane = target[:, None, None] + within
     red = tl.load(plane, read, 0)
-    plane += target_c
-    green = tl.load(plane, read, 0)
-    plane += target_c
-    blue = tl.load(plane, read, 0)
+    green = tl.load(plane + target_c, read, 0)
+    blue = tl.load(plane + target_c + target_c, read, 0)
     x = _join_planes(red, green, blue, ROWS, PIXELS)
 
     part = pred[:, None, None] + (group * (3 * GROUP) + i)
@@ -553,7 +548,6 @@ def _forward_kernel(
     PATCH_SIZE: tl.constexpr,  # 0: the target is patches
     NORMALIZE_ATTN: tl.constexpr,
     NORM_PIX: tl.constexpr,
-    IS_UINT8: tl.constexpr,  # of the target
     REDUCE: tl.constexpr,
     ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -604,7 +598,6 @@ def _forward_kernel(
                 P,
                 C,
                 PATCH_SIZE,
-                IS_UINT8,
                 ROWS,
                 PIXELS,
                 CHANNELS,
@@ -713,7 +706,6 @@ def _backward_kernel(
     P: tl.constexpr,
     C: tl.constexpr,
     PATCH_SIZE: tl.constexpr,  # 0: the target is patches
-    IS_UINT8: tl.constexpr,  # of the target
     ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -737,7 +729,6 @@ def _backward_kernel(
             P,
             C,
             PATCH_SIZE,
-            IS_UINT8,
             ROWS,
             PIXELS,
             CHANNELS,
@@ -821,7 +812,6 @@ def _shared_arguments(pred, target, mask, patch_size):
         "P": P,
         "C": C,
         "PATCH_SIZE": patch_size,
-        "IS_UINT8": target.dtype == torch.uint8,
         "ROWS": rows,
         "PIXELS": pixels,
         "CHANNELS": channels,
@@ -881,8 +871,7 @@ def _op(
         )
         if reduction != "none":
             options = {"MEAN": reduction == "mean", "BLOCK": 8192, "num_warps": 16}
-            outputs = loss, mse, divisor
-            _total_kernel[(1,)](sums, mse_sums, *outputs, programs, **options)
+            _total_kernel[(1,)](sums, mse_sums, loss, mse, divisor, programs, **options)
     return loss, mse, stats, divisor
 
 
@@ -944,8 +933,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad, *_):
     pred, target, mask, stats, divisor = ctx.saved_tensors
     gradient = _op_backward(grad, pred, target, mask, stats, divisor, ctx.patch_size)
-    # The other ten inputs of `_op` have no gradient.
-    return gradient, *[None] * 10
+    return gradient, *[None] * 10  # None for the other inputs of `_op`
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -972,20 +960,20 @@ def attg_loss(
     """Masked reconstruction error with weight exp(M_norm / tau), Eq. 1 and 2.
 
     pred        (B, L, P) predictions, any float dtype, any strides.
-    target      patches (B, L, P), or images (B, C, H, W) with `patch_size`; float, or
-                uint8, which is read as value / 255.
+    target      patches (B, L, P) in pred's order, or images (B, C, H, W) with
+                `patch_size`; float, or uint8, read as value / 255 (no mean and std).
     mask        (B, L) bool or 0/1, 1 = removed = enters the loss; None = every patch.
                 Nothing in visible patches, not even NaN, changes loss or gradient.
+                Other values are an error, but count as 1 on a GPU or in a compiled graph.
     attn        (B, L) attention map M, normalized as a whole; None = weight 1, the loss
-                of MAE. -inf with normalize_attn=False is weight 0.
+                of MAE. NaN in a map makes the loss NaN.
     tau         temperature > 0: a float, or a 0-d tensor, whose value is not checked
                 (that would synchronize). torch.compile recompiles for each float, and a
                 CUDA graph bakes it in: pass a 0-d tensor on the GPU there.
-    norm_pix    normalize each target patch to mean 0 and variance 1 (unbiased, plus
-                `eps`).
+    norm_pix    normalize each target patch to mean 0, variance 1 (unbiased, plus `eps`).
     normalize_attn
-                min-max normalize `attn` per image. Code that gathers the masked patches
-                first calls `normalize_map` before it gathers, and passes False.
+                min-max normalize `attn` per image. False: it is M_norm already, in
+                [0, 1] (not checked: x has the weight exp(x / tau), and -inf 0).
     reduction   "mean" (Eq. 2; 0 if nothing is masked), "sum", or "none" = mask * w * l
                 of shape (B, L).
     impl        "torch"; "triton", the fused kernels (on CPU tensors only under
@@ -996,7 +984,7 @@ def attg_loss(
 
     Returns fp32 (float64 for float64 `pred`), the precision of all arithmetic. The
     gradient flows to `pred` only. Raises ValueError for wrong shapes, dtypes or values,
-    and for `target`, `attn` or `tau` that require a gradient.
+    and for any other argument that requires a gradient.
     """
     rules = _rules(
         pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, impl
@@ -1030,9 +1018,7 @@ def _is_fused(pred, target, mask, attn, tau, impl):
         return False
     reason = _why_not_fused(pred, target, mask, attn, tau)
     if impl == "triton" and reason:
-        raise ValueError(
-            f'impl: "triton" cannot run here: {reason}; pass "auto" or "torch"'
-        )
+        raise ValueError(f'impl: "triton" cannot run: {reason}; pass "auto" or "torch"')
     if impl == "auto":
         # PyTorch on CPUs, in Triton's interpreter too.
         if not pred.is_cuda:
@@ -1096,6 +1082,16 @@ def _describe(x):
     return f"{x.dtype} {tuple(x.shape)} on {x.device}{grad}"
 
 
+def _holds(x, condition):
+    """Return whether condition(x) is true, or reading it would sync or end a graph."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    try:
+        return bool(condition(x).all())
+    except RuntimeError:  # A transform or a trace, in which tensors have no values
+        return True
+
+
 def _rules(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, impl):
     """Yield (argument, value, whether it is valid, remedy) for each rule.
 
@@ -1111,22 +1107,25 @@ def _rules(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, 
     is_valid = target.dtype in (*FLOATS, torch.uint8)
     yield "target", target, is_valid, "pass floats, or uint8 (read as value / 255)"
     shape = target.shape
+    remedy = f"pass patches like pred, {tuple(pred.shape)}, or images with patch_size"
     if target.dim() == 4:
         is_valid = isinstance(patch_size, int) and patch_size >= 1
-        remedy = "target is images (B, C, H, W): pass their patch size, 1 or above"
-        yield "patch_size", patch_size, is_valid, remedy
+        yield "patch_size", patch_size, is_valid, "pass the side of a patch, an int"
         B, C, H, W = shape
         is_valid = H % patch_size == 0 and W % patch_size == 0
-        remedy = "crop or resize the images to multiples of patch_size"
-        yield "target", target, is_valid, remedy
+        yield "target", target, is_valid, "crop or resize to multiples of patch_size"
         shape = B, (H // patch_size) * (W // patch_size), patch_size**2 * C
-    remedy = f"pass patches like pred, {tuple(pred.shape)}, or images with patch_size"
+        remedy = f"its patches are {shape}: fix patch_size, or drop pred's class token"
     yield "target", target, tuple(shape) == tuple(pred.shape), remedy
 
     shape = tuple(pred.shape[:2])
     for name, x in rows.items():
-        remedy = f"pass one value per patch of pred, shape {shape}"
+        remedy = f"pass one value per patch of pred, {shape}, none for the class token"
         yield name, x, tuple(x.shape) == shape, remedy
+    is_valid = mask is None or mask.dtype == torch.bool
+    is_valid = is_valid or _holds(mask, lambda m: (m == 0) | (m == 1))
+    remedy = "pass 1 for removed patches, 0 for others; attn is the next argument"
+    yield "mask", mask, is_valid, remedy
     is_valid = attn is None or attn.dtype in FLOATS
     yield "attn", attn, is_valid, "pass floats of 16 bits or more"
     if isinstance(tau, Tensor):
@@ -1134,7 +1133,7 @@ def _rules(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, 
     else:
         is_valid = isinstance(tau, Real) and FP32.tiny <= tau <= FP32.max
         yield "tau", tau, is_valid, "pass a float above 0 that fp32 can hold"
-    for name, x in {"target": target, "attn": attn, "tau": tau}.items():
+    for name, x in {"target": target, **rows, "tau": tau}.items():
         is_valid = not (isinstance(x, Tensor) and x.requires_grad)
         yield name, x, is_valid, f"pass {name}.detach(), only pred gets a gradient"
 
@@ -1145,5 +1144,4 @@ def _rules(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, 
     is_valid = impl in ("auto", "torch", "triton")
     yield "impl", impl, is_valid, 'pass "auto", "torch" or "triton"'
     is_valid = not norm_pix or pred.shape[2] > 1
-    remedy = "patches of one value (P = 1) have no variance: pass False"
-    yield "norm_pix", norm_pix, is_valid, remedy
+    yield "norm_pix", norm_pix, is_valid, "pass False: one value has no variance"

@@ -62,7 +62,7 @@ def stack(cubin):
 def call(L, P, dtype, target, patch_size=None, mask=torch.float32, return_mse=True):
     """Call forward and backward; pred is as MAE passes it, without the class token."""
     pred = torch.empty(2, L + 1, P, dtype=dtype, requires_grad=True)[:, 1:]
-    rows = torch.empty(2, L)
+    rows = torch.zeros(2, L)
     options = {"tau": rows[0, 0], "patch_size": patch_size, "impl": "triton"}
     options["return_mse"] = return_mse
     loss = kernel.attg_loss(pred, target, rows.to(mask), rows, **options)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import attg_mae
 from tests.helpers import (
@@ -297,7 +298,7 @@ WRONG = [np.zeros((2, 4)), ROWS.to("meta"), ROWS[:, :3], ZEROS[..., :1]]
 BAD = {
     "pred": [ZEROS[0], ZEROS[:, :0], ZEROS[..., :0], ZEROS.long(), ZEROS.numpy()],
     "target": [ZEROS[..., :10], ZEROS[:1], ZEROS.long(), ZEROS + GRAD[..., None]],
-    "mask": WRONG,
+    "mask": [*WRONG, GRAD, ROWS + 0.5, ROWS.long() + 2, ROWS + math.nan],
     "attn": [*WRONG, GRAD, ROWS.long(), ROWS.to(torch.float8_e4m3fn)],
     "tau": [0, -0.5, math.nan, "1", None, 1e39, 1e-50, ZEROS, GRAD.sum()],
     "eps": [-1e-6, math.nan, None],
@@ -325,6 +326,20 @@ def test_loss_errors(i, impl):
         ValueError, match=rf"(?s)\A{name}: got .*{re.escape(got)}.*; .+"
     ):
         kernel.attg_loss(**GOOD | {"impl": impl} | wrong)
+
+
+def test_a_mask_is_not_read_in_a_transform_or_a_trace():
+    imgs, mask, attn = randn(3, 3, 4, 4, seed=1), rand(3, 4) < 0.6, rand(3, 4, seed=2)
+    args = randn(3, 4, 12), imgs, mask.float(), attn
+
+    def each(*args):
+        return kernel.attg_loss(*(x[None] for x in args), patch_size=2)
+
+    want = torch.stack([each(*x) for x in zip(*args, strict=True)])
+    assert close(torch.vmap(each)(*args), want, 1e-6) and want.std() > 0.01
+    for mode in ("real", "fake"):
+        graph = make_fx(torch.vmap(each), tracing_mode=mode)(*args)
+        assert graph(*args).equal(torch.vmap(each)(*args))
 
 
 def test_normalize_map_on_either_side_of_flat():
@@ -360,7 +375,7 @@ def test_crop_map_is_that_of_training(seed, size, grid):
 
 
 def test_crop_map_errors():
-    maps, boxes = torch.rand(2, 4, 4), torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2)
+    maps, boxes = rand(2, 4, 4), torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2)
     good = {"maps": maps, "boxes": boxes, "flips": None, "grid": (2, 2)}
     bad = {"maps": [maps[:, None], maps.flatten(1), (255 * maps).byte()]}
     bad["boxes"] = [boxes[:1], boxes[:, :3], 224 * boxes, boxes.flip(1), boxes - 0.2]
@@ -369,3 +384,27 @@ def test_crop_map_errors():
         for wrong in values:
             with pytest.raises(ValueError, match=f"{name}: got .*; pass "):
                 kernel.crop_map(**good | {name: wrong})
+
+
+@each_impl
+def test_boxes_that_are_not_read_make_the_loss_nan(impl):
+    """In a graph, as on a GPU; those of the other image are right."""
+    torch.compiler.reset()
+    crop = torch.compile(kernel.crop_map, backend="eager", fullgraph=True)
+    maps, box = rand(2, 6, 6), torch.tensor([0.2, 0.1, 0.9, 0.7])
+    args = randn(2, 9, 12), randn(2, 9, 12, seed=1), torch.ones(2, 9)
+    options = {"normalize_attn": False, "reduction": "none", "impl": impl}
+    want = kernel.crop_map(maps, box.expand(2, 4), None, (3, 3))
+    for wrong in (224 * box, box - 0.5, box + 0.5, box[[2, 1, 0, 3]], box * math.nan):
+        attn = crop(maps, torch.stack([box, wrong]), None, (3, 3))
+        assert close(attn[0], want[0], 1e-5) and attn[1].isnan().all()
+        loss, grad = run(*args, attn, torch.ones(2, 9), **options)
+        assert loss.isnan().equal(attn.isnan()) and grad[1].isnan().all()
+    torch.compiler.reset()
+    # bf16 rounds bounds, too.
+    assert close(
+        kernel.crop_map(maps, box.bfloat16()[None].repeat(2, 1), None, (3, 3)),
+        want,
+        0.05,
+    )
+    assert kernel.crop_map(maps[:0], box[None][:0], None, (3, 3)).shape == (0, 9)

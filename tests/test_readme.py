@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 import attg_mae
 from attg.cli import parse
@@ -31,6 +32,7 @@ from tests.helpers import (
     rand,
     randn,
     shake,
+    transformers,
     write,
 )
 from tests.test_cli import settings_class
@@ -49,7 +51,7 @@ for page in PAGES.values():
     SNIPPETS |= set(re.findall(r"```python\n(.*?)```", page, re.S))
 COMMANDS, SNIPPETS = sorted(COMMANDS), sorted(SNIPPETS)
 CHANGES = re.findall(r"```diff\n(.*?)```", PAGES["kernel.md"], re.S)
-DIFFS = dict(zip(("mae", "hf", "lightly"), CHANGES, strict=True))
+DIFFS = dict(zip(("mae", "hf", "hiera", "lightly"), CHANGES, strict=True))
 
 
 def check_drop_in(name, parameters, names, shape, outputs, norm_pix=False):
@@ -99,6 +101,24 @@ def test_loss_dropped_into_hugging_face_and_mae(norm_pix):
     names = {"self": mae, "imgs": imgs, "pred": out.logits}
     names |= {"mask": out.mask, "out": out}
     check_drop_in("mae", [out.logits], names, (2, 64), outputs, norm_pix)
+
+
+def test_loss_dropped_into_hiera():
+    """Its patches in order (C, p, p) by a loop, and the visible ones where it says masked."""
+    sizes = {"depths": [1] * 4, "num_heads": [1] * 4, "decoder_depth": 1}
+    sizes |= {"embed_dim": 16, "decoder_hidden_size": 16, "decoder_num_heads": 2}
+    config = transformers().HieraConfig(image_size=[64, 96], **sizes)
+    model = shake(transformers().HieraForPreTraining(config))
+    imgs = randn(2, 3, 64, 96)
+    blocks = [imgs[:, :, y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32, 64)]
+    patches = torch.stack([block.flatten(1) for block in blocks], dim=1)
+
+    def outputs(scope):
+        return scope["out"].logits, patches, ~scope["out"].bool_masked_pos
+
+    names = {"model": model, "pixel_values": imgs, "F": F}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    check_drop_in("hiera", parameters, names, (2, 6), outputs, norm_pix=True)
 
 
 def test_loss_dropped_into_lightly(monkeypatch):
