@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from attg.cli import resume_class
+from attg.distributed import is_restarted
 from attg.files import replacing
 from attg.log import read_log, rename
 
@@ -228,14 +229,19 @@ def load_scaler(scaler, stored, name):
 def find_checkpoint(cfg, train_set, maps_id):
     """The checkpoint to resume, or with --epochs 0 to draw, see read_run; or None.
 
+    A restarted job (see is_restarted) continues its run even with another --resume.
     If last.pt is missing, the latest complete temporary file takes its place: not every
     file system renames atomically. ValueError if there is none, but steps in the log,
     which a new run would overwrite; or if it was trained on other images or maps.
     """
-    if cfg.resume == "none":
-        return None
-    is_auto = cfg.resume == "auto"
-    path = Path(cfg.out, "last.pt") if is_auto else Path(cfg.resume)
+    path, is_auto = Path(cfg.out, "last.pt"), cfg.resume == "auto"
+    if not is_auto and is_restarted() and path.exists():
+        # Otherwise a job would lose its steps whenever it is restarted.
+        is_auto = read_run(path)["config"].get("resume") == cfg.resume
+    if not is_auto:
+        if cfg.resume == "none":
+            return None
+        path = Path(cfg.resume)
     if is_auto and not path.exists():
         complete = {}
         for temporary in path.parent.glob("last.pt*.tmp"):

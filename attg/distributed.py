@@ -40,7 +40,9 @@ def processes(name, timeout=30):
     device = torch.device(match[0])
     if device.type == "cuda":
         if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            # slurm may show each rank a single GPU, which is number 0 in all of them.
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
     try:
         if world > 1:
@@ -79,19 +81,42 @@ def all_reduce_sum(values, device, world):
 
 
 def broadcast_from_rank0(function, rank, world):
-    """Call function() on rank 0; every rank returns its result or raises its error."""
+    """Call function() on rank 0; every rank returns its result or raises its error.
+
+    Tensors in dicts and lists are sent one by one: pickled together, a checkpoint would
+    take four times its size on every rank.
+    """
     if world == 1:
         return function()
-    result = [None, None]
+    result, message = None, [None, None]
     if rank == 0:
         try:
-            result[0] = function()
+            result = function()
+            message[0] = map_tensors(result, lambda x: x.to("meta"))
         except (ValueError, OSError) as raised:
-            result[1] = raised
-    dist.broadcast_object_list(result)
-    if result[1]:
-        raise result[1]
-    return result[0]
+            message[1] = raised
+    dist.broadcast_object_list(message)
+    shapes, error = message
+    if error:
+        raise error
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+    def exchange(x):
+        content = x if rank == 0 else torch.empty(x.shape, dtype=x.dtype)
+        content = content.contiguous().to(device)
+        dist.broadcast(content, 0)
+        return content.cpu()
+
+    return map_tensors(result if rank == 0 else shapes, exchange)
+
+
+def map_tensors(x, function):
+    """Nested dicts and lists with function(tensor) in place of each tensor."""
+    if isinstance(x, dict):
+        return {key: map_tensors(value, function) for key, value in x.items()}
+    if isinstance(x, list):
+        return [map_tensors(value, function) for value in x]
+    return function(x) if isinstance(x, torch.Tensor) else x
 
 
 @contextlib.contextmanager
@@ -125,9 +150,9 @@ def exclusive_run(path, output, rank, world):
 
 def acquire_lock(path, output):
     """Create a lock file with its folder, and lock it; see exclusive_run."""
-    # torchrun restarts a killed run before all of its processes have exited.
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    deadline = time.monotonic() + (30 if restarted else 0)
+    # The processes of the killed run may still exit, and a network file system frees the
+    # locks of a lost machine after a minute or two.
+    deadline = time.monotonic() + (120 if is_restarted() else 0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -164,22 +189,37 @@ def acquire_lock(path, output):
         raise OSError(f"{output}: cannot write here ({error})") from error
 
 
+def is_restarted():
+    """Whether torchrun has restarted this process, or slurm has requeued its job."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in counts)
+
+
+# SIGHUP and SIGUSR1 do not exist on Windows.
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def stop_signals():
-    """A list that collects SIGTERM, SIGINT and SIGHUP in the block, instead of an exit.
+    """A list that collects STOP_SIGNALS in the block, instead of an exit.
 
-    A second signal of the same kind takes effect at once.
+    A second signal of the same kind takes effect at once, in a rank after a second.
     """
     received = []
 
     def receive(number, _):
         received.append(number)
+        if "RANK" in os.environ:
+            # Of a signal to all processes of a job, torchrun sends its ranks another copy.
+            signal.signal(number, signal.SIG_IGN)
+            time.sleep(1)
         signal.signal(number, signal.SIG_DFL)
 
     numbers = [signal.SIGTERM, signal.SIGINT]
-    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-    if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:  # ignored by nohup
-        numbers.append(hangup)
+    for number in set(STOP_SIGNALS) - set(numbers):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets for SIGHUP
+            numbers.append(number)
     previous = [signal.signal(number, receive) for number in numbers]
     try:
         yield received

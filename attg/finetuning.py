@@ -27,6 +27,7 @@ from attg.checkpoint import (
 )
 from attg.cli import flag, resume_class
 from attg.datasets import refuse_unreadable
+from attg.distributed import broadcast_from_rank0
 from attg.evaluation import count_correct, draw, fill, open_sets
 from attg.images import seed_for, train_view
 from attg.loader import ResumableBatchSampler, make_loader
@@ -112,10 +113,20 @@ def fit(
     device, rank, world = dist_info
     epoch_steps = len(train_set) // settings.batch_size
     total_steps, start = settings.epochs * epoch_steps, 0
-    if settings.save and Path(settings.save).exists():
-        shared = identity(settings, train_set)
-        start = resume(settings.save, model, optimizer, shared, total_steps)
-        log_line(f"resuming {settings.save} after {start} of {total_steps} steps")
+    if settings.save:
+        # On rank 0, as others need not share the folder.
+        saved = broadcast_from_rank0(
+            lambda: read_saved(
+                settings.save, identity(settings, train_set), total_steps
+            ),
+            rank,
+            world,
+        )
+        if saved:
+            start = saved["step"]
+            load_state(model, saved["model"], settings.save)
+            load_optimizer(optimizer, saved["optimizer"], start, settings.save)
+            log_line(f"resuming {settings.save} after {start} of {total_steps} steps")
     order = settings.batch_size, start, total_steps, settings.seed
     sampler = ResumableBatchSampler(len(train_set), *order, settings.accum, rank, world)
     options = {"batch_sampler": sampler, "pin_memory": device.type == "cuda"}
@@ -202,11 +213,13 @@ def save(path, model, optimizer, settings, step):
     save_checkpoint(path, **states, settings=settings, step=step)
 
 
-def resume(path, model, optimizer, settings, total_steps):
-    """Load the file of --save; returns its step.
+def read_saved(path, settings, total_steps):
+    """The parts of the file of --save, None if it does not exist.
 
     ValueError names the settings in which it differs from these.
     """
+    if not Path(path).exists():
+        return None
     parts, reason = load_checkpoint(path), None
     missing = sorted({"model", "optimizer", "settings", "step"} - set(parts))
     old, new = (read_settings(x, path) for x in (parts.get("settings", {}), settings))
@@ -220,9 +233,7 @@ def resume(path, model, optimizer, settings, total_steps):
         reason = f"damaged: step {step!r} of a run of {total_steps}"
     if reason:
         raise ValueError(f"--save {path}: {reason}; choose another file")
-    load_state(model, parts["model"], path)
-    load_optimizer(optimizer, parts["optimizer"], step, path)
-    return step
+    return parts
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
+from attg.distributed import STOP_SIGNALS
 from attg.images import generator_for
 
 
@@ -67,7 +68,9 @@ def default_workers(device):
     """Loader workers per process: none beside a CPU that is busy with training."""
     if device.type == "cpu":
         return 0
-    cores = os.cpu_count() or 1
+    # slurm and taskset leave a process some of the cores; macOS and Windows do not tell.
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    cores = len(affinity(0))
     return min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -82,8 +85,8 @@ def ignore_stop_signals(exiting, _):
         if exiting.is_set():
             os._exit(0)
 
-    for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):  # no SIGHUP on Windows
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, terminate)
 
 

@@ -24,10 +24,16 @@ import eval_knn
 import eval_linear
 import object_discovery
 from attg import distributed
-from attg.checkpoint import check_settings, load_state, read_run, restore
+from attg.checkpoint import (
+    check_settings,
+    load_optimizer,
+    load_state,
+    read_run,
+    restore,
+)
 from attg.distributed import exclusive_run
 from attg.figures import save_sheet
-from attg.finetuning import resume, save
+from attg.finetuning import read_saved, save
 from attg.log import Log, log_line
 from tests.fuzz import RANDOM, damaged_checkpoint, damaged_parts, within
 from tests.helpers import TINY, assert_same_run, blobs, same, save_features
@@ -123,7 +129,10 @@ def test_damaged_files_of_save(tmp_path, rng):
     save(path, models[0], optimizers[0], settings, 1)
     torch.save(damaged_parts(load_parts(path), rng), path)
     try:
-        step = resume(path, models[1], optimizers[1], settings, 3)
+        parts = read_saved(path, settings, 3)
+        step = parts["step"]
+        load_state(models[1], parts["model"], path)
+        load_optimizer(optimizers[1], parts["optimizer"], step, path)
     except ValueError as error:
         assert str(path) in str(error)
     else:
@@ -308,11 +317,12 @@ def test_locked(tmp_path, monkeypatch, capsys):
         # A lock ends with its process.
         with exclusive_run(lock, "--out new", 0, 1):
             pass
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with holder(lock, 1):
-        began = time.monotonic()
-        with exclusive_run(lock, "--out new", 0, 1):
-            assert time.monotonic() - began > 0.3
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        with monkeypatch.context() as patch, holder(lock, 1):
+            patch.setenv(name, "1")
+            began = time.monotonic()
+            with exclusive_run(lock, "--out new", 0, 1):
+                assert time.monotonic() - began > 0.3
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(distributed, "fcntl", None)
     with exclusive_run(lock, "--out new", 0, 1):

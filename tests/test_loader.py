@@ -81,11 +81,17 @@ def test_workers_change_nothing(folder, augment):
 
 
 def test_ranks_share_the_cores(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 24)
+    """As many as are left to this process, of all cores of the machine."""
+    monkeypatch.setattr("os.cpu_count", lambda: 99)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(24), raising=False)
     for ranks, workers in (("1", 16), ("2", 12), ("5", 4)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert default_workers(torch.device("cuda")) == workers
     assert default_workers(torch.device("cpu")) == 0
+    monkeypatch.delattr("os.sched_getaffinity")  # as on macOS
+    assert default_workers(torch.device("cuda")) == 16
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert default_workers(torch.device("cuda")) == 0
 
 
 def test_workers_ignore_signals_and_exit():
@@ -103,7 +109,7 @@ def batches():
 data = open_data("toy", "test", augment=True)
 first = batches()
 next(first)
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, lambda *_: None)
     os.killpg(0, number)
 print("batches", 1 + sum(1 for _ in first))

@@ -240,10 +240,15 @@ def test_two_machines_without_a_shared_folder(ask, labelled, whole, trained, tmp
 
 
 def test_signal_to_one_of_two_processes(ask, long, tmp_path):
-    """They agree on the step after which both stop."""
+    """They agree on the step after which both stop.
+
+    torchrun passes on a signal that a rank may have received already.
+    """
     runs = ranks(ask, tmp_path / "out", long)
     assert runs[0].until(lambda: runs[0].steps() >= 5)
-    os.kill(runs[1].pid, signal.SIGTERM)
+    for _ in range(2):
+        os.kill(runs[1].pid, signal.SIGTERM)
+        time.sleep(0.3)
     assert [run.wait()[0] for run in runs] == [128 + signal.SIGTERM] * 2
     step = last(tmp_path / "out")["step"]
     assert 5 <= step < 60 and step == records(tmp_path / "out")[-1]["step"]

@@ -24,6 +24,7 @@ from attg import figures, pretraining, trainer
 from attg.checkpoint import check_settings, read_run
 from attg.cli import resume_class
 from attg.datasets import open_data
+from attg.distributed import STOP_SIGNALS
 from attg.images import generator_for
 from attg.loader import make_loader
 from attg.log import RENAMED_SETTINGS, describe_machine, print_table, read_log
@@ -55,7 +56,7 @@ def stop_after(step, number=signal.SIGTERM):
 
 @pytest.mark.parametrize(
     "precision, step, number",
-    [("bf16", 8, signal.SIGTERM), ("fp16", 12, signal.SIGINT)],
+    [("bf16", 8, signal.SIGUSR1), ("fp16", 12, signal.SIGINT)],
     ids=["mid-epoch", "epoch end"],
 )
 def test_stopped_and_resumed_equals_uninterrupted(
@@ -64,7 +65,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     options = {"accum": 2, "clip_grad": 1.0, "eval_every": 1}
     settings = labelled | {"precision": precision} | options
     reference = whole(**settings)
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(n) for n in STOP_SIGNALS]
     with stop_after(step, number):
         result = train(tmp_path, **settings)
     assert (result["step"], result["stopped"], result["knn"]) == (step, number, {})
@@ -79,7 +80,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert records(tmp_path, "knn") == records(reference, "knn")
     assert result["knn"] == records(reference, "knn")[-1]["knn"]
     assert bool(last(tmp_path)["scaler"]) == (precision == "fp16")
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(n) for n in STOP_SIGNALS] == handlers
     # Autocast does something, and not too much.
     a, b = losses(whole())[-1][2], losses(tmp_path)[-1][2]
     assert a != b and abs(a - b) < 0.05 * a
@@ -718,3 +719,22 @@ def test_a_lost_checkpoint(copy, whole):
     assert not list(out.glob("*.tmp"))
     (out / "last.pt").unlink()
     assert train(**settings, resume="none")["step"] == 12
+
+
+def test_a_restarted_job_continues(trained, labelled, tmp_path, monkeypatch):
+    """With any --resume: otherwise each restart would discard the steps before it."""
+    for resume, start in (("none", 0), (str(trained / "last.pt"), 6)):
+        out = tmp_path / str(start)
+        settings = labelled | {"epochs": 3}
+        monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+        with stop_after(3):
+            train(out, **settings)  # another command, which is not continued
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        for step in (start + 2, start + 4):
+            with stop_after(2):
+                assert train(out, **settings, resume=resume)["step"] == step
+        steps = [r["step"] for r in records(out)]
+        assert steps[-4:] == [*range(start + 1, start + 5)]
+        monkeypatch.delenv("SLURM_RESTART_COUNT")
+        with stop_after(2):
+            assert train(out, **settings, resume=resume)["step"] == start + 2
