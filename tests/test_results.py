@@ -4,6 +4,7 @@ The published metrics are those of the logs in results/: tables are computed aga
 
 import json
 import re
+from itertools import permutations, product
 
 import pytest
 
@@ -50,103 +51,88 @@ def rows_of_study(name):
     return {(row["variant"], row["metric"], row["feature"]): row for row in rows}
 
 
-def mean(row):
-    return f"{row['mean']:.1f} ± {row['sd']:.1f}"
-
-
-def difference(row):
-    return f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+def texts(row):
+    """Mean and paired difference of a row, as the pages show them; "" for vanilla."""
+    mean = f"{row['mean']:.1f} ± {row['sd']:.1f}"
+    if row["variant"] == "none":
+        return mean, ""
+    return mean, f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
 
 
 def assert_line(page, *cells):
     """A table of the page has a line with these cells."""
-    assert f"| {' | '.join(cells)} |" in page, cells
-
-
-def test_first_table_of_the_readme():
-    rows = rows_of_study("imagenette64")
-    cells = {"none": [], "cnn-tokencut": [], "difference": []}
-    for metric in ("k-NN, k = 20", "linear probe"):
-        for feature in FEATURES:
-            for variant in ("none", "cnn-tokencut"):
-                cells[variant].append(mean(rows[variant, metric, feature]))
-            guided = rows["cnn-tokencut", metric, feature]
-            cells["difference"].append(difference(guided))
-    for line in cells.values():
-        assert_line(README, *line)
-    guided = [row for row in rows.values() if row["variant"] == "cnn-tokencut"]
-    assert {(row["n"], row["pairs"]) for row in guided} == {(5, 5)}
-    assert len(guided) == 12 and "5 seeds, top-1" in README.replace("\n", " ")
-    # As the text says, every interval includes 0.
-    assert all(row["low"] < 0 < row["high"] for row in guided)
-
-    toy = rows_of_study("toy")
-    for variant in ("masks", "none"):
-        assert mean(toy[variant, "k-NN, k = 20", FEATURES[0]]) in README
-    new = rows_of_study("toy-new-seeds")["self", "k-NN, k = 20", "patch_mean"]
-    assert difference(new) in README and new["pairs"] == 10
-
-
-def test_tables_of_the_study_page():
-    rows = rows_of_study("imagenette64")
-    names = {name: name for name in ("k-NN, k = 5", "k-NN, k = 20", "linear probe")}
-    names["k-NN, 10 shots"] = "k-NN, 10 labeled images a class, k = 5"
-    names["transfer, k = 20"] = "k-NN, k = 20, on 12 classes of flowers"
-    for metric, name in names.items():
-        for feature in FEATURES:
-            vanilla = mean(rows["none", metric, feature])
-            guided = rows["cnn-tokencut", metric, feature]
-            cells = (feature.replace("_", " "), vanilla, mean(guided))
-            assert_line(STUDY, name, *cells, difference(guided))
-    for feature in FEATURES:
-        assert difference(rows["gaussian", "k-NN, k = 20", feature]) in STUDY
-
-    rows = rows_of_study("toy")
-    names = {"none": "vanilla", "masks": "exact masks", "self": "own encoder (`self`)"}
-    names["masks+inverted"] = "exact masks, inverted"
-    names["pixels"] = "TokenCut of colors (`pixels`)"
-    names["gaussian"] = "a centered Gaussian, the control"
-    assert {variant for variant, _, _ in rows} == set(names)
-    for variant, name in names.items():
-        line = f"| {name} | 3 |"
-        for metric in ("k-NN, k = 20", "linear probe"):
-            row = rows[variant, metric, "patch_mean"]
-            line += f" {mean(row)} |"
-            line += f" {difference(row)} |" if variant != "none" else " |"
-        assert line in STUDY
+    line = f"| {' | '.join(cells)} |".replace("|  |", "| |")
+    assert line in page, line
 
 
 KNN, LINEAR = "k-NN, k = 20", "linear probe"
-TOKEN, MEAN = FEATURES
-# Study, variant, control, and the metrics and features that are averaged.
-CONTRASTS = [
-    ("imagenette64", "cnn-tokencut", "none", [(KNN, TOKEN), (KNN, MEAN)]),
-    ("imagenette64", "gaussian", "none", [(KNN, TOKEN), (KNN, MEAN)]),
-    ("imagenette64", "cnn-tokencut", "gaussian", [(KNN, TOKEN)]),
-    ("imagenette64", "cnn-tokencut", "gaussian", [(KNN, MEAN)]),
-    ("toy-new-seeds", "self", "none", [(KNN, MEAN)]),
-    ("toy-new-seeds", "self", "gaussian", [(KNN, MEAN)]),
-    ("toy-new-seeds", "self", "gaussian", [(KNN, TOKEN)]),
-    ("toy-new-seeds", "gaussian", "none", [(KNN, MEAN)]),
-    ("toy-new-seeds", "self", "none", [("k-NN, 10 shots", TOKEN)]),
-    ("toy-new-seeds", "self", "none", [(LINEAR, MEAN)]),
-    ("toy", "masks", "gaussian", [(LINEAR, MEAN)]),
-    ("toy", "masks", "gaussian", [(KNN, MEAN)]),
-    ("toy", "self", "gaussian", [(KNN, MEAN)]),
-    ("toy", "masks", "masks+inverted", [(KNN, TOKEN)]),
-    ("toy", "masks", "masks+inverted", [(KNN, MEAN)]),
-]
+# Names on the page of metrics of imagenette64, and of variants of toy.
+METRICS = {name: name for name in ("k-NN, k = 5", KNN, LINEAR)}
+METRICS["k-NN, 10 shots"] = "k-NN, 10 labeled images a class, k = 5"
+METRICS["transfer, k = 20"] = "k-NN, k = 20, on 12 classes of flowers"
+VARIANTS = {"none": "vanilla", "masks": "exact masks", "self": "own encoder (`self`)"}
+VARIANTS["masks+inverted"] = "exact masks, inverted"
+VARIANTS["pixels"] = "TokenCut of colors (`pixels`)"
+VARIANTS["gaussian"] = "a centered Gaussian, the control"
 
 
-@pytest.mark.parametrize(("name", "variant", "control", "keys"), CONTRASTS)
-def test_other_contrasts_of_the_study_page(name, variant, control, keys):
-    runs = study.read_study(RESULTS / "study" / name)
-    differences = [
-        sum(run[key] - runs[control][seed][key] for key in keys) / len(keys)
-        for seed, run in runs[variant].items()
-    ]
-    mean, low, high, _ = study.interval(differences)
-    assert f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" in STUDY
+def test_tables_of_the_pages():
+    rows = rows_of_study("imagenette64")
+    columns = [], [], []  # of the README, whose columns are the metrics
+    for (metric, name), feature in product(METRICS.items(), FEATURES):
+        vanilla, guided = (rows[x, metric, feature] for x in ("none", "cnn-tokencut"))
+        cells = texts(vanilla)[0], *texts(guided)
+        assert_line(STUDY, name, feature.replace("_", " "), *cells)
+        # As the README says, every interval includes 0.
+        assert guided["pairs"] == 5 and guided["low"] < 0 < guided["high"]
+        if metric in (KNN, LINEAR):
+            for column, cell in zip(columns, cells, strict=True):
+                column.append(cell)
+    for column in columns:
+        assert_line(README, *column)
+
+    rows = rows_of_study("toy")
+    assert {variant for variant, _, _ in rows} == set(VARIANTS)
+    for variant, name in VARIANTS.items():
+        knn, linear = (texts(rows[variant, x, "patch_mean"]) for x in (KNN, LINEAR))
+        assert_line(STUDY, name, "3", *knn, *linear)
+    for variant in ("masks", "none"):
+        assert texts(rows[variant, KNN, "class_token"])[0] in README
+    new = rows_of_study("toy-new-seeds")["self", KNN, "patch_mean"]
+    assert texts(new)[1] in README and new["pairs"] == 10
+
+
+# Of four of five seeds, of the growth of a difference within a run, and of differences
+# between two metrics.
+OTHER_INTERVALS = """
++1.3 [+0.3, +2.4]  +1.4 [-0.5, +3.4]  +7.6 [-2.4, +17.6]  +7.3 [-2.3, +17.0]
++3.6 [+1.6, +5.6]  +0.9 [-1.5, +3.3]  -5.4 [-6.9, -3.9]   +4.05 [+3.60, +4.50]
++0.9 [-1.1, +2.8]
+"""
+
+
+def test_every_interval_follows_from_the_logs():
+    """Paired differences of two variants in a metric of one feature, or of both averaged."""
+    known = set(re.findall(r"\S+ \[.*?\]", OTHER_INTERVALS))
+    for folder in STUDIES:
+        runs = study.read_study(folder)
+        for variant, control in permutations(runs, 2):
+            seeds = sorted(runs[variant].keys() & runs[control].keys())
+            if len(seeds) < 3:
+                continue
+            pairs = [(runs[variant][seed], runs[control][seed]) for seed in seeds]
+            metrics = {metric for metric, _ in pairs[0][0]}
+            for metric, features in product(metrics, [*zip(FEATURES), FEATURES]):
+                differences = [
+                    sum(a[metric, x] - b[metric, x] for x in features) / len(features)
+                    for a, b in pairs
+                    if all((metric, x) in a and (metric, x) in b for x in features)
+                ]
+                mean, low, high, _ = study.interval(differences)
+                known.add(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+    form = r"[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]"
+    published = set(re.findall(form, (README + STUDY).replace("\n", " ")))
+    assert len(published) > 50 and published <= known, published - known
 
 
 def test_quick_start_is_that_of_its_log():
