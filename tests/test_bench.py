@@ -72,13 +72,11 @@ def test_bench_kernel(monkeypatch):
     quick = partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", quick)
     monkeypatch.setattr(kernel.shutil, "which", lambda name: name)
-    assert not any(bench.Settings().size % patch for patch, *_ in kernel.CASES)
     case = (8, torch.bfloat16, torch.uint8)
     monkeypatch.setattr(kernel, "CASES", [case])
     rows = rows_of(kernel)
     assert [row["loss"] for row in rows] == ["eager", "compile", "copy"] * 2
     pred, imgs, mask, _ = kernel.make_inputs(case, batch_size=3, size=16, device=CPU)
-    assert imgs.max() > 200
     # 3 of 4 patches of 3 images are masked; each has 192 values.
     masked, every = 3 * 3 * 192, 3 * 4 * 192
     moved = kernel.bytes_to_move(pred, imgs, mask)
@@ -96,17 +94,14 @@ def test_bench_kernel_on_a_gpu():
 def test_bench_step():
     # This copy of facebookresearch/mae does not exist.
     rows = rows_of(step, models=("vit_micro",), mae_repo="/nowhere")
-    with pytest.raises(ValueError, match="--precision fp8: choose from bf16 and fp32"):
-        rows_of(step, precision=("fp8",))
     names = ["ours", "HF sdpa", "train_step, vanilla", "train_step, guided"]
     assert [row["step"] for row in rows] == names * 2
-    cfg = attg_mae.Config()
-    models = [model for model, *_ in step.available_impls(cfg, CPU).values()]
-    our_size, size = (sum(p.numel() for p in m.parameters()) for m in models)
-    assert our_size == size
-    for part, width in ((models[1].vit.embeddings, 128), (models[1].decoder, 64)):
-        positions = [x[0] for name, x in part.named_parameters() if "pos" in name]
-        assert torch.equal(positions[0], attg_mae.sincos_table(width, (8, 8)))
+    models = [x for x, *_ in step.available_impls(attg_mae.Config(), CPU).values()]
+    our_size, size = (sum(p.numel() for p in model.parameters()) for model in models)
+    positions = [p for name, p in models[1].named_parameters() if "pos" in name]
+    assert our_size == size and positions and all(p.any() for p in positions)
+    with pytest.raises(ValueError, match="--precision fp8: choose from bf16 and fp32"):
+        rows_of(step, precision=("fp8",))
 
 
 def test_bench_data(tmp_path):
@@ -128,25 +123,20 @@ def test_bench_data(tmp_path):
         rows_of(data)
     rows = rows_of(data, data=str(tmp_path), peer_checkout=str(ROOT))
     assert [row["pipeline"] for row in rows] == ["ours", str(ROOT)] * 3
-    with pytest.raises(FileNotFoundError, match="/nowhere"):
-        rows_of(data, data=str(tmp_path), peer_checkout="/nowhere")
 
 
 def test_bench_maps():
     rows = rows_of(maps, size=48)
     assert [row["L"] for row in rows] == [9] * 7 + [36] * 7
-    assert len({row["graphs"] for row in rows}) == 3
     names = ["tokencut", "scipy", "backbone", "tokencut", "scipy"]
     assert [row["cut"] for row in rows[:5]] == names
 
 
-def test_bench_knn(monkeypatch, capsys):
+def test_bench_knn(monkeypatch):
     monkeypatch.setitem(knn.SIZES, "cpu", (5000, 300, 32))
     rows = rows_of(knn)
-    names = [row["k-NN"] for row in rows]
-    assert [x for x in names if x != "faiss"] == ["knn_classify", "one-hot", "sklearn"]
-    missing = "without faiss: not installed" in capsys.readouterr().out
-    assert missing == ("faiss" not in names)
+    names = {row["k-NN"] for row in rows}
+    assert names >= {"knn_classify", "one-hot", "sklearn"}
     assert len({round(row["top-1 %"], 3) for row in rows}) == 1
     assert 10 < rows[0]["top-1 %"] < 90
 
