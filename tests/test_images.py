@@ -3,8 +3,6 @@ Decoding, conversion to 8 bits and crops: against torchvision, numpy and by hand
 """
 
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -24,7 +22,7 @@ from attg.datasets import open_data
 from attg.images import Jpeg, eval_view, load_image, to_8_bits, train_view
 from eval_finetune import rand_augment
 from tests.fuzz import RANDOM, damage, largest_memory, png, within
-from tests.helpers import LUMA, ROOT, noise, ramp, write
+from tests.helpers import LUMA, noise, ramp, write
 
 BICUBIC = v2.InterpolationMode.BICUBIC
 SEEDS = st.integers(0, 2**64 - 1)
@@ -412,10 +410,3 @@ def test_pixels_are_counted_before_decoding(tmp_path):
         load_image(path, 2999)
     with pytest.raises(OSError, match="truncated"):
         load_image(path, 3000)
-
-
-def test_torchvision_is_imported_late():
-    """Importing it takes as long as importing torch; --help does not need it."""
-    modules = "attg_mae, eval_knn, eval_linear, object_discovery"
-    code = f"import {modules}, sys; raise SystemExit('torchvision' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100, check=True)

@@ -296,6 +296,7 @@ def test_command_from_elsewhere_without_git_or_terminal(labelled, tmp_path):
 
 
 def test_importing_has_no_effect(tmp_path):
+    """--help needs no torchvision, whose import takes as long as that of torch."""
     code = f"""
 import signal, sys, torch
 sys.path.insert(0, {str(Path(SCRIPT).parent)!r})
@@ -303,7 +304,9 @@ before = signal.getsignal(signal.SIGINT), torch.get_rng_state(), torch.get_num_t
 def query(*_): raise AssertionError("CUDA query")
 for name in ("is_available", "device_count", "current_device", "init", "_lazy_init"):
     setattr(torch.cuda, name, query)
-import attg_mae, bench, eval_finetune, eval_knn, eval_linear, kernels, object_discovery
+import attg_mae, bench, eval_knn, eval_linear, kernels, object_discovery
+assert "torchvision" not in sys.modules
+import eval_finetune
 after = signal.getsignal(signal.SIGINT), torch.get_rng_state(), torch.get_num_threads()
 assert before[0] == after[0] and before[1].equal(after[1]) and before[2] == after[2]
 assert not torch.distributed.is_initialized()
