@@ -6,6 +6,7 @@ Without a GPU the kernels run in Triton's interpreter.
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -230,8 +231,10 @@ def test_fp16_gradients_do_not_underflow(impl):
 
 @each_impl
 def test_loss_compiles_once_for_all_tau(impl):
-    args = randn(2, 3, 12, 12, seed=1), rand(2, 9) < 0.7, rand(2, 9, seed=3)
-    args = [on_device(x) for x in args]
+    mask = (rand(2, 9) < 0.7).float()
+    args = [
+        on_device(x) for x in (randn(2, 3, 12, 12, seed=1), mask, rand(2, 9, seed=3))
+    ]
     options = {"patch_size": 4, "impl": impl, "return_mse": True}
 
     def results(loss, tau):
@@ -328,7 +331,8 @@ def test_loss_errors(i, impl):
         kernel.attg_loss(**GOOD | {"impl": impl} | wrong)
 
 
-def test_a_mask_is_not_read_in_a_transform_or_a_trace():
+def test_a_mask_is_not_read_on_a_gpu_in_a_transform_or_a_trace():
+    assert kernel._holds(SimpleNamespace(device=torch.device("cuda")), None)
     imgs, mask, attn = randn(3, 3, 4, 4, seed=1), rand(3, 4) < 0.6, rand(3, 4, seed=2)
     args = randn(3, 4, 12), imgs, mask.float(), attn
 
