@@ -124,9 +124,9 @@ class FindAttention(TorchFunctionMode):
 class NamedViT(nn.Module):
     """A ViT of timm or Hugging Face, with what the programs use of this project's ViT.
 
-    Register and distillation tokens are left out. Without a class token, the model's
-    pooled feature takes its place, or else the patch mean. fc_norm: see
-    attg.features.pool_tokens.
+    Register and distillation tokens are left out. The feature of an attention pool takes
+    the place of the class token; without both it is the model's pooled feature, or else
+    the patch mean. fc_norm: see attg.features.pool_tokens.
     """
 
     def __init__(self, model, size, mean, std):
@@ -188,7 +188,8 @@ class NamedViT(nn.Module):
             if self.has_class_token and hasattr(model, "post_layernorm"):
                 # CLIP normalizes the class token only, and not in this output.
                 tokens = model.post_layernorm(tokens)
-            return tokens, output.get("pooler_output")
+            # Where there is a class token, ViT's pooler is a head for another task.
+            return tokens, None if self.has_class_token else output.get("pooler_output")
         tokens = model.forward_features(imgs)
         has_pool = getattr(model, "attn_pool", None) is not None
         return tokens, model.forward_head(tokens, True) if has_pool else None
@@ -197,10 +198,8 @@ class NamedViT(nn.Module):
         """Images (B, C, H, W) -> tokens (B, 1 + L, D)."""
         tokens, pooled = self.tokens(imgs)
         patches = tokens[:, self.first :]
-        if self.has_class_token:
-            pooled = tokens[:, 0]
-        elif pooled is None:
-            pooled = patches.mean(dim=1)
+        if pooled is None:
+            pooled = tokens[:, 0] if self.has_class_token else patches.mean(dim=1)
         return torch.cat([pooled[:, None], patches], dim=1)
 
     def last_input(self, imgs):

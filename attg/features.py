@@ -209,7 +209,8 @@ def knn_accuracy(model, train_set, test_set, dtype, rank, world, **loader_args):
     )
     accuracy = {}
     for name in FEATURES:
-        if len(train["labels"]) and len(test["labels"]):
+        # Of one class all would be right.
+        if len(train["labels"].unique()) > 1 and len(test["labels"]):
             # One feature at a time: 5 GB for ViT-L on ImageNet.
             sets = train[name], train["labels"], test[name]
             classes = knn_classify(*(x.to(device) for x in sets))

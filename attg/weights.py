@@ -348,7 +348,8 @@ def load_initial(model, run, checkpoint, sincos_table):
     elif cfg.init:
         weights = read_weights(cfg.init, cfg.weights_key, cfg.weights_prefix)
         sizes = weight_sizes(weights.state)
-        sizes["heads"] = weights.settings.get("heads", cfg.heads)
+        told = ["heads", "decoder_heads"] if "decoder_depth" in sizes else ["heads"]
+        sizes |= {key: weights.settings.get(key, getattr(cfg, key)) for key in told}
         flags = [f"--{key} {n}" for key, n in sizes.items() if n != getattr(cfg, key)]
         if flags:
             reason = f"does not fit this {cfg.model}; use {' '.join(flags)}"

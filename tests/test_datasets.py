@@ -608,6 +608,10 @@ def test_images_without_labels_are_not_in_the_bank():
         for bank in (mixed, open_data(known[::2] * 2, "train", 32))
     )
     assert got == want and all(50 < top1 < 100 for top1 in got.values())
+    # Labels of -1 and 1 leave one class.
+    one = [(image, label or -1) for image, label in known]
+    bank, test = (open_data({"train": one, "test": one}, x, 32) for x in pairs)
+    assert knn_accuracy(model, bank, test, None, 0, 1, batch_size=16) == {}
 
 
 def test_features_without_labels_are_not_in_the_bank(tmp_path):

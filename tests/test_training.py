@@ -2,6 +2,7 @@
 Training runs: exact resume, accumulation, log, evaluation, files, and what is refused.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -515,6 +516,11 @@ def test_init(name, whole, labelled, tmp_path, capsys):
         expected = fresh if decoder and name == "encoder.pt" else given
         assert same(ours[key], expected[key])
     assert not same(fresh, given) and records(tmp_path / "out")[0]["step"] == 1
+    settings |= {"init": str(whole() / name), "decoder_heads": 4}
+    refused = pytest.raises(ValueError, match="last.pt .*use --decoder_heads 2")
+    # encoder.pt has no decoder.
+    with refused if name == "last.pt" else contextlib.nullcontext():
+        train(tmp_path / "other", **settings)
 
 
 def test_gray_and_oblong_images(plain, passes, tmp_path):
