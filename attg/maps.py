@@ -22,6 +22,7 @@ import torch
 
 from attg.files import replacing, sha256
 from attg.kernels import normalize_map
+from attg.log import log_line
 
 # Version 1 has no "version" field, and calls affinity_threshold "cut".
 VERSION = 2
@@ -142,16 +143,17 @@ def load_maps(path, dataset):
 
 
 def open_maps(path, dataset, name):
-    """The maps (n, h, w) that guide training, from the map file `path`.
+    """The maps (n, h, w) of the file `path`, which guide training, and their checksum.
 
-    Without a path, the masks that the data set `name` brings; ValueError if it has none.
+    ValueError without a path; name: of the data set.
     """
-    if path is not None:
-        return load_maps(path, dataset)[0]
-    if dataset.masks is None:
+    if path is None:
         raise ValueError(
             f"--data {name} needs attention maps: make them with python "
             f"object_discovery.py --data {name} --out maps.npy and pass --maps maps.npy, "
             "or train a vanilla MAE with --guidance none"
         )
-    return dataset.masks
+    maps, manifest = load_maps(path, dataset)
+    counts = f"{len(manifest['flat'])} flat and {len(manifest['failed'])} failed"
+    log_line(f"--maps {path}: {counts} of {len(maps)} maps do not guide")
+    return maps, manifest["checksum"]

@@ -25,7 +25,7 @@ from attg.figures import save_curves
 from attg.images import ImageData, generator_for
 from attg.loader import default_workers, make_loader
 from attg.log import Log, Meter, progress, read_log
-from attg.maps import open_maps, read_manifest
+from attg.maps import open_maps
 from attg.pretraining import resolve
 from attg.weights import DECODER
 
@@ -80,8 +80,7 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     maps_id = None if maps is None else "masks of the data set"
     # Drawing examples (--epochs 0) works without maps, guided training does not.
     if cfg.maps or (cfg.guidance != "none" and maps is None and cfg.epochs > 0):
-        maps = open_maps(cfg.maps, train_set, cfg.data)
-        maps_id = read_manifest(Path(cfg.maps))["checksum"]
+        maps, maps_id = open_maps(cfg.maps, train_set, cfg.data)
 
     steps_per_epoch = max(1, train_set.num_images // cfg.batch_size)
     total_steps = cfg.epochs * steps_per_epoch

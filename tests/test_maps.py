@@ -25,7 +25,7 @@ import object_discovery
 from attg.datasets import open_data
 from attg.map_job import SquashedImages, run_job
 from attg.map_quality import ground_truth_masks, peak_component, quality
-from attg.maps import load_maps, save_maps
+from attg.maps import load_maps, open_maps, save_maps
 from attg.masks import MaskFolder
 from tests.fuzz import RANDOM, damage, png, within
 from tests.helpers import make_images, noise, write
@@ -120,6 +120,15 @@ def test_save_maps_errors(images, tmp_path):
     with pytest.raises(TypeError):
         save_maps(path, some_maps() ** 2, images, "x", bad=object())
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+def test_training_counts_maps_without_effect(images, tmp_path, capsys):
+    maps, path = some_maps(), tmp_path / "m.npy"
+    maps[0], maps[1:3, 0, 0] = 5, np.nan
+    save_maps(path, maps, images, "x")
+    checksum = open_maps(path, images, "x")[1]
+    assert checksum == attg.maps.sha256(path)
+    assert f"--maps {path}: 1 flat and 2 failed of 5" in capsys.readouterr().out
 
 
 @given(st.booleans(), RANDOM)
