@@ -178,15 +178,6 @@ def parse(kind, description, argv=None):
     return settings
 
 
-def make_folder(name, path):
-    """Create the folder of the flag --name with its parents; OSError names the flag."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"cannot create this folder ({error.strerror}); choose another"
-        raise OSError(f"--{name} {path}: {message}") from error
-
-
 def quiet_sigint_during_import():
     """From here to run_cli, Ctrl-C ends the process at once and without a traceback.
 

@@ -72,14 +72,6 @@ def barrier(world):
         dist.barrier()
 
 
-def all_reduce_sum(values, device, world):
-    """Sums of a list of numbers over all ranks, as a list of floats."""
-    totals = torch.tensor(values, dtype=torch.float32, device=device)
-    if world > 1:
-        dist.all_reduce(totals)
-    return totals.tolist()
-
-
 def broadcast_from_rank0(function, rank, world):
     """Call function() on rank 0; every rank returns its result or raises its error.
 

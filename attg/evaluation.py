@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from attg.backbones import is_named, open_backbone, weights_sha256
-from attg.cli import DataFlags, WeightFlags, check_unused, flag, make_folder
+from attg.cli import DataFlags, WeightFlags, check_unused, flag
 from attg.datasets import open_labeled, resolve_dataset, shot_indices
 from attg.distributed import exclusive_run, processes
 from attg.features import SOURCE, make_features, read_features
@@ -247,12 +247,14 @@ def check_outputs(settings):
     for name in ("out", "save", "save_features"):
         path = getattr(settings, name, None)
         if path:
-            make_folder(name, Path(path).parent)
-            # --out may be a device, such as /dev/stdout; the other files are replaced.
             path = Path(path)
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            # --out may be a device, such as /dev/stdout; the other files are replaced.
             special = path.exists() and not path.is_file()
             wrong = special and (path.is_dir() or name != "out")
-            if wrong or not os.access(path.parent, os.W_OK):
+            writable = path.parent.is_dir() and os.access(path.parent, os.W_OK)
+            if wrong or not writable:
                 raise OSError(f"--{name} {path}: not writable; choose another file")
 
 

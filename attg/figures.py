@@ -188,18 +188,11 @@ PANELS |= dict.fromkeys(("class_token", "patch_mean"), "k-NN on the test split, 
 PANELS |= {"tau": "temperature"}
 
 
-def save_curves(path, records):
-    """Save curves of the records of a log.jsonl over the steps.
-
-    Loss and temperature are left out if the loss is unweighted: it is the mse then.
-    """
-    plot_panels(path, panels_of(records))
-
-
 def panels_of(records, run=""):
     """{title: {label: [(step, value), ...]}} of the records of a log.jsonl.
 
-    run: its name, for the labels.
+    Loss and temperature are left out if the loss is unweighted: it is the mse then. run:
+    its name, for the labels.
     """
     weighted = any(x["loss"] != x["mse"] for x in records if "loss" in x)
     panels = {}

@@ -18,10 +18,10 @@ from torch.utils.data import Subset
 
 from attg.checkpoint import check_settings, find_checkpoint, save_checkpoint
 from attg.datasets import open_data, resolve_dataset
-from attg.distributed import all_reduce_sum, broadcast_from_rank0, exclusive_run
+from attg.distributed import broadcast_from_rank0, exclusive_run
 from attg.export import timm_arguments
 from attg.features import knn_accuracy
-from attg.figures import save_curves
+from attg.figures import panels_of, plot_panels
 from attg.images import ImageData, generator_for
 from attg.loader import default_workers, make_loader
 from attg.log import Log, Meter, progress, read_log
@@ -130,7 +130,10 @@ def reconstruction_mse(model, dataset, run):
             loss, _, _ = model.forward(imgs, noise=noise[ids].to(run.device))
         total += loss * len(ids)
         done += len(ids)
-    summed, count = all_reduce_sum([total.item(), done], run.device, run.world)
+    sums = torch.stack([total, torch.tensor(float(done), device=run.device)])
+    if run.world > 1:
+        dist.all_reduce(sums)
+    summed, count = sums.tolist()
     return summed / count
 
 
@@ -285,5 +288,5 @@ class Trainer:
         run.log.info(f"encoder: {out / 'encoder.pt'}")
         metrics = self.evaluate(run.total_steps)
         if run.rank == 0:
-            save_curves(out / "curves.png", read_log(out / "log.jsonl"))
+            plot_panels(out / "curves.png", panels_of(read_log(out / "log.jsonl")))
         return result(run, run.total_steps, **metrics)

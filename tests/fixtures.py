@@ -39,7 +39,7 @@ def seeded():
 def few_drawings():
     """Runs draw no curves: that takes longer than they do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "save_curves", lambda *_: None)
+        patch.setattr(trainer, "plot_panels", lambda *_: None)
         yield
 
 

@@ -24,7 +24,6 @@ from attg.cli import (
     check_unused,
     field_types,
     flag,
-    make_folder,
     parse,
     resume_class,
     run_cli,
@@ -293,16 +292,6 @@ def test_killed_workers_name_a_remedy(program):
         exec(compile(code, f"/lib/{path}", "exec"), scope)
     assert exit_of(scope["fetch"]) == message
     assert "Connection reset" in exit_of(scope["receive"])
-
-
-def test_folders_name_their_flag(tmp_path):
-    for _ in range(2):
-        make_folder("out", tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir()
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "x"):
-        with pytest.raises(OSError, match=f"^--out {path}: "):
-            make_folder("out", path)
 
 
 SCRIPTS = [ROOT / f"{name}.py" for name in PROGRAMS if name != "attg_mae"]

@@ -47,7 +47,7 @@ def test_outputs_are_tried_before_the_work(flag, wrong, labelled):
     before = sorted(Path().rglob("*"))
     # The weights are missing as well, which is not noticed yet.
     for path in ("text.pt/x", "folder"):
-        with pytest.raises(OSError, match=f"--{flag} (text.pt|folder): .*choose"):
+        with pytest.raises(OSError, match=f"--{flag} {path}: .*choose"):
             eval_knn.main([*flags, f"--{flag}", path])
     assert sorted(Path().rglob("*")) == before
     with pytest.raises((ValueError, OSError), match="missing.pt"):

@@ -318,7 +318,7 @@ def test_curves(whole, tmp_path, monkeypatch, capsys):
     rows, tests = records(out), records(out, "knn")
     vanilla = [row | {"loss": row["mse"]} for row in rows]
     for logged in (rows + tests, rows + tests[:1], rows[:1], vanilla):
-        figures.save_curves(tmp_path / "curves.png", logged)
+        figures.plot_panels(tmp_path / "curves.png", figures.panels_of(logged))
     first, one, vanilla = ([a.get_title() for a in x.axes] for x in drawn)
     k_nn = "k-NN on the test split, %"
     assert [x for x in first if x not in one] == [k_nn]  # a point is no curve
@@ -335,7 +335,7 @@ def test_curves(whole, tmp_path, monkeypatch, capsys):
     assert {x.get_marker() for x in lines} == {"."}
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    figures.save_curves(tmp_path / "curves.png", rows)
+    figures.plot_panels(tmp_path / "curves.png", figures.panels_of(rows))
     assert "not drawn: pip install matplotlib" in capsys.readouterr().out
 
 
