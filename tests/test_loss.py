@@ -378,37 +378,37 @@ def test_crop_map_is_that_of_training(seed, size, grid):
     torch.testing.assert_close(got, want, atol=0.3, rtol=0)
 
 
+BOX = torch.tensor([0.0, 0.1, 1.0, 0.7])
+WRONG_BOXES = 224 * BOX, BOX - 0.2, BOX + 0.4, BOX[[2, 1, 0, 3]], BOX[[0, 3, 2, 1]]
+WRONG_BOXES = [torch.stack([BOX, x]) for x in (*WRONG_BOXES, BOX * math.nan)]
+
+
 def test_crop_map_errors():
-    maps, boxes = rand(2, 4, 4), torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2)
-    good = {"maps": maps, "boxes": boxes, "flips": None, "grid": (2, 2)}
+    maps, boxes = rand(2, 6, 6), BOX.repeat(2, 1)
+    good = {"maps": maps, "boxes": boxes, "flips": None, "grid": (3, 3)}
     bad = {"maps": [maps[:, None], maps.flatten(1), (255 * maps).byte()]}
-    bad["boxes"] = [boxes[:1], boxes[:, :3], 224 * boxes, boxes.flip(1), boxes - 0.2]
+    bad["boxes"] = [boxes[:1], boxes[:, :3], *WRONG_BOXES]
     bad["flips"] = [torch.zeros(2, 1) > 0, torch.zeros(2)]
     for name, values in bad.items():
         for wrong in values:
             with pytest.raises(ValueError, match=f"{name}: got .*; pass "):
                 kernel.crop_map(**good | {name: wrong})
+    rounded = kernel.crop_map(**good | {"boxes": boxes.bfloat16()})
+    assert close(rounded, kernel.crop_map(**good), 0.02)
+    assert kernel.crop_map(maps[:0], boxes[:0], None, (3, 3)).shape == (0, 9)
 
 
 @each_impl
 def test_boxes_that_are_not_read_make_the_loss_nan(impl):
-    """In a graph, as on a GPU; those of the other image are right."""
+    """In a graph, as on a GPU, and for their images only."""
     torch.compiler.reset()
     crop = torch.compile(kernel.crop_map, backend="eager", fullgraph=True)
-    maps, box = rand(2, 6, 6), torch.tensor([0.2, 0.1, 0.9, 0.7])
-    args = randn(2, 9, 12), randn(2, 9, 12, seed=1), torch.ones(2, 9)
+    maps, args = rand(2, 6, 6), (randn(2, 9, 12), randn(2, 9, 12, seed=1), None)
     options = {"normalize_attn": False, "reduction": "none", "impl": impl}
-    want = kernel.crop_map(maps, box.expand(2, 4), None, (3, 3))
-    for wrong in (224 * box, box - 0.5, box + 0.5, box[[2, 1, 0, 3]], box * math.nan):
-        attn = crop(maps, torch.stack([box, wrong]), None, (3, 3))
+    want = kernel.crop_map(maps, BOX.repeat(2, 1), None, (3, 3))
+    for boxes in WRONG_BOXES:
+        attn = crop(maps, boxes, None, (3, 3))
         assert close(attn[0], want[0], 1e-5) and attn[1].isnan().all()
         loss, grad = run(*args, attn, torch.ones(2, 9), **options)
         assert loss.isnan().equal(attn.isnan()) and grad[1].isnan().all()
     torch.compiler.reset()
-    # bf16 rounds bounds, too.
-    assert close(
-        kernel.crop_map(maps, box.bfloat16()[None].repeat(2, 1), None, (3, 3)),
-        want,
-        0.05,
-    )
-    assert kernel.crop_map(maps[:0], box[None][:0], None, (3, 3)).shape == (0, 9)
