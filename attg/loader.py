@@ -18,6 +18,13 @@ from attg.distributed import STOP_SIGNALS
 from attg.images import generator_for
 
 
+# Two are kept: near the end of an epoch the workers are ahead, in the next one.
+@functools.lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    """The order of n images in an epoch, int64 (n,)."""
+    return torch.randperm(n, generator=generator_for("order", seed, epoch))
+
+
 class ResumableBatchSampler(Sampler):
     """Micro-batches of keys (epoch, index) of one rank, for the steps start to stop - 1.
 
@@ -42,17 +49,12 @@ class ResumableBatchSampler(Sampler):
         self.steps_per_epoch = n // batch_size
         # Rows of this rank's micro-batches in a global batch: (accum, b).
         self.rows = torch.arange(batch_size).view(accum, world, -1)[:, rank]
-        # Cache of one epoch's permutation.
-        self.order_epoch, self.order = None, None
 
     def indices(self, step):
         """Image indices of the global batch of a step: int64 (batch_size,)."""
         epoch, i = divmod(step, self.steps_per_epoch)
-        if self.order_epoch != epoch:
-            generator = generator_for("order", self.seed, epoch)
-            self.order = torch.randperm(self.n, generator=generator)
-            self.order_epoch = epoch
-        return self.order[i * self.batch_size : (i + 1) * self.batch_size]
+        order = permutation(self.n, self.seed, epoch)
+        return order[i * self.batch_size : (i + 1) * self.batch_size]
 
     def __len__(self):
         return (self.stop - self.start) * self.accum
@@ -138,8 +140,8 @@ class BatchIterator:
     """The Batches of a run on one rank, from the step `start` on.
 
     run: attg.trainer.Setup. patches: L. ties: whether batches need them. waited: seconds
-    spent waiting for images, until the reader resets it. unreadable: number of images of
-    this epoch that were replaced.
+    spent waiting for images and maps, until the reader resets it. unreadable: number of
+    images of this epoch that were replaced.
     """
 
     def __init__(self, run, start, patches, ties=False):
@@ -161,6 +163,10 @@ class BatchIterator:
             for micro, ids in enumerate(sampler.indices(step)[sampler.rows]):
                 began = time.perf_counter()
                 sample = next(samples)
+                batch = {"image": sample.image, "box": sample.box, "flip": sample.flip}
+                if run.maps is not None:
+                    # Memory-mapped: what is not in memory is read now.
+                    batch["maps"] = torch.from_numpy(run.maps[sample.index.numpy()])
                 self.waited += time.perf_counter() - began
                 self.unreadable += int(run.train_set.unreadable[ids].sum())
                 if micro == 0:
@@ -173,10 +179,7 @@ class BatchIterator:
                         shape = (sampler.batch_size, self.patches)
                         noise = torch.rand(shape, generator=generator)
                         draws[name] = noise[sampler.rows]  # (accum, b, L)
-                batch = {"image": sample.image, "box": sample.box, "flip": sample.flip}
                 batch |= {name: noise[micro] for name, noise in draws.items()}
-                if run.maps is not None:
-                    batch["maps"] = torch.from_numpy(run.maps[sample.index.numpy()])
                 for name, x in batch.items():
                     # The copy of pageable memory would wait for the GPU.
                     x = x.pin_memory() if run.device.type == "cuda" else x

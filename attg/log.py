@@ -255,7 +255,7 @@ class Meter:
         """(record, log line) after `step`.
 
         rows: [loss, mse, gradient norm] of each step since the last record; their means
-        are over finite values. waited: seconds spent waiting for data.
+        are over finite values. waited: seconds spent waiting for data, the ranks' mean.
         """
         run, now = self.run, time.perf_counter()
         seconds, self.logged = now - self.logged, now

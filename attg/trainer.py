@@ -190,15 +190,15 @@ class Trainer:
         Returns whether any rank has received a stop signal.
         """
         run, loader = self.run, self.loader
-        counts = [float(len(self.signals)), float(loader.unreadable)]
-        counts = torch.tensor(counts, device=run.device)
+        counts = [len(self.signals), loader.unreadable, loader.waited / run.world]
+        counts = torch.tensor(counts, dtype=torch.float32, device=run.device)
         means = torch.stack(self.values) / run.world
         self.values.clear()
         # One collective for everything.
         sums = torch.cat([means.flatten(), counts])
         if run.world > 1:
             dist.all_reduce(sums)
-        *flat, signals, unreadable = sums.tolist()
+        *flat, signals, unreadable, waited = sums.tolist()
         rows = [flat[i : i + 3] for i in range(0, len(flat), 3)]
 
         if unreadable > run.train_set.max_unreadable:
@@ -206,9 +206,9 @@ class Trainer:
             raise ValueError(f"--data {run.cfg.data}: {reason}; repair or remove them")
         if not math.isfinite(sum(flat)):
             self.check_finite(rows, done)
-        waits = (loader.waited, int(unreadable))
-        run.log.write(*self.meter.summarize(done, rows, lr, tau, *waits))
         loader.waited = 0.0
+        summary = self.meter.summarize(done, rows, lr, tau, waited, int(unreadable))
+        run.log.write(*summary)
         return signals > 0
 
     def check_finite(self, rows, done):

@@ -4,6 +4,8 @@ Order and batches of training: the sampler, the loader, seeds.
 
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,12 @@ from hypothesis import strategies as st
 
 from attg.datasets import open_data
 from attg.images import Sample, seed_for
-from attg.loader import ResumableBatchSampler, default_workers, make_loader
+from attg.loader import (
+    BatchIterator,
+    ResumableBatchSampler,
+    default_workers,
+    make_loader,
+)
 from tests.helpers import ROOT, same
 
 
@@ -55,6 +62,39 @@ def test_sampler(b, accum, world, extra, start, length, seed):
         micro_batches = range(step * accum, (step + 1) * accum)
         tiled = [key for a in micro_batches for rank in ranks for key in rank[a]]
         assert tiled == keys
+
+
+def test_the_order_of_an_epoch_is_drawn_once(monkeypatch):
+    """While workers fetch images of the next epoch, the last steps of one are trained."""
+    drawn, randperm = [], torch.randperm
+
+    def count(n, **options):
+        drawn.append(n)
+        return randperm(n, **options)
+
+    monkeypatch.setattr(torch, "randperm", count)
+    sampler = ResumableBatchSampler(1009, 100, 0, 30, seed=12345)
+    for step in range(27):
+        sampler.indices(step + 3)
+        sampler.indices(step)
+    assert drawn == [1009] * 3
+
+
+def test_waiting_for_maps_counts(labelled):
+    """A map file on a network file system can be slower than the images."""
+
+    class Slow:
+        def __getitem__(self, rows):
+            time.sleep(0.2)
+            return np.zeros((len(rows), 4, 4))
+
+    run = SimpleNamespace(rank=0, world=1, workers=0, total_steps=1, maps=Slow())
+    run.cfg = SimpleNamespace(batch_size=4, accum=1, seed=0)
+    run.device = torch.device("cpu")
+    run.train_set = open_data(labelled["data"], "train", 16, augment=True)
+    iterator = BatchIterator(run, 0, 16)
+    (batch,) = iterator
+    assert len(batch.maps) == 4 and iterator.waited > 0.19
 
 
 @pytest.mark.parametrize("n, b, parts", [(8, 9, 1), (80, 10, 2), (8, 0, 1)])
