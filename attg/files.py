@@ -1,10 +1,13 @@
-"""Atomic writes and checksums."""
+"""Atomic writes, checksums, requests for many files."""
 
 import contextlib
 import errno
 import hashlib
+import itertools
+import math
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -18,6 +21,27 @@ def sha256_of(*parts):
     """Hex digest of the strings of all parts."""
     text = "\0".join(map(str, parts))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def sha256_or_errno(path):
+    """sha256, or the number of the OSError that reading raises."""
+    try:
+        return sha256(path)
+    except OSError as error:
+        return error.errno
+
+
+def in_threads(function, rows):
+    """[function(row)] for a range of rows, in 16 threads.
+
+    A network file system answers each request late, but many at once: the sizes of
+    ImageNet's files, asked for one by one, take over ten minutes at 0.5 ms each.
+    """
+    size = max(1, math.ceil(len(rows) / 256))
+    parts = (rows[i : i + size] for i in range(0, len(rows), size))
+    with ThreadPoolExecutor(16) as pool:
+        results = pool.map(lambda part: [function(row) for row in part], parts)
+        return list(itertools.chain.from_iterable(results))
 
 
 @contextlib.contextmanager

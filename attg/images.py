@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from attg.files import sha256, sha256_of
+from attg.files import in_threads, sha256_of, sha256_or_errno
 
 BICUBIC = Image.Resampling.BICUBIC
 # Area fraction and aspect ratio of a random crop, as in MAE's pre-training.
@@ -408,15 +408,12 @@ class ImageData(Dataset):
 
     def file_sizes(self):
         """Sizes in bytes of the files."""
-        return [os.stat(self.path(i)).st_size for i in range(len(self))]
+        return in_threads(lambda i: os.stat(self.path(i)).st_size, range(len(self)))
 
     def checksums(self, step):
         """Checksums of the contents of every step-th file."""
-        for i in range(0, len(self), step):
-            try:
-                yield sha256(self.path(i))
-            except OSError as error:
-                yield error.errno
+        rows = range(0, len(self), step)
+        return in_threads(lambda i: sha256_or_errno(self.path(i)), rows)
 
     @functools.cached_property
     def fingerprint(self):

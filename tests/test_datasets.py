@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import threading
 import urllib.error
 from pathlib import Path
 from unittest.mock import Mock
@@ -33,6 +34,7 @@ from attg.datasets import (
     shot_indices,
 )
 from attg.features import knn_accuracy
+from attg.files import in_threads
 from attg.images import Sample, eval_view, seed_for, train_view
 from attg.loader import make_loader
 from attg.log import describe_files
@@ -390,6 +392,19 @@ def test_one_percent_may_be_unreadable(rng, number, world):
 
 
 # -- Fingerprints ----------------------------------------------------------------------
+
+
+def test_many_files_are_asked_for_at_once():
+    """In their order; one by one, the first would wait for the others in vain."""
+    together = threading.Barrier(8)
+
+    def answer(i):
+        together.wait(10)
+        return -i
+
+    assert in_threads(answer, range(160)) == [-i for i in range(160)]
+    for rows in (range(0), range(1), range(5, 1500, 2)):
+        assert in_threads(str, rows) == list(map(str, rows))
 
 
 def sha256_of(*strings):
