@@ -634,7 +634,7 @@ def train(cfg, data=None, on_log=None):
     data: your own data set, with cfg.data as its name: map-style, of (PIL image, int or
     None); or {"train": one, "test": another}. on_log: called with each record of
     log.jsonl. Returns {"step", "val_mse": on the test split or None, "knn": {feature:
-    top-1 in percent}, "out": the folder, "stopped": the signal or None}.
+    top-1 in percent} on rank 0, "out": the folder, "stopped": the signal or None}.
     """
     if MISSING:
         raise ModuleNotFoundError(MISSING)

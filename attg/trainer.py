@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 
 from attg.checkpoint import check_settings, find_checkpoint, save_checkpoint
 from attg.datasets import open_data, resolve_dataset
-from attg.distributed import broadcast_from_rank0, exclusive_run
+from attg.distributed import barrier, broadcast_from_rank0, exclusive_run
 from attg.export import timm_arguments
 from attg.features import knn_accuracy
 from attg.figures import panels_of, plot_panels
@@ -271,6 +271,8 @@ class Trainer:
 
     def stop(self, done):
         """The result of a run that a signal stopped, on this rank or another."""
+        # Launchers kill all ranks once one has exited: rank 0 may still be saving.
+        barrier(self.run.world)
         text = f"stopped by a signal after step {done}; the same command resumes"
         self.run.log.info(text)
         number = self.signals[0] if self.signals else signal.SIGTERM

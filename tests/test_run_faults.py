@@ -239,17 +239,41 @@ def test_two_machines_without_a_shared_folder(ask, labelled, whole, trained, tmp
         assert code == 1 and f"{out / 'last.pt'} is of another run: --seed" in errors
 
 
-def test_signal_to_one_of_two_processes(ask, long, tmp_path):
-    """They agree on the step after which both stop.
+SLOW = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import attg_mae
+from attg import trainer
 
-    torchrun passes on a signal that a rank may have received already.
+def main():
+    result = attg_mae.main()
+    last = attg_mae.load_checkpoint(Path(result["out"], "last.pt"))
+    print("saved", last["step"] == result["step"])
+    return result
+
+save = trainer.save_checkpoint
+trainer.save_checkpoint = lambda *args, **parts: time.sleep(2) or save(*args, **parts)
+attg_mae.run_cli(main)
+"""
+
+
+def test_signal_to_one_of_two_processes(ask, long, tmp_path):
+    """They agree on the step after which both stop, and end when it is saved.
+
+    torchrun passes on a signal that a rank may have received already, and kills all once
+    one has exited.
     """
-    runs = ranks(ask, tmp_path / "out", long)
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW.format(root=str(Path(SCRIPT).parent)))
+    runs = ranks(ask, tmp_path / "out", long, [str(script)])
     assert runs[0].until(lambda: runs[0].steps() >= 5)
     for _ in range(2):
         os.kill(runs[1].pid, signal.SIGTERM)
         time.sleep(0.3)
-    assert [run.wait()[0] for run in runs] == [128 + signal.SIGTERM] * 2
+    ended = [run.wait() for run in runs]
+    assert [code for code, _, _ in ended] == [128 + signal.SIGTERM] * 2
+    assert ended[1][1] == "saved True\n"
     step = last(tmp_path / "out")["step"]
     assert 5 <= step < 60 and step == records(tmp_path / "out")[-1]["step"]
 

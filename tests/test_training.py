@@ -261,21 +261,6 @@ def test_header(guided, tmp_path, capsys):
         assert "below 100,000 images: batch size 64" in header
 
 
-def test_log_lines_are_of_all_ranks(monkeypatch):
-    """Means of metrics and of the time spent waiting, sums of signals and images."""
-    ours = trainer.Trainer.__new__(trainer.Trainer)
-    ours.run = SimpleNamespace(world=2, device=torch.device("cpu"), log=MagicMock())
-    ours.run.train_set = SimpleNamespace(max_unreadable=9)
-    ours.loader, ours.signals = SimpleNamespace(unreadable=1, waited=3.0), []
-    ours.values, ours.meter = [torch.tensor([1.0, 2.0, 3.0])], MagicMock()
-    ours.meter.summarize.return_value = ({}, "")
-    theirs = torch.tensor([1.5, 2.0, 1.5, 1, 2, 0.5])
-    monkeypatch.setattr(trainer.dist, "all_reduce", lambda sums: sums.add_(theirs))
-    assert ours.log_steps(5, 0.1, 0.75)
-    row = [2.0, 3.0, 3.0]
-    ours.meter.summarize.assert_called_once_with(5, [row], 0.1, 0.75, 2.0, 3)
-
-
 def test_hooks(labelled, tmp_path, monkeypatch):
     """on_log gets the records of log.jsonl; --tensorboard writes their numbers."""
     seen, module = [], MagicMock()
@@ -728,22 +713,3 @@ def test_a_lost_checkpoint(copy, whole):
     assert not list(out.glob("*.tmp"))
     (out / "last.pt").unlink()
     assert train(**settings, resume="none")["step"] == 12
-
-
-def test_a_restarted_job_continues(trained, labelled, tmp_path, monkeypatch):
-    """With any --resume: otherwise each restart would discard the steps before it."""
-    for resume, start in (("none", 0), (str(trained / "last.pt"), 6)):
-        out = tmp_path / str(start)
-        settings = labelled | {"epochs": 3}
-        monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-        with stop_after(3):
-            train(out, **settings)  # another command, which is not continued
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        for step in (start + 2, start + 4):
-            with stop_after(2):
-                assert train(out, **settings, resume=resume)["step"] == step
-        steps = [r["step"] for r in records(out)]
-        assert steps[-4:] == [*range(start + 1, start + 5)]
-        monkeypatch.delenv("SLURM_RESTART_COUNT")
-        with stop_after(2):
-            assert train(out, **settings, resume=resume)["step"] == start + 2
