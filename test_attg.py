@@ -12,8 +12,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -43,7 +41,6 @@ from tests.helpers import (
     DEVICE,
     ROOT,
     TINY,
-    after_step,
     assert_same_run,
     check_grad,
     close,
@@ -53,10 +50,12 @@ from tests.helpers import (
     kernel,
     last,
     make_maps,
+    python,
     rand,
     randn,
     records,
     shake,
+    stop_after,
     timm_model,
     train,
 )
@@ -292,7 +291,7 @@ def test_each_step_has_masks_and_crops_of_its_own(labelled, passes, tmp_path):
 
 def test_a_stopped_run_goes_on_to_the_bit(labelled, whole, tmp_path):
     """SIGTERM in the middle of an epoch, then the same command."""
-    with after_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    with stop_after(8):
         assert train(tmp_path, **labelled)["stopped"] == signal.SIGTERM
     assert last(tmp_path)["step"] == 8
     train(tmp_path, **labelled)
@@ -396,8 +395,7 @@ def test_the_method_is_in_one_file(tmp_path):
     shutil.copy(ROOT / "attg_mae.py", tmp_path)
     code = "import attg_mae as a; a.demo(); a.demo(); a.train(a.Config())"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", code], **options)
+    done = python("-c", code, cwd=tmp_path, env=env)
     losses = [float(x) for x in re.findall(r"loss (\S+),", done.stdout)]
     assert losses[:3] == losses[3:] and losses[0] > losses[1] > losses[2], done.stderr
     assert re.match("ModuleNotFoundError: .*attg/", done.stderr.splitlines()[-1])

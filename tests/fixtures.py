@@ -5,7 +5,6 @@ Fixtures of several test files; conftest.py loads them.
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +18,11 @@ from attg import trainer
 from tests.helpers import (
     ROOT,
     TINY,
-    after_step,
     make_data,
     make_images,
     noise,
     save_encoder,
+    stop_after,
     train,
     write,
 )
@@ -161,7 +160,7 @@ def finished(ask, long, tmp_path_factory):
 def trained(labelled, tmp_path_factory):
     """A run of 12 steps, stopped after the 6th, at the end of the first epoch."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    with after_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    with stop_after(6):
         assert train(out, **labelled, epochs=2)["step"] == 6
     return out
 

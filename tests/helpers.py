@@ -9,6 +9,10 @@ import importlib
 import itertools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -230,6 +234,12 @@ def write(path, image, **options):
     return path
 
 
+def correlation(a, b):
+    """Of each row of a and b (B, L): (B,)."""
+    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
+    return torch.cosine_similarity(a, b)
+
+
 LUMA = (0.299, 0.587, 0.114)  # weights of RGB in Pillow's gray
 
 
@@ -342,6 +352,25 @@ def assert_same_run(out, reference):
     assert losses(out) == losses(reference)
 
 
+def content(folder):
+    """{path: bytes} of the files directly in a folder."""
+    return {p: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
+
+
+def python(*argv, **options):
+    """The finished process of `python argv`, with its output as text."""
+    argv = [sys.executable, *map(str, argv)]
+    return subprocess.run(argv, capture_output=True, text=True, **options)
+
+
+@contextlib.contextmanager
+def refused(words):
+    """The block raises a ValueError or an OSError that names all of the words."""
+    with pytest.raises((ValueError, OSError)) as error:
+        yield
+    assert [word for word in words.split() if word not in str(error.value)] == []
+
+
 @contextlib.contextmanager
 def after_step(number, action):
     """Call action() after the optimizer step of this number, counted from 1."""
@@ -356,6 +385,10 @@ def after_step(number, action):
         yield
     finally:
         hook.remove()
+
+
+def stop_after(step, number=signal.SIGTERM):
+    return after_step(step, lambda: os.kill(os.getpid(), number))
 
 
 def save_encoder(path, change=None, **settings):

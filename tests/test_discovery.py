@@ -21,7 +21,7 @@ from attg.datasets import open_data
 from attg.kernels import normalize_map
 from attg.maps import load_maps
 from attg_mae import IMAGENET_MEAN
-from tests.helpers import Evil, disc_images, encoder_only, rand, save_encoder
+from tests.helpers import Evil, disc_images, encoder_only, rand, refused, save_encoder
 
 
 def discover(folder, out, *flags, method="tokencut"):
@@ -197,9 +197,7 @@ def test_errors(tmp_path, monkeypatch):
     before = Path("old.npy").read_bytes()
     for flags, words in ERRORS.items():
         usual = ["--device", "cpu", "--data", "data", "--out", "m.npy"]
-        with pytest.raises((ValueError, OSError)) as error:
+        with refused(words):
             object_discovery.main(usual + flags.split())
-        message = str(error.value)
-        assert [word for word in words.split() if word not in message] == [], flags
         assert not list(tmp_path.glob("m.*")), flags
     assert Path("old.npy").read_bytes() == before

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.helpers import DEVICE, ROOT, close, kernel, rand, randn, some_loss
+from tests.helpers import DEVICE, ROOT, close, kernel, python, rand, randn, some_loss
 
 
 def test_operators_are_registered():
@@ -188,8 +188,7 @@ assert not sys.modules.get("triton") and not torch.cuda.is_initialized()
 """
     )
     shutil.copy(kernel.__file__, tmp_path)
-    options = {"cwd": tmp_path, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", code], **options)
+    done = python("-c", code, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr.startswith("attg_loss: PyTorch (")
 
 

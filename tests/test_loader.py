@@ -2,8 +2,6 @@
 Order and batches of training: the sampler, the loader, seeds.
 """
 
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -21,7 +19,7 @@ from attg.loader import (
     default_workers,
     make_loader,
 )
-from tests.helpers import ROOT, same
+from tests.helpers import ROOT, python, same
 
 
 def test_seeds_separate_lengths_and_values():
@@ -156,7 +154,5 @@ print("batches", 1 + sum(1 for _ in first))
 next(batches())
 raise SystemExit(3)
 """
-    options = {"capture_output": True, "text": True, "start_new_session": True}
-    argv = [sys.executable, "-c", code]
-    done = subprocess.run(argv, cwd=ROOT, timeout=100, **options)
+    done = python("-c", code, cwd=ROOT, timeout=100, start_new_session=True)
     assert (done.returncode, done.stdout) == (3, "batches 60\n"), done.stderr

@@ -5,15 +5,13 @@ What `pip install .` installs, and which kernels are imported.
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tomllib
 from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, python
 
 PROGRAMS = {"attg_mae", "object_discovery"} | {p.stem for p in ROOT.glob("eval_*.py")}
 # Imports every module that is installed, then uses the loss; prints where they lie.
@@ -42,8 +40,7 @@ def site(tmp_path_factory):
     skipped = shutil.ignore_patterns(".*", "build", "out", "results", "*cache*")
     shutil.copytree(ROOT, source, ignore=skipped)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", site]
-    done = subprocess.run([*command, source], capture_output=True, text=True)
+    done = python("-m", "pip", "install", *options, "--target", site, source)
     assert done.returncode == 0, done.stderr
     shutil.rmtree(source)
     return site
@@ -77,13 +74,12 @@ def test_console_commands_in_an_empty_folder(site, tmp_path):
     (info,) = site.glob("*.dist-info")
     commands = [entry.load() for entry in Distribution.at(info).entry_points]
     assert {command.args[0] for command in commands} == PROGRAMS
-    options = {"cwd": tmp_path, "capture_output": True, "text": True}
-    options["env"] = os.environ | {"PYTHONPATH": str(site)}
+    env = os.environ | {"PYTHONPATH": str(site)}
     for command, flag, end in (
         ("attg-mae", "--demo", "step 2: loss"),
         ("attg-knn", "x.pt", "attg-knn: error: "),
     ):
-        done = subprocess.run([sys.executable, site / "bin" / command, flag], **options)
+        done = python(site / "bin" / command, flag, cwd=tmp_path, env=env)
         assert end in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
@@ -95,8 +91,7 @@ def test_modules_beside_another_package_kernels(where, site, tmp_path):
     (package / "__init__.py").write_text("def get_kernel(): ...\n")
     paths = [package.parent] + [ROOT] * (where == "checkout") + [site]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-    options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", IMPORTS], **options)
+    done = python("-c", IMPORTS, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     files = {name: Path(file) for name, file in json.loads(done.stdout).items()}
     assert files.pop("kernels").is_relative_to(package)

@@ -24,11 +24,13 @@ import attg_mae
 from attg.loader import ResumableBatchSampler
 from tests.helpers import (
     TINY,
-    after_step,
     assert_same_run,
+    content,
     last,
     make_images,
+    python,
     records,
+    stop_after,
     train,
 )
 from tests.processes import SCRIPT, Process, command, members, ranks
@@ -224,15 +226,15 @@ def test_evaluations_by_two_processes(name, ask, labelled, distributed, tmp_path
 def test_two_machines_without_a_shared_folder(ask, labelled, whole, trained, tmp_path):
     """Rank 0 decides what is resumed, whatever is in a folder of that name elsewhere."""
     settings, out = TINY | labelled, tmp_path / "out"
-    with after_step(8, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    with stop_after(8):
         train(out, **labelled)
     there = shutil.copytree(trained, tmp_path / "there")
-    files = {p.name: p.read_bytes() for p in there.iterdir()}
+    files = content(there)
     runs = ranks(ask, out, settings, elsewhere=there)
     assert [run.wait()[0] for run in runs] == [0, 0]
     a, b = ([row["loss"] for row in records(x)] for x in (out, whole()))
     np.testing.assert_allclose(a, b, rtol=1e-5)
-    assert {p.name: p.read_bytes() for p in there.iterdir()} == files
+    assert content(there) == files
     # What rank 0 refuses ends both, and none waits for the other.
     runs = ranks(ask, out, settings | {"seed": 1}, elsewhere=there)
     for code, _, errors in [run.wait() for run in runs]:
@@ -305,8 +307,7 @@ def test_command_from_elsewhere_without_git_or_terminal(labelled, tmp_path):
     (tmp_path / "bin").mkdir()
     environment = os.environ | {"PATH": str(tmp_path / "bin")}  # no git in it
     argv = command(TINY | labelled | {"epochs": 1})
-    options = {"cwd": tmp_path, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, SCRIPT, *argv], env=environment, **options)
+    done = python(SCRIPT, *argv, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("attg_mae.py: importing PyTorch\n")
     assert "attg_mae unknown, python" in done.stdout and "img/s" in done.stdout
@@ -335,7 +336,6 @@ after = signal.getsignal(signal.SIGINT), torch.get_rng_state(), torch.get_num_th
 assert before[0] == after[0] and before[1].equal(after[1]) and before[2] == after[2]
 assert not torch.distributed.is_initialized()
 """
-    options = {"cwd": tmp_path, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-B", "-c", code, "--not_a_flag"], **options)
+    done = python("-B", "-c", code, "--not_a_flag", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
