@@ -128,9 +128,11 @@ class MaskFolder:
         self.rule = f"--masks {folder}: {self.kind}, {rule}"
         if self.has_alpha and self.scale:
             return
-        if self.object_part(sorted(values)).min() == 1:
-            message = "no mask has background; if they are heat maps in colors, give"
-            raise ValueError(f"{self.rule}: {message} gray ones, else --mask_values")
+        parts = self.object_part(sorted(values))
+        if parts.min() == 1 or not parts.any():
+            lacks = "background, as in heat maps in colors" if parts.any() else "object"
+            message = f"no mask has {lacks}; give gray masks, or other --mask_values"
+            raise ValueError(f"{self.rule}: {message}")
         edges, counts = zip(*border.items(), strict=True)
         if np.average(self.object_part(edges), weights=counts) > 0.5:
             log_line(f"--masks {folder}: most of the border is object; inverted?")

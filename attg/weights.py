@@ -195,7 +195,11 @@ def rename_all(state, start, name):
     """(weights of the encoder with the prefix `start` by MAE's names, names left out)."""
     # Hugging Face's decoder is beside vit.
     outer, names = start.removesuffix("vit."), {}
+    # lightly's encoder has a mask token, too, which MAE does not use.
+    unused = f"{outer}mask_token" if "decoder.mask_token" in state else None
     for old in state:
+        if old == unused:
+            continue
         inside = old.startswith(start)
         new = rename(old[len(start) :] if inside else old.removeprefix(outer))
         if inside or DECODER.match(new):
@@ -394,6 +398,8 @@ def load_weights(model, weights, sincos_table):
     if weights.left_out:
         some = ", ".join(weights.left_out[:3])
         notes.append(f"{len(weights.left_out)} weights are not used, such as {some}")
+        if not hasattr(model, "mask_token"):
+            log_line(f"{name}: {notes[-1]}")
     return ", ".join(notes) or "all weights loaded"
 
 

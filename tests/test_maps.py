@@ -334,6 +334,8 @@ def test_masks_without_background(images, tmp_path, capsys):
         write(tmp_path / "0.png", image)
         with pytest.raises(ValueError, match="--masks .*no mask has background.*gray"):
             MaskFolder(tmp_path, images)
+    with pytest.raises(ValueError, match="--masks .*is 12: no mask has object"):
+        MaskFolder(tmp_path, images, ["12"])
     assert "inverted" not in capsys.readouterr().out
     for x in (255 * (1 - OBJECT), 255 - SOFT * (1 - OBJECT) // 3):
         write(tmp_path / "0.png", gray(x))

@@ -80,10 +80,27 @@ def prefixed(state, prefix):
 
 
 @pytest.mark.parametrize("layout", layouts())
-def test_layouts(layout, tmp_path):
+def test_layouts(layout, tmp_path, capsys):
     content = layouts()[layout]
     model = attg_mae.load_encoder(save(content, tmp_path / "a.pth"), heads=4)
     assert not model.training and same_features(model, timm_model())
+    told = "a.pth: 4 weights are not used, such as projector.0.weight"
+    assert (told in capsys.readouterr().out) == (layout == "heads")
+
+
+def test_mae_of_lightly():
+    """Whose encoder has a mask token beside that of the decoder."""
+    modules = pytest.importorskip("lightly.models.modules")
+    ref = timm_model()
+    sizes = dict(num_patches=16, patch_size=8, embed_dim=64, decoder_embed_dim=32)
+    decoder = modules.MAEDecoderTIMM(**sizes, decoder_depth=1, decoder_num_heads=2)
+    encoder = modules.MaskedVisionTransformerTIMM(vit=ref)
+    both = torch.nn.ModuleDict({"backbone": encoder, "decoder": decoder})
+    state = shake(both).state_dict()
+    assert {"backbone.mask_token", "decoder.mask_token"} <= set(state)
+    assert same_features(attg_mae.load_encoder(state, heads=4), ref.eval())
+    weights = read_weights(state)
+    assert weights.state["mask_token"].equal(decoder.mask_token)
 
 
 WORDS = st.sampled_from(
