@@ -27,7 +27,8 @@ patches     Row by row, without a class token: pred[:, 1:], attn[:, 1:]. In imag
 norm_pix    True here, False by default in MAE. Pass False for normalized targets.
 attn        If only masked patches are predicted, use `normalize_map` before gathering,
             and normalize_attn=False. An image without a map gets zeros, that is weight 1.
-mean        Over all masked patches of the call, not per image and then over images.
+mean        Over all masked patches of the call, not per image and then over images. If
+            ranks mask unequal numbers: reduction="sum", times ranks / total number.
 
 The PyTorch code (`normalize_map`, `_patch_loss`) is the specification. The kernels read
 masked patches only, and images without a copy. The forward kernel stores three numbers
