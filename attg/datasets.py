@@ -395,19 +395,15 @@ def open_labeled(name, tests, size, augment=False, seed=0, **options):
     return train_set, sets
 
 
-def files_in_common(one, other):
-    """Number of files of another data set that are in one, too: same name and content."""
-    rows = [range(len(one)), range(len(other))]
-    # Most pairs differ in the name or in the size, so that few contents are read.
+def files_in_common(*pair):
+    """Number of files of the second data set with the name and content of one of the first."""
+    rows = [range(len(dataset)) for dataset in pair]
+    # Most files differ in the name or in the size, so that few contents are read.
     for key in (os.path.basename, os.path.getsize, sha256):
-        found = defaultdict(list), defaultdict(list)
-        for below, dataset, remaining in zip(found, (one, other), rows, strict=True):
-            for i in remaining:
-                # An unreadable file is not in both.
-                with contextlib.suppress(OSError):
-                    below[key(dataset.path(i))].append(i)
-        both = found[0].keys() & found[1].keys()
-        rows = [[i for value in both for i in below[value]] for below in found]
+        values = [[key(x.path(i)) for i in r] for x, r in zip(pair, rows, strict=True)]
+        both = set(values[1]).intersection(values[0])
+        pairs = (zip(r, v, strict=True) for r, v in zip(rows, values, strict=True))
+        rows = [[i for i, value in numbered if value in both] for numbered in pairs]
     return len(rows[1])
 
 
