@@ -72,8 +72,11 @@ def default_workers(device):
         return 0
     # slurm and taskset leave a process some of the cores; macOS and Windows do not tell.
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    cores = len(affinity(0))
-    return min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # torchrun, the parent, has the cores of all ranks; it may bind a rank to some, which
+    # others share.
+    cores = len(affinity(os.getppid() if ranks > 1 else 0)) // ranks
+    return min(16, len(affinity(0)), cores)
 
 
 def ignore_stop_signals(exiting, _):

@@ -2,6 +2,7 @@
 Order and batches of training: the sampler, the loader, seeds.
 """
 
+import os
 import time
 from types import SimpleNamespace
 
@@ -119,17 +120,21 @@ def test_workers_change_nothing(folder, augment):
 
 
 def test_ranks_share_the_cores(monkeypatch):
-    """As many as are left to this process, of all cores of the machine."""
+    """Those that are left to torchrun or, without it, to this process."""
+    gpu, cores = torch.device("cuda"), {0: 24, os.getppid(): 36}
+    affinity = lambda pid: range(cores[pid])  # noqa: E731
     monkeypatch.setattr("os.cpu_count", lambda: 99)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(24), raising=False)
-    for ranks, workers in (("1", 16), ("2", 12), ("5", 4)):
+    monkeypatch.setattr("os.sched_getaffinity", affinity, raising=False)
+    for ranks, workers in (("1", 16), ("3", 12), ("5", 7)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert default_workers(torch.device("cuda")) == workers
+        assert default_workers(gpu) == workers
+    cores[0] = 6  # torchrun binds a rank to the cores near its GPU
+    assert default_workers(gpu) == 6
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert default_workers(gpu) == 6
     assert default_workers(torch.device("cpu")) == 0
     monkeypatch.delattr("os.sched_getaffinity")  # as on macOS
-    assert default_workers(torch.device("cuda")) == 16
-    monkeypatch.setattr("os.cpu_count", lambda: None)
-    assert default_workers(torch.device("cuda")) == 0
+    assert default_workers(gpu) == 16
 
 
 def test_workers_ignore_signals_and_exit():
