@@ -22,6 +22,7 @@ from attg.distributed import barrier, broadcast_from_rank0, exclusive_run
 from attg.export import timm_arguments
 from attg.features import knn_accuracy
 from attg.figures import panels_of, plot_panels
+from attg.files import sha256_of
 from attg.images import ImageData, generator_for
 from attg.loader import default_workers, make_loader
 from attg.log import Log, Meter, progress, read_log
@@ -67,6 +68,8 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     view |= {"verify": cfg.verify == "full", "size": cfg.img_size}
     train_set = open_data(name, "train", augment=True, seed=cfg.seed, **view)
     test_set = open_data(name, "test", **view)
+    if world > 1:
+        refuse_other_images(cfg, filter(None, (train_set, test_set)), rank, world)
     cfg = resolve(cfg, train_set)
     if cfg.img_size != view["size"]:
         for dataset in filter(None, (train_set, test_set)):
@@ -102,6 +105,18 @@ def setup(cfg, data, dist_info, signals, on_log=None):
         sets = (train_set, test_set, data_id, maps, maps_id)
         steps = (steps_per_epoch, total_steps, DTYPES[cfg.precision], workers)
         yield Setup(cfg, device, rank, world, log, *sets, *steps), checkpoint
+
+
+def refuse_other_images(cfg, datasets, rank, world):
+    """ValueError if the machine of this rank has copies of other images than rank 0's."""
+    names = [(len(dataset), sha256_of(*dataset.names)) for dataset in datasets]
+    expected = broadcast_from_rank0(lambda: names, rank, world)
+    if names != expected:
+        numbers = [[number for number, _ in x] for x in (names, expected)]
+        raise ValueError(
+            f"--data {cfg.data}: rank {rank} has {numbers[0]} images (training, test), rank "
+            f"0 {numbers[1]}, or other names; copy the images of rank 0 to all machines"
+        )
 
 
 def result(run, step, stopped=None, val_mse=None, knn=None):

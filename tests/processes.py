@@ -101,16 +101,16 @@ def members(session):
 def ranks(ask, out, settings, script=(SCRIPT,), elsewhere=None):
     """Two Processes with the environment that torchrun gives to its ranks.
 
-    elsewhere: --out of rank 1, as on a machine that does not share the folder.
+    elsewhere: flags of rank 1, as on a machine that does not share the folders.
     """
     # Below the range from which the system takes ports of connections.
     port = random.SystemRandom().randrange(20_000, 32_000)
     common = {"WORLD_SIZE": "2", "MASTER_PORT": str(port)}
     runs = []
-    for r, folder in (("0", out), ("1", elsewhere or out)):
+    for r, other in (("0", {}), ("1", elsewhere or {})):
         environment = common | {"RANK": r, "LOCAL_RANK": r}
         name = out if r == "0" else f"{out}.rank1"  # each its own stdout
-        flags = settings | {"out": str(folder)}
+        flags = settings | {"out": str(out)} | other
         runs.append(Process(ask, name, flags, environment, script))
     return runs
 

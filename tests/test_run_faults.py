@@ -230,15 +230,33 @@ def test_two_machines_without_a_shared_folder(ask, labelled, whole, trained, tmp
         train(out, **labelled)
     there = shutil.copytree(trained, tmp_path / "there")
     files = content(there)
-    runs = ranks(ask, out, settings, elsewhere=there)
+    runs = ranks(ask, out, settings, elsewhere={"out": there})
     assert [run.wait()[0] for run in runs] == [0, 0]
     a, b = ([row["loss"] for row in records(x)] for x in (out, whole()))
     np.testing.assert_allclose(a, b, rtol=1e-5)
     assert content(there) == files
     # What rank 0 refuses ends both, and none waits for the other.
-    runs = ranks(ask, out, settings | {"seed": 1}, elsewhere=there)
+    runs = ranks(ask, out, settings | {"seed": 1}, elsewhere={"out": there})
     for code, _, errors in [run.wait() for run in runs]:
         assert code == 1 and f"{out / 'last.pt'} is of another run: --seed" in errors
+
+
+def test_machines_with_other_images_are_refused(ask, labelled, tmp_path):
+    """Ranks would train on other images, or other numbers of steps."""
+    copy = shutil.copytree(labelled["data"], tmp_path / "data")
+    for split in ("train", "test"):
+        file = next(copy.glob(f"{split}/*/*.png"))
+        content = file.read_bytes()
+        file.unlink()
+        settings = TINY | labelled | {"guidance": "none", "maps": None, "timeout": 0.2}
+        runs = ranks(ask, tmp_path / split, settings, elsewhere={"data": copy})
+        (code, _, _), (other, _, errors) = (run.wait() for run in runs)
+        assert (
+            (code, other) == (1, 1)
+            and f"--data {copy}: " in errors
+            and "rank 0" in errors
+        )
+        file.write_bytes(content)
 
 
 SLOW = """
