@@ -3,7 +3,7 @@ Masks of the images of a data set: PNGs of the same relative paths in a folder.
 
 One rule for the whole folder, decided by the values of up to 200 evenly spaced masks:
 
-    alpha       object where it is opaque, if it is not opaque everywhere
+    alpha       object where it is opaque, if it is not the same everywhere
     two values  object is the higher; in palettes and colors without black, the one that
                 does not prevail on the border of the images
     ids         palettes, colors, at most 64 grays below 128, grays in even areas: object
@@ -104,7 +104,7 @@ class MaskFolder:
             # Missing, or damaged: decoders raise OSError, SyntaxError, ValueError.
             except Exception:
                 continue
-            self.has_alpha |= alpha is not None and alpha.min() < 255
+            self.has_alpha |= alpha is not None and np.ptp(alpha) > 0
             self.has_black &= black
             counts += count_steps(x)
             edges = np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
@@ -219,6 +219,8 @@ class MaskFolder:
         if kind != self.kind or values is None:
             raise ValueError(f"{path}: not {self.kind} as the others are")
         mask = (self.object_part(values) * 255).round().astype(np.uint8)
+        if mask.max() < 4:
+            mask[:] = 0  # a JPEG's noise, which a map would stretch to the full range
         return np.ma.array(mask, mask=values == self.ignored)
 
     def object_part(self, values):

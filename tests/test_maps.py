@@ -281,6 +281,8 @@ ENCODINGS = {  # image, the map as parts of 1, words of the rule
 for mode in ("RGBA", "LA"):
     ENCODINGS[mode] = Image.new(mode, (8, 8), "white"), OBJECT, "alpha"
     ENCODINGS[mode][0].putalpha(gray(255 * OBJECT))
+    ENCODINGS[f"faint {mode}"] = gray(OBJECT).convert(mode), OBJECT, "object is 1"
+    ENCODINGS[f"faint {mode}"][0].putalpha(128)
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -341,6 +343,19 @@ def test_masks_without_background(images, tmp_path, capsys):
         write(tmp_path / "0.png", gray(x))
         assert np.abs(MaskFolder(tmp_path, images)[0] - x).max() < 2
         assert "is object; inverted?" in capsys.readouterr().out
+
+
+def test_masks_of_jpegs(images, tmp_path):
+    """Their noise is no object, neither beside one nor alone."""
+    for i, x in enumerate((OBJECT, OBJECT.T, 0 * OBJECT)):
+        write(tmp_path / f"{i}.jpg", gray(255 * x).resize((40, 40), 0), quality=75)
+        jpeg = np.array(Image.open(tmp_path / f"{i}.jpg"))
+        jpeg[:2, :2] = 3
+        write(tmp_path / f"{i}.png", gray(jpeg))
+    masks = MaskFolder(tmp_path, images)
+    want = np.kron(OBJECT, np.ones((5, 5)))
+    assert np.array_equal(masks[0] > 127, want > 0) and "soft" in masks.rule
+    assert not masks[2].any() and masks[0].min() == 0 < masks[0][0, 0]
 
 
 def test_masks_of_turned_images(tmp_path):
