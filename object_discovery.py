@@ -494,14 +494,14 @@ def resolve(settings):
 
 def make_maps(settings, dataset, masks, dist_info):
     """Run the map job."""
-    device, rank, world = dist_info
+    device, rank, _ = dist_info
     kinds = dict.fromkeys(CNNS, cnn) | {"pixels": pixels, None: masks_backbone}
     # Rank 0 downloads, the others load what it has downloaded.
     if rank:
-        barrier(world)
+        barrier()
     backbone = kinds.get(settings.backbone, vit)(settings, device)
     if rank == 0:
-        barrier(world)
+        barrier()
     about = {"method": settings.method, "backbone": settings.backbone}
     about |= {"input": backbone.size, "grid": backbone.grid, **backbone.about}
     # Without these flags, their values follow from the weights and the images.
@@ -537,7 +537,7 @@ def main(argv=None, data=None):
     default_data(settings, config, f"--backbone {backbone}")
     out, data, masks = settings.out, resolve_dataset(data, settings.data), None
     with processes(settings.device, settings.timeout) as dist_info:
-        _, rank, world = dist_info
+        _, rank, _ = dist_info
         dataset = open_data(
             data,
             classes=settings.classes,
@@ -547,7 +547,7 @@ def main(argv=None, data=None):
         )
         source = describe_files(dataset) if dataset.pairs is None else settings.data
         log_line(f"train split: {len(dataset):,} images of {source}")
-        with exclusive_run(f"{out}.lock", f"--out {out}", rank, world):
+        with exclusive_run(f"{out}.lock", f"--out {out}"):
             if settings.masks:
                 masks = MaskFolder(settings.masks, dataset, settings.mask_values)
                 log_line(masks.rule)

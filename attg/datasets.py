@@ -145,8 +145,7 @@ def open_torchvision(name, split):
     try:
         # The other ranks wait for the download.
         if dist.is_initialized():
-            rank, world = dist.get_rank(), dist.get_world_size()
-            broadcast_from_rank0(lambda: len(list(map(open_part, parts))), rank, world)
+            broadcast_from_rank0(lambda: len(list(map(open_part, parts))))
         pairs = ConcatDataset(map(open_part, parts))
     # No network, a full disk, a broken archive, scipy missing for MATLAB files.
     except Exception as error:

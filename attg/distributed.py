@@ -66,21 +66,21 @@ def processes(name, timeout=30):
         dist.destroy_process_group()
 
 
-def barrier(world):
+def barrier():
     """Barrier over all ranks."""
-    if world > 1:
+    if dist.is_initialized():
         dist.barrier()
 
 
-def broadcast_from_rank0(function, rank, world):
+def broadcast_from_rank0(function):
     """Call function() on rank 0; every rank returns its result or raises its error.
 
     Tensors in dicts and lists are sent one by one: pickled together, a checkpoint would
     take four times its size on every rank.
     """
-    if world == 1:
+    if not dist.is_initialized():
         return function()
-    result, message = None, [None, None]
+    rank, result, message = dist.get_rank(), None, [None, None]
     if rank == 0:
         try:
             result = function()
@@ -112,7 +112,7 @@ def map_tensors(x, function):
 
 
 @contextlib.contextmanager
-def exclusive_run(path, output, rank, world):
+def exclusive_run(path, output):
     """Hold an exclusive lock file on rank 0 for the duration of the block.
 
     ValueError on every rank, with the holder, if another process has the lock. output:
@@ -123,9 +123,7 @@ def exclusive_run(path, output, rank, world):
     path, held = Path(path), []
     is_new_folder = not path.parent.exists()
     try:
-        broadcast_from_rank0(
-            lambda: held.append(acquire_lock(path, output)), rank, world
-        )
+        broadcast_from_rank0(lambda: held.append(acquire_lock(path, output)))
         yield
     finally:
         for file in held:

@@ -213,7 +213,7 @@ def evaluate(program, settings, protocol, data=None):
         fill(settings, out=str(source.with_name(f"{program}.jsonl")))
         fill(settings, workers=default_workers(device))
         save = getattr(settings, "save", None)
-        lock = exclusive_run(f"{save}.lock", f"--save {save}", rank, world)
+        lock = exclusive_run(f"{save}.lock", f"--save {save}")
         with lock if save else contextlib.nullcontext():
             results = protocol(settings, data, dist_info)
         if rank == 0:

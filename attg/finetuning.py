@@ -115,18 +115,17 @@ def fit(
     total_steps, start = settings.epochs * epoch_steps, 0
     if settings.save:
         # On rank 0, as others need not share the folder.
-        saved = broadcast_from_rank0(
-            lambda: read_saved(
-                settings.save, identity(settings, train_set), total_steps
-            ),
-            rank,
-            world,
-        )
+        path = settings.save
+
+        def read():
+            return read_saved(path, identity(settings, train_set), total_steps)
+
+        saved = broadcast_from_rank0(read)
         if saved:
             start = saved["step"]
-            load_state(model, saved["model"], settings.save)
-            load_optimizer(optimizer, saved["optimizer"], start, settings.save)
-            log_line(f"resuming {settings.save} after {start} of {total_steps} steps")
+            load_state(model, saved["model"], path)
+            load_optimizer(optimizer, saved["optimizer"], start, path)
+            log_line(f"resuming {path} after {start} of {total_steps} steps")
     order = settings.batch_size, start, total_steps, settings.seed
     sampler = ResumableBatchSampler(len(train_set), *order, settings.accum, rank, world)
     options = {"batch_sampler": sampler, "pin_memory": device.type == "cuda"}

@@ -77,7 +77,7 @@ def run_job(compute, images, grid, settings, options, dist_info):
     blocks = {folder / str(i): ids for i, ids in enumerate(rows)}
     job = settings | {"batch_size": options.batch_size}
     job["fingerprint"] = images.dataset.fingerprint
-    broadcast_from_rank0(lambda: begin_or_resume(path, blocks, job), rank, world)
+    broadcast_from_rank0(lambda: begin_or_resume(path, blocks, job))
     # A fixed share: which blocks are missing changes while other processes work.
     shard = list(blocks.items())[rank::world]
     missing = {file: ids.tolist() for file, ids in shard if not file.exists()}
@@ -93,9 +93,9 @@ def run_job(compute, images, grid, settings, options, dist_info):
             # tofile would not notice a full disk.
             temporary.write_bytes(m.half().numpy().astype("<f2").tobytes())
 
-    barrier(world)
+    barrier()
     finish = lambda: join_blocks(path, blocks, grid, images, settings)  # noqa: E731
-    broadcast_from_rank0(finish, rank, world)
+    broadcast_from_rank0(finish)
 
 
 def begin_or_resume(path, files, job):

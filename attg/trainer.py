@@ -69,7 +69,7 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     train_set = open_data(name, "train", augment=True, seed=cfg.seed, **view)
     test_set = open_data(name, "test", **view)
     if world > 1:
-        refuse_other_images(cfg, filter(None, (train_set, test_set)), rank, world)
+        refuse_other_images(cfg, filter(None, (train_set, test_set)), rank)
     cfg = resolve(cfg, train_set)
     if cfg.img_size != view["size"]:
         for dataset in filter(None, (train_set, test_set)):
@@ -89,11 +89,10 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     total_steps = cfg.epochs * steps_per_epoch
     total_steps = min(total_steps, cfg.max_steps or total_steps)
     workers = default_workers(device) if cfg.workers is None else cfg.workers
-    lock, output = Path(cfg.out, ".lock"), f"--out {cfg.out}"
-    with exclusive_run(lock, output, rank, world):
+    with exclusive_run(Path(cfg.out, ".lock"), f"--out {cfg.out}"):
         # On rank 0, as others need not share the folder.
         find = functools.partial(find_checkpoint, cfg, train_set, maps_id)
-        checkpoint = broadcast_from_rank0(find, rank, world)
+        checkpoint = broadcast_from_rank0(find)
         if checkpoint:
             changed = check_settings(cfg, checkpoint, total_steps)
             where = f"{checkpoint['path']} after step {checkpoint['step']}"
@@ -107,10 +106,10 @@ def setup(cfg, data, dist_info, signals, on_log=None):
         yield Setup(cfg, device, rank, world, log, *sets, *steps), checkpoint
 
 
-def refuse_other_images(cfg, datasets, rank, world):
+def refuse_other_images(cfg, datasets, rank):
     """ValueError if the machine of this rank has copies of other images than rank 0's."""
     names = [(len(dataset), sha256_of(*dataset.names)) for dataset in datasets]
-    expected = broadcast_from_rank0(lambda: names, rank, world)
+    expected = broadcast_from_rank0(lambda: names)
     if names != expected:
         numbers = [[number for number, _ in x] for x in (names, expected)]
         raise ValueError(
@@ -287,7 +286,7 @@ class Trainer:
     def stop(self, done):
         """The result of a run that a signal stopped, on this rank or another."""
         # Launchers kill all ranks once one has exited: rank 0 may still be saving.
-        barrier(self.run.world)
+        barrier()
         text = f"stopped by a signal after step {done}; the same command resumes"
         self.run.log.info(text)
         number = self.signals[0] if self.signals else signal.SIGTERM

@@ -285,7 +285,7 @@ def holder(lock, seconds):
 
 def test_locked(tmp_path, monkeypatch, capsys):
     lock = tmp_path / "new" / ".lock"
-    with exclusive_run(lock, "--out new", 0, 1):
+    with exclusive_run(lock, "--out new"):
         assert lock.exists()
     assert list(tmp_path.iterdir()) == []  # nothing was written there
     lock.parent.mkdir()
@@ -293,23 +293,23 @@ def test_locked(tmp_path, monkeypatch, capsys):
         message = f"--out new: process {process.pid} on a machine"
         with (
             pytest.raises(ValueError, match=message),
-            exclusive_run(lock, "--out new", 0, 1),
+            exclusive_run(lock, "--out new"),
         ):
             raise AssertionError("two at once")
         process.kill()
         process.wait()
         # A lock ends with its process.
-        with exclusive_run(lock, "--out new", 0, 1):
+        with exclusive_run(lock, "--out new"):
             pass
     for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
         with monkeypatch.context() as patch, holder(lock, 1):
             patch.setenv(name, "1")
             began = time.monotonic()
-            with exclusive_run(lock, "--out new", 0, 1):
+            with exclusive_run(lock, "--out new"):
                 assert time.monotonic() - began > 0.3
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(distributed, "fcntl", None)
-    with exclusive_run(lock, "--out new", 0, 1):
+    with exclusive_run(lock, "--out new"):
         pass
     assert "--out new: not locked" in capsys.readouterr().err
 
