@@ -131,7 +131,8 @@ class NamedViT(nn.Module):
 
     def __init__(self, model, size, mean, std):
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        # transformers keeps a file's 16 bits.
+        self.model = model.float().eval().requires_grad_(False)
         modules = dict(model.named_modules())
         convs = [m for m in modules.values() if isinstance(m, nn.Conv2d)]
         # Projections to queries, keys and values, or to keys alone, one in each block.

@@ -161,7 +161,8 @@ def open_encoder(load_encoder, settings, only_files=False, **options):
         encoder = load_encoder(source, **arguments | options)
     cfg = encoder.cfg
     if not getattr(cfg, "data", None):  # other people's
-        log_line(f"{source}: images are normalized by mean {cfg.mean}, std {cfg.std}")
+        size = " x ".join(map(str, cfg.size))
+        log_line(f"{source}: images of {size}, mean {cfg.mean}, std {cfg.std}")
     return encoder
 
 

@@ -102,14 +102,14 @@ def test_hugging_face(kind, tmp_path):
     config = getattr(hf, f"{kind}Config")(**SIZES | options)
     torch.manual_seed(0)
     ref = shake(getattr(hf, f"{kind}Model")(config), 0.05)
-    ref.save_pretrained(tmp_path)
+    ref.half().save_pretrained(tmp_path)
     images = {"image_processor_type": "ViTImageProcessor", "size": 48}
     images |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
     model, imgs = open_backbone(f"hf:{tmp_path}"), randn(2, 3, 48, 48)
     assert model.cfg.mean == (0.1, 0.2, 0.3) and model.cfg.grid == (6, 6)
     load = getattr(hf, f"{kind}Model").from_pretrained
-    ref = load(tmp_path, attn_implementation="eager")
+    ref = load(tmp_path, attn_implementation="eager").float()
     want = ref(imgs, output_attentions=True)
     got, tokens = model.forward_features(imgs), want.last_hidden_state
     if kind == "CLIPVision":  # which normalizes its pooled token only
@@ -179,7 +179,7 @@ def test_statistics_of_images(tmp_path):
         assert model.normalize(white).equal(torch.ones(white.shape))
 
 
-def test_programs_take_named_models(labelled, tmp_path, monkeypatch):
+def test_programs_take_named_models(labelled, tmp_path, monkeypatch, capsys):
     """With the results of a file of the same weights."""
     hf = transformers()
     monkeypatch.chdir(tmp_path)
@@ -195,6 +195,8 @@ def test_programs_take_named_models(labelled, tmp_path, monkeypatch):
     one, two = (weights_sha256(open_backbone("hf:vit")) for _ in range(2))
     assert one == two
     results = [eval_knn.main([source, *data]) for source in sources]
+    told, statistics = capsys.readouterr().out, f"mean {(0.5,) * 3}, std {(0.4,) * 3}"
+    assert told.count(f": images of 48 x 48, {statistics}\n") == 2
     assert results[0] == results[1] and Path("eval_knn.jsonl").exists()
     for method in ("tokencut", "dino"):
         maps = []
