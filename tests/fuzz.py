@@ -121,7 +121,7 @@ def damaged_checkpoint(content, rng):
     else:
         del parts["checksums"]  # as in files of other programs
     if kind == "moment":
-        damaged_parts(moments, rng, values=False)
+        damage_moments(moments, rng)
     if kind == "config":
         key = rng.choice(list(parts["config"]))
         parts["config"][key] = rng.choice((*VALUES, torch.zeros(2)))
@@ -131,23 +131,15 @@ def damaged_checkpoint(content, rng):
     return kind, damage(content, rng) if kind in ("foreign", "old") else content
 
 
-def damaged_parts(parts, rng, values=True):
-    """Change or delete an item of a dict of dicts, as torch.load returns it.
-
-    values: tensors may also keep their type and shape, with other values.
-    """
-    part, key = parts, rng.choice(list(parts))
-    while isinstance(part[key], dict) and part[key] and rng.random() < 0.8:
-        part = part[key]
-        key = rng.choice(list(part))
-    x = part[key]
-    changes = torch.zeros(2), torch.zeros(3, 1), {"class_token": torch.ones(3)}, *VALUES
-    if isinstance(x, torch.Tensor) and rng.random() < 0.7:
-        rows = torch.atleast_1d(x)
+def damage_moments(moments, rng):
+    """Change or delete one of the tensors in a dict."""
+    key = rng.choice(list(moments))
+    x, rows = moments[key], torch.atleast_1d(moments[key])
+    changes = torch.zeros(2), torch.zeros(3, 1), {"step": torch.ones(3)}, *VALUES
+    if rng.random() < 0.7:
         changes = (rows[:0], rows[:-1], rows[:1].expand(2, *rows.shape), x[None])
         changes += (x.double(), x.int(), x.bool(), x.to(torch.complex64), x.to_sparse())
-        changes += (0 * x - 2, x * 10**9) if values else (x * math.nan,)
-    part[key] = rng.choice(changes)
+        changes += (x * math.nan,)
+    moments[key] = rng.choice(changes)
     if rng.random() < 0.2:
-        del part[key]
-    return parts
+        del moments[key]

@@ -20,7 +20,6 @@ from PIL import Image
 
 import attg_mae
 import eval_finetune
-import eval_knn
 import eval_linear
 import object_discovery
 from attg import distributed
@@ -34,8 +33,8 @@ from attg.distributed import exclusive_run
 from attg.figures import save_sheet
 from attg.finetuning import read_saved, save
 from attg.log import Log, log_line
-from tests.fuzz import RANDOM, damaged_checkpoint, damaged_parts, within
-from tests.helpers import TINY, blobs, same, save_features, train
+from tests.fuzz import RANDOM, damaged_checkpoint, within
+from tests.helpers import TINY, same, train
 from tests.processes import ranks
 
 
@@ -92,24 +91,6 @@ def test_damaged_checkpoints(small, tmp_path, rng):
             # Tensors that have changed places are always noticed. The oldest format has
             # no checksums.
             assert kind != "swap" and (kind == "old" or same(got, read(path)))
-
-
-@given(rng=RANDOM)
-def test_damaged_features(tmp_path, capsys, rng):
-    """eval_knn.py --features gives accuracies, or one error that names the file."""
-    path = tmp_path / "features.pt"
-    (x, labels), (queries, truth) = blobs(30, 3), blobs(20, 3, seed=7)
-    save_features(path, x, labels, queries, truth)
-    torch.save(damaged_parts(load_parts(path), rng), path)
-    flags = ["--features", str(path), "--k", "3", "--device", "cpu"]
-    try:
-        with within(20):
-            rows = eval_knn.main(flags)
-    except ValueError as error:
-        assert f"--features {path}" in str(error) or f"{path}: " in str(error)
-    else:
-        assert len(rows) == 2 and all(0 <= row["top-1"] <= 100 for row in rows)
-    capsys.readouterr()
 
 
 @pytest.mark.parametrize("change", [{"step": 4}, {"step": True}, {"settings": 1}])

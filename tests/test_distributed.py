@@ -1,7 +1,5 @@
 """Jobs of clusters: devices and log lines of several ranks, jobs that are restarted."""
 
-import os
-import signal
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -9,11 +7,7 @@ import torch
 
 from attg import trainer
 from attg.distributed import processes
-from tests.helpers import after_step, records, train
-
-
-def stop_after(step):
-    return after_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+from tests.helpers import records, stop_after, train
 
 
 def test_gpus_of_ranks(monkeypatch):

@@ -138,15 +138,19 @@ BROKEN = {
     "no train": lambda parts: parts.pop("train"),
     "no test set": lambda parts: parts.pop("test"),
     "short": lambda parts: parts["test"].update(patch_mean=randn(3, 16)),
-    "labels": lambda parts: parts["test"]["labels"].add_(10**6),
+    "labels": lambda parts: parts["train"]["labels"].add_(10**6),
     "another label": lambda parts: parts["test"]["labels"][:1].fill_(3),
     "no labels": lambda parts: parts["train"]["labels"].fill_(-1),
+    "another width": lambda parts: parts["test"].update(class_token=randn(20, 9)),
+    "halves": lambda parts: parts["test"].update(class_token=randn(20, 16).half()),
+    "real labels": lambda parts: parts["test"].update(labels=rand(20)),
+    "a list": lambda parts: parts.update(test=[]),
+    "no settings": lambda parts: parts.update(settings=7),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_files_of_other_features_are_refused(kind, tmp_path):
-    """test_checkpoint.py damages them at random; these faults it seldom makes."""
     (x, labels), (queries, truth) = blobs(30, 3), blobs(20, 3, seed=7)
     path = tmp_path / "f.pt"
     save_features(path, x, labels, queries, truth)
