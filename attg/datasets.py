@@ -373,6 +373,7 @@ def open_labeled(name, tests, size, augment=False, seed=0, **options):
         # Most training images of stl10 have no labels; some of a user's data may not.
         if labeled and (from_python or name == "stl10"):
             rows = (dataset.labels >= 0).nonzero().flatten()
+            refuse_unreadable(dataset)
             labeled, sets[split] = len(rows) > 0, dataset.subset(rows)
         if not labeled:
             raise ValueError(

@@ -261,9 +261,13 @@ class Sample(NamedTuple):
 
 def as_label(label):
     """A label from Python as an int, -1 for None; ValueError for 0.7 and "7"."""
-    if label is not None and int(label) != label:
+    # MedMNIST's are arrays of one.
+    label = label.item() if hasattr(label, "item") else label
+    if label is None:
+        return -1
+    if int(label) != label:
         raise ValueError(f"the label {label!r} is not a whole number")
-    return -1 if label is None else int(label)
+    return int(label)
 
 
 @dataclass(eq=False)
@@ -362,8 +366,7 @@ class ImageData(Dataset):
                 path = self.path(i)
                 message = f"unreadable, the next image replaces it: {path} ({error})\n"
                 # In one piece, as other workers write to the same place.
-                sys.stderr.write(message)
-                sys.stderr.flush()
+                print(message, end="", file=sys.stderr, flush=True)
 
     @functools.cached_property
     def labeled(self):

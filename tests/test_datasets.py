@@ -3,6 +3,7 @@ Data sets: layouts of folders, samples, unreadable images, fingerprints, labels.
 """
 
 import hashlib
+import math
 import os
 import pickle
 import shutil
@@ -531,7 +532,8 @@ def test_data_sets_from_python(tmp_path, capsys):
             open_data([item])[0]
     with pytest.raises(ValueError, match="label .*0.5.* is not a whole"):
         open_data(Own([0, 1], targets=np.float32([0, 0.5])))
-    assert open_data([(image, np.float64(7))])[0].label == 7
+    for seven in (np.float64(7), np.array([7]), torch.tensor(7)):
+        assert open_data([(image, seven)])[0].label == 7
 
 
 def test_training_on_a_data_set_from_python(labelled, tmp_path):
@@ -562,6 +564,9 @@ def test_evaluations_need_labels(folder):
     pair = {"train": Own([-1, 0, 1], targets=[-1, 0, 1]), "test": Own([1, None, 0])}
     train_set, tests = open_labeled(pair, ["test"], 32)
     assert train_set.labels.tolist() == [0, 1] == tests["test"].labels.tolist()[::-1]
+    for odd in ("bad", "1", math.nan):  # not left out as if they had no label
+        with pytest.raises(ValueError, match="--data: 2 of 4 images are unreadable"):
+            open_labeled(pair | {"test": Own([1, odd, 0, odd])}, ["test"], 32)
     pair["test"] = Own([1, 2])
     with pytest.raises(ValueError, match="data: label 2 in test .* count both from 0"):
         open_labeled(pair, ["test"], 32)
