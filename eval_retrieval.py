@@ -23,12 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from attg.cli import RunFlags, check_unused, flag, parse, run_cli
 from attg.evaluation import EvalFlags, evaluate, open_encoder
-from attg.features import FEATURES, pool_tokens
+from attg.features import FEATURES, pool_tokens, unit_rows
 from attg.images import MODES, load_image, to_8_bits, to_tensor
 from attg.log import log_line, progress
 from attg.weights import resize_positions
@@ -91,8 +90,7 @@ def retrieval_map(database, queries, gnd, ks=(1, 5, 10)):
     "hard"; ignored images are removed from the ranking first. Queries without positives
     do not count.
     """
-    database, queries = (F.normalize(x.float(), dim=1) for x in (database, queries))
-    cosine = queries @ database.T  # (Q, N)
+    cosine = unit_rows(queries) @ unit_rows(database).T  # (Q, N)
     rankings = cosine.argsort(dim=1, descending=True, stable=True).cpu().numpy()
 
     names = ["mAP"] + [f"mP@{k}" for k in ks]

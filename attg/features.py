@@ -150,8 +150,8 @@ def knn_classify(
     """
     ks = [k] if isinstance(k, int) else k
     num_classes = num_classes or int(train_labels.max()) + 1
-    bank = F.normalize(train_features.float(), dim=1).T  # (D, n)
-    queries = F.normalize(test_features.float(), dim=1)  # (B, D)
+    bank = unit_rows(train_features).T  # (D, n)
+    queries = unit_rows(test_features)  # (B, D)
     neighbors = min(max(ks), bank.shape[1])
     # Similarities or votes per chunk: limited by a GPU's memory, or by a CPU's cache.
     max_values = 2**26 if bank.is_cuda else 2**23
@@ -173,6 +173,13 @@ def knn_classify(
         rankings.append(classes.masked_fill(votes == 0, -1))
     rankings = torch.cat(rankings, dim=1)
     return rankings[0] if isinstance(k, int) else rankings
+
+
+def unit_rows(features):
+    """Features (n, D) in fp32, each of length 1; ValueError if they are not finite."""
+    if not features.isfinite().all():
+        raise ValueError("features are not finite; did the encoder's training finish?")
+    return F.normalize(features.float(), dim=1)
 
 
 def nearest(similarity, k):

@@ -98,6 +98,15 @@ def test_faults_of_knn_are_seen():
     # Votes that would be 0 in float32 are votes.
     classes = attg_mae.knn_classify(bank, labels, test, temperature=1e-4)
     assert (classes[:, 0] >= 0).all()
+    # A row of NaN would be the nearest to all.
+    truth = [{"easy": [0], "hard": [1], "junk": []}] * 30
+    for spoilt in (bank, test):
+        spoilt[3, 2] = np.nan
+        with pytest.raises(ValueError, match="features are not finite"):
+            attg_mae.knn_classify(bank, labels, test)
+        with pytest.raises(ValueError, match="features are not finite"):
+            eval_knn.retrieval_map(bank, test, truth)
+        spoilt[3, 2] = 0
 
 
 def test_knn_in_several_chunks():
