@@ -140,9 +140,7 @@ def exclusive_run(path, output):
 
 def acquire_lock(path, output):
     """Create a lock file with its folder, and lock it; see exclusive_run."""
-    # The processes of the killed run may still exit, and a network file system frees the
-    # locks of a lost machine after a minute or two.
-    deadline = time.monotonic() + (120 if is_restarted() else 0)
+    began = time.monotonic()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -156,7 +154,9 @@ def acquire_lock(path, output):
                 file.seek(0)
                 holder = file.read() or "another process"
                 file.close()
-                if time.monotonic() >= deadline:
+                # The processes of a killed run may still exit, and a network file system
+                # frees the locks of a lost machine after a minute or two.
+                if time.monotonic() - began >= (120 if is_restarted() else 0):
                     message = f"{holder} is writing here; wait, or choose another path"
                     raise ValueError(f"{output}: {message}") from None
                 time.sleep(0.1)
