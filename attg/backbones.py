@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from attg.checkpoint import checksums
 from attg.weights import (
+    HEAD,
     PATCH_EMBED,
     check_parameter,
     find_prefix,
@@ -55,6 +56,10 @@ def open_backbone(source, img_size=None):
         raise ValueError(f"{source}: {reason}") from error
 
 
+# timm would resize it.
+PATCHES = "patch_embed.proj.weight"
+
+
 def open_timm(name, img_size):
     """See open_backbone."""
     import timm
@@ -66,14 +71,14 @@ def open_timm(name, img_size):
         state = timm.models.clean_state_dict(select_entry(read_file(path), None, path))
         start = find_prefix(state, PATCH_EMBED, None, path)
         state = {k[len(start) :]: x for k, x in state.items() if k.startswith(start)}
-        # timm loads what fits. NaN in place of the weights show what that is.
-        tensors = {k: x for k, x in state.items() if torch.is_tensor(x)}
-        nan = {k: torch.tensor(math.nan).expand(x.shape) for k, x in tensors.items()}
-        options["pretrained_cfg_overlay"] = {"state_dict": nan}
-        loaded = timm.create_model(name, **options).named_parameters()
-        refuse_missing(k for k, x in loaded if not x.isnan().any())
-        options["pretrained_cfg_overlay"] = {"state_dict": tensors}
+        # If timm knew of a classifier to leave out, it would load what fits of the rest.
+        unused = re.compile(f"decoder_|{HEAD.pattern}").match
+        state = {k: x for k, x in state.items() if torch.is_tensor(x) and not unused(k)}
+        options["pretrained_cfg_overlay"] = {"state_dict": state, "classifier": None}
     model = timm.create_model(name, **options)
+    if path and model.get_parameter(PATCHES).shape != state[PATCHES].shape:
+        shape = tuple(state[PATCHES].shape)
+        raise ValueError(f"its {PATCHES} is {shape}; name a model of such patches")
     images = timm.data.resolve_model_data_config(model)
     beside = Path(path).with_name("config.json") if path else None
     if path and beside.is_file():

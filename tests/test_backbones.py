@@ -41,7 +41,8 @@ def open_timm(name, folder, monkeypatch):
     monkeypatch.setattr(timm, "create_model", shallow)
     torch.manual_seed(0)
     ref = shake(timm.create_model(name, num_classes=0, img_size=side), 0.05)
-    state = {f"model.net.{key}": x for key, x in ref.state_dict().items()}
+    state = ref.state_dict() | {"head.weight": randn(9), "decoder_pred.bias": randn(9)}
+    state = {f"model.net.{key}": x for key, x in state.items()}
     torch.save({"state_dict": {}, "model_ema": state | {"x": 3}}, folder / "a.pth")
     model = open_backbone(f"timm:{name}@{folder / 'a.pth'}", side)
     assert model.cfg.mean == ref.pretrained_cfg["mean"] and model.cfg.depth == 2
@@ -86,11 +87,21 @@ def test_timm(name, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="no class token"):
             model.class_attention(imgs)
 
-    state, path = ref.state_dict(), tmp_path / "a.pth"
-    del state["blocks.1.norm2.bias"]
-    torch.save(state, path)
-    with pytest.raises(ValueError, match=f"{path}: .*blocks.1.norm2.bias"):
-        open_backbone(f"timm:{name}@{path}", imgs.shape[2])
+    path, missing, patches = (
+        tmp_path / "a.pth",
+        "blocks.1.norm2.bias",
+        "patch_embed.proj.weight",
+    )
+    small = ref.state_dict()[patches][..., ::2, ::2].clone()
+    for key, value in (
+        (missing, None),
+        ("blocks.2.ls1.gamma", randn(3)),
+        (patches, small),
+    ):
+        state = ref.state_dict() | {key: value}
+        torch.save({k: x for k, x in state.items() if x is not None}, path)
+        with pytest.raises(ValueError, match=f"{path}: .*{key}"):
+            open_backbone(f"timm:{name}@{path}", imgs.shape[2])
 
 
 @pytest.mark.parametrize("kind", HF)
