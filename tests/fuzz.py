@@ -8,7 +8,6 @@ hypothesis draws it (RANDOM): it tries the same examples every time, or with
 import contextlib
 import io
 import math
-import os
 import re
 import signal
 import struct
@@ -72,40 +71,6 @@ def png(width, height, depth=8, color=2, row=None, rows=None):
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     data = chunk(b"IDAT", b"".join(body) + pack.flush())
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
-
-
-NAMES = "a", "b.jpg", "-x", "[1]", "a b", "\udcff", "new\nline", "ä", "x.png", ".hidden"
-
-
-def odd_tree(folder, rng, links):
-    """Class folders "a", "b" and "c" with images, and what does not belong there.
-
-    links: kinds of links: "up", "across", "device", "file".
-    """
-    folders = [folder / name for name in "abc"]
-    (folder / ".hidden.png").write_bytes(png(1, 1))
-    for path in folders:
-        path.mkdir(parents=True)
-        if rng.random() < 0.97:
-            (path / "0.png").write_bytes(png(1, 1))
-    for number in range(rng.randrange(12)):
-        path = rng.choice(folders) / (rng.choice(NAMES) + rng.choice(("", str(number))))
-        kind = rng.choice(("folder", "image", "text", "pipe", *links))
-        if kind in ("image", "pipe", "device", "file"):
-            path = Path(f"{path}.png")
-        if os.path.lexists(path):
-            continue
-        if kind == "folder":
-            path.mkdir()
-            folders.append(path)
-        elif kind in ("image", "text"):
-            path.write_bytes(png(1, 1) if kind == "image" else b"text")
-        elif kind == "pipe":
-            os.mkfifo(path)
-        else:
-            up = rng.choice(("..", ".", "../..", "../../..", path))
-            targets = {"up": up, "across": rng.choice(folders), "device": "/dev/zero"}
-            path.symlink_to(targets.get(kind, folder / ".hidden.png"))
 
 
 def damaged_checkpoint(content, rng):
