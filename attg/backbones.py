@@ -93,7 +93,10 @@ def open_hf(name, img_size):
 
     options = {"attn_implementation": "sdpa", "output_loading_info": True}
     model, info = hf.AutoModel.from_pretrained(name, **options)
-    refuse_missing(k for k in info["missing_keys"] if "pooler." not in k)
+    missing = sorted(k for k in info["missing_keys"] if "pooler." not in k)
+    if missing:
+        lacks = f"lacks {len(missing)} parameters: {', '.join(missing[:3])}"
+        raise ValueError(f"the file {lacks}; it is of another model, or rename them")
     # CLIP and SigLIP have a text model, too.
     model = getattr(model, "vision_model", model)
     if info["missing_keys"]:
@@ -102,14 +105,6 @@ def open_hf(name, img_size):
     side = img_size or model.config.image_size
     size = (side, side) if isinstance(side, int) else side
     return NamedViT(model, size, **image_statistics(images))
-
-
-def refuse_missing(names):
-    """ValueError if there are names of parameters that a file does not hold."""
-    names = sorted(names)
-    if names:
-        lacks = f"lacks {len(names)} parameters: {', '.join(names[:3])}"
-        raise ValueError(f"the file {lacks}; it is of another model, or rename them")
 
 
 class Found(Exception):
