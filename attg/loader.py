@@ -56,9 +56,6 @@ class ResumableBatchSampler(Sampler):
         order = permutation(self.n, self.seed, epoch)
         return order[i * self.batch_size : (i + 1) * self.batch_size]
 
-    def __len__(self):
-        return (self.stop - self.start) * self.accum
-
     def __iter__(self):
         for step in range(self.start, self.stop):
             epoch = step // self.steps_per_epoch
