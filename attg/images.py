@@ -352,7 +352,8 @@ class ImageData(Dataset):
                 raise ValueError(f"is {kind}, items must be (PIL image, label)")
         if channels and image.mode != MODES[channels]:
             image = to_8_bits(image, MODES[channels], self.white)
-        return image, as_label(label)
+        is_int = isinstance(label, int | np.integer)
+        return image, int(label) if is_int else as_label(label)
 
     def path(self, i):
         """The path of image i, or its name if it is not a file."""
