@@ -189,6 +189,7 @@ class Log:
     hooks: list
     signals: list
     path: Path | None = None  # of log.jsonl, from begin on
+    continues: bool = True  # not if the run resumes from another folder
 
     def info(self, text):
         if not self.is_rank0:
@@ -228,7 +229,9 @@ class Log:
         )
         if run.cfg.tensorboard:
             self.hooks.append(tensorboard_hook(self.path.parent, start))
-        kept = read_log(self.path) if start and self.path.exists() else []
+        kept = []
+        if start and self.continues and self.path.exists():
+            kept = read_log(self.path)
         # Only evaluations have no loss.
         kept = [r for r in kept if r["step"] + ("loss" not in r) <= start]
         with replacing(self.path) as temporary:

@@ -94,6 +94,7 @@ def setup(cfg, data, dist_info, signals, on_log=None):
         checkpoint = broadcast_from_rank0(find)
         if checkpoint:
             changed = check_settings(cfg, checkpoint, total_steps)
+            log.continues = Path(checkpoint["path"]).parent == Path(cfg.out)
             where = f"{checkpoint['path']} after step {checkpoint['step']}"
             changes = f" with {', '.join(changed)}" if changed else ""
             log.info(f"resuming {where}{changes}" if cfg.epochs else f"from {where}")

@@ -50,7 +50,7 @@ def test_a_restarted_job_continues(trained, labelled, tmp_path, monkeypatch):
             with stop_after(2):
                 assert train(out, **settings, resume=resume)["step"] == step
         steps = [r["step"] for r in records(out)]
-        assert steps[-4:] == [*range(start + 1, start + 5)]
+        assert steps == [*range(start + 1, start + 5)]  # none of the other command
         monkeypatch.delenv("SLURM_RESTART_COUNT")
         with stop_after(2):
             assert train(out, **settings, resume=resume)["step"] == start + 2

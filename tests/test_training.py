@@ -691,9 +691,9 @@ def test_a_run_never_continues_on_other_data(change, tmp_path):
 def test_a_lost_checkpoint(copy, whole):
     """The latest complete temporary file replaces it; without one, the run is kept."""
     out, settings = copy
-    content = (out / "last.pt").read_bytes()
+    saved = (out / "last.pt").read_bytes()
     older = whole() / "encoder.pt"
-    (out / "last.pt").write_bytes(content[:-1000])
+    (out / "last.pt").write_bytes(saved[:-1000])
     for resume in ("auto", str(out / "last.pt")):
         with pytest.raises(ValueError, match="last.pt: damaged"):
             train(**settings, resume=resume)
@@ -703,8 +703,8 @@ def test_a_lost_checkpoint(copy, whole):
         train(**settings)
     assert content(out) == files
     shutil.copy(older, out / "last.pt.1.tmp")
-    (out / "last.pt.2.tmp").write_bytes(content)
-    (out / "last.pt.3.tmp").write_bytes(content[:-1000])
+    (out / "last.pt.2.tmp").write_bytes(saved)
+    (out / "last.pt.3.tmp").write_bytes(saved[:-1000])
     assert train(**settings)["step"] == 12
     assert [r["step"] for r in records(out)] == [*range(1, 13)]
     assert not list(out.glob("*.tmp"))
