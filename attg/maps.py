@@ -142,10 +142,10 @@ def load_maps(path, dataset):
     return maps, manifest
 
 
-def open_maps(path, dataset, name):
+def open_maps(path, dataset, name, log=log_line):
     """The maps (n, h, w) of the file `path`, which guide training, and their checksum.
 
-    ValueError without a path; name: of the data set.
+    ValueError without a path; name: of the data set. log(text) tells how many are empty.
     """
     if path is None:
         raise ValueError(
@@ -155,5 +155,5 @@ def open_maps(path, dataset, name):
         )
     maps, manifest = load_maps(path, dataset)
     counts = f"{len(manifest['flat'])} flat and {len(manifest['failed'])} failed"
-    log_line(f"--maps {path}: {counts} of {len(maps)} maps do not guide")
+    log(f"--maps {path}: {counts} of {len(maps)} maps do not guide")
     return maps, manifest["checksum"]

@@ -82,7 +82,7 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     maps_id = None if maps is None else "masks of the data set"
     # Drawing examples (--epochs 0) works without maps, guided training does not.
     if cfg.maps or (cfg.guidance != "none" and maps is None and cfg.epochs > 0):
-        maps, maps_id = open_maps(cfg.maps, train_set, cfg.data)
+        maps, maps_id = open_maps(cfg.maps, train_set, cfg.data, log.info)
 
     steps_per_epoch = max(1, train_set.num_images // cfg.batch_size)
     total_steps = cfg.epochs * steps_per_epoch
