@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from attg.files import in_threads, sha256_of, sha256_or_errno
+from attg.files import in_threads, sha256_or_errno
 
 BICUBIC = Image.Resampling.BICUBIC
 # Area fraction and aspect ratio of a random crop, as in MAE's pre-training.
@@ -49,6 +49,12 @@ def seed_for(*parts):
     plain = [part if isinstance(part, str) else int(part) for part in parts]
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def sha256_of(*parts):
+    """Hex digest of the strings of all parts."""
+    text = "\0".join(map(str, parts))
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def generator_for(*parts):
@@ -410,30 +416,25 @@ class ImageData(Dataset):
             masks=None if self.masks is None else self.masks[rows.numpy()],
         )
 
-    def file_sizes(self):
-        """Sizes in bytes of the files."""
-        return in_threads(lambda i: os.stat(self.path(i)).st_size, range(len(self)))
-
-    def checksums(self, step):
-        """Checksums of the contents of every step-th file."""
+    def of_files(self, function, step=1):
+        """[function(path)] of every step-th file, in threads."""
         rows = range(0, len(self), step)
-        return in_threads(lambda i: sha256_or_errno(self.path(i)), rows)
+        return in_threads(lambda i: function(self.path(i)), rows)
 
     @functools.cached_property
     def fingerprint(self):
         """Identity of the data set in map files and checkpoints: "v3:" and a sha256.
 
-        The hash is over the number of images, their names and, if they are files, their
-        sizes and contents; of more than 10,000 files, the contents of 1,000. With `verify`
-        a colon and a sha256 of all contents follow.
+        The hash is over number, names and, if they are files, sizes and contents; of more
+        than 10,000, the contents of 1,000. With `verify`, ":" and one of all contents follow.
         """
-        n, full = self.num_images, ""
-        parts = [n, *self.names]
+        parts, full = [self.num_images, *self.names], ""
         if self.pairs is None:
-            step = n // SAMPLE if n > MAX_VERIFIED else 1
-            parts += [*self.file_sizes(), *self.checksums(step)]
+            step = len(self) // SAMPLE if len(self) > MAX_VERIFIED else 1
+            parts += self.of_files(os.path.getsize)
+            parts += self.of_files(sha256_or_errno, step)
             if self.verify and step > 1:
-                full = f":{sha256_of(*self.checksums(1))}"
+                full = f":{sha256_of(*self.of_files(sha256_or_errno))}"
         return f"v3:{sha256_of(*parts)}{full}"
 
     def matches(self, fingerprint):
@@ -442,9 +443,8 @@ class ImageData(Dataset):
             # Either may lack the part for all contents, which is not compared then.
             parts = self.fingerprint.split(":"), fingerprint.split(":")
             return all(a == b for a, b in zip(*parts, strict=False))
-        names, sizes = (len(self), *self.names), []
-        if self.pairs is None:
-            sizes = self.file_sizes()
+        names = len(self), *self.names
+        sizes = self.of_files(os.path.getsize) if self.pairs is None else []
         oldest = sha256_of(*names)
         oldest = sha256_of(oldest, *sizes) if sizes else oldest
         return fingerprint in (oldest, "v2:" + sha256_of("v2", *names, *sizes))

@@ -22,8 +22,7 @@ from attg.distributed import barrier, broadcast_from_rank0, exclusive_run
 from attg.export import timm_arguments
 from attg.features import knn_accuracy
 from attg.figures import panels_of, plot_panels
-from attg.files import sha256_of
-from attg.images import ImageData, generator_for
+from attg.images import ImageData, generator_for, sha256_of
 from attg.loader import default_workers, make_loader
 from attg.log import Log, Meter, progress, read_log
 from attg.maps import open_maps
@@ -44,6 +43,7 @@ class Setup:
     log: Log
     train_set: ImageData
     test_set: ImageData | None
+    data_id: str | None  # fingerprint of train_set, on rank 0
     maps: np.ndarray | None  # (n, h, w) on the host
     maps_id: str | None  # checksum of the maps
     steps_per_epoch: int
@@ -100,7 +100,8 @@ def setup(cfg, data, dist_info, signals, on_log=None):
             log.info(f"resuming {where}{changes}" if cfg.epochs else f"from {where}")
             if checkpoint["step"] == total_steps:
                 log.info("nothing left to train: only its evaluation is repeated")
-        sets = (train_set, test_set, maps, maps_id)
+        data_id = train_set.fingerprint if rank == 0 and cfg.epochs else None
+        sets = (train_set, test_set, data_id, maps, maps_id)
         steps = (steps_per_epoch, total_steps, DTYPES[cfg.precision], workers)
         yield Setup(cfg, device, rank, world, log, *sets, *steps), checkpoint
 
@@ -277,7 +278,7 @@ class Trainer:
                 optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(),
                 step=done,
-                data=self.run.train_set.fingerprint,
+                data=self.run.data_id,
                 maps=self.run.maps_id,
                 config=dataclasses.asdict(self.run.cfg),
             )
