@@ -155,5 +155,6 @@ def open_maps(path, dataset, name, log=log_line):
         )
     maps, manifest = load_maps(path, dataset)
     counts = f"{len(manifest['flat'])} flat and {len(manifest['failed'])} failed"
-    log(f"--maps {path}: {counts} of {len(maps)} maps do not guide")
+    if manifest["flat"] or manifest["failed"]:
+        log(f"--maps {path}: {counts} of {len(maps)} maps do not guide")
     return maps, manifest["checksum"]

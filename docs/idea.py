@@ -101,7 +101,7 @@ def draw_differences(path):
     axes = figure.add_subplot()
     axes.set_title("k-NN (k = 20), guided - vanilla, in points: mean and 95 % interval")
     axes.axvline(0, color="gray")
-    for name in ("toy", "toy-new-seeds", "imagenette64"):
+    for name in ("toy", "toy-new-seeds", "imagenette64", "tinymid30"):
         for row in table_rows(read_study(Path("results/study", name))):
             if row["metric"] == "k-NN, k = 20" and row.get("pairs", 0) > 2:
                 label = f"{name}: {row['variant']}, n = {row['pairs']}"

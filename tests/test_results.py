@@ -6,6 +6,7 @@ import json
 import re
 from itertools import permutations, product
 
+import numpy as np
 import pytest
 
 import study
@@ -100,6 +101,32 @@ def test_tables_of_the_pages():
         assert texts(rows[variant, KNN, "class_token"])[0] in README
     new = rows_of_study("toy-new-seeds")["self", KNN, "patch_mean"]
     assert texts(new)[1] in README and new["pairs"] == 10
+
+
+def test_table_of_photographs():
+    """Averages of both features; the numbers of images are those of docs/study_data.py."""
+    runs = study.read_study(RESULTS / "study" / "tinymid30")
+    cells = {"all": "", "**grey (questions 1, 2)**": "tinymid30/grey: "}
+    for name in ("original", "same class", "other class"):
+        cells[name] = f"tinymid30/{name.replace(' ', '_')}: "
+    for name, prefix in cells.items():
+        line = [name, "1,054" if prefix else "6,875"]
+        for metric in (KNN, LINEAR):
+            top1 = {
+                variant: np.mean(
+                    [
+                        [runs[variant][seed][prefix + metric, x] for x in FEATURES]
+                        for seed in range(1, 6)
+                    ],
+                    axis=1,
+                )
+                for variant in ("none", "box", "gaussian")
+            }
+            line.append(f"{top1['none'].mean():.1f} ± {top1['none'].std(ddof=1):.1f}")
+            for control in ("none", "gaussian"):
+                mean, low, high, _ = study.interval(top1["box"] - top1[control])
+                line.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+        assert_line(STUDY.replace("**+", "+").replace("]**", "]"), *line)
 
 
 # Of four of five seeds, of the growth of a difference within a run, and of differences

@@ -166,9 +166,9 @@ def test_a_study_is_resumed(tmp_path, monkeypatch, capsys):
     """What has been done is not done again; the runs differ as the variants say."""
     data, out, ran = tmp_path / "data", tmp_path / "out", []
     for name in "abc":
-        # Classes that are hard to tell apart.
+        # Classes that are hard to tell apart; hue 3 is the color of hue 0.
         make_images(data / "train" / name, 12)
-        make_images(data / "test" / name, 9)
+        make_images(data / "test" / name, 9, hue=3)
     maps = make_maps(tmp_path / "maps.npy", data)
     flags = f"--data {data} --maps bright={maps} --variants bright+tau=0.6 --seeds 0 1 "
     flags += f"--out {out} -- --epochs 4 --batch_size 8 --lr 0.01 --width 32 --depth 1"
