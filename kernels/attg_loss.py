@@ -22,9 +22,9 @@ Code bases differ in things that their tensors do not show:
 
 mask        Where 1 means visible (Hiera, SparK), pass ~mask.
 patches     Row by row, without a class token: pred[:, 1:], attn[:, 1:]. In images their
-            values have the order (p, p, C). For another one, such as (C, p, p) in Hiera,
+            values have the order (p, p, C). For another order, as (C, p, p) in Hiera,
             CROMA and Clay, or for video, pass your own patches as target.
-norm_pix    True here, False by default in MAE. Pass False for normalized targets.
+norm_pix    True here, False by default in MAE. Pass False if targets are normalized.
 attn        If only masked patches are predicted, use `normalize_map` before gathering,
             and normalize_attn=False. An image without a map gets zeros, that is weight 1.
 mean        Over all masked patches of the call, not per image and then over images. If
