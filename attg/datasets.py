@@ -12,6 +12,7 @@ rotation is ignored, as it is when maps are made.
 """
 
 import contextlib
+import functools
 import os
 import re
 from collections import defaultdict, deque
@@ -395,16 +396,14 @@ def open_labeled(name, tests, size, augment=False, seed=0, **options):
     return train_set, sets
 
 
-def files_in_common(*pair):
-    """Number of files of the second data set with the name and content of one of the first."""
-    rows = [range(len(dataset)) for dataset in pair]
+def files_in_common(train_set, test_set):
+    """Number of test files with the name and content of a training file."""
+    train, test = ([x.path(i) for i in range(len(x))] for x in (train_set, test_set))
     # Most files differ in the name or in the size, so that few contents are read.
-    for key in (os.path.basename, os.path.getsize, sha256):
-        values = [[key(x.path(i)) for i in r] for x, r in zip(pair, rows, strict=True)]
-        both = set(values[1]).intersection(values[0])
-        pairs = (zip(r, v, strict=True) for r, v in zip(rows, values, strict=True))
-        rows = [[i for i, value in numbered if value in both] for numbered in pairs]
-    return len(rows[1])
+    for key in map(functools.cache, (os.path.basename, os.path.getsize, sha256)):
+        both = set(map(key, train)).intersection(map(key, test))
+        train, test = ([x for x in paths if key(x) in both] for paths in (train, test))
+    return len(test)
 
 
 def refuse_unreadable(dataset):

@@ -107,7 +107,7 @@ def setup(cfg, data, dist_info, signals, on_log=None):
 
 
 def refuse_other_images(cfg, datasets, rank):
-    """ValueError if the machine of this rank has copies of other images than rank 0's."""
+    """ValueError if the data folders of this rank and rank 0 hold different images."""
     names = [(len(dataset), sha256_of(*dataset.names)) for dataset in datasets]
     expected = broadcast_from_rank0(lambda: names)
     if names != expected:
