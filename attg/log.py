@@ -130,7 +130,7 @@ def describe_machine(device, versions):
 def describe_files(dataset):
     """Part of a log line: the classes and the folder of a data set of files."""
     first, last = dataset.names[[0, -1]]
-    return f"{dataset.num_classes or 'no'} classes in {dataset.root} ({first} ... {last})"
+    return f"{dataset.num_classes} classes in {dataset.root} ({first} ... {last})"
 
 
 def describe_run(run, model):
