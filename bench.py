@@ -46,7 +46,6 @@ class Settings:
     compile: bool = flag(False, "step: with torch.compile")
     mae_repo: str | None = flag(None, "step: a copy of facebookresearch/mae")
     data: str | None = flag(None, "data: folder of JPEG photographs")
-    peer_checkout: str | None = flag(None, "data: another version of this repository")
 
 
 def main(argv=None):

@@ -6,10 +6,7 @@ pipeline (RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize) does all
 the worker. torchvision's fastest decodes to a tensor and stays in 8 bits, as ours.
 """
 
-import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -26,19 +23,6 @@ from attg.loader import ResumableBatchSampler, make_loader
 from attg_mae import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.measure import compare, take_turns
 
-# What a checkout runs in a process of its own: it answers lines with the arguments of
-# our_batches, which every version has had, with the CPU time of a batch.
-SERVER = """
-import functools, json, sys, time
-from benchmarks.data import our_batches
-open_batches = functools.cache(our_batches)
-for line in sys.stdin:
-    batches = open_batches(*json.loads(line))
-    start = time.process_time()
-    next(batches)
-    print(time.process_time() - start, flush=True)
-"""
-ROOT = Path(__file__).parents[1]
 CROP = {"scale": (0.2, 1.0), "interpolation": v2.InterpolationMode.BICUBIC}
 
 
@@ -67,10 +51,10 @@ def write_sets(folder, photographs, count):
     return sets
 
 
-def our_batches(folder, size, batch_size, workers=0):
+def our_batches(folder, size, batch_size):
     dataset = open_data(folder, "train", size, augment=True)
     batches = ResumableBatchSampler(len(dataset), batch_size, start=0, stop=10**6)
-    return iter(make_loader(dataset, workers=workers, batch_sampler=batches))
+    return iter(make_loader(dataset, batch_sampler=batches))
 
 
 def torchvision_batches(dataset, batch_size):
@@ -101,36 +85,16 @@ PIPELINES = {"ours": our_batches, "torchvision's fastest": fastest_batches}
 PIPELINES["MAE's"] = mae_batches
 
 
-def start_server(root):
-    command = [sys.executable, "-c", SERVER]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=root, **pipes)
-
-
-def ask(server, arguments):
-    """Seconds of our_batches(*arguments) in a checkout."""
-    print(json.dumps(arguments), file=server.stdin, flush=True)
-    return float(server.stdout.readline())
-
-
 def run(settings, device):
-    """Rows: CPU time of an image of each set of files in each pipeline, or checkout."""
-    cpu, servers, options = torch.device("cpu"), {}, {}
-    if settings.peer_checkout:
-        peer = start_server(settings.peer_checkout)
-        servers = {"ours": start_server(ROOT), settings.peer_checkout: peer}
-        options["timer"] = lambda call, _: call()  # it tells the time itself
+    """Rows: CPU time of an image of each set of files in each pipeline."""
     with tempfile.TemporaryDirectory() as parent:
         sets = write_sets(parent, settings.data, settings.batch_size)
         for name, count in sets.items():
-            arguments = str(Path(parent, name)), settings.size, count
-            calls = {x: partial(ask, y, (*arguments, 0)) for x, y in servers.items()}
-            if not servers:
-                for pipeline, open_batches in PIPELINES.items():
-                    calls[pipeline] = partial(next, open_batches(*arguments))
-            times = take_turns(calls, cpu, settings.repeats, **options)
+            calls = {}
+            for pipeline, open_batches in PIPELINES.items():
+                batches = open_batches(Path(parent, name), settings.size, count)
+                calls[pipeline] = partial(next, batches)
+            times = take_turns(calls, torch.device("cpu"), settings.repeats)
             for pipeline, columns in compare(times, count).items():
                 case = {"files": name, "pipeline": pipeline}
                 yield case | {"img/s": 1e3 / columns["ms"]} | columns
-    for server in servers.values():
-        server.communicate()

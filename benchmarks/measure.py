@@ -28,16 +28,16 @@ def time_call(call, device):
     return start.elapsed_time(end) / 1e3
 
 
-def take_turns(calls, device, repeats, timer=time_call):
+def take_turns(calls, device, repeats):
     """Time calls in rounds of one call each, so that all meet the same conditions.
 
-    calls: {name: call}. timer(call, device): the seconds of a call. Returns {name: seconds
-    of each call}, without the first round, which warms up caches and compiles.
+    calls: {name: call}. Returns {name: seconds of each call}, without the first round, which
+    warms up caches and compiles.
     """
     times = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
-            times[name].append(timer(call, device))
+            times[name].append(time_call(call, device))
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
