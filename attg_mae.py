@@ -647,7 +647,7 @@ def train(cfg, data=None, on_log=None):
         torch.manual_seed(seed_for("weights", cfg.seed))
         model = build_model(cfg).to(device)
         if checkpoint or cfg.init:
-            load_initial(model, run, checkpoint, sincos_table)
+            load_initial(model, run, checkpoint)
         if cfg.epochs == 0:
             save_examples(model, run, checkpoint, model_inputs, pool_maps)
             return result(run, step=0)
@@ -695,8 +695,8 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None, **names):
     if MISSING:
         raise ModuleNotFoundError(MISSING)
     weights = read_weights(path_or_state_dict, **names)
-    model = ViT(encoder_config(Config, weights, sincos_table, heads, img_size))
-    load_weights(model, weights, sincos_table)
+    model = ViT(encoder_config(Config, weights, heads, img_size))
+    load_weights(model, weights)
     return model.eval()
 
 

@@ -147,8 +147,8 @@ def photograph_features(encoder, paths, longest, device):
     features = []
     for path in progress(paths, desc="features"):
         imgs = load_photograph(path, longest, cfg).to(device)
-        # Resize the positions to the grid of each image, sin-cos ones too, as in DINO's
-        # code: in a landscape image they span the same range as in a square.
+        # Resize the positions to the grid of each image, as in DINO's code: in a landscape
+        # image they span the same range as in a square.
         cfg.img_size = tuple(imgs.shape[2:])
         encoder.pos_embed.data = resize_positions(positions, grid, cfg.grid)
         tokens = encoder.forward_features(encoder.normalize(imgs))  # (1, N, D)

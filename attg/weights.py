@@ -263,7 +263,7 @@ def weight_sizes(state):
     return sizes
 
 
-def encoder_config(kind, weights, sincos_table, heads=None, img_size=None):
+def encoder_config(kind, weights, heads=None, img_size=None):
     """Config (of class `kind`) of the encoder of Weights; sets the grid of their positions.
 
     heads, img_size: instead of the file's. Logs what is guessed.
@@ -283,8 +283,10 @@ def encoder_config(kind, weights, sincos_table, heads=None, img_size=None):
     if not heads and "heads" not in told:
         log_line(f"{name}: {settings['heads']} heads, a guess by width; see --heads")
     if "img_size" not in told:
-        grid, p = position_grid(positions, sincos_table), sizes["patch_size"]
-        settings["img_size"] = (grid[0] * p, grid[1] * p) if grid else img_size
+        number = positions.shape[1] - 1
+        side = math.isqrt(max(number, 0))
+        is_square = side**2 == number > 0
+        settings["img_size"] = side * sizes["patch_size"] if is_square else img_size
     names = {field.name for field in dataclasses.fields(kind)} & set(settings)
     try:
         cfg = kind(**{key: settings[key] for key in names})
@@ -302,49 +304,17 @@ def encoder_config(kind, weights, sincos_table, heads=None, img_size=None):
     return dataclasses.replace(cfg, img_size=img_size or cfg.img_size)
 
 
-def is_table(positions, grid, sincos_table):
-    """Whether positions (1, 1 + L, D) are the sin-cos table of a grid, in any precision."""
-    # The width of a damaged file may be any number.
-    table = sincos_table(4 * (positions.shape[2] // 4), grid)
-    atol = max(1e-4, torch.finfo(positions.dtype).eps)
-    same_shape = positions.shape[1:] == table.shape
-    return same_shape and torch.allclose(positions[0].float(), table, atol=atol)
-
-
-def position_grid(positions, sincos_table):
-    """(rows, columns) of positions (1, 1 + L, D): those of a sin-cos table, or a square's.
-
-    None if L is no square.
-    """
-    L = positions.shape[1] - 1
-    # The first patch is in the first row and column of any table.
-    if L and is_table(positions[:, :2], (1, 1), sincos_table):
-        for rows in range(1, L + 1):
-            if L % rows == 0 and is_table(positions, (rows, L // rows), sincos_table):
-                return rows, L // rows
-    side = math.isqrt(max(L, 0))
-    return (side, side) if side * side == L > 0 else None
-
-
-def fit_positions(positions, old, grid, sincos_table):
-    """Positions (1, 1 + L, D) of the grid `old` for another, unchanged if not of `old`."""
-    if positions.shape[1] == 1 + math.prod(old):
-        if is_table(positions, old, sincos_table):
-            return sincos_table(positions.shape[2], grid)[None]
-        if old != grid:
-            return resize_positions(positions, old, grid)
-    return positions
-
-
 def resize_positions(positions, old, grid):
     """Resize positions (1, 1 + L, D) but the class token's from the grid `old`."""
+    # A sin-cos table too: computed anew, it would have rows and columns that training never
+    # saw, which lowers k-NN of the class token.
     image = positions[:, 1:].float().unflatten(1, old).permute(0, 3, 1, 2)
     # As in transformers: bicubic, corners not aligned, no antialiasing.
     image = F.interpolate(image, grid, mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], image.flatten(2).mT], dim=1)
 
 
-def load_initial(model, run, checkpoint, sincos_table):
+def load_initial(model, run, checkpoint):
     """Load the weights of the checkpoint (parts of last.pt, or None) or of --init."""
     cfg = run.cfg
     if checkpoint:
@@ -358,8 +328,8 @@ def load_initial(model, run, checkpoint, sincos_table):
         if flags:
             reason = f"does not fit this {cfg.model}; use {' '.join(flags)}"
             raise ValueError(f"{cfg.init} {reason}")
-        trained = encoder_config(type(cfg), weights, sincos_table, cfg.heads)
-        message = load_weights(model, weights, sincos_table)
+        trained = encoder_config(type(cfg), weights, cfg.heads)
+        message = load_weights(model, weights)
         for key in ("mean", "std"):
             values = getattr(trained, key)
             if key in weights.settings and values != getattr(cfg, key):
@@ -367,7 +337,7 @@ def load_initial(model, run, checkpoint, sincos_table):
         run.log.info(f"--init {cfg.init}: {message}")
 
 
-def load_weights(model, weights, sincos_table):
+def load_weights(model, weights):
     """Load Weights into a ViT or an MAE; returns a note on unused and missing weights.
 
     ValueError if the encoder is incomplete, or if a weight does not fit the model.
@@ -392,8 +362,9 @@ def load_weights(model, weights, sincos_table):
     for key in {"pos_embed", "decoder_pos_embed"} & set(state):
         if not state[key].any():
             log_line(f"{name}: {key} is all zero, so patches do not know their place")
-        grid = model.cfg.grid
-        state[key] = fit_positions(state[key], weights.grid, grid, sincos_table)
+        of_grid = state[key].shape[1] == 1 + math.prod(weights.grid)
+        if of_grid and weights.grid != model.cfg.grid:
+            state[key] = resize_positions(state[key], weights.grid, model.cfg.grid)
     load_checked(model, state, fresh, name)
     if weights.left_out:
         some = ", ".join(weights.left_out[:3])

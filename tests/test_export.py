@@ -66,8 +66,8 @@ def test_whole_model_is_a_vit_mae(norm_pix, tmp_path):
     # And back from the folder, with the decoder
     again = attg_mae.MAE(model.cfg)
     weights = read_weights(tmp_path / "folder" / "model.safetensors")
-    encoder_config(attg_mae.Config, weights, attg_mae.sincos_table)
-    assert load_weights(again, weights, attg_mae.sincos_table) == "all weights loaded"
+    encoder_config(attg_mae.Config, weights)
+    assert load_weights(again, weights) == "all weights loaded"
     assert close(again(imgs, noise=order)[1], pred, 1e-5)
 
 

@@ -278,7 +278,7 @@ def test_fine_tuned_encoders_normalize_the_mean(monkeypatch):
     weights = read_weights(content)
     weights.grid = (4, 4)
     mae = attg_mae.MAE(model.cfg)
-    message = load_weights(mae, weights, attg_mae.sincos_table)
+    message = load_weights(mae, weights)
     assert "norm" in message and "decoder" in message and "head" in message
     assert mae.norm.weight.equal(torch.ones(64))
     assert mae.blocks[1].mlp.fc2.bias.equal(ref.blocks[1].mlp.fc2.bias)
@@ -328,22 +328,14 @@ def test_wrong_cnns_are_refused(tmp_path):
 # -- Positions of another grid ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_sincos_positions_are_computed_for_the_grid(dtype):
-    """That of the file is found by the table itself, in any precision."""
-    ours = attg_mae.build_model(attg_mae.Config(img_size=(16, 64), depth=1))
-    state = {k: x.to(dtype) for k, x in ours.state_dict().items()}
-    same_size = attg_mae.build_model(attg_mae.Config(img_size=(40, 64)))
-    for content in ({"model": state, "config": asdict(ours.cfg)}, state):
-        model = attg_mae.load_encoder(content, heads=4)
-        assert model.cfg.size == (16, 64) and model.pos_embed.equal(ours.pos_embed)
-        big = attg_mae.load_encoder(content, heads=4, img_size=(40, 64))
-        assert big.pos_embed.equal(same_size.pos_embed)
-
-
-def test_learned_positions_are_resized_as_by_hugging_face():
+@pytest.mark.parametrize("positions", ["learned", "sincos"])
+def test_positions_are_resized_as_by_hugging_face(positions):
     """Also to a grid of as many patches: it is the grid that counts."""
     ref = shake(hf_model("ViTModel", num_hidden_layers=1))
+    stored = ref.embeddings.position_embeddings.data
+    if positions == "sincos":
+        stored[0] = attg_mae.sincos_table(stored.shape[2], (8, 8))
+    assert attg_mae.load_encoder(ref.state_dict(), heads=4).pos_embed.equal(stored)
     for size in ((48, 48), (32, 80), (16, 64)):
         model = attg_mae.load_encoder(ref.state_dict(), heads=4, img_size=size)
         imgs = randn(2, 3, *size)
@@ -435,7 +427,7 @@ def test_damaged_weights_are_refused():
         assume(value is not token or key != "vit.embeddings.cls_token")
         with pytest.raises(ValueError, match="the state dict"):
             weights = read_weights(mae | {key: value})
-            encoder_config(attg_mae.Config, weights, attg_mae.sincos_table, 4)
-            load_weights(model, weights, attg_mae.sincos_table)
+            encoder_config(attg_mae.Config, weights, 4)
+            load_weights(model, weights)
 
     check()
