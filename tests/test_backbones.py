@@ -168,8 +168,9 @@ def test_statistics_of_images(tmp_path):
     name, path = "vit_tiny_patch16_224", tmp_path / "pytorch_model.bin"
     cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     options = {"img_size": 32, "num_classes": 0, "pretrained_cfg_overlay": cfg}
-    timm.models.save_for_hf(timm.create_model(name, depth=1, **options), tmp_path)
-    timm.models.save_for_hf(timm.create_model(name, **options), tmp_path / "whole")
+    save = timm.models._hub.save_for_hf  # timm 1.0.12 has it there only
+    save(timm.create_model(name, depth=1, **options), tmp_path)
+    save(timm.create_model(name, **options), tmp_path / "whole")
     for model in (
         attg_mae.load_encoder(path),
         open_backbone(f"timm:{name}@{tmp_path / 'whole' / path.name}", 32),

@@ -78,6 +78,8 @@ def image_of(mode, random, shape=None):
 @given(seed=SEEDS)
 def test_every_mode_becomes_8_bits(tmp_path, suffix, mode, seed):
     image, expected = image_of(mode, np.random.default_rng(seed))
+    if suffix == "pgm" and mode == "I;16":
+        image = image.convert("I")  # the mode in which Pillow 10 writes them
     clear = {"transparency": bytes([0, 128])} if (suffix, mode) == ("png", "P") else {}
     stored = load_image(write(tmp_path / f"0.{suffix}", image, **clear))
     # Pillow 10 opens 16-bit PNGs in the mode I.

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import attg_mae
+from attg import trainer
 from attg.datasets import open_data
 from attg.toy import TOY_VARIANTS, toy
-from attg.trainer import setup
 
 SPLITS = ("train", "test", *TOY_VARIANTS)
 
@@ -44,6 +44,9 @@ def test_a_guided_run_takes_toys_masks(tmp_path):
     """The default run has no --maps, a vanilla one no maps."""
     for guidance, maps in (("attg", toy("train")[1]), ("none", None)):
         cfg = attg_mae.Config(guidance=guidance, out=str(tmp_path / guidance))
-        with setup(cfg, None, (torch.device("cpu"), 0, 1), []) as (run, checkpoint):
+        with trainer.setup(cfg, None, (torch.device("cpu"), 0, 1), []) as (
+            run,
+            checkpoint,
+        ):
             assert run.maps is maps and checkpoint is None
             assert len(run.train_set) == 10_000 and len(run.test_set) == 2_000
