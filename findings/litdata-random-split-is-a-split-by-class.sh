@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# litdata: train_test_split and subsample take runs of neighbours; of data packed class by class
+# litdata: train_test_split and subsample take runs of neighbors; of data packed class by class
 # the test set has other classes than the training set.
 #
 # Versions: litdata 0.2.76, torch 2.14.1, torchvision 0.29.1, numpy 2.4.6.

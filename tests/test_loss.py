@@ -67,7 +67,7 @@ def arguments(draw, impl, kind):
     L = gh * gw
     shape = (B, L, P) if p is None else (B, C, gh * p, gw * p)
     floats = kernel.FUSED_DTYPES + ((torch.float64,) if impl == "torch" else ())
-    # Neighbours differ, so that no patch has a variance near 0.
+    # Neighbors differ, so that no patch has a variance near 0.
     target = sum(torch.meshgrid(*map(torch.arange, shape), indexing="ij")) % 2
     target = target + 0.7 * rand(*shape, seed=seed)
     target = pick((150 * target).byte(), (3 * target - 1).to(pick(*floats)))
