@@ -128,9 +128,10 @@ def describe_machine(device, versions):
 
 
 def describe_files(dataset):
-    """Part of a log line: the classes and the folder of a data set of files."""
+    """Part of a log line: the classes, if any, and the folder of a data set of files."""
     first, last = dataset.names[[0, -1]]
-    return f"{dataset.num_classes} classes in {dataset.root} ({first} ... {last})"
+    folder, classes = f"{dataset.root} ({first} ... {last})", dataset.num_classes
+    return f"{classes} classes in {folder}" if classes else folder
 
 
 def describe_run(run, model):
