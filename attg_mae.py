@@ -522,7 +522,7 @@ def train_step(model, optimizer, scaler, batches, tau, cfg, dtype=None):
 # -- Configuration ---------------------------------------------------------------------
 # From here on the file is about runs. Our packages are imported here, not above, so that a
 # copy of this file alone runs down to this line. Some are for `from attg_mae import ...`.
-MISSING = None
+IMPORT_ERROR = None
 try:
     from attg.checkpoint import load_checkpoint, restore, save_checkpoint
     from attg.cli import flag, parse, run_cli, validate
@@ -538,7 +538,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name.partition(".")[0] != "attg":
         raise
-    MISSING = f"{error}: all but --demo needs attg/ and kernels/ beside this file"
+    IMPORT_ERROR = f"{error}: all but --demo needs attg/ and kernels/ beside this file"
     attg_loss, TrainFlags = None, object
 
     def flag(default, *_, **__):
@@ -600,7 +600,7 @@ class Config(TrainFlags):
     clip_grad: float = flag(0.0, "maximum gradient norm, 0 = off", 0, 1e38)
 
     def __post_init__(self):
-        if not MISSING:
+        if not IMPORT_ERROR:
             validate(self)
         # If both are unset, resolve chooses them for vit_micro by the image sizes.
         self.default_size = (self.img_size, self.patch_size) == (None, None)
@@ -611,7 +611,7 @@ class Config(TrainFlags):
         self.std = tuple(self.std)
         if not isinstance(self.img_size, int) and len(self.img_size) == 1:
             (self.img_size,) = self.img_size
-        if not MISSING:
+        if not IMPORT_ERROR:
             check_config(self)
 
     @property
@@ -636,8 +636,8 @@ def train(cfg, data=None, on_log=None):
     log.jsonl. Returns {"step", "val_mse": on the test split or None, "knn": {feature:
     top-1 in percent} on rank 0, "out": the folder, "stopped": the signal or None}.
     """
-    if MISSING:
-        raise ModuleNotFoundError(MISSING)
+    if IMPORT_ERROR:
+        raise ModuleNotFoundError(IMPORT_ERROR)
     with (
         stop_signals() as signals,
         processes(cfg.device, cfg.timeout) as dist_info,
@@ -692,8 +692,8 @@ def load_encoder(path_or_state_dict, heads=None, img_size=None, **names):
     and HF want 0.5 and 0.5). heads, img_size, an int or (height, width): instead of the
     file's. names: weights_key, weights_prefix, see --help. ValueError if there is no encoder.
     """
-    if MISSING:
-        raise ModuleNotFoundError(MISSING)
+    if IMPORT_ERROR:
+        raise ModuleNotFoundError(IMPORT_ERROR)
     weights = read_weights(path_or_state_dict, **names)
     model = ViT(encoder_config(Config, weights, heads, img_size))
     load_weights(model, weights)
@@ -734,7 +734,7 @@ def main(argv=None):
 if __name__ == "__main__":
     if sys.argv[1:] == ["--demo"]:  # takes no other flags
         demo()
-    elif MISSING:
-        sys.exit(f"{__file__}: error: {MISSING}")
+    elif IMPORT_ERROR:
+        sys.exit(f"{__file__}: error: {IMPORT_ERROR}")
     else:
         run_cli(main, memory_hint="raise --accum (the same run) or lower --batch_size")

@@ -25,12 +25,12 @@ from attg.evaluation import (
     EvalFlags,
     FeatureFlags,
     LabelFlags,
-    draw,
     draw_shots,
     evaluate,
     labeled_features,
     mean_and_deviation,
     percent_correct,
+    save_figures,
 )
 from attg.features import FEATURES, knn_classify
 from attg_mae import load_encoder
@@ -68,7 +68,7 @@ def evaluate_knn(settings, data, dist_info):
         queries, truth = test[FEATURES[1]], test["labels"]
         guesses = knn_classify(bank, labels, queries, settings.k[0])[:, 0]
         title = f"{FEATURES[1]}, k = {settings.k[0]}"
-        draw(settings, data, truth, guesses, title, (bank, queries))
+        save_figures(settings, data, truth, guesses, title, (bank, queries))
     return results
 
 

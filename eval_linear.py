@@ -38,14 +38,14 @@ from attg.evaluation import (
     EvalFlags,
     FeatureFlags,
     LabelFlags,
-    draw,
     draw_shots,
     evaluate,
-    fill,
+    fill_defaults,
     labeled_features,
     mean_and_deviation,
     open_encoder,
     percent_correct,
+    save_figures,
 )
 from attg.features import FEATURES, pool_tokens
 from attg.finetuning import RecipeFlags, fit, open_training, score
@@ -166,7 +166,7 @@ def best_classes(x, weights):
 def probe_features(settings, data, dist_info):
     """Results of the probe on the features of --features or of a checkpoint."""
     device, rank, _ = dist_info
-    fill(settings, epochs=100, batch_size=256, precision="fp32")
+    fill_defaults(settings, epochs=100, batch_size=256, precision="fp32")
     train, parts = labeled_features(load_encoder, settings, data, dist_info)
     if rank != 0:
         return []  # rank 0 trains alone
@@ -190,7 +190,9 @@ def probe_features(settings, data, dist_info):
             results.append(result | metrics | {"held_out": held_out})
     if settings.show:
         name = settings.val[0]
-        draw(settings, data, parts[name]["labels"], runs[-1]["guesses"][name], feature)
+        save_figures(
+            settings, data, parts[name]["labels"], runs[-1]["guesses"][name], feature
+        )
     return results
 
 

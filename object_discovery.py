@@ -43,7 +43,12 @@ from attg.backbones import NamedViT, is_named, load_cnn
 from attg.cli import RunFlags, WeightFlags, check_unused, flag, parse, run_cli
 from attg.datasets import open_data, resolve_dataset
 from attg.distributed import barrier, exclusive_run, processes
-from attg.evaluation import CheckpointDataFlags, default_data, fill, open_encoder
+from attg.evaluation import (
+    CheckpointDataFlags,
+    default_data,
+    fill_defaults,
+    open_encoder,
+)
 from attg.figures import save_map_sheet
 from attg.files import sha256
 from attg.images import sha256_of
@@ -534,7 +539,7 @@ def main(argv=None, data=None):
     if is_file and (settings.data is None or Path(backbone).is_file()):
         keys = settings.weights_key, settings.weights_prefix
         config = read_weights(backbone, *keys).settings
-        fill(settings, white=config.get("white"))
+        fill_defaults(settings, white=config.get("white"))
     default_data(settings, config, f"--backbone {backbone}")
     out, data, masks = settings.out, resolve_dataset(data, settings.data), None
     with processes(settings.device, settings.timeout) as dist_info:

@@ -45,7 +45,7 @@ import numpy as np
 from attg.cli import flag, parse, run_cli
 from attg.datasets import open_data
 from attg.figures import PANELS, append_images, panels_of, plot_panels
-from attg.files import replacing
+from attg.files import atomic_write
 from attg.log import log_line, print_table, read_log, rename, revision
 from attg.maps import load_maps, save_maps
 from attg_mae import Config
@@ -375,7 +375,7 @@ def write_table(folder):
         text = markdown_table(rows)
     if not rows:
         raise ValueError(f"{folder}: no results of runs in folders VARIANT-seedN")
-    with replacing(folder / name) as temporary:
+    with atomic_write(folder / name) as temporary:
         temporary.write_text(text)
     return rows, text
 

@@ -22,7 +22,7 @@ import torch
 
 from attg.cli import resume_class
 from attg.distributed import is_restarted
-from attg.files import replacing
+from attg.files import atomic_write
 from attg.log import read_log, rename
 
 
@@ -33,7 +33,7 @@ def save_checkpoint(path, /, **parts):
     """
     parts["checksums"] = checksums(parts)
     try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             torch.save(parts, file)
     except (OSError, RuntimeError) as error:
         # torch.save may raise an error of its own while it handles the disk's.

@@ -21,7 +21,7 @@ import types
 import typing
 from pathlib import Path
 
-from attg.files import naming
+from attg.files import path_in_errors
 
 
 def flag(
@@ -215,7 +215,7 @@ def run_cli(main, memory_hint="lower --batch_size", interrupted="interrupted"):
             result = main()
         finally:
             # A closed pipe must raise here, where it is handled. --help passes by, too.
-            with naming("standard output"):
+            with path_in_errors("standard output"):
                 sys.stdout.flush()
     except KeyboardInterrupt as error:
         print(f"{name}: {interrupted}", file=sys.stderr)

@@ -17,7 +17,7 @@ from attg.datasets import open_labeled, resolve_dataset, shot_indices
 from attg.distributed import exclusive_run, processes
 from attg.features import SOURCE, make_features, read_features
 from attg.figures import class_names, save_confusion, save_neighbors
-from attg.files import naming, sha256
+from attg.files import path_in_errors, sha256
 from attg.loader import default_workers
 from attg.log import log_line, print_table
 
@@ -87,7 +87,7 @@ def check_source(settings):
     return Path(features or ("named" if named else settings.checkpoint))
 
 
-def fill(settings, **defaults):
+def fill_defaults(settings, **defaults):
     """Set the flags that were not given."""
     for name, value in defaults.items():
         if getattr(settings, name) is None:
@@ -97,7 +97,7 @@ def fill(settings, **defaults):
 def open_sets(settings, data, cfg, fraction=1.0, **options):
     """Training images (a fraction of each class), {name: test set}; see open_labeled."""
     default_data(settings, vars(cfg), settings.checkpoint)
-    fill(settings, white=cfg.white)
+    fill_defaults(settings, white=cfg.white)
     options |= {"channels": cfg.in_chans, "verify": settings.verify == "full"}
     train_set, tests = open_images(settings, data, cfg.size, **options)
     if fraction < 1:
@@ -211,8 +211,8 @@ def evaluate(program, settings, protocol, data=None):
             raise ValueError(f"--show: {world} processes; use one, or leave it out")
         if rank == 0:
             check_outputs(settings)
-        fill(settings, out=str(source.with_name(f"{program}.jsonl")))
-        fill(settings, workers=default_workers(device))
+        fill_defaults(settings, out=str(source.with_name(f"{program}.jsonl")))
+        fill_defaults(settings, workers=default_workers(device))
         save = getattr(settings, "save", None)
         lock = exclusive_run(f"{save}.lock", f"--save {save}")
         with lock if save else contextlib.nullcontext():
@@ -223,7 +223,7 @@ def evaluate(program, settings, protocol, data=None):
     return results
 
 
-def draw(settings, data, truth, guesses, title, features=None):
+def save_figures(settings, data, truth, guesses, title, features=None):
     """Draw the figures of --show beside --out: confusion.png and neighbors.png.
 
     truth, guesses (n,): classes of the first test set. title: the feature that they are
@@ -295,7 +295,7 @@ def report(results, settings):
         print_table([as_row(result) for result in results])
         log_line(f"with all settings: {settings['out']}")
     finally:
-        with naming(settings["out"]), open(settings["out"], "a") as file:
+        with path_in_errors(settings["out"]), open(settings["out"], "a") as file:
             file.write(line + "\n")
 
 

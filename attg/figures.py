@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import default_collate
 
-from attg.files import replacing
+from attg.files import atomic_write
 from attg.images import generator_for
 from attg.loader import Batch
 from attg.log import log_line
@@ -239,7 +239,7 @@ def append_images(path, others):
     for image in rest:
         sheet.paste(image, (x, first.height))
         x += image.width
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         sheet.save(temporary, "png")
 
 
@@ -256,7 +256,7 @@ def new_figure(path, width, height):
 
 def save_figure(path, figure):
     """Write a figure to a PNG file."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
 
 
@@ -292,5 +292,5 @@ def save_sheet(path, columns, heading=""):
             sheet.paste(tile, (x, y))
             if texts:
                 draw.text((x, y + size[1]), texts[0][row], "black", font)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         sheet.save(temporary, "png")

@@ -39,7 +39,7 @@ def in_threads(function, rows):
 
 
 @contextlib.contextmanager
-def naming(path):
+def path_in_errors(path):
     """Add the path to errors such as "No space left on device", which name no file."""
     try:
         yield
@@ -50,7 +50,7 @@ def naming(path):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def atomic_write(path):
     """A temporary path that replaces `path` when the block ends without an error.
 
     Readers see the old file or the complete new one, even if the process is killed.
@@ -62,7 +62,7 @@ def replacing(path):
     temporary = Path(f"{target}.{os.getpid()}.tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with naming(path):
+        with path_in_errors(path):
             yield temporary
             with open(temporary, "r+b") as file:
                 try:

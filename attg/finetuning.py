@@ -28,7 +28,7 @@ from attg.checkpoint import (
 from attg.cli import flag, resume_class
 from attg.datasets import refuse_unreadable
 from attg.distributed import broadcast_from_rank0
-from attg.evaluation import count_correct, draw, fill, open_sets
+from attg.evaluation import count_correct, fill_defaults, open_sets, save_figures
 from attg.images import seed_for, train_view
 from attg.loader import ResumableBatchSampler, make_loader
 from attg.log import log_line, progress
@@ -87,18 +87,22 @@ def resolve(settings, recipe, images, micro_batch, device, world):
     that need no accumulation.
     """
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-    fill(settings, precision="bf16" if bf16 else "fp32", epochs=recipe["epochs"])
-    fill(settings, warmup_epochs=min(recipe["warmup_epochs"], settings.epochs / 5))
+    fill_defaults(
+        settings, precision="bf16" if bf16 else "fp32", epochs=recipe["epochs"]
+    )
+    fill_defaults(
+        settings, warmup_epochs=min(recipe["warmup_epochs"], settings.epochs / 5)
+    )
     tenth = max(1, min(recipe["batch_size"], images // 10))
     # A power of two is the same for any even number of processes.
     batch_size = settings.batch_size or 2 ** int(math.log2(tenth))
-    fill(settings, accum=max(1, batch_size // (micro_batch * world)))
+    fill_defaults(settings, accum=max(1, batch_size // (micro_batch * world)))
     # All micro-batches of all ranks have the same size.
     parts = settings.accum * world
-    fill(settings, batch_size=max(1, batch_size // parts) * parts)
+    fill_defaults(settings, batch_size=max(1, batch_size // parts) * parts)
     ratio = recipe["batch_size"] / settings.batch_size
-    fill(settings, blr=recipe["blr"] * math.sqrt(ratio))
-    fill(settings, **recipe)
+    fill_defaults(settings, blr=recipe["blr"] * math.sqrt(ratio))
+    fill_defaults(settings, **recipe)
 
 
 def fit(
@@ -266,7 +270,9 @@ def score(model, tests, features, protocol, settings, data, dist_info):
         if world > 1:
             dist.all_reduce(counts)
         if settings.show and name == settings.val[0]:
-            draw(settings, data, truth.cpu(), classes[-1, :, 0].cpu(), features[-1])
+            save_figures(
+                settings, data, truth.cpu(), classes[-1, :, 0].cpu(), features[-1]
+            )
         percent = 100 * counts.cpu().double() / n
         for feature, (top1, top5) in zip(features, percent.tolist(), strict=True):
             result = {"feature": feature, "protocol": protocol, "test": name}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from attg.files import naming, replacing
+from attg.files import atomic_write, path_in_errors
 from attg.pretraining import MAE_IMAGES, RULE
 
 # Names of settings and metrics in older configs, logs and results, and their new names.
@@ -34,7 +34,7 @@ def log_line(text):
     write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print
     # Names of folders need not be UTF-8.
     text = text.encode(errors="backslashreplace").decode()
-    with naming("standard output"):
+    with path_in_errors("standard output"):
         write(text)
         # Without it, output that is piped to a file arrives in blocks of 8 KB.
         sys.stdout.flush()
@@ -208,7 +208,7 @@ class Log:
         """Print a record as `line` and append it to log.jsonl."""
         if self.is_rank0:
             self.info(line)
-            with naming(self.path), open(self.path, "a") as file:
+            with path_in_errors(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
             for hook in self.hooks:
                 hook(record)
@@ -235,9 +235,9 @@ class Log:
             kept = read_log(self.path)
         # Only evaluations have no loss.
         kept = [r for r in kept if r["step"] + ("loss" not in r) <= start]
-        with replacing(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        with replacing(self.path.with_name("config.json")) as temporary:
+        with atomic_write(self.path.with_name("config.json")) as temporary:
             config = dataclasses.asdict(run.cfg) | {"versions": versions}
             temporary.write_text(json.dumps(config, indent=1))
         # Left by processes that were killed while they wrote it.

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from attg.distributed import barrier, broadcast_from_rank0
-from attg.files import replacing
+from attg.files import atomic_write
 from attg.images import resize_region, to_tensor
 from attg.kernels import normalize_map
 from attg.loader import default_workers, make_loader
@@ -89,7 +89,7 @@ def run_job(compute, images, grid, settings, options, dist_info):
         m = normalize_map(compute(imgs.to(device)).float().flatten(1)).cpu()  # (B, L)
         # write_maps lists NaN as failed; zeros would count as flat.
         m[~readable] = torch.nan
-        with replacing(file) as temporary:
+        with atomic_write(file) as temporary:
             # tofile would not notice a full disk.
             temporary.write_bytes(m.half().numpy().astype("<f2").tobytes())
 
@@ -108,7 +108,7 @@ def begin_or_resume(path, files, job):
         return
     # Blocks without settings are left over from a removal that was interrupted.
     shutil.rmtree(settings.parent, ignore_errors=True)
-    with replacing(settings) as temporary:
+    with atomic_write(settings) as temporary:
         temporary.write_text(json.dumps(job))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from attg.files import replacing, sha256
+from attg.files import atomic_write, sha256
 from attg.kernels import normalize_map
 from attg.log import log_line
 
@@ -57,7 +57,7 @@ def write_maps(path, shape, chunks, dataset, method, settings):
     manifest = {"version": VERSION, "method": method, "shape": list(shape)}
     manifest |= {"fingerprint": dataset.fingerprint, "settings": settings}
     flat, failed, json_path = [], [], path.with_suffix(".json")
-    with replacing(path) as temporary, replacing(json_path) as json_temporary:
+    with atomic_write(path) as temporary, atomic_write(json_path) as json_temporary:
         layout = {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)}
         # Not a memory map: on a full disk that would be a bus error.
         with open(temporary, "wb") as file:
@@ -83,7 +83,7 @@ def write_maps(path, shape, chunks, dataset, method, settings):
         json_temporary.write_text(json.dumps(manifest, indent=1))
 
 
-def refusal(path, reason, remedy="make the maps again with object_discovery.py"):
+def map_error(path, reason, remedy="make the maps again with object_discovery.py"):
     """The error for a map file that cannot be used."""
     return ValueError(f"--maps {path}: {reason}; {remedy}")
 
@@ -98,12 +98,12 @@ def read_manifest(path):
                 raise ValueError(f"{key} is not a {kind.__name__}")
     # Missing, not JSON, nested beyond Python's recursion limit, or of something else.
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise refusal(
+        raise map_error(
             path, f"no valid manifest {file} beside it ({error!r})"
         ) from error
     version = manifest.setdefault("version", 1)
     if version not in (1, VERSION):
-        raise refusal(path, f"version {version} instead of {VERSION}")
+        raise map_error(path, f"version {version} instead of {VERSION}")
     settings = manifest["settings"]
     if version == 1 and "cut" in settings:
         settings["affinity_threshold"] = settings.pop("cut")
@@ -118,7 +118,7 @@ def load_maps(path, dataset):
     """
     path = Path(path)
     if path.suffix != ".npy" or not path.is_file():
-        raise refusal(path, "no such .npy file", "make it with object_discovery.py")
+        raise map_error(path, "no such .npy file", "make it with object_discovery.py")
     manifest = read_manifest(path)
     shape, fingerprint = tuple(manifest["shape"]), manifest["fingerprint"]
     if shape[:1] != (len(dataset),) or not dataset.matches(fingerprint):
@@ -127,18 +127,20 @@ def load_maps(path, dataset):
             f"has {len(dataset)} images, {dataset.fingerprint[:12]}; names, sizes and "
             "contents of the files count)"
         )
-        raise refusal(path, reason, "use the --data and --classes it was made with")
+        raise map_error(path, reason, "use the --data and --classes it was made with")
     if sha256(path) != manifest["checksum"]:
-        raise refusal(path, "truncated, or does not match the checksum in its manifest")
+        raise map_error(
+            path, "truncated, or does not match the checksum in its manifest"
+        )
     try:
         # np.load would accept archives and pickles as well.
         maps = np.lib.format.open_memmap(path, mode="r")
     # The header is a Python expression: a damaged one raises anything.
     except Exception as error:
-        raise refusal(path, f"not a .npy file ({error})") from error
+        raise map_error(path, f"not a .npy file ({error})") from error
     if maps.dtype != np.float16 or maps.shape != shape or len(shape) != 3:
         reason = f"holds {maps.dtype} {maps.shape}, must be float16 {shape}"
-        raise refusal(path, reason)
+        raise map_error(path, reason)
     return maps, manifest
 
 
