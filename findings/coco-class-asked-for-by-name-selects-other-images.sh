@@ -11,8 +11,7 @@
 # is left of the hot dogs are those beside a dog, while getAnnIds takes the boxes of either class.
 # faster-coco-eval compares with the letters of the string and finds no class at all. An empty
 # list, finally, is no filter in both: the "images of hot dogs" are all images, and so for a
-# misspelt name or a class this split lacks. Nothing is raised or printed. The first is reported
-# (cocoapi issue 291, 2019) and unchanged.
+# misspelled name or a class this split lacks. The first is known (cocoapi issue 291, 2019).
 # Cure: getCatIds(catNms=["hot dog"]), and assert that it found one id.
 #
 # Output seen (images with a dog, a hot dog, both, a cat, a person: 4, 4, 2, 5, 5):

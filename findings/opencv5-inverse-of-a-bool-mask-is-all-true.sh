@@ -3,7 +3,7 @@
 #
 # Versions: opencv-python-headless 5.0.0.93, numpy 2.4.6.
 # Guess: version 4 refuses NumPy's bool ("data type = bool is not supported"). Version 5 takes it
-# in many functions, so bitwise_not should be ~mask; functions unfit for bool raise.
+# in many functions and refuses it in most others, so where it is taken, bitwise_not is ~mask.
 # Behavior: bitwise_not flips all eight bits of a byte, 1 to 254 and 0 to 255, and calls the result
 # bool. Neither byte is 0, so each is True for NumPy, PyTorch and OpenCV's mask=. It is printed as
 # True and converted as 1; dtype and shape are right. What selects by it selects every pixel: a

@@ -6,12 +6,11 @@
 # Guess: imread(video, index=i, plugin="pyav") is the i-th frame of imiter, as its argument
 # constant_framerate=None reads "from the container format" whether frames are evenly spaced.
 # Behavior: the flag it reads belongs to formats as they are written; MP4 and Matroska being read
-# lack it, and every video counts as evenly spaced. The key frame before i gets its number from
+# lack it, and their videos count as evenly spaced. The key frame before i gets its number from
 # its time: too large by the frames dropped before it (phones, screen recordings, web cameras),
 # so the frame returned lies as many before. In a clip whose times start at 0.48 s (a segment of
-# a longer recording), frames 2 to 12 are all frame 0, and the rest are 12 early. Before the
-# second key frame all may be right, which hides it in tests. OpenCV's CAP_PROP_POS_FRAMES is
-# right for late starts, wrong for dropped frames.
+# a longer recording), frames 2 to 12 are all frame 0, the rest are 12 early. Up to the second key
+# frame all may be right. OpenCV's CAP_PROP_POS_FRAMES fails for dropped frames only.
 # Cure: constant_framerate=False (slow), or read in order.
 #
 # Output seen (60 frames, every 12th a key frame: right by index, and what imageio returns):
@@ -23,9 +22,8 @@ set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install -q numpy==2.4.6 imageio==2.38.1 av==18.1.0 \
-    opencv-python-headless==5.0.0.93
 cd "$dir"
+venv/bin/pip install -q numpy==2.4.6 imageio==2.38.1 av==18.1.0 opencv-python-headless==5.0.0.93
 venv/bin/python - <<'PY'
 from fractions import Fraction
 
@@ -52,8 +50,7 @@ def write(times):
 
 
 def opencv(index, video):
-    video.set(cv2.CAP_PROP_POS_FRAMES, index)
-    return video.read()[1]
+    return video.set(cv2.CAP_PROP_POS_FRAMES, index) and video.read()[1]
 
 
 def right(frames):
