@@ -306,8 +306,8 @@ def encoder_config(kind, weights, heads=None, img_size=None):
 
 def resize_positions(positions, old, grid):
     """Resize positions (1, 1 + L, D) but the class token's from the grid `old`."""
-    # A sin-cos table too: computed anew, it would have rows and columns that training never
-    # saw, which lowers k-NN of the class token.
+    # Sin-cos tables, too: computed for the new grid, they would have rows and columns that
+    # training never saw, which lowers k-NN of the class token.
     image = positions[:, 1:].float().unflatten(1, old).permute(0, 3, 1, 2)
     # As in transformers: bicubic, corners not aligned, no antialiasing.
     image = F.interpolate(image, grid, mode="bicubic", align_corners=False)
@@ -328,7 +328,7 @@ def load_initial(model, run, checkpoint):
         if flags:
             reason = f"does not fit this {cfg.model}; use {' '.join(flags)}"
             raise ValueError(f"{cfg.init} {reason}")
-        trained = encoder_config(type(cfg), weights, cfg.heads)
+        trained = encoder_config(type(cfg), weights, cfg.heads, cfg.img_size)
         message = load_weights(model, weights)
         for key in ("mean", "std"):
             values = getattr(trained, key)

@@ -6,6 +6,8 @@ import math
 import re
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -17,7 +19,13 @@ import attg_mae
 import eval_retrieval
 from attg.backbones import load_cnn
 from attg.features import pool_tokens
-from attg.weights import HEADS, encoder_config, load_weights, read_weights
+from attg.weights import (
+    HEADS,
+    encoder_config,
+    load_initial,
+    load_weights,
+    read_weights,
+)
 from tests.helpers import Evil, close, encoder_only, hf_model, randn, shake, timm_model
 
 IMGS = randn(2, 3, 32, 32)
@@ -349,6 +357,12 @@ def test_learned_positions_of_a_rectangle(tmp_path):
     state, size = ref.state_dict(), {"img_size": (32, 64)}
     model = attg_mae.load_encoder(state, heads=4, **size)
     assert same_features(model, ref, imgs)
+    # Also as a start of pre-training.
+    init = str(save(state, tmp_path / "a.pth"))
+    cfg = attg_mae.Config(**asdict(model.cfg) | size | {"init": init})
+    mae = attg_mae.MAE(cfg)
+    load_initial(mae, SimpleNamespace(cfg=cfg, log=MagicMock()), None)
+    assert mae.pos_embed.equal(model.pos_embed)
     # Their grid is not known, so they are not resized.
     for other in ({}, {"img_size": (64, 32 * 3)}):
         with pytest.raises(ValueError, match="pos_embed|img_size"):
