@@ -93,6 +93,9 @@ def open_hf(name, img_size):
 
     options = {"attn_implementation": "sdpa", "output_loading_info": True}
     model, info = hf.AutoModel.from_pretrained(name, **options)
+    if hasattr(model.config, "mask_ratio"):
+        remedy = "pass its model.safetensors, with config.json beside it"
+        raise ValueError(f"{type(model).__name__} shuffles its patches; {remedy}")
     missing = sorted(k for k in info["missing_keys"] if "pooler." not in k)
     if missing:
         lacks = f"lacks {len(missing)} parameters: {', '.join(missing[:3])}"

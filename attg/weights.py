@@ -127,7 +127,7 @@ def settings_beside(folder):
     if "architecture" in config:
         return image_statistics(config.get("pretrained_cfg"))
     if "hidden_size" not in config:
-        return {}
+        return image_statistics(images)
     settings = {old: config[new] for old, new in HF_SETTINGS.items() if new in config}
     eps, activation = config.get("layer_norm_eps"), config.get("hidden_act")
     if activation != "gelu" or not isinstance(eps, float):
@@ -330,6 +330,9 @@ def load_initial(model, run, checkpoint):
             raise ValueError(f"{cfg.init} {reason}")
         trained = encoder_config(type(cfg), weights, cfg.heads, cfg.img_size)
         message = load_weights(model, weights)
+        guesses = [f"--{x} {sizes[x]}" for x in told if x not in weights.settings]
+        if guesses:
+            message += f"; the file does not tell whether it has {' '.join(guesses)}"
         for key in ("mean", "std"):
             values = getattr(trained, key)
             if key in weights.settings and values != getattr(cfg, key):
@@ -364,6 +367,7 @@ def load_weights(model, weights):
             log_line(f"{name}: {key} is all zero, so patches do not know their place")
         of_grid = state[key].shape[1] == 1 + math.prod(weights.grid)
         if of_grid and weights.grid != model.cfg.grid:
+            log_line(f"{name}: {key} resized from {weights.grid} to {model.cfg.grid}")
             state[key] = resize_positions(state[key], weights.grid, model.cfg.grid)
     load_checked(model, state, fresh, name)
     if weights.left_out:

@@ -13,7 +13,7 @@ import eval_knn
 import object_discovery
 from attg.backbones import open_backbone, weights_sha256
 from attg.features import pool_tokens
-from tests.helpers import close, randn, shake, transformers
+from tests.helpers import close, hf_model, randn, shake, transformers
 
 # Names in timm, and the number of tokens that are no patches.
 TIMM = {
@@ -161,6 +161,15 @@ def test_refused(source, named, tmp_path, monkeypatch):
         open_backbone(source).patch_keys(randn(1, 3, 224, 224))
 
 
+def test_shuffled_patches_are_refused(tmp_path):
+    """Hugging Face's ViTMAE returns visible patches in random order, at any ratio."""
+    hf_model("ViTMAEForPreTraining", mask_ratio=0.0).vit.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"hf:{tmp_path}: ViTMAE.* shuffles .*pass its"
+    ):
+        open_backbone(f"hf:{tmp_path}")
+
+
 def test_statistics_of_images(tmp_path):
     """Those of the JSON files beside the weights, for files and for timm:NAME@FILE."""
     timm = pytest.importorskip("timm")
@@ -189,6 +198,10 @@ def test_statistics_of_images(tmp_path):
         open_backbone(f"hf:{tmp_path}"),
     ):
         assert model.normalize(white).equal(torch.ones(white.shape))
+    # Beside the settings of several networks, such as an encoder and a text decoder.
+    (tmp_path / "config.json").write_text('{"encoder": {"hidden_size": 32}}')
+    model = attg_mae.load_encoder(tmp_path / "model.safetensors", heads=2)
+    assert model.normalize(white).equal(torch.ones(white.shape))
 
 
 def test_programs_take_named_models(labelled, tmp_path, monkeypatch, capsys):

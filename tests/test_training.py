@@ -434,6 +434,8 @@ WRONG = [  # settings, what the error names
     ({"lr": 1e-3, "blr": 1e-3}, "--lr 0.001 --blr 0.001 one"),
     ({"in_chans": 4, "mean": (0.5,) * 4, "std": (1.0,) * 4}, "--in_chans 4 gray"),
     ({"mean": (0.5,)}, "--mean 0.5 --in_chans 3"),
+    ({"mean": (123.7, 116.3, 103.5)}, "--mean 123.7 from 0 to 1"),  # of 0 to 255
+    ({"std": (58.4, 57.1, 57.4)}, "--std 58.4 to 1"),
     ({"guidance": "none"}, "--maps --guidance none"),
     ({"batch_size": 6, "accum": 4}, "--batch_size 6 --accum 4 multiple"),
     ({"device": "cuda"}, "--device cuda cpu"),

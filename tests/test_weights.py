@@ -352,7 +352,7 @@ def test_positions_are_resized_as_by_hugging_face(positions):
         assert close(got, want, 1e-5) and not close(got - model.pos_embed, want, 1e-2)
 
 
-def test_learned_positions_of_a_rectangle(tmp_path):
+def test_learned_positions_of_a_rectangle(tmp_path, capsys):
     ref, imgs = timm_model(img_size=(32, 64)), randn(2, 3, 32, 64)
     state, size = ref.state_dict(), {"img_size": (32, 64)}
     model = attg_mae.load_encoder(state, heads=4, **size)
@@ -360,9 +360,11 @@ def test_learned_positions_of_a_rectangle(tmp_path):
     # Also as a start of pre-training.
     init = str(save(state, tmp_path / "a.pth"))
     cfg = attg_mae.Config(**asdict(model.cfg) | size | {"init": init})
-    mae = attg_mae.MAE(cfg)
-    load_initial(mae, SimpleNamespace(cfg=cfg, log=MagicMock()), None)
+    mae, log = attg_mae.MAE(cfg), MagicMock()
+    load_initial(mae, SimpleNamespace(cfg=cfg, log=log), None)
     assert mae.pos_embed.equal(model.pos_embed)
+    # Nor do shapes show the number of heads.
+    assert "does not tell whether it has --heads 4" in log.info.call_args[0][0]
     # Their grid is not known, so they are not resized.
     for other in ({}, {"img_size": (64, 32 * 3)}):
         with pytest.raises(ValueError, match="pos_embed|img_size"):
@@ -371,8 +373,10 @@ def test_learned_positions_of_a_rectangle(tmp_path):
     square = timm_model(img_size=64)
     cfg = attg_mae.Config(**asdict(model.cfg) | {"img_size": (32, 128)})
     content = {"model": square.state_dict(), "config": asdict(cfg)}
+    assert "resized" not in capsys.readouterr().out
     got = attg_mae.load_encoder(content, img_size=64)
     assert not close(got.pos_embed, square.pos_embed, 1e-2)
+    assert "pos_embed resized from (4, 16) to (8, 8)" in capsys.readouterr().out
     assert attg_mae.load_encoder(content).pos_embed.equal(square.pos_embed)
 
 
