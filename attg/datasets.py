@@ -28,6 +28,7 @@ from torch.utils.data import ConcatDataset
 from attg.distributed import broadcast_from_rank0
 from attg.files import sha256
 from attg.images import MAX_PIXELS, MODES, ImageData, as_label, generator_for
+from attg.log import log_line
 from attg.toy import TOY_CLASSES, toy
 
 
@@ -173,7 +174,8 @@ SUFFIXES += (".tiff", ".webp", ".avif", ".jp2")
 SPLIT = r"(.*[ _-])?(train|e?val|test)(ing|val|id|idation)?"
 SPLIT = re.compile(rf"(?i){SPLIT}([ _-]?(set|data|images?|\d+))?")
 MASK = r"mask|label(?!l?ed)|annot|segm|trimap|ground.?truth|(?<![a-z])(gt|seg)(?![a-z])"
-# 1_mask and 1_mask_2, which lie beside the image 1.
+IMAGE = re.compile("(?i)image|img|original|input|rgb|^[ab]$")  # beside masks
+# 1_mask and 1_mask_2, which lie beside the image 1 or 1_sat.
 MASK_OF = re.compile(f"(?i)(.+?)[ ._-]({MASK}).*")
 MASK = re.compile(f"(?i){MASK}")
 
@@ -267,7 +269,9 @@ def refuse_class_train(path, filled):
 def check_names(path, folder, names):
     """Raise ValueError if some images, by their names, are test images, masks or copies."""
     stems = {name.rpartition(".")[0] for name in names}
-    masks = {x for x in stems if (m := MASK_OF.fullmatch(x)) and m[1] in stems}
+    found = {x: MASK_OF.fullmatch(x) for x in stems}
+    bases = stems | {re.sub("[ ._-][^/ ._-]+$", "", x) for x in stems if not found[x]}
+    masks = {x for x, m in found.items() if m and m[1] in bases}
     images = len(stems) - len(masks)
     if len(names) - images > images / 2:
         reason = f"most images are there twice, {names[:2]} ...; move masks elsewhere"
@@ -279,12 +283,10 @@ def check_names(path, folder, names):
     for parent, inside in list(below.items()):
         splits = {x: m[2].lower() for x in sorted(inside) if (m := SPLIT.fullmatch(x))}
         masks = set(filter(MASK.search, inside))
-        images = sorted(x for x in inside - masks if re.search("(?i)(image|img)s?$", x))
+        images = sorted(filter(IMAGE.search, inside - masks)) if masks else []
         copies = [x for x in inside if inside <= below[parent / x] | {x}]
         all_splits = parent == Path() and len(splits) == len(inside)
-        meant = copies if len(inside) > 2 else []
-        if masks and images:
-            meant = images
+        meant = images or (copies if len(inside) > 2 else [])
         if all_splits or len(set(splits.values())) > 1:
             meant = sorted(splits, key=lambda x: splits[x] != "train")
         if meant:
@@ -293,6 +295,11 @@ def check_names(path, folder, names):
                 f"or copies, not classes; pass --data {folder / parent / meant[0]} (others "
                 "as --val or --masks), or rename or move them"
             )
+    top = sorted(below[Path()])
+    inner = [below[Path(x)] for x in top]
+    if len(top) > 1 < len(inner[0]) and inner.count(inner[0]) == len(top):
+        reason = f"all of {top[:3]} have the folders {sorted(inner[0])[:3]}"
+        log_line(f"--data {path}: {reason}; are those the classes? See {top[0]}/")
 
 
 def list_folder(folder):

@@ -96,6 +96,18 @@ LAYOUTS = [
     ("img/0 unlabeled/1", "train", None, "root", ["img/0", "unlabeled/1"]),
     ("0 0_mask 1 1_seg_2", "train", None, "root", "--data|twice|0_mask.png|--masks"),
     ("0 0_mask 1", "train", None, "root", ["0", "0_mask", "1"]),
+    # DeepGlobe, LoveDA, CVC-ClinicDB, LEVIR-CD
+    ("0_mask 0_sat 1_mask 1_sat", "train", None, "root", "--data|twice|0_mask.png"),
+    ("images_png/0 masks_png/0", "train", None, "root", "--data root/images_png ("),
+    ("Original/0 Ground-Truth/0", "train", None, "root", "--data root/Original ("),
+    ("train/A/0 train/B/0 train/label/0", "train", None, "root", "root/train/A ("),
+    (
+        "gas_mask/0 gas_station/1_a",
+        "train",
+        None,
+        "root",
+        ["gas_mask/0", "gas_station/1_a"],
+    ),
     ("a/0 b/1 x/a/0 x/b/1", "train", None, "root", "--data root/x (|move"),
     ("0 1", "train", None, "root/0.png", ["0"]),
     ("0 1", "test", None, "root/0.png", None),
@@ -146,6 +158,19 @@ def test_layouts(files, split, classes, data, expected, tmp_path, monkeypatch):
     assert opened.num_classes == len(folders) and opened.labeled == bool(folders)
     classes = f"{len(folders)} classes in " if folders else ""
     assert describe_files(opened).startswith(f"{classes}root")
+
+
+def test_classes_with_the_same_folders_are_told(tmp_path, capsys):
+    """Office-Home's domains, PlantVillage's variants."""
+    for name in ("Art/Bed/0", "Art/Mug/1", "Clipart/Bed/2", "Clipart/Mug/3"):
+        write(tmp_path / f"{name}.png", noise(4, 4))
+    assert open_data(tmp_path).num_classes == 2
+    told = "all of ['Art', 'Clipart'] have the folders ['Bed', 'Mug']; are those"
+    assert told in capsys.readouterr().out
+    write(tmp_path / "Clipart/Sink/4.png", noise(4, 4))
+    for folder in (tmp_path, tmp_path / "Art"):
+        open_data(folder)
+    assert capsys.readouterr().out == ""
 
 
 def test_links_are_followed(folder):
