@@ -73,6 +73,10 @@ def run_job(compute, images, grid, settings, options, dist_info):
             raise ValueError(f"--out {path}: {message}")
         log_line(f"{path} is complete: nothing is computed")
         return
+    for i in range(min(8, len(images))):
+        if not images[i][0].equal(images[i][0]):
+            remedy = "leave random transforms out, training crops and flips"
+            raise ValueError(f"data: image {i} changes when it is read again; {remedy}")
     rows = torch.arange(len(images)).split(options.batch_size)
     blocks = {folder / str(i): ids for i, ids in enumerate(rows)}
     job = settings | {"batch_size": options.batch_size}

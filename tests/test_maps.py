@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import v2
 
 import attg.maps
 import object_discovery
@@ -471,6 +472,21 @@ def test_interrupted_jobs_resume(images, tmp_path, capsys):
     assert len(calls) == 5 + 2 and files_of(out) == files_of(tmp_path / "whole.npy")
     assert "3 of 5 blocks" in capsys.readouterr().out
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_random_transforms_are_refused(images, tmp_path):
+    """Training would pool the map of one crop over another."""
+    torch.manual_seed(0)
+    for transform in (v2.RandomHorizontalFlip(), v2.RandomResizedCrop(40)):
+
+        class Augmented(list):
+            def __getitem__(self, i, transform=transform):
+                return transform(super().__getitem__(i)[0]), None
+
+        data = open_data(Augmented(images.read(i) for i in range(5)))
+        with pytest.raises(ValueError, match="data: image . changes .* transforms"):
+            job(tmp_path / "m.npy", data, red)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
