@@ -86,8 +86,8 @@ def load_image(file, max_pixels=MAX_PIXELS, scale=1):
         has_16_bits = image.mode.startswith("RGB") and ";16" in str(image.tile)
         # Raises an error if the file is truncated.
         image.load()
-        if has_16_bits and max(high for _, high in image.getextrema()[:3]) < 16:
-            message = "a 16-bit RGB image has no value above 4095, and comes out dark: "
+        if has_16_bits and max(high for _, high in image.getextrema()[:3]) < 64:
+            message = "a 16-bit RGB image has no value above 16383 and comes out dark: "
             warnings.warn(f"{message}convert it to 8 bits", stacklevel=2)  # shown once
         return image
 
@@ -109,10 +109,10 @@ def to_8_bits(image, mode="RGB", white=None):
         if white is None and (high > 1.01 * default or low < -0.01 * default):
             reason = f"gray from {low:g} to {high:g} in mode {image.mode}, where"
             raise ValueError(f"{reason} black is 0, white is {default}; set --white")
-        if white is None and default == 65535 and 0 < high < 4096:
+        if white is None and default == 65535 and 0 < high < 16384:
             warnings.warn(  # shown once
-                "a 16-bit image has no gray above 4095, and comes out dark; if that is "
-                "white, set --white 4095",
+                "a 16-bit image has no gray above 16383, and comes out dark; set the "
+                "level of white, --white 4095 for 12 bits",
                 stacklevel=2,
             )
         white = white or default

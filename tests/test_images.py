@@ -108,22 +108,25 @@ def test_white_is_decided_by_the_type_or_the_flag(tmp_path):
             to_8_bits(Image.fromarray(values))
     assert np.array(to_8_bits(Image.fromarray(values), "L", 1)).tolist() == [[0, 255]]
     # Of a whole data set, not of one image.
-    for i, level in enumerate((4095, 1000, 4096)):
+    for i, level in enumerate((4095, 1000, 16384)):
         values = np.full((40, 40), level, dtype=np.uint16)
         write(tmp_path / f"{i}.png", Image.fromarray(values))
     data = open_data(tmp_path, white=4095)
     assert [int(data[i].image.max()) for i in range(2)] == [255, 62]
     data = open_data(tmp_path)
-    assert data[2].image.max() == 16
+    with warnings.catch_warnings(action="error"):
+        assert data[2].image.max() == 64
+    # Such as reflectance, in which 10,000 is white.
+    write(tmp_path / "0.png", Image.fromarray(np.full((40, 40), 10_000, np.uint16)))
     for i in range(2):
-        with pytest.warns(UserWarning, match="16-bit .* dark; .* set --white 4095"):
-            assert data[i].image.max() <= 16
+        with pytest.warns(UserWarning, match="16-bit .* dark; .*, --white 4095"):
+            assert data[i].image.max() <= 39
     for color, channels in ((2, 3), (6, 4)):
-        row = struct.pack(f">{8 * channels}H", *[4095] * 8 * channels)
+        row = struct.pack(f">{8 * channels}H", *[16383] * 8 * channels)
         (tmp_path / "0.png").write_bytes(png(8, 8, 16, color, row))
         with pytest.warns(UserWarning, match="16-bit RGB .* dark"):
             load_image(tmp_path / "0.png")
-    row = struct.pack(">24H", *[4096] * 24)
+    row = struct.pack(">24H", *[16384] * 24)
     (tmp_path / "0.png").write_bytes(png(8, 8, 16, 2, row))
     with warnings.catch_warnings(action="error"):
         load_image(tmp_path / "0.png")
