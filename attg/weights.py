@@ -31,7 +31,8 @@ DECODER = re.compile("decoder_|mask_token")
 # Names of this project's models. Others are refused, because they may change the features,
 # but for heads of any method, and networks with blocks of their own.
 KNOWN = r"(cls_token|pos_embed|patch_embed|blocks|norm|fc_norm)\b|decoder_|mask_"
-HEAD = re.compile(r"\w*head|pooler|classifier|projector|predictor|embeddings\.mask")
+HEAD = r"\w*head|fc\.|pooler|classifier|projector|predictor|embeddings\.mask"
+HEAD = re.compile(HEAD)
 NETWORK = re.compile(r"(\w+)\..*\b(?:blocks|layers?)\.\d")
 # Weights that every ViT encoder has, with their number of dimensions; those of a decoder.
 ESSENTIAL = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
