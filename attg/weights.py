@@ -129,7 +129,8 @@ def settings_beside(folder):
         return image_statistics(config.get("pretrained_cfg"))
     if "hidden_size" not in config:
         return image_statistics(images)
-    settings = {old: config[new] for old, new in HF_SETTINGS.items() if new in config}
+    names = HF_SETTINGS | {"norm_pix": "norm_pix_loss"}
+    settings = {old: config[new] for old, new in names.items() if new in config}
     eps, activation = config.get("layer_norm_eps"), config.get("hidden_act")
     if activation != "gelu" or not isinstance(eps, float):
         told = f"hidden_act {activation}, layer_norm_eps {eps}"
@@ -334,6 +335,8 @@ def load_initial(model, run, checkpoint):
         guesses = [f"--{x} {sizes[x]}" for x in told if x not in weights.settings]
         if guesses:
             message += f"; the file does not tell whether it has {' '.join(guesses)}"
+        if weights.settings.get("norm_pix", cfg.norm_pix) != cfg.norm_pix:
+            message += f"; trained with norm_pix {not cfg.norm_pix}"
         for key in ("mean", "std"):
             values = getattr(trained, key)
             if key in weights.settings and values != getattr(cfg, key):

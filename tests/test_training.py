@@ -397,8 +397,10 @@ def test_guidance_of_a_run(guided, passes, tmp_path):
 def test_init(name, whole, labelled, tmp_path, capsys):
     """From a checkpoint, or an encoder with a new decoder; lr 0 keeps what it starts with."""
     settings = labelled | {"seed": 1, "lr": 0.0, "epochs": 1}
-    train(tmp_path / "out", **settings, init=str(whole() / name), mean=(0.5,) * 3)
-    assert "trained with --mean 0.485 0.456 0.406\n" in capsys.readouterr().out
+    other = {"mean": (0.5,) * 3, "norm_pix": False}
+    train(tmp_path / "out", **settings, init=str(whole() / name), **other)
+    told = "; trained with norm_pix True; trained with --mean 0.485 0.456 0.406\n"
+    assert told in capsys.readouterr().out
     train(tmp_path / "fresh", **settings)
     folders = (whole(), tmp_path / "fresh", tmp_path / "out")
     given, fresh, ours = (last(out)["model"] for out in folders)

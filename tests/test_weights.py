@@ -192,6 +192,7 @@ def test_load_encoder_of_hugging_face(kind, saved, tmp_path, capsys):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
         model = attg_mae.load_encoder(tmp_path / name)
         assert model.cfg.mean == (0.1, 0.2, 0.3) and model.cfg.std == (0.4, 0.5, 0.6)
+        assert model.cfg.norm_pix is not mae  # Hugging Face's default is plain pixels
         assert "a guess" not in capsys.readouterr().out
     got = model.forward_features(IMGS)
     assert close(got, want, 1e-5) and not close(got.roll(1, 1), want, 1e-1)
