@@ -159,7 +159,9 @@ def gather_tokens(x, ids):
 
 
 def normalize(imgs, cfg):
-    """uint8 (B, C, H, W) -> fp32, (x / 255 - mean) / std."""
+    """uint8 (B, C, H, W) -> fp32, (x / 255 - mean) / std. ValueError for floats."""
+    if imgs.is_floating_point():  # those of torchvision's ToTensor are divided already
+        raise ValueError(f"imgs: got {imgs.dtype}; pass uint8, from 0 to 255")
     mean, std = channels(cfg.mean, imgs.device), channels(cfg.std, imgs.device)
     return (imgs / 255 - mean) / std
 
@@ -372,9 +374,7 @@ class MAE(ViT):
         for name, x in {"attn": attn, "weight": weight}.items():
             if x is not None and x.shape != (B, L):
                 got = tuple(x.shape)
-                raise ValueError(
-                    f"{name}: got {got}; pass one value per patch, {(B, L)}"
-                )
+                raise ValueError(f"{name}: got {got}; pass one per patch, {(B, L)}")
         if attn is not None and weight is not None:
             raise ValueError("attn, weight: pass one of them")
         if attn is not None:

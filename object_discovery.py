@@ -361,7 +361,7 @@ def vit(settings, device):
 
     if is_dino:
         # Fail before any image is read if the model has no class token.
-        maps(torch.zeros(1, cfg.in_chans, *cfg.size, device=device))
+        maps(torch.zeros(1, cfg.in_chans, *cfg.size, device=device).byte())
     about = {"sha256": settings.sha256, "mean": cfg.mean, "std": cfg.std}
     return Backbone(maps, cfg.size, cfg.grid, about)
 

@@ -48,7 +48,7 @@ def run(settings, device):
     for patch in (16, 8):
         model = build_model(Config("vit_small", img_size=size, patch_size=patch))
         model.eval().to(device)
-        backbone = partial(model.last_qkv, normalize(imgs, model.cfg))
+        backbone = partial(model.last_qkv, normalize(imgs.byte(), model.cfg))
         keys = backbone()[1]  # (B, heads, 1 + L, D / heads)
         keys = keys[:, :, 1:].transpose(1, 2).flatten(2)  # (B, L, D)
         for kind, features in cut_features(keys.cpu()).items():

@@ -35,7 +35,7 @@ def test_uses_of_a_map(seed, rows, levels):
 
     # Input masking hides the highest patches, of a flat map random ones.
     cfg = attg_mae.Config(img_size=(7, rows), patch_size=1, guidance="input_masking")
-    m[flat], image = 0.5, torch.zeros(B, 3, 7, rows)
+    m[flat], image = 0.5, torch.zeros(B, 3, 7, rows, dtype=torch.uint8)
     maps, unflipped = m.view(B, 7, rows), torch.zeros(B, dtype=torch.bool)
     batch = Batch(image, maps, WHOLE.expand(B, 4), unflipped, noise)
     _, weight, order = attg_mae.model_inputs(batch, cfg, tau)

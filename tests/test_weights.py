@@ -302,6 +302,8 @@ def test_grey_and_other_channels(channels):
     white = torch.full((1, channels, 32, 32), 255, dtype=torch.uint8)
     want = torch.full(white.shape, 0.551 / 0.226)
     assert close(model.normalize(white), want, 1e-5)
+    with pytest.raises(ValueError, match="imgs: got torch.float32; pass uint8"):
+        model.normalize(white / 255)  # as ToTensor gives them
 
 
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2"])
