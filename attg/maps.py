@@ -147,7 +147,8 @@ def load_maps(path, dataset):
 def open_maps(path, dataset, name, log=log_line):
     """The maps (n, h, w) of the file `path`, which guide training, and their checksum.
 
-    ValueError without a path; name: of the data set. log(text) tells how many are empty.
+    ValueError without a path; name: of the data set. log(text) tells how many are empty,
+    and asks about maps that look inverted.
     """
     if path is None:
         raise ValueError(
@@ -159,4 +160,8 @@ def open_maps(path, dataset, name, log=log_line):
     counts = f"{len(manifest['flat'])} flat and {len(manifest['failed'])} failed"
     if manifest["flat"] or manifest["failed"]:
         log(f"--maps {path}: {counts} of {len(maps)} maps do not guide")
+    sample = np.float32(maps[:: len(maps) // 200 + 1])
+    edges = (sample[:, [0, -1]].mean() + sample[:, :, [0, -1]].mean()) / 2
+    if edges > 1.05 * sample.mean():
+        log(f"--maps {path}: higher at the edges of images than inside; inverted?")
     return maps, manifest["checksum"]

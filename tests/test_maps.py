@@ -132,6 +132,18 @@ def test_training_counts_maps_without_effect(images, tmp_path, capsys):
     assert f"--maps {path}: 1 flat and 2 failed of 5" in capsys.readouterr().out
 
 
+@given(st.integers(1, 7), st.integers(1, 7), st.floats(0.0, 0.5), seeds)
+def test_inverted_maps_are_told(images, tmp_path, top, left, background, seed):
+    """Objects touch no edge."""
+    maps, lines = background * np.random.default_rng(seed).random((5, 12, 12)), []
+    maps[:, top : top + 4, left : left + 4] = 1
+    for number, x in enumerate((maps, 1 - maps)):
+        save_maps(tmp_path / "m.npy", x, images, "x")
+        open_maps(tmp_path / "m.npy", images, "x", lines.append)
+        assert len(lines) == number
+    assert "higher at the edges" in lines[0]
+
+
 @given(st.booleans(), RANDOM)
 def test_damaged_map_files_are_refused(images, tmp_path, of_the_maps, rng):
     path = tmp_path / "m.npy"
