@@ -62,7 +62,6 @@ def open_data(
 
     A label from Python is an int, or -1 or None for no label. Attributes `targets` (all
     labels) and `classes`, as in torchvision, avoid a pass over the images.
-
     ValueError names --data or --classes, the value and the remedy.
     """
     if channels not in MODES:
@@ -90,8 +89,6 @@ def open_data(
 
 
 # The functions below return the first fields of ImageData, or None without such a split.
-
-
 def open_python(data, split):
     """A map-style data set, or a dict of them by split."""
     sources = data if isinstance(data, Mapping) else {"train": data}
@@ -269,15 +266,18 @@ def refuse_class_train(path, filled):
 def check_names(path, folder, names):
     """Raise ValueError if some images, by their names, are test images, masks or copies."""
     stems = {name.rpartition(".")[0] for name in names}
-    found = {x: MASK_OF.fullmatch(x) for x in stems}
-    bases = stems | {re.sub("[ ._-][^/ ._-]+$", "", x) for x in stems if not found[x]}
-    masks = {x for x, m in found.items() if m and m[1] in bases}
+    masks = {}
+    # A set is in no order: if most images have masks, some of its first names are masks.
+    if any(map(MASK_OF.fullmatch, list(stems)[:1000])):
+        masks = {x: m[1] for x in stems if (m := MASK_OF.fullmatch(x))}
+        bases = stems | {re.sub("[ ._-][^/ ._-]+$", "", x) for x in stems - set(masks)}
+        masks = {x for x, base in masks.items() if base in bases}
     images = len(stems) - len(masks)
     if len(names) - images > images / 2:
         reason = f"most images are there twice, {names[:2]} ...; move masks elsewhere"
         raise ValueError(f"--data {path}: {reason} (for --masks), delete copies")
     below = defaultdict(set)  # {folder: its subfolders that have images}
-    for place in map(Path, {os.path.dirname(name) for name in names}):
+    for place in map(Path, {name.rpartition("/")[0] for name in names}):
         for x in [place, *place.parents][:-1]:
             below[x.parent].add(x.name)
     for parent, inside in list(below.items()):
