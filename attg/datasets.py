@@ -297,9 +297,9 @@ def check_names(path, folder, names):
             )
     top = sorted(below[Path()])
     inner = [below[Path(x)] for x in top]
-    if len(top) > 1 < len(inner[0]) and inner.count(inner[0]) == len(top):
-        reason = f"all of {top[:3]} have the folders {sorted(inner[0])[:3]}"
-        log_line(f"--data {path}: {reason}; are those the classes? See {top[0]}/")
+    if len(top) > 1 and len(inner[0]) > 1 and inner.count(inner[0]) == len(top):
+        reason = f"all of {top[:3]} have the folders {sorted(inner[0])[:3]}; are those"
+        log_line(f"--data {path}: {reason} the classes? Pass --data {folder / top[0]}")
 
 
 def list_folder(folder):

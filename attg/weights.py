@@ -334,7 +334,7 @@ def load_initial(model, run, checkpoint):
         message = load_weights(model, weights)
         guesses = [f"--{x} {sizes[x]}" for x in told if x not in weights.settings]
         if guesses:
-            message += f"; the file does not tell whether it has {' '.join(guesses)}"
+            message += f"; the file does not say whether {' '.join(guesses)} is right"
         if weights.settings.get("norm_pix", cfg.norm_pix) != cfg.norm_pix:
             message += f"; trained with norm_pix {not cfg.norm_pix}"
         for key in ("mean", "std"):

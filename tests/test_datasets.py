@@ -160,7 +160,7 @@ def test_layouts(files, split, classes, data, expected, tmp_path, monkeypatch):
     assert describe_files(opened).startswith(f"{classes}root")
 
 
-def test_classes_with_the_same_folders_are_told(tmp_path, capsys):
+def test_classes_with_the_same_folders_are_logged(tmp_path, capsys):
     """Office-Home's domains, PlantVillage's variants."""
     for name in ("Art/Bed/0", "Art/Mug/1", "Clipart/Bed/2", "Clipart/Mug/3"):
         write(tmp_path / f"{name}.png", noise(4, 4))

@@ -133,7 +133,7 @@ def test_training_counts_maps_without_effect(images, tmp_path, capsys):
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.floats(0.0, 0.5), seeds)
-def test_inverted_maps_are_told(images, tmp_path, top, left, background, seed):
+def test_inverted_maps_are_logged(images, tmp_path, top, left, background, seed):
     """Objects touch no edge."""
     maps, lines = background * np.random.default_rng(seed).random((5, 12, 12)), []
     maps[:, top : top + 4, left : left + 4] = 1

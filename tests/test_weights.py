@@ -367,7 +367,7 @@ def test_learned_positions_of_a_rectangle(tmp_path, capsys):
     load_initial(mae, SimpleNamespace(cfg=cfg, log=log), None)
     assert mae.pos_embed.equal(model.pos_embed)
     # Nor do shapes show the number of heads.
-    assert "does not tell whether it has --heads 4" in log.info.call_args[0][0]
+    assert "does not say whether --heads 4 is right" in log.info.call_args[0][0]
     # Their grid is not known, so they are not resized.
     for other in ({}, {"img_size": (64, 32 * 3)}):
         with pytest.raises(ValueError, match="pos_embed|img_size"):
