@@ -156,6 +156,9 @@ def finetune(settings, data, dist_info):
     torch.manual_seed(seed_for("head", settings.seed))
     model = Classifier(encoder, train_set.num_classes, settings.drop_path)
     model = model.to(dist_info[0])
+    # For the file of --save: from now on these are what it was trained on.
+    for name in ("data", "classes", "white"):
+        setattr(model.cfg, name, getattr(settings, name))
     groups = layer_groups(model, settings.weight_decay, settings.layer_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
     fit(model, optimizer, train_set, settings, lr_at, dist_info, mix, smoothing=0.1)

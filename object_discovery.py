@@ -512,8 +512,7 @@ def make_maps(settings, dataset, masks, dist_info):
     about |= {"input": backbone.size, "grid": backbone.grid, **backbone.about}
     # Without these flags, their values follow from the weights and the images.
     for name in ("heads", "weights_key", "weights_prefix", "white"):
-        if getattr(settings, name) is not None:
-            about[name] = getattr(settings, name)
+        about[name] = getattr(settings, name)
     if settings.method == "tokencut":
         about |= {name: getattr(settings, name) for name in CUT_FLAGS}
     if settings.method == "masks":

@@ -42,12 +42,13 @@ from pathlib import Path
 
 import numpy as np
 
+from attg.checkpoint import check_data, read_run
 from attg.cli import flag, parse, run_cli
 from attg.datasets import open_data
 from attg.figures import PANELS, append_images, panels_of, plot_panels
 from attg.files import atomic_write
 from attg.log import log_line, print_table, read_log, rename, revision
-from attg.maps import load_maps, save_maps
+from attg.maps import load_maps, read_manifest, save_maps
 from attg_mae import Config
 
 ROOT = Path(__file__).resolve().parent
@@ -163,6 +164,12 @@ def train(settings, files, variant, seed):
     if maps:
         flags += ["--maps", maps]
     flags = [*data, *settings.train, "--seed", seed, *flags, "--out", folder]
+    if (folder / "last.pt").exists():
+        # Otherwise the seeds of one variant would differ in their images or maps.
+        cfg = parse(Config, "", [*map(str, flags)])
+        maps_id = read_manifest(Path(maps))["checksum"] if maps else None
+        images = open_data(cfg.data, classes=cfg.classes)
+        check_data(cfg, read_run(folder / "last.pt"), images, maps_id)
     run_program(folder / "encoder.pt", log, "attg_mae.py", *flags)
     return folder
 

@@ -149,6 +149,7 @@ def parse(kind, description, argv=None):
         usage="%(prog)s [--FLAG VALUE ...], --help lists all flags",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --seed would be --seeds, where there is no --seed
     )
     for field in dataclasses.fields(kind):
         metadata, (kinds, item) = field.metadata, field_types(field)

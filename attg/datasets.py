@@ -7,8 +7,7 @@ Data sets: everything that --data accepts, as indexed samples of 8-bit images.
     image, label, index, box, flip = sample
 
 Loader workers decode and crop in 8 bits. A Sample carries the box and the flip of its
-crop: the device normalizes and flips the image, and crops its attention map alike. EXIF
-rotation is ignored, as it is when maps are made.
+crop: the device normalizes and flips the image, and crops its attention map alike.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Subset
 
 from attg.distributed import broadcast_from_rank0
 from attg.files import sha256
@@ -49,8 +48,7 @@ def open_data(
         name        a value of --data, see docs/data.md; or a map-style data set
                     of (PIL image, label), or a dict {"train": ..., "test": ...} of them
         split       "train" or "test"; for toy also one of TOY_VARIANTS; for class
-                    folders also another folder of the same classes: DIR/CLASS/,
-                    DIR/val/CLASS/ or DIR/test/CLASS/
+                    folders also another folder of the same classes
         size        of the samples in pixels, int or (h, w)
         augment     True = random crop and flip for keys (epoch, index); or another
                     function (PIL image, size, seed) -> (PIL image, box, flip)
@@ -96,13 +94,15 @@ def open_python(data, split):
         return None
     source = sources[split]
     labels, classes = (getattr(source, x, None) for x in ("targets", "classes"))
-    expected = getattr(sources.get("train"), "classes", None)
-    if classes is not None and expected is not None and list(classes) != list(expected):
-        odd = sorted(set(classes) ^ set(expected))[:5]
-        raise ValueError(
-            f"data: the classes of the {split} split are not those of training, {odd} "
-            "are in one only; give both the same `classes`, and `targets` in their order"
-        )
+    lists = []
+    for x in (sources.get("train"), source):
+        while isinstance(x, Subset):
+            x = x.dataset
+        lists.append(getattr(x, "classes", None))
+    if all(x is not None for x in lists) and list(lists[0]) != list(lists[1]):
+        odd = sorted(set(lists[0]) ^ set(lists[1]))[:5]
+        reason = f"{split} has not the classes of training, {odd} are in one only"
+        raise ValueError(f"data: {reason}; give both the same `classes` and `targets`")
     if labels is not None:
         labels = list(map(as_label, labels))
     names = [f"data/{split}/{i:06d}" for i in range(len(source))]

@@ -232,6 +232,12 @@ def save_figures(settings, data, truth, guesses, title, features=None):
     title = title.replace("_", " ")
     folder = Path(settings.out).parent
     train_set, tests = open_images(settings, data, 32)
+    numbers = len(train_set), len(tests[settings.val[0]])
+    if features and numbers != tuple(map(len, features)):
+        raise ValueError(
+            f"--show: --data {settings.data} has changed since --features was written: "
+            f"{numbers} images; leave out one of the two, or write --features again"
+        )
     classes = train_set.num_classes
     if classes <= 50:
         counts = (truth * classes + guesses).bincount(minlength=classes**2)

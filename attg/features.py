@@ -19,7 +19,7 @@ from attg.log import progress
 FEATURES = ("class_token", "patch_mean")
 # Settings that determine the features; they are stored in the file of --save_features.
 SOURCE = ("checkpoint", "sha256", "data", "classes", "val", "img_size", "precision")
-SOURCE += ("heads", "weights_key", "weights_prefix")
+SOURCE += ("heads", "weights_key", "weights_prefix", "white")
 
 
 @torch.no_grad()

@@ -70,6 +70,7 @@ def test_flags_are_generated_from_fields(capsys):
     "flags, message",
     [
         ("--bacth_size 3", "unrecognized arguments: --bacth_size"),
+        ("--ratio 1", "unrecognized arguments: --ratio"),
         ("--guidance no", "argument --guidance: invalid choice: "),
         ("--batch_size x", "argument --batch_size: invalid int value: "),
     ],

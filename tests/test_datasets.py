@@ -20,7 +20,7 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import default_collate
+from torch.utils.data import Subset, default_collate
 
 import attg.images
 import attg.toy
@@ -604,8 +604,10 @@ def test_evaluations_need_labels(folder):
 
 def test_classes_are_compared_by_name():
     train, test = (Own([0, 1], classes=list(names)) for names in ("abc", "ac"))
-    with pytest.raises(ValueError, match="classes of the test split .*'b'.* `classes`"):
-        open_labeled({"train": train, "test": test}, ["test"], 32)
+    few = Subset(Subset(train, [0, 1]), [0, 1])
+    for one, two in ((train, test), (few, test), (train, Subset(test, [0]))):
+        with pytest.raises(ValueError, match="test .*classes of training.*'b'.*same"):
+            open_labeled({"train": one, "test": two}, ["test"], 32)
     test.classes = ("a", "b", "c")
     train_set, _ = open_labeled({"train": train, "test": test}, ["test"], 32)
     assert train_set.num_classes == 3

@@ -98,6 +98,11 @@ def test_maps_of_an_encoder(tmp_path):
     other, before = shutil.copy(file, tmp_path / "other.pt"), out.stat()
     discover(tmp_path, out, "--backbone", other, method="dino")
     assert out.stat() == before
+    # A flag that is left out has another value, too.
+    given = tmp_path / "heads.npy"
+    discover(tmp_path, given, "--backbone", file, "--heads", 1, method="dino")
+    with pytest.raises(ValueError, match="--out .*heads 1, not None"):
+        discover(tmp_path, given, "--backbone", file, method="dino")
     save_encoder(other, depth=2)
     with pytest.raises(ValueError, match="--out .*sha256"):
         discover(tmp_path, out, "--backbone", other, method="dino")

@@ -14,7 +14,16 @@ import eval_knn
 import eval_linear
 from attg import evaluation, figures
 from attg.datasets import open_data
-from tests.helpers import LUMA, content, correlation, randn, records, train
+from tests.helpers import (
+    LUMA,
+    content,
+    correlation,
+    noise,
+    randn,
+    records,
+    refused,
+    train,
+)
 
 CFG = attg_mae.Config()
 
@@ -65,6 +74,17 @@ def test_sheet_of_maps_names_images_and_flat_maps(plain, sheets, tmp_path):
     assert texts == 3 * [""] + ["flat"] + 9 * [""]
     # Each value of a map covers 48 x 48 pixels.
     assert np.abs(cells[5, 0, 24::48, 24::48].numpy() - maps[5]).max() < 1e-6
+
+
+def test_neighbors_of_changed_images_are_not_drawn(encoder, labelled, tmp_path):
+    """Rows of a file of features are those of the images at that time."""
+    data, file = tmp_path / "data", str(tmp_path / "features.pt")
+    shutil.copytree(labelled["data"], data)
+    flags = ["--device", "cpu", "--save_features", file]
+    eval_knn.main([encoder, "--data", str(data), *flags])
+    noise(20, 20).save(data / "train" / "b" / "0.png")
+    with refused("--show --data 26 15 --features again"):
+        eval_knn.main(["--features", file, "--device", "cpu", "--show"])
 
 
 def test_confusion_matrices_agree_with_the_accuracy(encoder, labelled, monkeypatch):

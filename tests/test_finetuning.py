@@ -64,6 +64,8 @@ def test_training_on_images(protocol, flags, labelled, tmp_path, capsys):
     if program is eval_finetune:
         want = top1_of_timm(whole, labelled["data"])
         assert results[0]["top-1"] == pytest.approx(want)
+        # Without --data other programs take the data that it was fine-tuned on.
+        assert torch.load(whole)["config"]["data"] == labelled["data"]
 
     # In the third epoch, with loader workers.
     with after_step(8, stop), pytest.raises(KeyboardInterrupt):

@@ -190,6 +190,11 @@ def test_a_study_is_resumed(tmp_path, monkeypatch, capsys):
     rows = study.main(flags.split())
     assert len(ran) == 1 + 4 * 4
     assert study.main(flags.split()) == rows and len(ran) == 17
+    # All seeds of a variant have the same maps.
+    make_maps(maps, data, flat=True)
+    with refused("bright+tau=0.6-seed0/last.pt --maps content"):
+        study.main(flags.split())
+    make_maps(maps, data)
     with pytest.raises(ValueError, match="encoder.pt was not made by .* 5.*--out"):
         study.main(flags.replace("--epochs 4", "--epochs 5").split())
     variants = {"none": "none", "bright+tau=0.6": "attg"}

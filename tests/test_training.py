@@ -583,6 +583,12 @@ def test_a_run_never_continues_on_other_data(change, tmp_path):
         train(out, **settings)
     assert content(out) == files
     assert train(out, **settings, resume="none")["step"] == 12
+    # encoder.pt never stands for a run that has not finished.
+    assert torch.load(out / "encoder.pt")["config"]["seed"] == 0
+    train(out, **settings)
+    with stop_after(7):
+        train(out, **settings, seed=1, resume="none")
+    assert not (out / "encoder.pt").exists()
 
 
 def test_a_lost_checkpoint(copy, whole):
