@@ -3,6 +3,7 @@ Samples of images: decoding, conversion to 8 bits, random crops as functions of 
 data sets of them.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from attg.files import in_threads, sha256_or_errno
+from attg.files import in_threads, sha256_of, sha256_or_errno
 
 BICUBIC = Image.Resampling.BICUBIC
 # Area fraction and aspect ratio of a random crop, as in MAE's pre-training.
@@ -49,12 +50,6 @@ def seed_for(*parts):
     plain = [part if isinstance(part, str) else int(part) for part in parts]
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
-
-
-def sha256_of(*parts):
-    """Hex digest of the strings of all parts."""
-    text = "\0".join(map(str, parts))
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def generator_for(*parts):
@@ -242,8 +237,7 @@ def eval_view(image, size):
     y = round((resized_h - h) / 2)
 
     box = (x / resized_w, y / resized_h, (x + w) / resized_w, (y + h) / resized_h)
-    # Resizing a strip of 2,000,000 x 40 pixels would take gigabytes. Resizing its middle
-    # gives the same up to rounding.
+    # A strip of 2,000,000 x 40 pixels would take gigabytes. Its middle gives the same.
     if resized_w * resized_h > 16 * w * h:
         region = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
         image = image.load() if isinstance(image, Jpeg) else image
@@ -425,8 +419,8 @@ class ImageData(Dataset):
     def fingerprint(self):
         """Identity of the data set in map files and checkpoints: "v3:" and a sha256.
 
-        The hash is over number, names and, if they are files, sizes and contents; of more
-        than 10,000, the contents of 1,000. With `verify`, ":" and one of all contents follow.
+        Of number, names and, for files, sizes and contents (above 10,000 of 1,000). ":" and
+        another may follow: with `verify` all contents; from Python sizes and labels of 32.
         """
         parts, full = [self.num_images, *self.names], ""
         if self.pairs is None:
@@ -435,6 +429,12 @@ class ImageData(Dataset):
             parts += self.of_files(sha256_or_errno, step)
             if self.verify and step > 1:
                 full = f":{sha256_of(*self.of_files(sha256_or_errno))}"
+        elif len(self) and self.names[0].startswith("data/"):
+            for i in range(0, len(self), len(self) // 32 + 1):
+                with contextlib.suppress(Exception):  # unreadable
+                    image, label = self.read(i)
+                    full += f"{i} {image.size} {label} "
+            full = f":{sha256_of(full)}"
         return f"v3:{sha256_of(*parts)}{full}"
 
     def matches(self, fingerprint):

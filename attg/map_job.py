@@ -73,10 +73,7 @@ def run_job(compute, images, grid, settings, options, dist_info):
             raise ValueError(f"--out {path}: {message}")
         log_line(f"{path} is complete: nothing is computed")
         return
-    for i in range(min(8, len(images))):
-        if not images[i][0].equal(images[i][0]):
-            remedy = "leave random transforms out, training crops and flips"
-            raise ValueError(f"data: image {i} changes when it is read again; {remedy}")
+    refuse_random(images.dataset)
     rows = torch.arange(len(images)).split(options.batch_size)
     blocks = {folder / str(i): ids for i, ids in enumerate(rows)}
     job = settings | {"batch_size": options.batch_size}
@@ -100,6 +97,18 @@ def run_job(compute, images, grid, settings, options, dist_info):
     barrier()
     finish = lambda: join_blocks(path, blocks, grid, images, settings)  # noqa: E731
     broadcast_from_rank0(finish)
+
+
+def refuse_random(dataset):
+    """ValueError if images of a data set from Python change when they are read again.
+
+    Their maps would not fit.
+    """
+    images = SquashedImages(dataset, (64, 64))
+    for i in range(0 if dataset.pairs is None else min(8, len(images))):
+        if not images[i][0].equal(images[i][0]):
+            remedy = "leave random transforms out, training crops and flips"
+            raise ValueError(f"data: image {i} changes when it is read again; {remedy}")
 
 
 def begin_or_resume(path, files, job):

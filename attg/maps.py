@@ -123,9 +123,9 @@ def load_maps(path, dataset):
     shape, fingerprint = tuple(manifest["shape"]), manifest["fingerprint"]
     if shape[:1] != (len(dataset),) or not dataset.matches(fingerprint):
         reason = (
-            f"made for other data (maps {shape}, fingerprint {fingerprint[:12]}, but --data "
-            f"has {len(dataset)} images, {dataset.fingerprint[:12]}; names, sizes and "
-            "contents of the files count)"
+            f"made for other data (maps {shape}, fingerprint {fingerprint[-12:]}, but --data "
+            f"has {len(dataset)} images, {dataset.fingerprint[-12:]}; names, sizes and "
+            "contents of files count, sizes and labels of images from Python)"
         )
         raise map_error(path, reason, "use the --data and --classes it was made with")
     if sha256(path) != manifest["checksum"]:

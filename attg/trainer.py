@@ -22,9 +22,11 @@ from attg.distributed import barrier, broadcast_from_rank0, exclusive_run
 from attg.export import timm_arguments
 from attg.features import knn_accuracy
 from attg.figures import panels_of, plot_panels
-from attg.images import ImageData, generator_for, sha256_of
+from attg.files import sha256_of
+from attg.images import ImageData, generator_for
 from attg.loader import default_workers, make_loader
 from attg.log import Log, Meter, progress, read_log
+from attg.map_job import refuse_random
 from attg.maps import open_maps
 from attg.pretraining import resolve
 from attg.weights import DECODER
@@ -83,6 +85,7 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     # Drawing examples (--epochs 0) works without maps, guided training does not.
     if cfg.maps or (cfg.guidance != "none" and maps is None and cfg.epochs > 0):
         maps, maps_id = open_maps(cfg.maps, train_set, cfg.data, log.info)
+        refuse_random(train_set)
 
     steps_per_epoch = max(1, train_set.num_images // cfg.batch_size)
     total_steps = cfg.epochs * steps_per_epoch

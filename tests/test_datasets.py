@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Subset, default_collate
+from torchvision.transforms import v2
 
 import attg.images
 import attg.toy
@@ -39,6 +40,7 @@ from attg.files import in_threads
 from attg.images import Sample, eval_view, seed_for, train_view
 from attg.loader import make_loader
 from attg.log import describe_files
+from attg.maps import save_maps
 from tests.fuzz import RANDOM, png, within
 from tests.helpers import (
     SMALL,
@@ -530,6 +532,14 @@ def test_data_sets_from_python(tmp_path, capsys):
     assert own.reads == 0 and not test.labeled and test[0].label == -1
     assert known.fingerprint != open_data(Own([0, 0, 0])).fingerprint
     assert open_data(Own(["bad", 3])).num_classes == 4
+    # Another order, other sizes; fingerprints without them are accepted.
+    one, same, other = (
+        open_data(Own(x)) for x in ([*range(99)],) * 2 + ([0, 2, 1] * 33,)
+    )
+    assert one.matches(same.fingerprint) and not one.matches(other.fingerprint)
+    assert one.matches(other.fingerprint.rpartition(":")[0])
+    small, large = (open_data([(noise(side, 8), 0)]) for side in (8, 9))
+    assert not small.matches(large.fingerprint)
     image = noise(8, 8)
     for item, message in (
         ((torch.zeros(3, 8, 8), 0), "Tensor, items must be .PIL image, label"),
@@ -563,6 +573,18 @@ def test_training_on_a_data_set_from_python(labelled, tmp_path):
     settings |= {"in_chans": 1, "mean": (0.5,), "std": (0.25,), "resume": "none"}
     alone = [(image, None) for image, _ in pairs["test"]]
     assert attg_mae.train(attg_mae.Config(**settings), alone)["knn"] == {}
+    # Maps of whole images do not fit random crops of them.
+    maps = np.random.default_rng(0).random((15, 2, 2))
+    save_maps(tmp_path / "m.npy", maps, open_data(alone), "random")
+    settings |= {"maps": str(tmp_path / "m.npy"), "guidance": "attg"}
+
+    class Flipped(list):
+        def __getitem__(self, i):
+            return v2.RandomHorizontalFlip()(alone[i][0]), None
+
+    with pytest.raises(ValueError, match="data: image . changes .* transforms"):
+        attg_mae.train(attg_mae.Config(**settings), Flipped(alone))
+    assert attg_mae.train(attg_mae.Config(**settings), alone)["step"] > 0
 
 
 def test_evaluations_need_labels(folder):
