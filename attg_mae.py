@@ -3,7 +3,7 @@ Attention-guided masked autoencoders (Sick, Engel, Hermosilla, Ropinski; arXiv 2
 in one file, to be read from top to bottom.
 
 A masked autoencoder (MAE; He et al., arXiv 2111.06377) hides 75 % of the patches of an
-image and learns to predict them from the rest; in its loss every hidden patch counts the
+image and learns to predict them from the rest; in its loss every masked patch counts the
 same. Here each patch is weighted by an attention map M of the object in the image, which
 is computed without labels before training (object_discovery.py). Masking stays random.
 
@@ -33,7 +33,7 @@ curves.png and reconstructions.png. The same command resumes an interrupted run.
 #
 # Shapes: B images, C channels, L patches in an image, K of them visible, N = 1 + L tokens
 # (the class token first), D width of encoder or decoder, p patch size in pixels,
-# P = p*p*C values in a patch. mask is (B, L): 1 = hidden (mae: removed) = in the loss.
+# P = p*p*C values in a patch. mask is (B, L): 1 = masked (mae: removed) = in the loss.
 
 import contextlib
 import dataclasses
@@ -71,12 +71,12 @@ def is_flat(attn):
     low, high = attn.amin(dim=1), attn.amax(dim=1)
     largest = torch.maximum(high.abs(), low.abs())
     spread = high - low
-    # A map with infinite cells is not flat: its loss stops the run.
+    # A map with infinite cells is not flat: its loss, NaN, stops the run.
     return (spread <= (1e-5 * largest).clamp(min=1e-30)) & (spread < math.inf)
 
 
 def normalize_map(attn):
-    """M_norm (B, L): each map min-max normalized over all its patches, hidden or not."""
+    """M_norm (B, L): each map min-max normalized over all its patches, masked or not."""
     # Training calls it for --map_norm crop; by default the map file holds M_norm. A flat map
     # becomes zeros, weight 1: rounding errors would be stretched to the full range.
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
@@ -98,7 +98,7 @@ def patch_weights(m_norm, tau, guidance="attg", flat=None, ties=None):
         m_norm = 1 - m_norm
     w = torch.exp(m_norm / tau)  # Eq. 1
     if guidance in DROPS_PATCHES:
-        # As many as lie below the 10 % quantile of L different values, 7 of 64.
+        # As many as lie below the 10 % quantile of L distinct values: 7 of 64.
         dropped = math.ceil((m_norm.shape[1] - 1) / 10)
         w = w.masked_fill(patch_order(m_norm, ties) < dropped, 0.0)
     if flat is not None:
@@ -124,9 +124,9 @@ def masked_loss(pred, patches, mask, weight=None, norm_pix=True, fused=None):
 
     # In fp32 at least, whatever the precision of the model.
     dtype = torch.promote_types(pred.dtype, torch.float32)
-    hidden = mask.bool()
+    masked = mask.bool()
     # Predictions of visible patches do not count, not even if they are NaN.
-    pred = torch.where(hidden[..., None], pred.to(dtype), 0.0)
+    pred = torch.where(masked[..., None], pred.to(dtype), 0.0)
     target = patches.to(dtype)
     if norm_pix:
         # Without its brightness and contrast a patch is structure; predicting that gives
@@ -136,10 +136,10 @@ def masked_loss(pred, patches, mask, weight=None, norm_pix=True, fused=None):
         target = centered / (variance + 1e-6).sqrt()  # x_norm
     error = (pred - target).square().mean(dim=-1)  # l, (B, L)
     count = mask.sum().clamp(min=1)
-    mse = torch.where(hidden, error, 0.0).sum() / count  # MAE's loss
+    mse = torch.where(masked, error, 0.0).sum() / count  # MAE's loss
     if weight is None:
         return mse, mse.detach()
-    weighted = torch.where(hidden, weight.to(dtype) * error, 0.0)  # mask * w * l
+    weighted = torch.where(masked, weight.to(dtype) * error, 0.0)  # mask * w * l
     # The denominator is MAE's, so the background counts exactly as without guidance.
     return weighted.sum() / count, mse.detach()  # Eq. 2
 
@@ -293,7 +293,7 @@ class ViT(nn.Module):
 
 
 class MAE(ViT):
-    """The encoder, and the decoder that predicts the hidden patches."""
+    """The encoder, and the decoder that predicts the masked patches."""
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -323,7 +323,7 @@ class MAE(ViT):
 
     def random_masking(self, noise, mask_ratio):
         """noise (B, L): its lowest values stay visible -> ids_keep (B, K), mask (B, L)."""
-        # Why 75 %: images are redundant. Fewer hidden patches can be interpolated from their
+        # Why 75 %: images are redundant. Fewer masked patches can be interpolated from their
         # neighbors, without learning what the image shows (MAE, Figure 5).
         K = int(noise.shape[1] * (1 - mask_ratio))
         ids_keep = noise.argsort(dim=1)[:, :K]
@@ -404,8 +404,8 @@ def pool_maps(maps, box, flip, grid):
     index = torch.arange(B, device=maps.device)  # which map a box belongs to
     x0, y0, x1, y1 = box.unbind(1)
     rois = torch.stack([index, x0 * w, y0 * h, x1 * w, y1 * h], dim=1).float()
-    # Without aligned=True everything is off by half a cell. roi_align takes as many samples
-    # as a patch covers cells of the map, so this is the mean under the patch.
+    # Without aligned=True everything is off by half a cell. The mean is that of bilinear
+    # samples, about one for each cell of the map under a patch, and at least one.
     pooled = roi_align(maps.float()[:, None], rois, grid, aligned=True)  # (B, 1, *grid)
     mirrored = pooled.flip(-1)
     return torch.where(flip[:, None, None, None], mirrored, pooled).flatten(1)
@@ -545,7 +545,7 @@ except ModuleNotFoundError as error:
         return dataclasses.field(default=default)
 
 
-build_model = MAE
+build_model = MAE  # what train() builds
 
 # img_size, patch_size; width, depth, heads of the encoder; the same of the decoder.
 # From vit_base on these are MAE's models; vit_micro is for small images and a CPU.
@@ -569,8 +569,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Config(TrainFlags):
     """Settings of method and model, each a flag; TrainFlags has those of a run."""
 
-    # None: in a size the preset's value, in TrainFlags chosen by `resolve`. Without
-    # resume= a flag may change until the run has ended.
+    # None: the preset's value for sizes; in TrainFlags, chosen by `resolve`. Without
+    # resume=, a flag may change until the run has ended.
     model: str = flag("vit_micro", "preset of the model", choices=tuple(PRESETS))
     maps: str | None = flag(None, "attention maps, a .npy file [toy: its object masks]")
     guidance: str = flag("attg", "use of the maps, none = MAE", choices=GUIDANCE)
@@ -646,8 +646,7 @@ def train(cfg, data=None, on_log=None):
         cfg, device = run.cfg, run.device
         torch.manual_seed(seed_for("weights", cfg.seed))
         model = build_model(cfg).to(device)
-        if checkpoint or cfg.init:
-            load_initial(model, run, checkpoint)
+        load_initial(model, run, checkpoint)
         if cfg.epochs == 0:
             save_examples(model, run, checkpoint, model_inputs, pool_maps)
             return result(run, step=0)

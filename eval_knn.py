@@ -1,8 +1,8 @@
 """
 k-NN on frozen features, with all labels or with few (arXiv 2402.15172, Tables 1, 3, 6).
 
-    python eval_knn.py out/NAME/last.pt --data PATH_OR_NAME --k 10 20
-    python eval_knn.py out/NAME/last.pt --data PATH_OR_NAME --shots 1 5 10 20
+    python eval_knn.py out/NAME/encoder.pt --data PATH_OR_NAME --k 10 20
+    python eval_knn.py out/NAME/encoder.pt --data PATH_OR_NAME --shots 1 5 10 20
     torchrun --nproc_per_node=8 eval_knn.py CHECKPOINT --data imagenet --k 20
 
 Reports top-1 and top-5 for the class token and for the mean of the patch tokens. The
@@ -28,9 +28,9 @@ from attg.evaluation import (
     draw_shots,
     evaluate,
     labeled_features,
-    mean_and_deviation,
-    percent_correct,
+    mean_and_std,
     save_figures,
+    topk_accuracy,
 )
 from attg.features import FEATURES, knn_classify
 from attg_mae import load_encoder
@@ -56,18 +56,19 @@ def evaluate_knn(settings, data, dist_info):
             bank, labels = train[feature][rows], train["labels"][rows]
             tensors = (x.to(dist_info[0]) for x in (bank, labels, queries))
             classes = knn_classify(*tensors, settings.k).cpu()  # (K, B, 5)
-            percent.append(percent_correct(classes, truth))
+            percent.append(topk_accuracy(classes, truth))
         for k, *runs in zip(settings.k, *percent, strict=True):
             result = {"feature": feature, "test": name, "protocol": protocol, "k": k}
             counts = {"seeds": len(runs), "images": len(bank)}
             counts["test_images"] = len(queries)
-            results.append(result | mean_and_deviation(runs) | counts)
+            results.append(result | mean_and_std(runs) | counts)
     if settings.show:
         bank, labels = train[FEATURES[1]], train["labels"]
         test = tests[settings.val[0]]
         queries, truth = test[FEATURES[1]], test["labels"]
-        guesses = knn_classify(bank, labels, queries, settings.k[0])[:, 0]
-        title = f"{FEATURES[1]}, k = {settings.k[0]}"
+        tensors = (x.to(dist_info[0]) for x in (bank, labels, queries))
+        guesses = knn_classify(*tensors, settings.k[0])[:, 0].cpu()
+        title = f"{FEATURES[1]}, k = {settings.k[0]}, all labels"
         save_figures(settings, data, truth, guesses, title, (bank, queries))
     return results
 

@@ -42,10 +42,10 @@ from attg.evaluation import (
     evaluate,
     fill_defaults,
     labeled_features,
-    mean_and_deviation,
+    mean_and_std,
     open_encoder,
-    percent_correct,
     save_figures,
+    topk_accuracy,
 )
 from attg.features import FEATURES, pool_tokens
 from attg.finetuning import RecipeFlags, fit, open_training, score
@@ -102,7 +102,7 @@ def linear_probe(features, labels, tests, lrs=LRS, seed=0, device="cpu", **train
     results, guesses = {}, {}
     for name, (test_features, truth) in tests.items():
         (classes,) = best_classes(standardize(test_features), weights)
-        results[name] = percent_correct(classes, truth)
+        results[name] = topk_accuracy(classes, truth)
         guesses[name] = classes[:, 0]
     held_out = dict(zip(lrs, top1.tolist(), strict=True))
     return {"lr": lr, "held_out": held_out, "results": results, "guesses": guesses}
@@ -121,7 +121,7 @@ def cross_validate(x, labels, lrs, seed, **training):
         test = (fold == number).to(x.device)
         weights = train_heads(x[~test], labels[~test], lrs, seed=seed, **training)
         classes = best_classes(x[test], weights)
-        accuracy.append(percent_correct(classes, labels[test].cpu()))
+        accuracy.append(topk_accuracy(classes, labels[test].cpu()))
     return torch.tensor(accuracy, dtype=torch.float64).mean(dim=0)[:, 0]
 
 
@@ -185,7 +185,7 @@ def probe_features(settings, data, dist_info):
         chosen = {"lr": " ".join(f"{run['lr']:.2g}" for run in runs)}
         for name in tests:
             result = {"feature": feature, "protocol": protocol, "test": name}
-            metrics = mean_and_deviation([run["results"][name] for run in runs])
+            metrics = mean_and_std([run["results"][name] for run in runs])
             metrics |= chosen | {"images": len(x), "test_images": len(tests[name][1])}
             results.append(result | metrics | {"held_out": held_out})
     if settings.show:

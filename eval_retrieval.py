@@ -36,7 +36,7 @@ from attg_mae import load_encoder
 
 @dataclasses.dataclass(kw_only=True)
 class Settings(EvalFlags, RunFlags):
-    data: str = flag(".", "folder of the photographs, DIR/NAME.jpg")
+    data: str | None = flag(None, "folder of the photographs, DIR/NAME.jpg")
     gnd: str | None = flag(None, "the authors' gnd_roxford5k.pkl or gnd_rparis6k.pkl")
 
 
@@ -161,6 +161,9 @@ def evaluate_retrieval(settings, data, dist_info):
     device, rank, _ = dist_info
     if rank != 0:
         return []  # rank 0 works alone
+    for name in ("data", "gnd"):
+        if getattr(settings, name) is None:
+            raise ValueError(f"--{name}: missing; see --help")
     truth = load_ground_truth(settings.gnd)
     encoder = open_encoder(load_encoder, settings, True, img_size=None).to(device)
     longest = settings.img_size or max(encoder.cfg.size)

@@ -281,7 +281,7 @@ def grad_cam(features, classify, grid, size):
 
 
 def patch_statistics(imgs, p):
-    """Features without weights: mean and deviation of each channel in p x p patches,
+    """Features without weights: mean and std of each channel in p x p patches,
     standardized over the image.
 
     imgs (B, 3, H, W) -> (B, L, 6). They capture color and contrast only. Of whole numbers
@@ -290,8 +290,8 @@ def patch_statistics(imgs, p):
     x = F.unfold(imgs, p, stride=p)  # (B, 3 * p * p, L)
     x = x.unflatten(1, (imgs.shape[1], -1))  # (B, 3, p * p, L)
     x = torch.cat([x.mean(dim=2), x.std(dim=2)], dim=1).mT  # (B, L, 6)
-    deviation = x.std(dim=1, keepdim=True).clamp_min(1e-6)
-    return (x - x.mean(dim=1, keepdim=True)) / deviation
+    std = x.std(dim=1, keepdim=True).clamp_min(1e-6)
+    return (x - x.mean(dim=1, keepdim=True)) / std
 
 
 # -- Backbones: one function for each kind, (settings, device) -> Backbone -------------

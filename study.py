@@ -47,7 +47,7 @@ from attg.cli import flag, parse, run_cli
 from attg.datasets import open_data
 from attg.figures import PANELS, append_images, panels_of, plot_panels
 from attg.files import atomic_write
-from attg.log import log_line, print_table, read_log, rename, revision
+from attg.log import log_line, print_table, read_log, rename_settings, revision
 from attg.maps import load_maps, read_manifest, save_maps
 from attg_mae import Config
 
@@ -83,7 +83,7 @@ def variant_flags(variant):
     return source, guidance + [f"--{change}" for change in changes]
 
 
-def check_settings(settings):
+def check_variants(settings):
     """{NAME: FILE} of --maps. Raises ValueError for settings that cannot work."""
     files = dict(text.partition("=")[::2] for text in settings.maps)
     for name, file in files.items():
@@ -191,7 +191,7 @@ def evaluate(settings, folder):
 
 def run_study(settings):
     """Train and evaluate all runs, one after the other."""
-    files = check_settings(settings)
+    files = check_variants(settings)
     variants = {"none", *settings.variants}
     if any(variant.startswith("self-shuffled") for variant in variants):
         variants.add("self")
@@ -395,7 +395,7 @@ def compare(folders):
     settings, metrics, panels = {}, {}, {}
     for folder in map(Path, folders):
         config = json.loads((folder / "config.json").read_text())
-        for name, value in rename(config).items():
+        for name, value in rename_settings(config).items():
             settings.setdefault(name, {})[str(folder)] = str(value)
         log, last = read_log(folder / "log.jsonl"), {}
         for record in log:

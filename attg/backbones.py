@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from attg.checkpoint import checksums
 from attg.weights import (
-    HEAD,
+    HEAD_PATTERN,
     PATCH_EMBED,
     check_parameter,
     find_prefix,
@@ -72,7 +72,7 @@ def open_timm(name, img_size):
         start = find_prefix(state, PATCH_EMBED, None, path)
         state = {k[len(start) :]: x for k, x in state.items() if k.startswith(start)}
         # If timm knew of a classifier to leave out, it would load what fits of the rest.
-        unused = re.compile(f"decoder_|{HEAD.pattern}").match
+        unused = re.compile(f"decoder_|{HEAD_PATTERN}").match
         state = {k: x for k, x in state.items() if torch.is_tensor(x) and not unused(k)}
         options["pretrained_cfg_overlay"] = {"state_dict": state, "classifier": None}
     model = timm.create_model(name, **options)
@@ -110,17 +110,17 @@ def open_hf(name, img_size):
     return NamedViT(model, size, **image_statistics(images))
 
 
-class Found(Exception):
+class StopForward(Exception):
     """Ends a forward pass; args: what was looked for."""
 
 
 class FindAttention(TorchFunctionMode):
-    """Raises Found with the arguments of scaled_dot_product_attention, a dict."""
+    """Raises StopForward with the arguments of scaled_dot_product_attention, a dict."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
-            raise Found(dict(zip(("query", "key"), args, strict=False)) | kwargs)
+            raise StopForward(dict(zip(("query", "key"), args, strict=False)) | kwargs)
         return function(*args, **kwargs)
 
 
@@ -141,7 +141,7 @@ class NamedViT(nn.Module):
         # Projections to queries, keys and values, or to keys alone, one in each block.
         names = [n for n in modules if re.search(r"\b(qkv|k_proj|key)$", n)]
         if not names or not convs or convs[0].kernel_size != convs[0].stride:
-            raise ValueError("no keys and patches as in a ViT; give another backbone")
+            raise ValueError("not a ViT, no projection to keys or no patch embedding")
         self.key = modules[names[-1]]
         self.attention = modules[names[-1].rpartition(".")[0]]
         if hasattr(self.attention, "fused_attn"):
@@ -210,12 +210,14 @@ class NamedViT(nn.Module):
         """Input (B, N, D) of the last block's attention, then its args and kwargs."""
 
         def stop(module, args, kwargs):
-            raise Found(args[0] if args else kwargs["hidden_states"], args, kwargs)
+            raise StopForward(
+                args[0] if args else kwargs["hidden_states"], args, kwargs
+            )
 
         hook = self.attention.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.tokens(imgs)
-        except Found as found:
+        except StopForward as found:
             return found.args
         finally:
             hook.remove()
@@ -236,7 +238,7 @@ class NamedViT(nn.Module):
         try:
             with FindAttention():
                 self.attention(*args, **kwargs)
-        except Found as found:
+        except StopForward as found:
             call = found.args[0]
         else:
             raise ValueError("this backbone's attention is not dot-product attention")
@@ -276,6 +278,6 @@ def load_cnn(name, path, key=None, prefix=None):
     state = {k: x for k, x in state.items() if k not in counters}
     for k, x in state.items():
         check_parameter(x, f"{path}: {k}")
-    fresh = counters if classes else counters | {f"{head}.weight", f"{head}.bias"}
-    load_checked(model, state, fresh, path)
+    untrained = counters if classes else counters | {f"{head}.weight", f"{head}.bias"}
+    load_checked(model, state, untrained, path)
     return model.eval().requires_grad_(False), classes > 0

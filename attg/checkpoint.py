@@ -23,7 +23,7 @@ import torch
 from attg.cli import resume_class
 from attg.distributed import is_restarted
 from attg.files import atomic_write
-from attg.log import read_log, rename
+from attg.log import read_log, rename_settings
 
 
 def save_checkpoint(path, /, **parts):
@@ -151,7 +151,7 @@ def read_settings(stored, name):
             raise ValueError(f"a {type(settings).__name__}, not names with values")
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{name}: its settings are damaged ({error})") from error
-    return rename(settings)
+    return rename_settings(settings)
 
 
 def load_state(model, state, name):
@@ -164,7 +164,7 @@ def load_state(model, state, name):
         raise ValueError(f"{name}: holds no weights")
     differ = sorted(map(str, set(expected) ^ set(state)))
     if differ:
-        raise ValueError(f"{name}: of another model; only one has {differ[:3]}")
+        raise ValueError(f"{name}: does not match the model; only one has {differ[:3]}")
     for key, weight in expected.items():
         check_like(state[key], weight, f"{name}: {key}")
     model.load_state_dict(state)
@@ -192,7 +192,9 @@ def load_optimizer(optimizer, stored, steps, name):
     n = len(parameters)
     # Empty until the first step that the gradient scaler of fp16 does not skip.
     if states and set(states) != set(range(n)):
-        raise ValueError(f"{name}: moments of {len(states)} parameters, must be {n}")
+        raise ValueError(
+            f"{name}: optimizer state of {len(states)} parameters, expected {n}"
+        )
     for number, state in states.items():
         where, parameter = f"{name}: moments of parameter {number}", parameters[number]
         like = {"momentum": parameter}  # of LARS
@@ -296,7 +298,7 @@ def check_data(cfg, checkpoint, train_set, maps_id):
         )
 
 
-def check_settings(cfg, checkpoint, total_steps):
+def check_resume(cfg, checkpoint, total_steps):
     """[--NAME OLD -> NEW] of the settings that a run changes on resume.
 
     The resume class of a setting (attg.cli.flag) decides whether it may change: never

@@ -168,8 +168,8 @@ JUNK |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".gif", ".tif")
 SUFFIXES += (".tiff", ".webp", ".avif", ".jp2")
 # Names of folders: of splits, such as Training, test_set, seg_val and train2017; of masks.
-SPLIT = r"(.*[ _-])?(train|e?val|test)(ing|val|id|idation)?"
-SPLIT = re.compile(rf"(?i){SPLIT}([ _-]?(set|data|images?|\d+))?")
+SPLIT_PATTERN = r"(.*[ _-])?(train|e?val|test)(ing|val|id|idation)?"
+SPLIT = re.compile(rf"(?i){SPLIT_PATTERN}([ _-]?(set|data|images?|\d+))?")
 MASK = r"mask|label(?!l?ed)|annot|segm|trimap|ground.?truth|(?<![a-z])(gt|seg)(?![a-z])"
 IMAGE = re.compile("(?i)image|img|original|input|rgb|^[ab]$")  # beside masks
 # 1_mask and 1_mask_2, which lie beside the image 1 or 1_sat.
@@ -227,7 +227,7 @@ def find_images(path, train, folder, classes):
     found = walk_images(folder, here)
     filled = [c for c, names in found.items() if names]
     if folder == train != path and not classes and (images or filled):
-        refuse_class_train(path, filled)
+        check_train_is_no_class(path, filled)
     if images and not filled:
         return {"": images}
 
@@ -236,7 +236,7 @@ def find_images(path, train, folder, classes):
         return found
     reason = f"no class folders and no images in {folder}"
     if images:
-        reason = f"{folder} has images, {images[0]}, and folders of some, {filled[0]}/"
+        reason = f"{folder} mixes images ({images[0]}) and class folders ({filled[0]}/)"
     elif odd:
         listed = f"--classes {classes}" if classes else train
         reason = f"{folder} has images of {filled[:5]}, the classes of {listed} are "
@@ -247,7 +247,7 @@ def find_images(path, train, folder, classes):
     )
 
 
-def refuse_class_train(path, filled):
+def check_train_is_no_class(path, filled):
     """Raise ValueError if train/, with images in the folders `filled`, may be a class."""
     others = set(list_folder(path)[0]) - {"train"}
     if any(map(SPLIT.fullmatch, others)):
@@ -274,7 +274,7 @@ def check_names(path, folder, names):
         masks = {x for x, base in masks.items() if base in bases}
     images = len(stems) - len(masks)
     if len(names) - images > images / 2:
-        reason = f"most images are there twice, {names[:2]} ...; move masks elsewhere"
+        reason = f"most images appear twice, {names[:2]} ...; move masks elsewhere"
         raise ValueError(f"--data {path}: {reason} (for --masks), delete copies")
     below = defaultdict(set)  # {folder: its subfolders that have images}
     for place in map(Path, {name.rpartition("/")[0] for name in names}):
@@ -381,7 +381,7 @@ def open_labeled(name, tests, size, augment=False, seed=0, **options):
         # Most training images of stl10 have no labels; some of a user's data may not.
         if labeled and (from_python or name == "stl10"):
             rows = (dataset.labels >= 0).nonzero().flatten()
-            refuse_unreadable(dataset)
+            check_unreadable(dataset)
             labeled, sets[split] = len(rows) > 0, dataset.subset(rows)
         if not labeled:
             raise ValueError(
@@ -398,7 +398,7 @@ def open_labeled(name, tests, size, augment=False, seed=0, **options):
                 raise ValueError(f"--val {test}: {reason}; remove them, or name others")
         # The classes of folders are the same.
         if from_python and dataset.labels.max() >= train_set.num_classes:
-            reason = f"label {dataset.labels.max()} in {test} is no class of training"
+            reason = f"label {dataset.labels.max()} in {test} is not a training class"
             raise ValueError(f"data: {reason}; count both from 0, or set `classes`")
     return train_set, sets
 
@@ -413,7 +413,7 @@ def files_in_common(train_set, test_set):
     return len(test)
 
 
-def refuse_unreadable(dataset):
+def check_unreadable(dataset):
     """ValueError if more images are unreadable than dataset.max_unreadable.
 
     Collective: all ranks call it at once.

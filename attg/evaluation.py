@@ -76,7 +76,7 @@ def check_source(settings):
     """Path of the source of features, which must be the only one; or ValueError."""
     features = getattr(settings, "features", None)
     if features:
-        names = {*SOURCE, "max_pixels", "save_features"} - {"precision"}
+        names = {*SOURCE, "max_pixels", "verify", "save_features"}
         check_unused(settings, names, "has no effect with --features")
     elif not settings.checkpoint:
         raise ValueError("checkpoint: missing; give the file of an encoder")
@@ -265,7 +265,7 @@ def check_outputs(settings):
                 raise OSError(f"--{name} {path}: not writable; choose another file")
 
 
-def count_correct(classes, truth):
+def topk_correct(classes, truth):
     """Numbers (..., 2) of images that are correct in top-1 and in top-5.
 
     classes (..., B, up to 5), best first; truth (B,).
@@ -275,16 +275,16 @@ def count_correct(classes, truth):
     return torch.stack(counts, dim=-1)
 
 
-def percent_correct(classes, truth):
-    """count_correct in percent, as a list."""
-    return (100 * count_correct(classes, truth).double() / len(truth)).tolist()
+def topk_accuracy(classes, truth):
+    """topk_correct in percent, as a list."""
+    return (100 * topk_correct(classes, truth).double() / len(truth)).tolist()
 
 
-def mean_and_deviation(runs):
-    """Metrics of [[top-1, top-5] of each seed]; a single one has no deviation."""
+def mean_and_std(runs):
+    """Metrics of [[top-1, top-5] of each seed]; a single one has no std."""
     top1, top5 = zip(*runs, strict=True)
-    deviation = {"+-": statistics.stdev(top1)} if len(runs) > 1 else {}
-    return {"top-1": statistics.mean(top1), **deviation, "top-5": statistics.mean(top5)}
+    std = {"std": statistics.stdev(top1)} if len(runs) > 1 else {}
+    return {"top-1": statistics.mean(top1), **std, "top-5": statistics.mean(top5)}
 
 
 def report(results, settings):

@@ -1,9 +1,9 @@
 """Export to timm and to Hugging Face transformers; README.md shows both."""
 
-from attg.weights import HF_SETTINGS, read_weights, rename
+from attg.weights import HF_SETTINGS, read_weights, to_mae_name
 
 # Settings of Config -> those of Hugging Face's ViTMAEConfig.
-DECODER = {
+HF_DECODER_SETTINGS = {
     "decoder_width": "decoder_hidden_size",
     "decoder_depth": "decoder_num_hidden_layers",
     "decoder_heads": "decoder_num_attention_heads",
@@ -32,7 +32,7 @@ def timm_arguments(cfg):
 
 def hf_arguments(config, with_decoder):
     """Keyword arguments of ViTConfig, or of ViTMAEConfig, for the settings of a Config."""
-    names = HF_SETTINGS | (DECODER if with_decoder else {})
+    names = HF_SETTINGS | (HF_DECODER_SETTINGS if with_decoder else {})
     arguments = {new: config[old] for old, new in names.items()}
     arguments |= {"layer_norm_eps": 1e-6, "intermediate_size": 4 * config["width"]}
     if with_decoder:
@@ -69,7 +69,7 @@ def to_hugging_face(path, folder=None):
     for key in [key for key in state if ".qkv." in key]:
         parts = zip("qkv", state[key].chunk(3), strict=True)
         state |= {key.replace(".qkv.", f".{x}."): part for x, part in parts}
-    names = {key: rename(key.removeprefix("vit.")) for key in model.state_dict()}
+    names = {key: to_mae_name(key.removeprefix("vit.")) for key in model.state_dict()}
     missing = [ours for ours in names.values() if ours not in state]
     if missing:
         raise ValueError(f"{name}: lacks {missing[:3]}, which Hugging Face's model has")

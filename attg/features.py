@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.data import Subset
 
 from attg.checkpoint import check_like, load_checkpoint, read_settings, save_checkpoint
-from attg.datasets import refuse_unreadable
+from attg.datasets import check_unreadable
 from attg.loader import make_loader
 from attg.log import progress
 
@@ -61,7 +61,7 @@ def extract_sharded(model, dataset, dtype, rank, world, **loader_args):
     ids = torch.arange(rank, last, world).clamp(max=n - 1)
     loader = make_loader(Subset(dataset, ids.tolist()), **loader_args)
     features = extract_features(model, loader, dtype)
-    refuse_unreadable(dataset)
+    check_unreadable(dataset)
     if world > 1:
         features = [gather_shards(x, rank, world)[:n] for x in features]
     return dict(zip((*FEATURES, "labels"), features, strict=True))

@@ -26,7 +26,7 @@ def reconstruct(model, imgs, noise):
     """Normalized imgs (B, C, H, W) -> (masked, completed), both in [0, 1].
 
     noise (B, L) decides the mask. Predictions of normalized patches get the mean and
-    deviation of the true patch, so they look better than the model is.
+    std of the true patch, so they look better than the model is.
     """
     cfg = model.cfg
     # forward bypasses torch.compile, which would recompile for this batch size.
@@ -60,7 +60,7 @@ def save_examples(model, run, checkpoint, model_inputs, pool_maps):
     """Save reconstructions.png of eight training images, evenly spaced, after a run.
 
     image | map and weight, if any | masked | reconstruction | error. run:
-    attg.trainer.Setup; checkpoint: the one it resumed, or None; the functions are
+    attg.trainer.Run; checkpoint: the one it resumed, or None; the functions are
     attg_mae's.
     """
     if run.rank:
@@ -152,7 +152,7 @@ def save_neighbors(path, train_set, test_set, bank, queries, heading):
 
 def class_names(dataset):
     """The folder of each class, or its number."""
-    if dataset.names[0].startswith("toy/"):
+    if dataset.masks is not None:  # toy
         return TOY_CLASSES
     names = [str(label) for label in range(dataset.num_classes)]
     if dataset.pairs is None:

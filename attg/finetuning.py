@@ -7,6 +7,7 @@ that it classifies by; model.normalize prepares uint8 images.
 Shapes: n training images, B images, C classes, F features.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -26,9 +27,9 @@ from attg.checkpoint import (
     save_checkpoint,
 )
 from attg.cli import flag, resume_class
-from attg.datasets import refuse_unreadable
+from attg.datasets import check_unreadable
 from attg.distributed import broadcast_from_rank0
-from attg.evaluation import count_correct, fill_defaults, open_sets, save_figures
+from attg.evaluation import fill_defaults, open_sets, save_figures, topk_correct
 from attg.images import seed_for, train_view
 from attg.loader import ResumableBatchSampler, make_loader
 from attg.log import log_line, progress
@@ -47,10 +48,12 @@ class RecipeFlags:
         "save the weights to this file after each epoch, or resume from it",
         resume="free",
     )
-    epochs: int | None = flag(None, "[by the recipe above]", 1, 10**6)
-    batch_size: int | None = flag(None, "[by the recipe above]", 1, 10**7)
+    epochs: int | None = flag(None, "passes over the data [by the recipe]", 1, 10**6)
+    batch_size: int | None = flag(
+        None, "images per step over all processes [by the recipe]", 1, 10**7
+    )
     precision: str | None = flag(
-        None, "[bf16 on GPUs that support it]", choices=("fp32", "bf16")
+        None, "of autocast [bf16 on GPUs that have it]", choices=("fp32", "bf16")
     )
     accum: int | None = flag(None, "micro-batches per step", 1, 10**7, resume="free")
     blr: float | None = flag(None, "lr = blr * batch_size / 256", 0, 1e38)
@@ -151,7 +154,10 @@ def fit(
             imgs, targets = to_device(sample, model, device)
             if mix:
                 imgs, targets = mix(imgs, targets, train_set.num_classes)
-            losses.append(backward(parallel, imgs, targets, settings, smoothing))
+            # DDP: exchange gradients once a step, with the last micro-batch.
+            skip_sync = micro + 1 < settings.accum and world > 1
+            with parallel.no_sync() if skip_sync else contextlib.nullcontext():
+                losses.append(backward(parallel, imgs, targets, settings, smoothing))
         optimizer.step()
         optimizer.zero_grad()
         epoch, rest = divmod(step + 1, epoch_steps)
@@ -160,7 +166,7 @@ def fit(
             losses.clear()
             if not math.isfinite(loss):
                 raise ValueError(f"loss not finite in epoch {epoch}; try a lower --blr")
-            refuse_unreadable(train_set)
+            check_unreadable(train_set)
             log_line(f"epoch {epoch}/{settings.epochs} loss {loss:.4f} lr {lr:.2e}")
             if settings.save and rank == 0:
                 shared = identity(settings, train_set)
@@ -265,8 +271,8 @@ def score(model, tests, features, protocol, settings, data, dist_info):
             classes.append(logits.topk(min(5, logits.shape[-1])).indices)
             truth.append(labels)
         classes, truth = torch.cat(classes, dim=1), torch.cat(truth)
-        refuse_unreadable(dataset)
-        counts = count_correct(classes, truth) * (rank < n)  # (F, 2)
+        check_unreadable(dataset)
+        counts = topk_correct(classes, truth) * (rank < n)  # (F, 2)
         if world > 1:
             dist.all_reduce(counts)
         if settings.show and name == settings.val[0]:

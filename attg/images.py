@@ -410,7 +410,7 @@ class ImageData(Dataset):
             masks=None if self.masks is None else self.masks[rows.numpy()],
         )
 
-    def of_files(self, function, step=1):
+    def map_files(self, function, step=1):
         """[function(path)] of every step-th file, in threads."""
         rows = range(0, len(self), step)
         return in_threads(lambda i: function(self.path(i)), rows)
@@ -425,10 +425,10 @@ class ImageData(Dataset):
         parts, full = [self.num_images, *self.names], ""
         if self.pairs is None:
             step = len(self) // SAMPLE if len(self) > MAX_VERIFIED else 1
-            parts += self.of_files(os.path.getsize)
-            parts += self.of_files(sha256_or_errno, step)
+            parts += self.map_files(os.path.getsize)
+            parts += self.map_files(sha256_or_errno, step)
             if self.verify and step > 1:
-                full = f":{sha256_of(*self.of_files(sha256_or_errno))}"
+                full = f":{sha256_of(*self.map_files(sha256_or_errno))}"
         elif len(self) and self.names[0].startswith("data/"):
             for i in range(0, len(self), len(self) // 32 + 1):
                 with contextlib.suppress(Exception):  # unreadable
@@ -444,7 +444,7 @@ class ImageData(Dataset):
             parts = self.fingerprint.split(":"), fingerprint.split(":")
             return all(a == b for a, b in zip(*parts, strict=False))
         names = len(self), *self.names
-        sizes = self.of_files(os.path.getsize) if self.pairs is None else []
+        sizes = self.map_files(os.path.getsize) if self.pairs is None else []
         oldest = sha256_of(*names)
         oldest = sha256_of(oldest, *sizes) if sizes else oldest
         return fingerprint in (oldest, "v2:" + sha256_of("v2", *names, *sizes))

@@ -125,7 +125,7 @@ class Batch(NamedTuple):
 
     # uint8 (B, C, H, W): random crops, not flipped yet.
     image: torch.Tensor
-    # (B, h, w): attention maps of the whole images, of any float dtype.
+    # (B, h, w): maps of the whole images: floats, or the uint8 masks of toy.
     maps: torch.Tensor | None
     # float32 (B, 4) and bool (B,): see Sample.
     box: torch.Tensor
@@ -139,7 +139,7 @@ class Batch(NamedTuple):
 class BatchIterator:
     """The Batches of a run on one rank, from the step `start` on.
 
-    run: attg.trainer.Setup. patches: L. ties: whether batches need them. waited: seconds
+    run: attg.trainer.Run. patches: L. ties: whether batches need them. waited: seconds
     spent waiting for images and maps, until the reader resets it. unreadable: number of
     images of this epoch that were replaced.
     """

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -84,16 +85,20 @@ def log_steps(steps, total, desc):
         yield step
 
 
-def rename(settings):
+def rename_settings(settings):
     """A dict of settings or metrics with today's names."""
     return {RENAMED_SETTINGS.get(name, name): settings[name] for name in settings}
 
 
 def revision():
     """Git revision of this code, with "-dirty" if files were changed."""
-    command = f'git -C "{Path(__file__).parent}" describe --always --dirty'
-    status, text = subprocess.getstatusoutput(command)
-    return text if status == 0 else "unknown"
+    root = Path(__file__).resolve().parents[1]
+    # An installed copy may lie in a repository of the user's.
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return "unknown"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
 def read_log(path):
@@ -107,7 +112,7 @@ def read_log(path):
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and type(record.get("step")) is int:
-                records.append(rename(record))
+                records.append(rename_settings(record))
     return records
 
 
@@ -122,8 +127,8 @@ def describe_machine(device, versions):
     line += f", {threads} threads"
     load, cores = getattr(os, "getloadavg", lambda: [0])()[0], os.cpu_count()
     if name == "cpu" and threads > 1 and load > cores:
-        line += f"\nload {load:.1f} on {cores} cores: threads wait for each other on a "
-        line += "busy machine, OMP_NUM_THREADS=1 may be several times faster"
+        line += f"\nload {load:.1f} on {cores} cores: CPU oversubscribed, "
+        line += "OMP_NUM_THREADS=1 may be several times faster"
     return line
 
 
@@ -135,7 +140,7 @@ def describe_files(dataset):
 
 
 def describe_run(run, model):
-    """Log lines on what will be trained. run: attg.trainer.Setup."""
+    """Log lines on what will be trained. run: attg.trainer.Run."""
     cfg, kind, tau = run.cfg, "a vanilla MAE", ""
     if run.maps is not None:
         kind = f"an MAE guided by attention maps ({cfg.guidance})"
@@ -253,7 +258,7 @@ class Log:
 class Meter:
     """Turns the metrics of the steps between two log lines into a record and a line."""
 
-    run: object  # attg.trainer.Setup
+    run: object  # attg.trainer.Run
     start: int  # steps done before
     began: float = dataclasses.field(default_factory=time.perf_counter)
     # End of the time that the last record, or an evaluation, accounts for.

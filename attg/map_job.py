@@ -67,7 +67,7 @@ def run_job(compute, images, grid, settings, options, dist_info):
     settings = json.loads(json.dumps(settings))
     if path.is_file() and path.with_suffix(".json").is_file() and not folder.is_dir():
         manifest = read_manifest(path)
-        check_settings(path, settings, manifest | manifest["settings"])
+        check_same_job(path, settings, manifest | manifest["settings"])
         if not images.dataset.matches(manifest["fingerprint"]):
             message = "made for other images; delete it, or choose another --out"
             raise ValueError(f"--out {path}: {message}")
@@ -95,8 +95,7 @@ def run_job(compute, images, grid, settings, options, dist_info):
             temporary.write_bytes(m.half().numpy().astype("<f2").tobytes())
 
     barrier()
-    finish = lambda: join_blocks(path, blocks, grid, images, settings)  # noqa: E731
-    broadcast_from_rank0(finish)
+    broadcast_from_rank0(lambda: join_blocks(path, blocks, grid, images, settings))
 
 
 def refuse_random(dataset):
@@ -115,7 +114,7 @@ def begin_or_resume(path, files, job):
     """Write the settings of a new job; ValueError if a job with others has begun."""
     settings = Path(f"{path}.job", "settings.json")
     if settings.is_file():
-        check_settings(path, job, json.loads(settings.read_text()))
+        check_same_job(path, job, json.loads(settings.read_text()))
         done = sum(file.exists() for file in files)
         log_line(f"resuming: {done} of {len(files)} blocks are finished")
         return
@@ -125,7 +124,7 @@ def begin_or_resume(path, files, job):
         temporary.write_text(json.dumps(job))
 
 
-def check_settings(path, new, old):
+def check_same_job(path, new, old):
     """ValueError if the map file or unfinished job at `path` was made with others."""
     # The weights of a backbone count, not the name of their file.
     if "sha256" in new:

@@ -34,7 +34,9 @@ class TrainFlags(DataFlags, RunFlags, WeightFlags):
     warmup_epochs: float | None = flag(
         None, "warm-up epochs [40 for >= 400 epochs, else 5 %% of them]", 0, 1e6
     )
-    precision: str = flag("auto", "auto = bf16 on GPUs", choices=PRECISIONS, **FREE)
+    precision: str = flag(
+        "auto", "auto = CUDA: bf16 or else fp16", choices=PRECISIONS, **FREE
+    )
     compile: bool = flag(False, "torch.compile the model", **FREE)
     seed: int = flag(
         0, "seed: weights, order, augmentation, masks", -(2**63), 2**63 - 1, **FIXED
@@ -53,7 +55,7 @@ class TrainFlags(DataFlags, RunFlags, WeightFlags):
     )
     save_every: int = flag(1, "epochs between checkpoints", 1, 10**6, **FREE)
     keep_ckpt_every: int = flag(
-        0, "epochs between checkpoints that are kept [the last]", 0, 10**6, **FREE
+        0, "keep epochNNNN.pt every N epochs, 0 = only last.pt", 0, 10**6, **FREE
     )
     log_every: int = flag(20, "steps between log lines", 1, 10**9, **FREE)
     max_steps: int | None = flag(None, "stop after this many steps", 1, 10**9)
@@ -84,7 +86,7 @@ def check_config(cfg):
 
 # Defaults of batch size, epochs and lr: MAE's from this many images on, else RULE. RULE
 # was set on toy (10,000 images, vit_micro) and keeps the number of images seen; wider
-# models need a lower lr. MAE's lr at width 1024 is 2.4e-3 for 4096 images a step.
+# models need a lower lr. MAE's lr at width 1024 is 2.4e-3 for 4096 images per step.
 MAE_IMAGES = 100_000
 RULE = (
     "batch size 64 (less if an epoch had under 4 steps), 80,000 / images epochs (8 to "

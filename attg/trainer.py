@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Subset
 
-from attg.checkpoint import check_settings, find_checkpoint, save_checkpoint
+from attg.checkpoint import check_resume, find_checkpoint, save_checkpoint
 from attg.datasets import open_data, resolve_dataset
 from attg.distributed import barrier, broadcast_from_rank0, exclusive_run
 from attg.export import timm_arguments
@@ -29,13 +29,13 @@ from attg.log import Log, Meter, progress, read_log
 from attg.map_job import refuse_random
 from attg.maps import open_maps
 from attg.pretraining import resolve
-from attg.weights import DECODER
+from attg.weights import DECODER_KEYS
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class Run:
     """Settings, processes and data of a run, before its model exists."""
 
     cfg: object  # attg_mae.Config, resolved
@@ -56,7 +56,7 @@ class Setup:
 
 @contextlib.contextmanager
 def setup(cfg, data, dist_info, signals, on_log=None):
-    """(Setup, checkpoint to resume or None), while this run has its folder to itself.
+    """(Run, checkpoint to resume or None), while this run has its folder to itself.
 
     data, on_log: see attg_mae.train. dist_info: (device, rank, world). signals: see
     attg.distributed.stop_signals.
@@ -70,7 +70,7 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     train_set = open_data(name, "train", augment=True, seed=cfg.seed, **view)
     test_set = open_data(name, "test", **view)
     if world > 1:
-        refuse_other_images(cfg, filter(None, (train_set, test_set)), rank)
+        check_same_images(cfg, filter(None, (train_set, test_set)), rank)
     cfg = resolve(cfg, train_set)
     if cfg.img_size != view["size"]:
         for dataset in filter(None, (train_set, test_set)):
@@ -96,7 +96,7 @@ def setup(cfg, data, dist_info, signals, on_log=None):
         find = functools.partial(find_checkpoint, cfg, train_set, maps_id)
         checkpoint = broadcast_from_rank0(find)
         if checkpoint:
-            changed = check_settings(cfg, checkpoint, total_steps)
+            changed = check_resume(cfg, checkpoint, total_steps)
             log.continues = Path(checkpoint["path"]).parent == Path(cfg.out)
             where = f"{checkpoint['path']} after step {checkpoint['step']}"
             changes = f" with {', '.join(changed)}" if changed else ""
@@ -106,10 +106,10 @@ def setup(cfg, data, dist_info, signals, on_log=None):
         data_id = train_set.fingerprint if rank == 0 and cfg.epochs else None
         sets = (train_set, test_set, data_id, maps, maps_id)
         steps = (steps_per_epoch, total_steps, DTYPES[cfg.precision], workers)
-        yield Setup(cfg, device, rank, world, log, *sets, *steps), checkpoint
+        yield Run(cfg, device, rank, world, log, *sets, *steps), checkpoint
 
 
-def refuse_other_images(cfg, datasets, rank):
+def check_same_images(cfg, datasets, rank):
     """ValueError if the data folders of this rank and rank 0 hold different images."""
     names = [(len(dataset), sha256_of(*dataset.names)) for dataset in datasets]
     expected = broadcast_from_rank0(lambda: names)
@@ -139,7 +139,7 @@ def reconstruction_mse(model, dataset, run):
     shard = range(run.rank, len(dataset), run.world)
     total, done = torch.zeros((), device=run.device), 0
     loader = make_loader(Subset(dataset, shard), workers=run.workers)
-    for sample in progress(loader, desc="validation mse"):
+    for sample in progress(loader, desc="mse of the test split"):
         ids = torch.tensor(shard[done : done + len(sample.label)])
         imgs = model.normalize(sample.image.to(run.device))
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not None):
@@ -300,7 +300,7 @@ class Trainer:
         run, out = self.run, Path(self.run.cfg.out)
         if run.rank == 0:
             state = self.model.state_dict()
-            encoder = {k: v for k, v in state.items() if not DECODER.match(k)}
+            encoder = {k: v for k, v in state.items() if not DECODER_KEYS.match(k)}
             config = dataclasses.asdict(run.cfg)
             timm = timm_arguments(run.cfg)
             save_checkpoint(out / "encoder.pt", model=encoder, config=config, timm=timm)

@@ -27,19 +27,18 @@ ENTRIES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 ENTRIES += ("teacher", "target_encoder", "state_dict")
 ENTRIES += ("model", "model_state_dict", "module", "net")
 PATCH_EMBED = r"(patch_embed\.proj|(embeddings\.)?patch_embeddings\.projection)\.weight"
-DECODER = re.compile("decoder_|mask_token")
+DECODER_KEYS = re.compile("decoder_|mask_token")
 # Names of this project's models. Others are refused, because they may change the features,
 # but for heads of any method, and networks with blocks of their own.
 KNOWN = r"(cls_token|pos_embed|patch_embed|blocks|norm|fc_norm)\b|decoder_|mask_"
-HEAD = r"\w*head|fc\.|pooler|classifier|projector|predictor|embeddings\.mask"
-HEAD = re.compile(HEAD)
+HEAD_PATTERN = r"\w*head|fc\.|pooler|classifier|projector|predictor|embeddings\.mask"
 NETWORK = re.compile(r"(\w+)\..*\b(?:blocks|layers?)\.\d")
 # Weights that every ViT encoder has, with their number of dimensions; those of a decoder.
 ESSENTIAL = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
 ESSENTIAL |= {"blocks.0.attn.qkv.weight": 2}
 OF_DECODER = {"decoder_embed.weight": 2, "decoder_pos_embed": 3}
 # Heads of the standard ViTs by width, for files without settings.
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+HEADS_BY_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 # Hugging Face's names before and since transformers 5.
 RENAMES = (
     (r"^decoder\.(?=decoder_|mask_token)", ""),
@@ -70,7 +69,7 @@ class Weights:
     name: str  # of the file, for messages
     settings: dict  # of Config, or those that settings_beside returns
     is_own: bool  # written by this project
-    left_out: list  # names in the file
+    unused: list  # names in the file
     grid: tuple | None = None  # of the positions, from encoder_config
 
 
@@ -85,7 +84,7 @@ def read_weights(source, weights_key=None, weights_prefix=None):
         settings = {} if in_memory else settings_beside(Path(source).parent)
     state = select_entry(content, weights_key, name)
     start = find_prefix(state, PATCH_EMBED, weights_prefix, name)
-    state, left_out = rename_all(state, start, name)
+    state, unused = rename_all(state, start, name)
     state = join_qkv(state, name)
     dims = {key: x.dim() if x.numel() else 0 for key, x in state.items()}
     missing = [key for key, n in ESSENTIAL.items() if dims.get(key) != n]
@@ -93,7 +92,7 @@ def read_weights(source, weights_key=None, weights_prefix=None):
     if missing:
         keys = sorted(state)[:8]
         raise ValueError(f"{name}: no ViT encoder: {missing} missing, keys are {keys}")
-    return Weights(state, name, settings, is_own, left_out)
+    return Weights(state, name, settings, is_own, unused)
 
 
 def read_file(path):
@@ -133,8 +132,8 @@ def settings_beside(folder):
     settings = {old: config[new] for old, new in names.items() if new in config}
     eps, activation = config.get("layer_norm_eps"), config.get("hidden_act")
     if activation != "gelu" or not isinstance(eps, float):
-        told = f"hidden_act {activation}, layer_norm_eps {eps}"
-        raise ValueError(f"{files[0]}: {told}: not a plain ViT; try hf:{folder}")
+        declared = f"hidden_act {activation}, layer_norm_eps {eps}"
+        raise ValueError(f"{files[0]}: {declared}: not a plain ViT; try hf:{folder}")
     return settings | image_statistics(images) | {"eps": eps}
 
 
@@ -203,10 +202,10 @@ def rename_all(state, start, name):
         if old == unused:
             continue
         inside = old.startswith(start)
-        new = rename(old[len(start) :] if inside else old.removeprefix(outer))
-        if inside or DECODER.match(new):
+        new = to_mae_name(old[len(start) :] if inside else old.removeprefix(outer))
+        if inside or DECODER_KEYS.match(new):
             if new in names:
-                raise ValueError(f"{name}: {names[new]} and {old} are both {new}")
+                raise ValueError(f"{name}: {names[new]} and {old} both map to {new}")
             names[new] = old
     networks = {match[1] for match in map(NETWORK.match, names) if match}
     weights = {}
@@ -214,13 +213,13 @@ def rename_all(state, start, name):
         if re.match(KNOWN, new):
             check_parameter(state[old], f"{name}: {old}")
             weights[new] = state[old]
-        elif not HEAD.match(new) and new.split(".")[0] not in networks:
+        elif not re.match(HEAD_PATTERN, new) and new.split(".")[0] not in networks:
             raise ValueError(f"{name}: unexpected {old}: not part of a plain ViT")
     kept = {names[new] for new in weights}
     return weights, [old for old in state if old not in kept]
 
 
-def rename(key):
+def to_mae_name(key):
     """Translate the name of a weight to MAE's."""
     for pattern, new in RENAMES:
         key = re.sub(pattern, new, key)
@@ -270,21 +269,27 @@ def encoder_config(kind, weights, heads=None, img_size=None):
 
     heads, img_size: instead of the file's. Logs what is guessed.
     """
-    name, told, positions = weights.name, weights.settings, weights.state["pos_embed"]
+    name, declared, positions = (
+        weights.name,
+        weights.settings,
+        weights.state["pos_embed"],
+    )
     sizes = weight_sizes(weights.state)
-    sizes = {key: value for key, value in sizes.items() if not DECODER.match(key)}
+    sizes = {key: value for key, value in sizes.items() if not DECODER_KEYS.match(key)}
     channels = sizes["in_chans"]
     settings = {"model": "vit_base", "data": ""} | sizes
     if channels != 3:
         # The averages of ImageNet's, as there is no better guess.
         settings |= {"mean": (0.449,) * channels, "std": (0.226,) * channels}
-    settings |= told
-    settings["heads"] = heads or told.get("heads") or HEADS.get(sizes["width"])
+    settings |= declared
+    settings["heads"] = (
+        heads or declared.get("heads") or HEADS_BY_WIDTH.get(sizes["width"])
+    )
     if not settings["heads"]:
         raise ValueError(f"{name}: no standard width, {sizes['width']}; give --heads")
-    if not heads and "heads" not in told:
+    if not heads and "heads" not in declared:
         log_line(f"{name}: {settings['heads']} heads, a guess by width; see --heads")
-    if "img_size" not in told:
+    if "img_size" not in declared:
         number = positions.shape[1] - 1
         side = math.isqrt(max(number, 0))
         is_square = side**2 == number > 0
@@ -297,11 +302,13 @@ def encoder_config(kind, weights, heads=None, img_size=None):
     # Before anything of the settings' size is allocated.
     for key, value in sizes.items():
         if getattr(cfg, key) != value:
-            told = f"its settings have {key} {getattr(cfg, key)}"
-            raise ValueError(f"{name}: {told}, its weights {value}")
+            declared = f"its settings have {key} {getattr(cfg, key)}"
+            raise ValueError(f"{name}: {declared}, its weights {value}")
     if positions.shape[1] != 1 + math.prod(cfg.grid):
         shape = tuple(positions.shape)
-        raise ValueError(f"{name}: pos_embed {shape} is not of the grid {cfg.grid}")
+        raise ValueError(
+            f"{name}: pos_embed {shape} does not match the grid {cfg.grid}"
+        )
     weights.grid = cfg.grid
     return dataclasses.replace(cfg, img_size=img_size or cfg.img_size)
 
@@ -324,15 +331,15 @@ def load_initial(model, run, checkpoint):
     elif cfg.init:
         weights = read_weights(cfg.init, cfg.weights_key, cfg.weights_prefix)
         sizes = weight_sizes(weights.state)
-        told = ["heads", "decoder_heads"] if "decoder_depth" in sizes else ["heads"]
-        sizes |= {key: weights.settings.get(key, getattr(cfg, key)) for key in told}
+        declared = ["heads", "decoder_heads"] if "decoder_depth" in sizes else ["heads"]
+        sizes |= {key: weights.settings.get(key, getattr(cfg, key)) for key in declared}
         flags = [f"--{key} {n}" for key, n in sizes.items() if n != getattr(cfg, key)]
         if flags:
             reason = f"does not fit this {cfg.model}; use {' '.join(flags)}"
             raise ValueError(f"{cfg.init} {reason}")
         trained = encoder_config(type(cfg), weights, cfg.heads, cfg.img_size)
         message = load_weights(model, weights)
-        guesses = [f"--{x} {sizes[x]}" for x in told if x not in weights.settings]
+        guesses = [f"--{x} {sizes[x]}" for x in declared if x not in weights.settings]
         if guesses:
             message += f"; the file does not say whether {' '.join(guesses)} is right"
         if weights.settings.get("norm_pix", cfg.norm_pix) != cfg.norm_pix:
@@ -349,9 +356,9 @@ def load_weights(model, weights):
 
     ValueError if the encoder is incomplete, or if a weight does not fit the model.
     """
-    state, name, fresh, notes = dict(weights.state), weights.name, set(), []
+    state, name, untrained, notes = dict(weights.state), weights.name, set(), []
     if not hasattr(model, "mask_token"):
-        state = {key: x for key, x in state.items() if not DECODER.match(key)}
+        state = {key: x for key, x in state.items() if not DECODER_KEYS.match(key)}
         if "fc_norm.weight" in state:
             # As in timm and mae, the mean of the patches is normalized, not each token.
             model.norm, model.fc_norm = nn.Identity(), nn.LayerNorm(model.cfg.width)
@@ -359,32 +366,32 @@ def load_weights(model, weights):
             if isinstance(module, nn.LayerNorm):
                 module.eps = weights.settings.get("eps", 1e-6)
     else:
-        if not any(map(DECODER.match, state)):
-            fresh |= {key for key in model.state_dict() if DECODER.match(key)}
+        if not any(map(DECODER_KEYS.match, state)):
+            untrained |= {key for key in model.state_dict() if DECODER_KEYS.match(key)}
             notes.append("no decoder in the file, it starts from random weights")
         if state.pop("fc_norm.weight", None) is not None:
             state.pop("fc_norm.bias", None)
-            fresh |= {"norm.weight", "norm.bias"}
-            notes.append("no norm of each token in the file, it starts fresh")
+            untrained |= {"norm.weight", "norm.bias"}
+            notes.append("no final norm in the file, it starts from 1 and 0")
     for key in {"pos_embed", "decoder_pos_embed"} & set(state):
         if not state[key].any():
-            log_line(f"{name}: {key} is all zero, so patches do not know their place")
+            log_line(f"{name}: {key} is all zero: the model has no positions")
         of_grid = state[key].shape[1] == 1 + math.prod(weights.grid)
         if of_grid and weights.grid != model.cfg.grid:
             log_line(f"{name}: {key} resized from {weights.grid} to {model.cfg.grid}")
             state[key] = resize_positions(state[key], weights.grid, model.cfg.grid)
-    load_checked(model, state, fresh, name)
-    if weights.left_out:
-        some = ", ".join(weights.left_out[:3])
-        notes.append(f"{len(weights.left_out)} weights are not used, such as {some}")
+    load_checked(model, state, untrained, name)
+    if weights.unused:
+        some = ", ".join(weights.unused[:3])
+        notes.append(f"{len(weights.unused)} weights are not used, such as {some}")
         if not hasattr(model, "mask_token"):
             log_line(f"{name}: {notes[-1]}")
     return ", ".join(notes) or "all weights loaded"
 
 
-def load_checked(model, state, fresh, name):
-    """Load weights of any precision; ValueError unless all but `fresh` names agree."""
+def load_checked(model, state, untrained, name):
+    """Load weights of any precision; ValueError unless names agree, but for the `untrained`."""
     own = model.state_dict()
-    kept = {key: own[key] for key in fresh}
+    kept = {key: own[key] for key in untrained}
     same = {key: x.to(own[key].dtype) if key in own else x for key, x in state.items()}
     load_state(model, kept | same, name)

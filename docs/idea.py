@@ -8,7 +8,7 @@ The figure of the README: what guidance changes in a masked autoencoder.
 A row per image: the image, its map M, the weights w = exp(M / tau) of its patches, the
 visible patches, and the reconstruction of each model from the same patches. The images are
 the first three of a permutation of the test set (SEED) whose map covers 10 to 40 % of the
-image. Predicted patches get the mean and deviation of the true ones. Below: the paired
+image. Predicted patches get the mean and std of the true ones. Below: the paired
 differences of the studies in results/.
 """
 
@@ -46,7 +46,7 @@ def load_model(path):
 
 
 def errors(model, imgs, noise, m_norm):
-    """Mean squared error of the hidden patches, on the object and off it, as a text."""
+    """Mean squared error of the masked patches, on the object and off it, as a text."""
     values = []
     for weight in (m_norm, 1 - m_norm):
         loss, _, mask = model(imgs, noise=noise, weight=weight)
@@ -63,7 +63,7 @@ def main(vanilla, guided, out="assets/idea.png"):
     sample = default_collate(list(dataset))
     masks = torch.from_numpy(dataset.masks)
     imgs = normalize(sample.image, cfg)
-    # The same noise, so the same hidden patches, for both models.
+    # The same noise, so the same masked patches, for both models.
     generator = generator_for("masks", cfg.seed, 0)
     noise = torch.rand(len(imgs), math.prod(cfg.grid), generator=generator)
     m_norm = pool_maps(masks, sample.box, sample.flip, cfg.grid)

@@ -82,14 +82,14 @@ def main(checkpoint=None, out="docs/walkthrough.png"):
     on_object = m_norm > 0.5
     guided, vanilla = (x[on_object].sum() / x.sum() for x in (product, plain))
     print(
-        f"M_norm > 0.5       {mask[on_object].sum():.0f} hidden patches: "
+        f"M_norm > 0.5       {mask[on_object].sum():.0f} masked patches: "
         f"{guided:.0%} of the loss, {vanilla:.0%} of the vanilla loss"
     )
 
     image = pil_to_tensor(dataset.read(index)[0]) / 255
     whole_map = batch.maps.float().expand(3, -1, -1)
     shown = unpatchify(patches * (1 - mask[..., None]), cfg)
-    total = f"sum {product.sum():.2f} / {mask.sum():.0f} hidden = loss {loss:.3f}"
+    total = f"sum {product.sum():.2f} / {mask.sum():.0f} masked = loss {loss:.3f}"
     # Title, note, image (3, h, w) or value of each patch, and what is written into it.
     panels = [
         ("image", "32 x 32 px; red: the random crop", image, ""),
@@ -97,9 +97,9 @@ def main(checkpoint=None, out="docs/walkthrough.png"):
         ("patches", "the crop, resized and flipped", denormalize(imgs, cfg)[0], "i"),
         ("noise", "a random number for each patch", noise, ".2f"),
         ("ids_keep", "the 16 of lowest noise", denormalize(shown, cfg)[0], "i"),
-        ("mask", "1 = hidden = predicted", mask, ".0f"),
+        ("mask", "1 = masked = predicted", mask, ".0f"),
         # Normalized values are mostly within 2.5 of 0.
-        ("x_norm", "by mean and deviation", 0.5 + unpatchify(x_norm, cfg)[0] / 5, ""),
+        ("x_norm", "by mean and std", 0.5 + unpatchify(x_norm, cfg)[0] / 5, ""),
         ("pred", "of all patches", 0.5 + unpatchify(pred, cfg)[0] / 5, ""),
         ("l", "mean of (pred - x_norm)^2 over a patch", error, ".2f"),
         ("M_norm", "mean of the map over each patch", m_norm, ".2f"),

@@ -1,3 +1,3 @@
-from .attg_loss import attg_loss, crop_map, normalize_map
+from .attg_loss import attg_loss, normalize_map, pool_maps
 
-__all__ = ["attg_loss", "crop_map", "normalize_map"]
+__all__ = ["attg_loss", "normalize_map", "pool_maps"]

@@ -7,9 +7,9 @@ PyTorch; on NVIDIA and AMD GPUs it uses Triton, which comes with PyTorch.
     from attg_loss import attg_loss
     loss = attg_loss(pred, imgs, mask, attn, tau=0.75, patch_size=16)
 
-Without a map (attn=None) this is the loss of MAE. `crop_map` turns maps of whole images
+Without a map (attn=None) this is the loss of MAE. `pool_maps` turns maps of whole images
 into attn of their random crops. A batch has B images of L patches of P values. The mask
-is 1 where a patch was removed and is predicted:
+is 1 where a patch was masked and is predicted:
 
     M_norm = (M - min M) / (max M - min M)        per image, over all L patches
     w      = exp(M_norm / tau)                    Eq. 1: the background (0) has weight 1
@@ -49,9 +49,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# A map with max - min <= FLAT * max|M| has no object. Without this rule noise of 1e-7
-# would be stretched to the full range. FLOOR: below it, numbers are denormal or nearly.
-FLAT, FLOOR = 1e-5, 1e-30
+# A map with max - min <= FLAT_RTOL * max|M| has no object. Without this rule noise of
+# 1e-7 would be stretched to the full range. Numbers below FLAT_ATOL are nearly denormal.
+FLAT_RTOL, FLAT_ATOL = 1e-5, 1e-30
 
 # Triton is only looked up here; the first call of a kernel imports it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -88,14 +88,15 @@ def normalize_map(attn: Tensor) -> Tensor:
     if attn.dim() != 2 or attn.dtype not in FLOATS:
         raise ValueError(f"attn: got {_describe(attn)}; pass floats of shape (B, L)")
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
-    low, high = attn.aminmax(dim=1, keepdim=True)
+    low, high = attn.amin(1, keepdim=True), attn.amax(1, keepdim=True)
     spread = high - low
     largest = torch.maximum(high.abs(), low.abs())
-    is_flat = (spread <= (FLAT * largest).clamp(min=FLOOR)) & (spread < math.inf)
+    limit = (FLAT_RTOL * largest).clamp(min=FLAT_ATOL)
+    is_flat = (spread <= limit) & (spread < math.inf)
     return torch.where(is_flat, 0.0, (attn - low) / spread)
 
 
-def crop_map(
+def pool_maps(
     maps: Tensor, boxes: Tensor, flips: Tensor | None, grid: tuple[int, int]
 ) -> Tensor:
     """Average maps of whole images under each patch of random crops.
@@ -160,28 +161,29 @@ def _patch_loss(
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
     x = _patchify(target, patch_size) if target.dim() == 4 else target
     x = x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
-    y = pred.to(dtype)
+    pred = pred.to(dtype)
     if mask is not None:
         mask = mask.bool()
         # A product would keep NaN (NaN * 0 is NaN), here and in the gradient.
-        y = torch.where(mask[..., None], y, 0.0)
+        pred = torch.where(mask[..., None], pred, 0.0)
 
     if norm_pix:
         # Step by step, because torch.var_mean is slower on CPUs.
         x = x - x.mean(dim=-1, keepdim=True)
         variance = x.square().sum(dim=-1, keepdim=True) / (x.shape[-1] - 1)
         x = x / (variance + eps).sqrt()
-    each = (y - x).square().mean(dim=-1)  # l, (B, L)
-    loss = each
+    patch_mse = (pred - x).square().mean(dim=-1)  # l, (B, L)
+    loss = patch_mse
     if attn is not None:
         if normalize_attn:
             # The float64 map of fp32 predictions is normalized in float64.
             attn = normalize_map(attn.to(torch.promote_types(attn.dtype, dtype)))
-        loss = torch.exp(attn.to(dtype) / tau) * each  # Eq. 1
+        loss = torch.exp(attn.to(dtype) / tau) * patch_mse  # Eq. 1
     if mask is not None:
-        loss, each = torch.where(mask, loss, 0.0), torch.where(mask, each, 0.0)
+        loss = torch.where(mask, loss, 0.0)
+        patch_mse = torch.where(mask, patch_mse, 0.0)
     # A copy: with weight 1 the two would share memory.
-    return loss, each.detach().clone()
+    return loss, patch_mse.detach().clone()
 
 
 def _reduce(rows, mask, reduction):
@@ -249,13 +251,13 @@ def _first_patch(program, L, ROWS, TILES_PER_PROGRAM):
 
 
 @_jit
-def _masked_rows(mask, b, row, inside, mask_b, mask_l):
+def _active_rows(mask, b, row, inside, mask_b, mask_l):
     """Return which rows of a tile are patches that enter the loss, (ROWS,)."""
-    keep = inside
+    active = inside
     if mask is not None:
-        removed = tl.load(mask + b * mask_b + row.to(tl.int64) * mask_l, inside, 0)
-        keep = keep & (removed != 0)
-    return keep
+        masked = tl.load(mask + b * mask_b + row.to(tl.int64) * mask_l, inside, 0)
+        active = active & (masked != 0)
+    return active
 
 
 @_jit
@@ -270,21 +272,21 @@ def _patch_offsets(row, columns, target_y, target_x, PATCH_SIZE):
 
 
 @_jit
-def _tile(keep, P, C, PIXELS, CHANNELS):
-    """Return the pixels and channels of a tile, and where it holds values of rows `keep`.
+def _tile(active, P, C, PIXELS, CHANNELS):
+    """Return the pixels and channels of a tile, and where it holds values of rows `active`.
 
     Shapes (1, PIXELS, 1), (1, 1, CHANNELS) and (ROWS, PIXELS, CHANNELS).
     """
     pixel = tl.arange(0, PIXELS)[None, :, None]
     c = tl.arange(0, CHANNELS)[None, None, :]
-    return pixel, c, keep[:, None, None] & (pixel < P // C) & (c < C)
+    return pixel, c, active[:, None, None] & (pixel < P // C) & (c < C)
 
 
 @_jit
 def _load_tile(
     pred,  # (ROWS,) pointers to the first value of each patch
     target,  # (ROWS,) likewise
-    keep,
+    active,
     pred_e,
     target_y,
     target_x,
@@ -297,13 +299,13 @@ def _load_tile(
     CHANNELS,
     GROUP,
 ):
-    """Load predictions and targets (ROWS, PIXELS, CHANNELS) as fp32, 0 outside `keep`."""
+    """Load predictions and targets (ROWS, PIXELS, CHANNELS) as fp32, 0 outside `active`."""
     if GROUP > 0:
-        y, x = _load_groups(
-            pred, target, keep, target_y, target_c, P, PATCH_SIZE, ROWS, PIXELS, GROUP
+        pred_tile, target_tile = _load_groups(
+            pred, target, active, target_y, target_c, P, PATCH_SIZE, ROWS, PIXELS, GROUP
         )
     else:
-        pixel, c, read = _tile(keep, P, C, PIXELS, CHANNELS)
+        pixel, c, read = _tile(active, P, C, PIXELS, CHANNELS)
         e = (pixel * C + c).to(tl.int64)
         if PATCH_SIZE > 0:
             within = (pixel // PATCH_SIZE).to(tl.int64) * target_y
@@ -311,13 +313,13 @@ def _load_tile(
             within += c.to(tl.int64) * target_c
         else:
             within = e * target_x
-        y = tl.load(pred[:, None, None] + e * pred_e, read, 0.0)
-        x = tl.load(target[:, None, None] + within, read, 0)
-    y = y.to(tl.float32)
-    x = x.to(tl.float32)
+        pred_tile = tl.load(pred[:, None, None] + e * pred_e, read, 0.0)
+        target_tile = tl.load(target[:, None, None] + within, read, 0)
+    pred_tile = pred_tile.to(tl.float32)
+    target_tile = target_tile.to(tl.float32)
     if target.dtype.element_ty == tl.uint8:
-        x = x * (1 / 255)
-    return y, x
+        target_tile = target_tile * (1 / 255)
+    return pred_tile, target_tile
 
 
 @_jit
@@ -399,21 +401,21 @@ def _join_planes(red, green, blue, ROWS, PIXELS):
 
 @_jit
 def _load_groups(
-    pred, target, keep, target_y, target_c, P, PATCH_SIZE, ROWS, PIXELS, GROUP
+    pred, target, active, target_y, target_c, P, PATCH_SIZE, ROWS, PIXELS, GROUP
 ):
     """`_load_tile` by register groups, in the dtypes of pred and target."""
     GROUPS: tl.constexpr = PIXELS // GROUP
     group = tl.arange(0, GROUPS)[None, :, None]
     i = tl.arange(0, GROUP)[None, None, :]
     pixel = group * GROUP + i
-    read = keep[:, None, None] & (group < P // (3 * GROUP))
+    read = active[:, None, None] & (group < P // (3 * GROUP))
 
     within = (pixel // PATCH_SIZE).to(tl.int64) * target_y + pixel % PATCH_SIZE
     plane = target[:, None, None] + within
     red = tl.load(plane, read, 0)
     green = tl.load(plane + target_c, read, 0)
     blue = tl.load(plane + target_c + target_c, read, 0)
-    x = _join_planes(red, green, blue, ROWS, PIXELS)
+    target_tile = _join_planes(red, green, blue, ROWS, PIXELS)
 
     part = pred[:, None, None] + (group * (3 * GROUP) + i)
     values = ()
@@ -423,8 +425,8 @@ def _load_groups(
     red = _join_group(values, 0, 3, ROWS, GROUPS, GROUP)
     green = _join_group(values, 1, 3, ROWS, GROUPS, GROUP)
     blue = _join_group(values, 2, 3, ROWS, GROUPS, GROUP)
-    y = _join_planes(red, green, blue, ROWS, PIXELS)
-    return y, x
+    pred_tile = _join_planes(red, green, blue, ROWS, PIXELS)
+    return pred_tile, target_tile
 
 
 @_jit
@@ -522,7 +524,7 @@ def _forward_kernel(
     attn,  # (B, L), or None
     tau,  # one value
     # Outputs, contiguous fp32
-    stats,  # (B, L, 3): mean, 1 / deviation, weight w
+    stats,  # (B, L, 3): mean, 1 / std, weight w
     loss,  # mask * w * l (B, L); with REDUCE (2, programs): the sum over the patches of
     # each program, and their number
     mse,  # mask * l (B, L); with REDUCE (programs,) sums; None: not requested
@@ -576,7 +578,7 @@ def _forward_kernel(
         row = first + step * ROWS + tl.arange(0, ROWS)
         inside = row < L
         # Visible patches are not read.
-        keep = _masked_rows(mask, b, row, inside, mask_b, mask_l)
+        active = _active_rows(mask, b, row, inside, mask_b, mask_l)
         mean = tl.zeros([ROWS], tl.float32)
         rstd = mean + 1
         w = rstd
@@ -585,13 +587,13 @@ def _forward_kernel(
         # for the others anyway.
         needed = True
         if ROWS == 1:
-            needed = tl.max(keep.to(tl.int32), 0) > 0
+            needed = tl.max(active.to(tl.int32), 0) > 0
         if needed:
             offset = _patch_offsets(row, columns, target_y, target_x, PATCH_SIZE)
-            y, x = _load_tile(
+            pred_tile, target_tile = _load_tile(
                 pred + b * pred_b + row.to(tl.int64) * pred_l,
                 target + b * target_b + offset,
-                keep,
+                active,
                 pred_e,
                 target_y,
                 target_x,
@@ -606,22 +608,22 @@ def _forward_kernel(
             )
 
             if NORM_PIX:
-                mean = _sum(x) / P
+                mean = _sum(target_tile) / P
                 # Padding must stay 0 and not become 0 - mean.
                 _, _, valid = _tile(inside, P, C, PIXELS, CHANNELS)
-                x = tl.where(valid, x - mean[:, None, None], 0.0)
-                rstd = 1 / tl.sqrt(_sum(x * x) / (P - 1) + eps)
-                x = x * rstd[:, None, None]
+                target_tile = tl.where(valid, target_tile - mean[:, None, None], 0.0)
+                rstd = 1 / tl.sqrt(_sum(target_tile * target_tile) / (P - 1) + eps)
+                target_tile = target_tile * rstd[:, None, None]
             if attn is not None:
-                m = tl.load(attn + b * attn_b + row.to(tl.int64) * attn_l, keep, 0.0)
+                m = tl.load(attn + b * attn_b + row.to(tl.int64) * attn_l, active, 0.0)
                 m = m.to(tl.float32)
                 if NORMALIZE_ATTN:
                     m = tl.div_rn(m - low, high - low)
                 w = _exp(tl.div_rn(m, t))
-            error = y - x
+            error = pred_tile - target_tile
             patch_mse = _sum(error * error) / P
-        patch_loss = tl.where(keep, w * patch_mse, 0.0)
-        patch_mse = tl.where(keep, patch_mse, 0.0)
+        patch_loss = tl.where(active, w * patch_mse, 0.0)
+        patch_mse = tl.where(active, patch_mse, 0.0)
 
         at = b * L + row
         tl.store(stats + at * 3, mean, inside)
@@ -629,7 +631,7 @@ def _forward_kernel(
         tl.store(stats + at * 3 + 2, w, inside)
         if REDUCE:
             loss_sum += patch_loss
-            count += keep.to(tl.float32)
+            count += active.to(tl.float32)
             if mse is not None:
                 mse_sum += tl.sum(patch_mse, 0)
         else:
@@ -685,10 +687,10 @@ def _backward_kernel(
     target,  # images (B, C, H, W), or patches (B, L, P)
     mask,  # (B, L), nonzero where the patch enters the loss, or None
     stats,  # (B, L, 3) contiguous fp32, as the forward kernel wrote it
-    grad,  # upstream gradient, (B, L)
+    grad_loss,  # upstream gradient, (B, L)
     divisor,  # one value, the number by which the loss was divided, or None
     # Output
-    out,  # (B, L, P) contiguous: the gradient for pred
+    grad_pred,  # (B, L, P) contiguous: the gradient for pred
     # Sizes and strides
     L,
     columns,  # patches side by side in an image
@@ -701,8 +703,8 @@ def _backward_kernel(
     target_c,
     mask_b,
     mask_l,
-    grad_b,
-    grad_l,
+    grad_loss_b,
+    grad_loss_l,
     # Compile-time constants
     P: tl.constexpr,
     C: tl.constexpr,
@@ -717,12 +719,12 @@ def _backward_kernel(
     for step in range(TILES_PER_PROGRAM):
         row = first + step * ROWS + tl.arange(0, ROWS)
         inside = row < L
-        keep = _masked_rows(mask, b, row, inside, mask_b, mask_l)
+        active = _active_rows(mask, b, row, inside, mask_b, mask_l)
         offset = _patch_offsets(row, columns, target_y, target_x, PATCH_SIZE)
-        y, x = _load_tile(
+        pred_tile, target_tile = _load_tile(
             pred + b * pred_b + row.to(tl.int64) * pred_l,
             target + b * target_b + offset,
-            keep,
+            active,
             pred_e,
             target_y,
             target_x,
@@ -738,19 +740,21 @@ def _backward_kernel(
 
         at = b * L + row
         # Zeros for visible patches, as in pred and target: a gradient of zero.
-        mean = tl.load(stats + at * 3, keep, 0.0)
-        rstd = tl.load(stats + at * 3 + 1, keep, 0.0)
-        w = tl.load(stats + at * 3 + 2, keep, 0.0)
-        upstream = tl.load(grad + b * grad_b + row.to(tl.int64) * grad_l, keep, 0.0)
+        mean = tl.load(stats + at * 3, active, 0.0)
+        rstd = tl.load(stats + at * 3 + 1, active, 0.0)
+        w = tl.load(stats + at * 3 + 2, active, 0.0)
+        upstream = tl.load(
+            grad_loss + b * grad_loss_b + row.to(tl.int64) * grad_loss_l, active, 0.0
+        )
 
         # d loss / d pred = upstream * w * 2 (pred - x_norm) / P
         scale = upstream.to(tl.float32) * w * (2 / P)
         if divisor is not None:
             scale = scale / tl.load(divisor)
-        x_norm = (x - mean[:, None, None]) * rstd[:, None, None]
-        g = scale[:, None, None] * (y - x_norm)
-        g = g.to(out.dtype.element_ty)
-        _store_tile(out + at * P, g, inside, P, C, ROWS, PIXELS, CHANNELS, GROUP)
+        x_norm = (target_tile - mean[:, None, None]) * rstd[:, None, None]
+        g = scale[:, None, None] * (pred_tile - x_norm)
+        g = g.to(grad_pred.dtype.element_ty)
+        _store_tile(grad_pred + at * P, g, inside, P, C, ROWS, PIXELS, CHANNELS, GROUP)
 
 
 # -- The launches and the registered operators -----------------------------------------
@@ -823,7 +827,7 @@ def _shared_arguments(pred, target, mask, patch_size):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::patch_loss", mutates_args=())
-def _op(
+def _patch_loss_op(
     pred: Tensor,
     target: Tensor,
     mask: Tensor | None,
@@ -839,10 +843,10 @@ def _op(
     """Compute the loss with the kernels.
 
     Returns fp32 tensors: the loss, (B, L) or one value; the mse alike, empty without
-    return_mse; mean, 1 / deviation and weight of each patch (B, L, 3); the number by
+    return_mse; mean, 1 / std and weight of each patch (B, L, 3); the number by
     which the sum was divided, one value, empty with reduction "none".
     """
-    loss, mse, stats, divisor = _op_fake(pred, reduction, return_mse)
+    loss, mse, stats, divisor = _patch_loss_fake(pred, reduction, return_mse)
     if stats.numel() == 0:
         return loss.zero_(), mse.zero_(), stats, divisor.fill_(1)
 
@@ -860,8 +864,8 @@ def _op(
             *(pred, target, mask, attn, tau),
             *(stats, sums, mse_sums),
             eps=eps,
-            flat=FLAT,
-            floor=FLOOR,
+            flat=FLAT_RTOL,
+            floor=FLAT_ATOL,
             NORMALIZE_ATTN=normalize_attn,
             NORM_PIX=norm_pix,
             REDUCE=reduction != "none",
@@ -876,8 +880,8 @@ def _op(
     return loss, mse, stats, divisor
 
 
-@_op.register_fake
-def _op_fake(pred, *rest):
+@_patch_loss_op.register_fake
+def _patch_loss_fake(pred, *rest):
     *_, reduction, return_mse = rest
     B, L, _ = pred.shape
     shape, one = ((B, L), (0,)) if reduction == "none" else ((), ())
@@ -889,8 +893,8 @@ def _op_fake(pred, *rest):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::patch_loss_backward", mutates_args=())
-def _op_backward(
-    grad: Tensor,
+def _patch_loss_backward_op(
+    grad_loss: Tensor,
     pred: Tensor,
     target: Tensor,
     mask: Tensor | None,
@@ -902,26 +906,26 @@ def _op_backward(
 
     The upstream gradient, (B, L) or one value, is applied in fp32.
     """
-    out = _op_backward_fake(grad, pred)
-    if out.numel() == 0:
-        return out
+    grad_pred = _patch_loss_backward_fake(grad_loss, pred)
+    if grad_pred.numel() == 0:
+        return grad_pred
     programs, shared = _shared_arguments(pred, target, mask, patch_size)
-    grad = grad.expand(pred.shape[:2])
-    shared |= _strides("grad", grad, "bl")
+    grad_loss = grad_loss.expand(pred.shape[:2])
+    shared |= _strides("grad_loss", grad_loss, "bl")
     divisor = divisor if divisor.numel() else None
     with torch.cuda.device_of(pred):
         _backward_kernel[(programs,)](
-            pred, target, mask, stats, grad, divisor, out, **shared
+            pred, target, mask, stats, grad_loss, divisor, grad_pred, **shared
         )
-    return out
+    return grad_pred
 
 
-@_op_backward.register_fake
-def _op_backward_fake(grad, pred, *_):
+@_patch_loss_backward_op.register_fake
+def _patch_loss_backward_fake(grad_loss, pred, *_):
     return torch.empty_like(pred, memory_format=torch.contiguous_format)
 
 
-def _save(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     pred, target, mask, _, _, _, _, patch_size, *_ = inputs
     _, mse, stats, divisor = output
     ctx.patch_size = patch_size
@@ -931,13 +935,13 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(pred, target, mask, stats, divisor)
 
 
-def _differentiate(ctx, grad, *_):
-    pred, target, mask, stats, divisor = ctx.saved_tensors
-    gradient = _op_backward(grad, pred, target, mask, stats, divisor, ctx.patch_size)
-    return gradient, *[None] * 10  # None for the other inputs of `_op`
+def _backward(ctx, grad_loss, *_):
+    saved, patch_size = ctx.saved_tensors, ctx.patch_size
+    gradient = _patch_loss_backward_op(grad_loss, *saved, patch_size)
+    return gradient, *[None] * 10  # None for the other inputs of `_patch_loss_op`
 
 
-_op.register_autograd(_differentiate, setup_context=_save)
+_patch_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 # -- The loss --------------------------------------------------------------------------
@@ -963,7 +967,7 @@ def attg_loss(
     pred        (B, L, P) predictions, any float dtype, any strides.
     target      patches (B, L, P) in pred's order, or images (B, C, H, W) with
                 `patch_size`; float, or uint8, read as value / 255 (no mean and std).
-    mask        (B, L) bool or 0/1, 1 = removed = enters the loss; None = every patch.
+    mask        (B, L) bool or 0/1, 1 = masked = enters the loss; None = every patch.
                 Nothing in visible patches, not even NaN, changes loss or gradient.
                 Other values are an error, but count as 1 on a GPU or in a compiled graph.
     attn        (B, L) attention map M, normalized as a whole; None = weight 1, the loss
@@ -1001,7 +1005,7 @@ def attg_loss(
             tau = torch.full((), tau, device=pred.device)
         side = patch_size if target.dim() == 4 else 0
         options = norm_pix, float(eps), side, normalize_attn, reduction, return_mse
-        loss, mse, _, _ = _op(pred, target, mask, attn, tau, *options)
+        loss, mse, _, _ = _patch_loss_op(pred, target, mask, attn, tau, *options)
     else:
         parts = _patch_loss(
             pred, target, mask, attn, tau, norm_pix, eps, patch_size, normalize_attn
@@ -1084,7 +1088,7 @@ def _describe(x):
 
 
 def _holds(x, condition):
-    """Return whether condition(x) is true, or reading it would sync or end a graph."""
+    """Return whether condition(x) holds; True on a GPU and in a graph, which it would sync."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return True
     try:
@@ -1125,7 +1129,7 @@ def _rules(pred, target, mask, attn, tau, norm_pix, eps, patch_size, reduction, 
         yield name, x, tuple(x.shape) == shape, remedy
     is_valid = mask is None or mask.dtype == torch.bool
     is_valid = is_valid or _holds(mask, lambda m: (m == 0) | (m == 1))
-    remedy = "pass 1 for removed patches, 0 for others; attn is the next argument"
+    remedy = "pass 1 for masked patches, 0 for others; attn is the next argument"
     yield "mask", mask, is_valid, remedy
     is_valid = attn is None or attn.dtype in FLOATS
     yield "attn", attn, is_valid, "pass floats of 16 bits or more"

@@ -1,3 +1,3 @@
 """Tests, one file for each room of the project; the claims are in test_attg.py."""
 
-__all__ = ["ahead", "fixtures", "helpers", "processes"]
+__all__ = ["aot", "fixtures", "helpers", "processes"]

@@ -26,7 +26,7 @@ import attg_mae
 from attg.datasets import open_data
 from attg.features import FEATURES, SOURCE
 from attg.maps import save_maps
-from attg.weights import join_qkv, rename
+from attg.weights import join_qkv, to_mae_name
 
 ROOT = Path(attg_mae.__file__).parent
 # The package re-exports a function of the same name.
@@ -200,7 +200,7 @@ def hf_model(kind, name="vit_micro", **kw):
 
 def from_hf(state):
     """Hugging Face's parameters or gradients under MAE's names; q, k, v joined."""
-    names = {key: rename(key.removeprefix("vit.")) for key in state}
+    names = {key: to_mae_name(key.removeprefix("vit.")) for key in state}
     return join_qkv({names[key]: value for key, value in state.items()}, "HF")
 
 

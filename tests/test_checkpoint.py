@@ -24,7 +24,7 @@ import eval_linear
 import object_discovery
 from attg import distributed
 from attg.checkpoint import (
-    check_settings,
+    check_resume,
     load_state,
     read_run,
     restore,
@@ -42,7 +42,7 @@ def resumed(path, cfg):
     """[weights, moments] with which a run resumes."""
     cfg = replace(cfg, resume=str(path))
     parts = read_run(path)
-    check_settings(cfg, parts, 10**6)
+    check_resume(cfg, parts, 10**6)
     model = attg_mae.build_model(cfg)
     load_state(model, parts["model"], path)
     groups = attg_mae.param_groups(model, cfg.weight_decay)
@@ -112,7 +112,7 @@ FOREIGN = {  # what the error names: change of the states, of AdamW's parameter 
     "parameter 3: exp_avg_sq": {"exp_avg_sq": torch.zeros(32, dtype=torch.float64)},
     "parameter 3: exp_avg is not finite": {"exp_avg": torch.full((24, 8), math.nan)},
     "parameter 3: step": {"step": torch.tensor(3.0)},
-    "moments of 1 parameters": {},
+    "state of 1 parameters": {},
     "only one has .*extra": {"extra": torch.zeros(2)},
     "scaler: scale must be": {"scale": -1.0},
     "scaler: growth_factor must be": {"growth_factor": math.inf},

@@ -30,9 +30,9 @@ import eval_knn
 from attg.datasets import (
     JUNK,
     TORCHVISION,
+    check_unreadable,
     open_data,
     open_labeled,
-    refuse_unreadable,
     shot_indices,
 )
 from attg.features import knn_accuracy
@@ -366,7 +366,7 @@ def test_unreadable_images_are_replaced(tmp_path):
 def test_ten_unreadable_images_are_reported(tmp_path, capfd, workers):
     images_and_bad(tmp_path, 60, range(0, 60, 2))
     data = open_data(tmp_path, size=8, augment=True)
-    refuse_unreadable(data)
+    check_unreadable(data)
     for _ in range(2):
         list(make_loader(data, 6, workers))
     lines = capfd.readouterr().err.splitlines()
@@ -376,7 +376,7 @@ def test_ten_unreadable_images_are_reported(tmp_path, capfd, workers):
     assert abs(len(paths) - 10) <= workers and len(paths) == len(lines)
     assert int(data.unreadable.sum()) == 30
     with pytest.raises(ValueError, match="30 of 60 .* over 1 %.*/00.png"):
-        refuse_unreadable(data)
+        check_unreadable(data)
 
 
 @given(RANDOM, st.sampled_from([5, 99, 300]), st.integers(1, 3))
@@ -396,11 +396,11 @@ def test_one_percent_may_be_unreadable(rng, number, world):
         patch.setattr(torch.distributed, "all_gather_object", gather)
         bad = sorted(set().union(*ranks))
         if len(bad) <= max(1, number / 100):
-            refuse_unreadable(data)
+            check_unreadable(data)
             return
         message = f"{len(bad)} of {number} .*1 %.*data/train/{bad[0]:06d}"
         with pytest.raises(ValueError, match=message):
-            refuse_unreadable(data)
+            check_unreadable(data)
 
 
 # -- Fingerprints ----------------------------------------------------------------------

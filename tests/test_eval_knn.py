@@ -38,7 +38,7 @@ def test_results_of_a_data_set(encoder, labelled, tmp_path, capsys):
     assert eval_knn.main([*from_file, *shots]) == few
     cases = [(row["protocol"], row["k"], row["seeds"], row["images"]) for row in few]
     assert cases == [("3 shots", 20, 4, 9), ("50 shots", 20, 4, 25)] * 2
-    assert few[1]["top-1"] == results[1]["top-1"] and few[0]["+-"] > 0 == few[1]["+-"]
+    assert few[1]["top-1"] == results[1]["top-1"] and few[0]["std"] > 0 == few[1]["std"]
     assert json.loads(out.read_text())["results"] == few
     # Both evaluations of the file of features are beside it.
     one, two = map(json.loads, (tmp_path / "eval_knn.jsonl").open())
@@ -60,7 +60,7 @@ def test_deviations_over_the_seeds_and_standard_error(tmp_path, capsys):
     save_features(file, x, labels, queries, truth)
     rows = eval_knn.main(["--features", file, "--seeds", "3", "--shots", "2"])
     assert rows[0]["top-1"] == pytest.approx(mean) and rows[0]["test_images"] == 60
-    assert rows[0]["+-"] == pytest.approx(np.std(tops, ddof=1)) and rows[0]["+-"] > 1
-    assert not rows[0]["+-"] == pytest.approx(np.std(tops))
+    assert rows[0]["std"] == pytest.approx(np.std(tops, ddof=1)) and rows[0]["std"] > 1
+    assert not rows[0]["std"] == pytest.approx(np.std(tops))
     error = (mean * (100 - mean) / 60) ** 0.5
     assert f" {mean:.2f} +- {error:.2f} " in capsys.readouterr().out

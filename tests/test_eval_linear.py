@@ -135,7 +135,7 @@ def test_results_of_a_data_set(quick, encoder, labelled, tmp_path):
     assert report["settings"]["epochs"] == 100
     cases = [(row["feature"], row["test"]) for row in results]
     assert cases == [(f, t) for f in FEATURES for t in ("test", other)]
-    assert results[0]["top-1"] == results[1]["top-1"] and "+-" not in results[0]
+    assert results[0]["top-1"] == results[1]["top-1"] and "std" not in results[0]
     for row, stored in zip(results, report["results"], strict=True):
         assert row["top-5"] == 100 and row["images"] == 25  # 3 classes
         (grid,) = row["held_out"]

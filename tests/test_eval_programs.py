@@ -67,6 +67,7 @@ ERRORS = [
     (eval_knn, "", "checkpoint: encoder"),
     (eval_knn, "--features encoder.pt", "--features encoder.pt --save_features"),
     (eval_knn, "x --features y", "checkpoint --features leave it out"),
+    (eval_knn, "--features y --precision bf16", "--precision leave it out"),
     (eval_knn, "encoder.pt --val train", "--val train test"),
     (eval_knn, "encoder.pt --val other/test", "other/test another_class --classes"),
     (eval_knn, "encoder.pt --max_pixels 1919", "none of the 25 --max_pixels 1919"),

@@ -159,7 +159,8 @@ def test_what_is_missing_is_named(encoder, tmp_path):
     paths, _, flags = photographs(tmp_path / "jpg")
     paths[7].write_bytes(b"not an image")
     for wrong, message in (
-        (flags[:2], "--gnd None: .*gnd_roxford5k.pkl"),
+        (flags[:2], "--gnd: missing"),
+        (flags[2:], "--data: missing"),
         (flags, "oxford_000007.jpg is unreadable"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ import attg_mae
 import eval_knn
 from attg import features
 from attg.datasets import open_data
-from attg.evaluation import percent_correct
+from attg.evaluation import topk_accuracy
 from tests.helpers import blobs, close, rand, randn, save_features
 
 
@@ -72,7 +72,7 @@ def test_knn_equals_scikit_learn(classes, more, ks, tests, seed):
 
     rankings = features.knn_classify(train, labels, test, ks)
     assert rankings.shape == (len(ks), tests, min(5, classes))
-    got = percent_correct(rankings, truth)
+    got = topk_accuracy(rankings, truth)
     for k, ranking, (top1, top5) in zip(ks, rankings, got, strict=True):
         assert ranking.equal(attg_mae.knn_classify(train, labels, test, k=k))
         assert all((row[row >= 0].bincount() < 2).all() for row in ranking)

@@ -23,6 +23,7 @@ from tests.helpers import (
     records,
     refused,
     train,
+    write,
 )
 
 CFG = attg_mae.Config()
@@ -104,12 +105,20 @@ def test_confusion_matrices_agree_with_the_accuracy(encoder, labelled, monkeypat
         result = program.main([*flags, *more])[-1]
         size, counts, names, title = drawn.pop()
         name = result["feature"].replace("_", " ")
-        assert title == name + ", k = 20" * (program is eval_knn)
+        assert title == name + ", k = 20, all labels" * (program is eval_knn)
         assert names == ["b", "g", "r"] and min(size) > 300
         # Five test images of each class; rows are the classes.
         assert counts.sum(dim=1).tolist() == [5, 5, 5] and sum(written) == 300
         written.clear()
         assert 100 * counts.trace() / 15 == pytest.approx(result["top-1"])
+
+
+def test_names_of_classes(tmp_path):
+    """A user's class may be called toy."""
+    for name in ("cat", "toy"):
+        write(tmp_path / "train" / name / "0.png", noise(8, 8))
+    assert figures.class_names(open_data(str(tmp_path), "train")) == ["cat", "toy"]
+    assert figures.class_names(open_data("toy", "test"))[0] == "ball"
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])

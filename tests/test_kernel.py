@@ -31,11 +31,11 @@ def test_operators_are_registered():
     ):
         args = leaf, target, m, a, tau, norm_pix, 1e-6, side, True
         args += reduction, return_mse
-        torch.library.opcheck(kernel._op, args)
-        rows, mse, stats, divisor = kernel._op(*args)
+        torch.library.opcheck(kernel._patch_loss_op, args)
+        rows, mse, stats, divisor = kernel._patch_loss_op(*args)
         assert mse.shape == (rows.shape if return_mse else (0,))
         args = torch.rand_like(rows), leaf.detach(), target, m, stats, divisor, side
-        torch.library.opcheck(kernel._op_backward, args)
+        torch.library.opcheck(kernel._patch_loss_backward_op, args)
     importlib.reload(kernel)  # Operators of the same name replace the first ones.
     assert some_loss("triton")[0].equal(loss)
 
@@ -209,7 +209,7 @@ def test_kernels_compile_ahead_of_time_without_spills(tmp_path):
     options = {"env": env | {"TRITON_CACHE_DIR": str(tmp_path)}, "cwd": ROOT}
     runs = {}
     for target in ("sm_90", "sm_80", "gfx942"):
-        command = [sys.executable, "-m", "tests.ahead", target]
+        command = [sys.executable, "-m", "tests.aot", target]
         runs[target] = subprocess.Popen(command, stdout=subprocess.PIPE, **options)
     for target, run in runs.items():
         compiled = json.loads(run.communicate()[0])
@@ -219,7 +219,7 @@ def test_kernels_compile_ahead_of_time_without_spills(tmp_path):
 
 
 def check_compiled(launches, oversized, groups):
-    """Check the launches of a target, as tests/ahead.py prints them."""
+    """Check the launches of a target, as tests/aot.py prints them."""
     assert len(launches) == (15 if oversized else 6)
     for x in launches:
         # At P = 768 none, but by Triton 3.2; a register or two elsewhere.

@@ -368,7 +368,7 @@ def test_crop_map_is_that_of_training(seed, size, grid):
     corner, end = torch.rand(2, 8, 2).sort(0).values
     boxes = torch.cat([corner, end + 0.01], 1).clamp(0, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        got = kernel.crop_map(maps, boxes, flips, grid)
+        got = kernel.pool_maps(maps, boxes, flips, grid)
     want = attg_mae.pool_maps(maps, boxes, flips, grid)
     # Rounding decides how many samples torchvision takes of a patch of 2 or 3 cells.
     cells = (boxes[:, 2:] - boxes[:, :2]) * torch.tensor(size[::-1])
@@ -392,20 +392,20 @@ def test_crop_map_errors():
     for name, values in bad.items():
         for wrong in values:
             with pytest.raises(ValueError, match=f"{name}: got .*; pass "):
-                kernel.crop_map(**good | {name: wrong})
-    rounded = kernel.crop_map(**good | {"boxes": boxes.bfloat16()})
-    assert close(rounded, kernel.crop_map(**good), 0.02)
-    assert kernel.crop_map(maps[:0], boxes[:0], None, (3, 3)).shape == (0, 9)
+                kernel.pool_maps(**good | {name: wrong})
+    rounded = kernel.pool_maps(**good | {"boxes": boxes.bfloat16()})
+    assert close(rounded, kernel.pool_maps(**good), 0.02)
+    assert kernel.pool_maps(maps[:0], boxes[:0], None, (3, 3)).shape == (0, 9)
 
 
 @each_impl
 def test_boxes_that_are_not_read_make_the_loss_nan(impl):
     """In a graph, as on a GPU, and for their images only."""
     torch.compiler.reset()
-    crop = torch.compile(kernel.crop_map, backend="eager", fullgraph=True)
+    crop = torch.compile(kernel.pool_maps, backend="eager", fullgraph=True)
     maps, args = rand(2, 6, 6), (randn(2, 9, 12), randn(2, 9, 12, seed=1), None)
     options = {"normalize_attn": False, "reduction": "none", "impl": impl}
-    want = kernel.crop_map(maps, BOX.repeat(2, 1), None, (3, 3))
+    want = kernel.pool_maps(maps, BOX.repeat(2, 1), None, (3, 3))
     for boxes in WRONG_BOXES:
         attn = crop(maps, boxes, None, (3, 3))
         assert close(attn[0], want[0], 1e-5) and attn[1].isnan().all()

@@ -5,12 +5,14 @@ What `pip install .` installs, and which kernels are imported.
 import json
 import os
 import shutil
+import subprocess
 import tomllib
 from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
 
+from attg import log
 from tests.helpers import ROOT, python
 
 PROGRAMS = {"attg_mae", "object_discovery"} | {p.stem for p in ROOT.glob("eval_*.py")}
@@ -44,6 +46,17 @@ def site(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     shutil.rmtree(source)
     return site
+
+
+def test_revision_is_not_that_of_a_repository_around_the_package(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@here"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "mine"]):
+        if not shutil.which("git") or subprocess.run(git + command).returncode:
+            pytest.skip("git does not work here")
+    monkeypatch.setattr(log, "__file__", str(tmp_path / "attg" / "log.py"))
+    assert log.revision() != "unknown"
+    monkeypatch.setattr(log, "__file__", str(tmp_path / "site" / "attg" / "log.py"))
+    assert log.revision() == "unknown"
 
 
 def test_installed_files_and_metadata(site):

@@ -69,7 +69,7 @@ def assert_line(page, *cells):
 KNN, LINEAR = "k-NN, k = 20", "linear probe"
 # Names on the page of metrics of imagenette64, and of variants of toy.
 METRICS = {name: name for name in ("k-NN, k = 5", KNN, LINEAR)}
-METRICS["k-NN, 10 shots"] = "k-NN, 10 labeled images a class, k = 5"
+METRICS["k-NN, 10 shots"] = "k-NN, 10 labeled images per class, k = 5"
 METRICS["transfer, k = 20"] = "k-NN, k = 20, on 12 classes of flowers"
 VARIANTS = {"none": "vanilla", "masks": "exact masks", "self": "own encoder (`self`)"}
 VARIANTS["masks+inverted"] = "exact masks, inverted"

@@ -23,7 +23,7 @@ from PIL import Image
 import attg_mae
 import eval_knn
 from attg import pretraining, trainer
-from attg.checkpoint import check_settings, read_run
+from attg.checkpoint import check_resume, read_run
 from attg.cli import resume_class
 from attg.datasets import open_data
 from attg.distributed import STOP_SIGNALS
@@ -482,7 +482,7 @@ def test_resume_class_decides_what_may_change(copy):
     initial = {"init", "weights_key", "weights_prefix"}
     fixed, free = fixed - set(DATA) | initial, free | set(DATA)
     assert {"workers", "log_every", "precision"} <= free
-    assert check_settings(cfg, checkpoint, 12) == []
+    assert check_resume(cfg, checkpoint, 12) == []
     for field in dataclasses.fields(cfg):
         if field.name in ("epochs", "max_steps"):
             continue
@@ -494,16 +494,16 @@ def test_resume_class_decides_what_may_change(copy):
             if field.name in fixed or (ended and field.name not in free):
                 message = rf"last.pt.*--{field.name} .*-> .*--resume none"
                 with pytest.raises(ValueError, match=message):
-                    check_settings(*args)
+                    check_resume(*args)
             else:
-                (change,) = check_settings(*args)
+                (change,) = check_resume(*args)
                 assert change.startswith(f"--{field.name} ") and "-> " in change
     # A named checkpoint replaces the weights of --init, which may be left out.
     other = dataclasses.replace(cfg, resume="x", init="a.pt")
     with pytest.raises(ValueError, match="--init None -> a.pt"):
-        check_settings(other, checkpoint, 12)
+        check_resume(other, checkpoint, 12)
     other.init, checkpoint["config"]["init"] = None, "a.pt"
-    assert check_settings(other, checkpoint, 12)[0] == "--init a.pt -> None"
+    assert check_resume(other, checkpoint, 12)[0] == "--init a.pt -> None"
 
 
 def test_changed_settings_are_named_and_used(copy, capsys):

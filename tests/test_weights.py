@@ -20,7 +20,7 @@ import eval_retrieval
 from attg.backbones import load_cnn
 from attg.features import pool_tokens
 from attg.weights import (
-    HEADS,
+    HEADS_BY_WIDTH,
     encoder_config,
     load_initial,
     load_weights,
@@ -159,7 +159,10 @@ def test_entries_are_chosen_and_told(capsys):
 
 
 def test_heads_are_a_guess(capsys):
-    assert all(n == 64 * HEADS[n] for n in HEADS if n != 1280) and HEADS[1280] == 16
+    assert (
+        all(n == 64 * HEADS_BY_WIDTH[n] for n in HEADS_BY_WIDTH if n != 1280)
+        and HEADS_BY_WIDTH[1280] == 16
+    )
     ref = timm_model(384, 1, 6)
     assert same_features(attg_mae.load_encoder(ref.state_dict()), ref)
     assert ": 6 heads, a guess" in capsys.readouterr().out

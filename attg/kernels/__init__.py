@@ -9,6 +9,6 @@ from pathlib import Path
 
 __path__ = [str(Path(__file__).resolve().parents[2] / "kernels")]
 
-from .attg_loss import attg_loss, crop_map, normalize_map  # noqa: E402
+from .attg_loss import attg_loss, normalize_map, pool_maps  # noqa: E402
 
-__all__ = ["attg_loss", "crop_map", "normalize_map"]
+__all__ = ["attg_loss", "normalize_map", "pool_maps"]

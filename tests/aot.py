@@ -1,7 +1,7 @@
 """
 Compiles the kernels for a GPU that need not be present, and reports what they use.
 
-    python -m tests.ahead sm_90     # in a process without TRITON_INTERPRET; prints JSON
+    python -m tests.aot sm_90     # in a process without TRITON_INTERPRET; prints JSON
 
 Prints [[launch, ...], an oversized launch or null, whether images are read in register
 groups], or null for a target that this Triton cannot compile for. A launch is a

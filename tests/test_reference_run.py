@@ -52,7 +52,7 @@ def features_of(encoder, imgs):
     return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
 
 
-def written_out(passes, maps):
+def reference_run(passes, maps):
     """(loss, norm of the gradient) of the steps of a run and its model, written out.
 
     maps: M_norm of the steps; tau, weights and all else are computed here.
@@ -77,7 +77,7 @@ def written_out(passes, maps):
     return steps, model
 
 
-def assert_written_out(out, steps, model):
+def assert_like_reference(out, steps, model):
     """Losses, norms and weights of the run in `out` are these."""
     got = [(row["loss"], row["grad_norm"]) for row in records(out)]
     np.testing.assert_allclose(got, steps, rtol=1e-3)
@@ -103,11 +103,11 @@ def test_a_run(passes, distributed, labelled, tmp_path, monkeypatch):
     monkeypatch.setattr(attg_mae, "patch_weights", record)
     train(tmp_path, **labelled)
     # The last is that of the images at the end of the run.
-    steps, model = written_out(list(passes), maps[:-1])
-    assert_written_out(tmp_path, steps, model)
-    assert_written_out(distributed, steps, model)
+    steps, model = reference_run(list(passes), maps[:-1])
+    assert_like_reference(tmp_path, steps, model)
+    assert_like_reference(distributed, steps, model)
     with pytest.raises(AssertionError):
-        assert_written_out(distributed, steps[1:] + steps[:1], model)
+        assert_like_reference(distributed, steps[1:] + steps[:1], model)
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def test_unreadable_images(bad, workers, ask, tmp_path):
 
 
 def test_evaluation_in_a_run_on_two_processes(distributed, whole):
-    """The training of `distributed` is written out in test_written_out.py."""
+    """The training of `distributed` is written out in test_reference_run.py."""
     ours, theirs = records(distributed, "knn"), records(whole(eval_every=2), "knn")
     assert [r["step"] for r in ours] == [r["step"] for r in theirs] == [12, 24]
     for a, b in zip(ours, theirs, strict=True):
