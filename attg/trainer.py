@@ -111,7 +111,10 @@ def setup(cfg, data, dist_info, signals, on_log=None):
 
 def check_same_images(cfg, datasets, rank):
     """ValueError if the data folders of this rank and rank 0 hold different images."""
-    names = [(len(dataset), sha256_of(*dataset.names)) for dataset in datasets]
+    names = [
+        (len(x), sha256_of(*x.names) if x.pairs is None else x.fingerprint)
+        for x in datasets
+    ]
     expected = broadcast_from_rank0(lambda: names)
     if names != expected:
         numbers = [[number for number, _ in x] for x in (names, expected)]

@@ -584,3 +584,15 @@ def test_job_that_is_killed_and_fills_the_disk(ask, maps_job, tmp_path):
     assert [code for code, *_ in ended] == [0, 0]
     assert f"{seen} of 40 blocks" in ended[0][1] and files_of(out) == want
     assert not (tmp_path / "maps.npy.job").exists()
+
+
+def test_ranks_with_other_images_make_no_maps(ask, maps_job, tmp_path):
+    """Blocks of another rank would be of other images than their rows."""
+    settings, _ = maps_job
+    copy = shutil.copytree(settings["data"], tmp_path / "data")
+    next(copy.rglob("*.*g")).unlink()
+    settings |= {"timeout": 0.2}
+    out, other = tmp_path / "maps.npy", {"data": copy}
+    runs = [run.wait() for run in ranks(ask, out, settings, DISCOVERY, other)]
+    assert [code for code, *_ in runs] == [1, 1] and not out.exists()
+    assert f"--out {out}: made with fingerprint v3:" in runs[1][2]
