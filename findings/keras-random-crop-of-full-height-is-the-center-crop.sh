@@ -20,7 +20,7 @@
 #   400 x 224:  1 places, top 88 to 88, left 0 to 0
 #   224 x 225:  1 places, top 0 to 0, left 0 to 0
 #   validation: (225, 400)
-#   200 x 400: 200 rows and 224 columns become 224 x 224, labels [ 0. 15. 20.]
+#   200 x 400: 200 rows, 224 columns become 224 x 224, labels [ 0. 15. 20.]
 set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
@@ -65,6 +65,6 @@ mask[:, 60:140, 150:250] = 20
 small = crop({"images": coordinates(200, 400), "segmentation_masks": mask}, training=True)
 rows, columns = (np.ptp(np.asarray(small["images"])[0, ..., channel]) + 1 for channel in (0, 1))
 labels = np.unique(np.asarray(small["segmentation_masks"]).round())
-print(f"200 x 400: {rows:.0f} rows and {columns:.0f} columns become {SIDE} x {SIDE}, labels {labels}")
+print(f"200 x 400: {rows:.0f} rows, {columns:.0f} columns become {SIDE} x {SIDE}, labels {labels}")
 assert round(rows) == 200 and round(columns) == SIDE and set(labels) > {0, 20}, (rows, columns)
 EOF
