@@ -79,7 +79,7 @@ def run_job(compute, images, grid, settings, options, dist_info):
     job = settings | {"batch_size": options.batch_size}
     job["fingerprint"] = images.dataset.fingerprint
     # The images of another rank may be other copies, or a random split of its own.
-    check_settings(path, job, broadcast_from_rank0(lambda: job))
+    check_same_job(path, job, broadcast_from_rank0(lambda: job))
     broadcast_from_rank0(lambda: begin_or_resume(path, blocks, job))
     # A fixed share: which blocks are missing changes while other processes work.
     shard = list(blocks.items())[rank::world]
