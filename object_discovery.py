@@ -510,10 +510,9 @@ def make_maps(settings, dataset, masks, dist_info):
     about = {"method": settings.method, "backbone": settings.backbone}
     about |= {"input": backbone.size, "grid": backbone.grid, **backbone.about}
     # Without these flags, their values follow from the weights and the images.
-    for name in ("heads", "weights_key", "weights_prefix", "white"):
-        about[name] = getattr(settings, name)
-    if settings.method == "tokencut":
-        about |= {name: getattr(settings, name) for name in CUT_FLAGS}
+    names = ["heads", "weights_key", "weights_prefix", "white"]
+    names += CUT_FLAGS if settings.method == "tokencut" else ()
+    about |= {name: getattr(settings, name) for name in names}
     if settings.method == "masks":
         files = [masks.path(i) for i in range(len(dataset))]
         checksums = (sha256(file) if file.is_file() else None for file in files)

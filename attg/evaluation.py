@@ -175,6 +175,9 @@ def labeled_features(load_encoder, settings, data, dist_info):
     if settings.features:
         parts, source = read_features(settings.features)
         vars(settings).update(source)
+        path = Path(source["checkpoint"] or "")
+        if path.is_file() and sha256(path) != source["sha256"]:
+            log_line(f"--features {settings.features}: {path} has changed since then")
     else:
         encoder = open_encoder(load_encoder, settings)
         train_set, tests = open_sets(settings, data, encoder.cfg)

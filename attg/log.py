@@ -246,12 +246,11 @@ class Log:
             config = dataclasses.asdict(run.cfg) | {"versions": versions}
             temporary.write_text(json.dumps(config, indent=1))
         # Left by processes that were killed while they wrote it.
-        stale = list(self.path.parent.glob("last.pt*.tmp"))
+        for path in self.path.parent.glob("last.pt*.tmp"):
+            path.unlink()
         if start < run.total_steps:
             # Of another run or of earlier steps: an evaluation would take it for this one's.
-            stale.append(self.path.with_name("encoder.pt"))
-        for path in stale:
-            path.unlink(missing_ok=True)
+            self.path.with_name("encoder.pt").unlink(missing_ok=True)
 
 
 @dataclasses.dataclass

@@ -118,10 +118,9 @@ def check_same_images(cfg, datasets, rank):
     expected = broadcast_from_rank0(lambda: names)
     if names != expected:
         numbers = [[number for number, _ in x] for x in (names, expected)]
-        raise ValueError(
-            f"--data {cfg.data}: rank {rank} has {numbers[0]} images (training, test), rank "
-            f"0 {numbers[1]}, or other names; copy the images of rank 0 to all machines"
-        )
+        reason = f"{numbers[0]} images (training, test), rank 0 {numbers[1]}, or others"
+        remedy = "all ranks need the same"
+        raise ValueError(f"--data {cfg.data}: rank {rank} has {reason}; {remedy}")
 
 
 def result(run, step, stopped=None, val_mse=None, knn=None):

@@ -22,6 +22,7 @@ from tests.helpers import (
     randn,
     records,
     refused,
+    save_encoder,
     train,
     write,
 )
@@ -77,15 +78,21 @@ def test_sheet_of_maps_names_images_and_flat_maps(plain, sheets, tmp_path):
     assert np.abs(cells[5, 0, 24::48, 24::48].numpy() - maps[5]).max() < 1e-6
 
 
-def test_neighbors_of_changed_images_are_not_drawn(encoder, labelled, tmp_path):
-    """Rows of a file of features are those of the images at that time."""
+def test_features_of_changed_images_and_weights(encoder, labelled, tmp_path, capsys):
+    """They are of those at that time: neighbors would be shown as other images."""
     data, file = tmp_path / "data", str(tmp_path / "features.pt")
     shutil.copytree(labelled["data"], data)
     flags = ["--device", "cpu", "--save_features", file]
     eval_knn.main([encoder, "--data", str(data), *flags])
+    later = ["--features", file, "--device", "cpu"]
+    eval_knn.main(later)
+    assert "has changed" not in capsys.readouterr().out
+    save_encoder(encoder, depth=2)
+    eval_knn.main(later)
+    assert f"--features {file}: {encoder} has changed" in capsys.readouterr().out
     noise(20, 20).save(data / "train" / "b" / "0.png")
     with refused("--show --data 26 15 --features again"):
-        eval_knn.main(["--features", file, "--device", "cpu", "--show"])
+        eval_knn.main([*later, "--show"])
 
 
 def test_confusion_matrices_agree_with_the_accuracy(encoder, labelled, monkeypatch):
