@@ -237,10 +237,8 @@ def save_figures(settings, data, truth, guesses, title, features=None):
     train_set, tests = open_images(settings, data, 32)
     numbers = len(train_set), len(tests[settings.val[0]])
     if features and numbers != tuple(map(len, features)):
-        raise ValueError(
-            f"--show: --data {settings.data} has changed since --features was written: "
-            f"{numbers} images; leave out one of the two, or write --features again"
-        )
+        reason = f"--data {settings.data} has changed since, to {numbers} images"
+        raise ValueError(f"--features {settings.features}: {reason}; write it again")
     classes = train_set.num_classes
     if classes <= 50:
         counts = (truth * classes + guesses).bincount(minlength=classes**2)

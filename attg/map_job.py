@@ -101,10 +101,7 @@ def run_job(compute, images, grid, settings, options, dist_info):
 
 
 def refuse_random(dataset):
-    """ValueError if images of a data set from Python change when they are read again.
-
-    Their maps would not fit.
-    """
+    """ValueError if images of a data set from Python change when they are read again."""
     images = SquashedImages(dataset, (64, 64))
     for i in range(0 if dataset.pairs is None else min(8, len(images))):
         if not images[i][0].equal(images[i][0]):

@@ -91,7 +91,7 @@ def test_features_of_changed_images_and_weights(encoder, labelled, tmp_path, cap
     eval_knn.main(later)
     assert f"--features {file}: {encoder} has changed" in capsys.readouterr().out
     noise(20, 20).save(data / "train" / "b" / "0.png")
-    with refused("--show --data 26 15 --features again"):
+    with refused("--features --data 26 15 again"):
         eval_knn.main([*later, "--show"])
 
 
