@@ -73,7 +73,8 @@ def run_job(compute, images, grid, settings, options, dist_info):
             raise ValueError(f"--out {path}: {message}")
         log_line(f"{path} is complete: nothing is computed")
         return
-    refuse_random(images.dataset)
+    workers = default_workers(device) if options.workers is None else options.workers
+    refuse_random(images.dataset, workers)
     rows = torch.arange(len(images)).split(options.batch_size)
     blocks = {folder / str(i): ids for i, ids in enumerate(rows)}
     job = settings | {"batch_size": options.batch_size}
@@ -84,7 +85,6 @@ def run_job(compute, images, grid, settings, options, dist_info):
     # A fixed share: which blocks are missing changes while other processes work.
     shard = list(blocks.items())[rank::world]
     missing = {file: ids.tolist() for file, ids in shard if not file.exists()}
-    workers = default_workers(device) if options.workers is None else options.workers
     loader = make_loader(images, batch_sampler=list(missing.values()), workers=workers)
     steps = zip(missing, loader, strict=True)
     desc = f"maps, blocks of {options.batch_size}"
@@ -100,13 +100,18 @@ def run_job(compute, images, grid, settings, options, dist_info):
     broadcast_from_rank0(lambda: join_blocks(path, blocks, grid, images, settings))
 
 
-def refuse_random(dataset):
+def refuse_random(dataset, workers):
     """ValueError if images of a data set from Python change when they are read again."""
-    images = SquashedImages(dataset, (64, 64))
-    for i in range(0 if dataset.pairs is None else min(8, len(images))):
-        if not images[i][0].equal(images[i][0]):
+    if dataset.pairs is not None:
+        images, rows = SquashedImages(dataset, (64, 64)), range(min(8, len(dataset)))
+        # In a worker if there will be some: they cannot share an open file.
+        loader = make_loader(
+            images, workers=min(workers, 1), batch_sampler=[rows, rows]
+        )
+        (one, _), (two, _) = loader
+        if not one.equal(two):
             remedy = "leave random transforms out, training crops and flips"
-            raise ValueError(f"data: image {i} changes when it is read again; {remedy}")
+            raise ValueError(f"data: images change when they are read again; {remedy}")
 
 
 def begin_or_resume(path, files, job):

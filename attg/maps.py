@@ -125,7 +125,7 @@ def load_maps(path, dataset):
         reason = (
             f"made for other data (maps {shape}, fingerprint {fingerprint[-12:]}, but --data "
             f"has {len(dataset)} images, {dataset.fingerprint[-12:]}; names, sizes and "
-            "contents of files count, sizes and labels of images from Python)"
+            "contents of files count, `targets` and subsets of data from Python)"
         )
         raise map_error(path, reason, "use the --data and --classes it was made with")
     if sha256(path) != manifest["checksum"]:

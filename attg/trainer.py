@@ -83,14 +83,14 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     maps = None if cfg.guidance == "none" else train_set.masks
     maps_id = None if maps is None else "masks of the data set"
     # Drawing examples (--epochs 0) works without maps, guided training does not.
+    workers = default_workers(device) if cfg.workers is None else cfg.workers
     if cfg.maps or (cfg.guidance != "none" and maps is None and cfg.epochs > 0):
         maps, maps_id = open_maps(cfg.maps, train_set, cfg.data, log.info)
-        refuse_random(train_set)
+        refuse_random(train_set, workers)
 
     steps_per_epoch = max(1, train_set.num_images // cfg.batch_size)
     total_steps = cfg.epochs * steps_per_epoch
     total_steps = min(total_steps, cfg.max_steps or total_steps)
-    workers = default_workers(device) if cfg.workers is None else cfg.workers
     with exclusive_run(Path(cfg.out, ".lock"), f"--out {cfg.out}"):
         # On rank 0, as others need not share the folder.
         find = functools.partial(find_checkpoint, cfg, train_set, maps_id)
