@@ -646,7 +646,8 @@ def train(cfg, data=None, on_log=None):
         cfg, device = run.cfg, run.device
         torch.manual_seed(seed_for("weights", cfg.seed))
         model = build_model(cfg).to(device)
-        load_initial(model, run, checkpoint)
+        if checkpoint or cfg.init:
+            load_initial(model, run, checkpoint)
         if cfg.epochs == 0:
             save_examples(model, run, checkpoint, model_inputs, pool_maps)
             return result(run, step=0)
