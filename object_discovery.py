@@ -560,8 +560,7 @@ def main(argv=None, data=None):
 
     maps, manifest = load_maps(out, dataset)
     flat, failed = manifest["flat"], manifest["failed"]
-    counts = f"{len(flat)} flat, {len(failed)} failed"
-    log_line(f"{out}: maps {maps.shape}, {counts}")
+    log_line(f"{out}: maps {maps.shape}, {len(flat)} flat, {len(failed)} failed")
     if failed:
         names = ", ".join(dataset.path(i) for i in failed[:10])
         log_line(f"failed, delete {out} to try again: {names}")

@@ -119,8 +119,7 @@ def check_same_images(cfg, datasets, rank):
     if names != expected:
         numbers = [[number for number, _ in x] for x in (names, expected)]
         reason = f"{numbers[0]} images (training, test), rank 0 {numbers[1]}, or others"
-        remedy = "all ranks need the same"
-        raise ValueError(f"--data {cfg.data}: rank {rank} has {reason}; {remedy}")
+        raise ValueError(f"--data {cfg.data}: rank {rank} has {reason}; copy rank 0's")
 
 
 def result(run, step, stopped=None, val_mse=None, knn=None):
