@@ -3,14 +3,14 @@
 # on the same rows forever; a resumed epoch loses a quarter of its rows.
 #
 # Versions: accelerate 1.15.0, lightning-fabric 2.6.6, datasets 5.2.0, torch 2.14.1, numpy 2.4.6.
-# Guess: set_epoch(epoch) of the sampler, or of a stream of datasets as its documentation asks
+# Expected: set_epoch(epoch) of the sampler, or of a stream of datasets as its documentation asks
 # for, decides the order of the epoch that follows, as with a plain DataLoader.
 # Behavior: every loop over a loader from prepare() or setup_dataloaders() begins with a set_epoch
 # of its own, to a count of its own. accelerate counts the loops that came to their end: one
 # left by break or islice is repeated, row for row. Fabric counts the loops begun. Both counts
 # start at 0 in a resumed run, so the epoch to go on with has the order of the first one, and
 # leaving out as many batches as were done leaves out other rows.
-# Cure: accelerate: set_epoch of the prepared loader. Fabric: leave the loader out of
+# Workaround: accelerate: set_epoch of the prepared loader. Fabric: leave the loader out of
 # setup_dataloaders and use fabric.to_device.
 #
 # Output seen (1000 rows; in 8 epochs of 250 the rows seen of a stream and with a sampler; of an

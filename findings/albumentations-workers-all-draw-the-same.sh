@@ -3,14 +3,14 @@
 #
 # Versions: albumentations 2.0.8 (the latest), torch 2.14.1, numpy 2.4.6,
 # opencv-python-headless 5.0.0.93.
-# Guess: with the default seed=None, workers and epochs differ. PyTorch reseeds random,
+# Expected: with the default seed=None, workers and epochs differ. PyTorch reseeds random,
 # numpy.random and torch in every worker, so the old bug of identical NumPy draws in all
 # workers should be gone.
 # Behavior: a Compose owns its generators, which PyTorch does not know and copies with
 # the dataset into each worker. With two workers every crop is drawn twice, and without
 # persistent_workers epoch 2 repeats epoch 1, because the copies start from the same
 # state again. A long self-supervised run sees the crops of one epoch over and over.
-# Cure: a worker_init_fn that calls set_random_seed with the worker's seed.
+# Workaround: a worker_init_fn that calls set_random_seed with the worker's seed.
 #
 # Output seen (left column of the crops of 16 images, batches of 4, 2 workers):
 #   seed None fork : workers the same, epochs the same; torch: different, different

@@ -2,14 +2,14 @@
 # hnswlib, voyager, usearch: an index that is saved and loaded finds fewer neighbors.
 #
 # Versions: hnswlib 0.8.0, voyager 2.2.3, usearch 2.26.6, numpy 2.4.6.
-# Guess: the search width tuned for an index (ef, expansion_search) is saved with it, so
+# Expected: the search width tuned for an index (ef, expansion_search) is saved with it, so
 # that the loaded index gives the answers of the saved one.
 # Behavior: save_index/load_index (hnswlib), save/load (voyager) and save/restore
 # (usearch) keep vectors and graph but reset the width to 10, 10 and 64. On 3,000 random
 # vectors of 32 values, recall@10 drops from 1.00 to 0.73, 0.67 and 0.99 without a
 # message, so k-NN accuracy changes after a reload. What keeps the width differs: pickle
 # does in hnswlib; in usearch, load() uses the width of the object it is called on.
-# Cure: set the width after every load.
+# Workaround: set the width after every load.
 #
 # Output seen:
 #   hnswlib  width 400 -> 10, recall 1.00 -> 0.73; by pickle 400, 1.00

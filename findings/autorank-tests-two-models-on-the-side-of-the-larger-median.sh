@@ -3,7 +3,7 @@
 # they differ; a clear gain gets p near 1 in one experiment of four.
 #
 # Versions: autorank 1.3.0, scipy 1.17.1, pandas 3.1.1, statsmodels 0.15.0, numpy 2.4.6.
-# Guess: for two columns that are not normal autorank(data, alpha=0.05) is Wilcoxon's signed rank
+# Expected: for two columns that are not normal autorank(data, alpha=0.05) is Wilcoxon's signed rank
 # test of the pairs, as its manual says; two-sided, as the paired t-test it takes for normal ones.
 # Behavior: it looks which column has the larger median and tests one-sidedly that this one is
 # greater. But the test ranks the differences of the pairs, whose sign the two medians need not
@@ -12,7 +12,7 @@
 # near 1, "no statistically significant difference", however clear the gain. Where the side happens
 # to be right, p is half of the usual one, so 0.09 counts as significant. Only verbose=True, and the
 # words "is not greater than" of the report, hint at one side.
-# Cure: scipy.stats.wilcoxon(first, second).
+# Workaround: scipy.stats.wilcoxon(first, second).
 #
 # Output seen (autorank, and SciPy's two-sided test):
 #   300 experiments, gain of 0.01 on 100 images

@@ -3,7 +3,7 @@
 # pictures are exact duplicates, bright ones are dark.
 #
 # Versions: cleanvision 0.3.7, Pillow 13.0.0, numpy 2.4.6, pandas 3.1.1, ImageHash 4.3.2.
-# Guess: images are brought to one mode before they are judged, as every loader does with
+# Expected: images are brought to one mode before they are judged, as every loader does with
 # convert("RGB"). A picture has the same brightness as PNG in colors, as PNG with a palette
 # and as GIF, and exact duplicates show the same.
 # Behavior: the hash of exact duplicates and the brightness are taken from np.asarray(image),
@@ -12,7 +12,7 @@
 # others. Brightness is the number of colors: with up to about 80 of them every picture is a
 # dark issue, with 256 none is, however dark. A picture and its own palette copy are not
 # duplicates. Web collections hold many such files. No warning.
-# Cure: convert to RGB first, e.g. from_dataset with a Hugging Face dataset of RGB images.
+# Workaround: convert to RGB first, e.g. from_dataset with a Hugging Face dataset of RGB images.
 #
 # Output seen (dark score, dark issue):
 #   bright RGB      0.986 False

@@ -2,7 +2,7 @@
 # COCO evaluation: the annotation with id 0 counts as missed, however good the detection.
 #
 # Versions: pycocotools 2.0.11, faster-coco-eval 1.8.0, numpy 2.4.6.
-# Guess: ids are arbitrary keys. Two images with one box each, both detected exactly,
+# Expected: ids are arbitrary keys. Two images with one box each, both detected exactly,
 # score AP 1.
 # Behavior: they do with ids 1 and 2. With ids 0 and 1, as enumerate() numbers them, AP
 # is 0.252 and recall 0.5: a match is stored as the annotation's id, and 0 also means "no

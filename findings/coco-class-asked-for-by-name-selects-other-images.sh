@@ -3,8 +3,8 @@
 # faster-coco-eval; nothing found then selects all images.
 #
 # Versions: pycocotools 2.0.11, faster-coco-eval 1.8.0, numpy 2.4.6.
-# Guess: a single name means what a list of that name means, as a single id does, and a class that
-# is not there has no images. The second package is a drop-in replacement of the first.
+# Expected: a single name means what a list of that name means, as a single id does, and a class
+# that is not there has no images. The second package is a drop-in replacement of the first.
 # Behavior: a string has a length and can be iterated, so it is taken for a list. pycocotools then
 # asks `name in "hot dog"`, which holds for each part of the string: "dog", in COCO also "car" for
 # "carrot" and "bear" for "teddy bear". getImgIds wants all the ids it gets in one image, so what
@@ -12,7 +12,7 @@
 # faster-coco-eval compares with the letters of the string and finds no class at all. An empty
 # list, finally, is no filter in both: the "images of hot dogs" are all images, and so for a
 # misspelled name or a class this split lacks. The first is known (cocoapi issue 291, 2019).
-# Cure: getCatIds(catNms=["hot dog"]), and assert that it found one id.
+# Workaround: getCatIds(catNms=["hot dog"]), and assert that it found one id.
 #
 # Output seen (images with a dog, a hot dog, both, a cat, a person: 4, 4, 2, 5, 5):
 #   pycocotools       "hot dog"    ids [2, 3]  images  2, with a hot dog  2  boxes 12

@@ -4,7 +4,7 @@
 #
 # Versions: supervision 0.31.2, sahi 0.12.8, pycocotools 2.0.11, numpy 2.4.6,
 # opencv-python-headless 5.0.0.93.
-# Guess: iscrowd is a label of the annotator. A converter keeps it, and writes 0 where there is
+# Expected: iscrowd is a label of the annotator. A converter keeps it, and writes 0 where there is
 # none; whether a mask is stored as polygon or as run lengths is a matter of storage, as
 # supervision's manual says.
 # Behavior: supervision's as_coco picks run lengths for masks with a hole or in several parts,
@@ -12,7 +12,7 @@
 # as missed, and training code drops them: a detector that misses all of them has AP 1.
 # sahi reads and writes annotations (merge, split, slice_coco) without the flag, so a crowd
 # region is one large object that no detector finds. No warning in either case.
-# Cure: supervision: data={"iscrowd": zeros} in the Detections. sahi: take crowds out first.
+# Workaround: supervision: data={"iscrowd": zeros} in the Detections. sahi: take crowds out first.
 #
 # Output seen (half of the images show a plain square, half one behind a pole):
 #   truth                      crowds 0 of 20, AP of plain squares only: 0.505

@@ -4,7 +4,7 @@
 #
 # Versions: label-studio-sdk 2.1.2, sahi 0.12.8, pycocotools 2.0.11, opencv-python(-headless)
 # 4.12.0.88, numpy 2.2.6.
-# Guess: the outline of a mask, stored as the polygon that COCO asks for, is read back by COCO's
+# Expected: the outline of a mask, stored as the polygon that COCO asks for, is read back by COCO's
 # own tools as that mask, but for a few pixels of its edge.
 # Behavior: both take the outline from cv2.findContours, whose corners are the centers of the
 # outermost pixels. COCO has corners on the edges between pixels. So each object shrinks by a row
@@ -12,7 +12,7 @@
 # of holes are left out (Label Studio) or stored as further polygons (sahi), which COCO adds: all
 # holes are filled. Label Studio also makes one object of each part of a brush label. sahi's own
 # reader returns these masks unchanged. A model that finds every pixel is marked down.
-# Cure: the run-length code of pycocotools.mask.encode, which COCO takes as well.
+# Workaround: the run-length code of pycocotools.mask.encode, which COCO takes as well.
 #
 # Output seen (pixels as read by pycocotools, IoU with the mask, number of objects):
 #                  16 x 16         ring   line of 2    two parts

@@ -2,14 +2,14 @@
 # COCO masks: the run-length code of a mask with more than one value is not its foreground.
 #
 # Versions: pycocotools 2.0.11, faster-coco-eval 1.8.0, numpy 2.4.6.
-# Guess: encode takes nonzero as foreground, or refuses anything but 0 and 1. It takes a
+# Expected: encode takes nonzero as foreground, or refuses anything but 0 and 1. It takes a
 # mask of 0 and 255 and a bool mask, as expected.
 # Behavior: a run ends where the value changes, and runs are read in turn as background and
 # foreground. Of a label mask (object 1 beside object 2) or a soft attention map in 8 bits
 # every second run of a column is lost, and where their number is odd object and background
 # change places below. No error: the decoded mask has stripes, area and IoU are wrong. A
 # border of another value around each object, as in Pascal VOC's masks, is enough: the
-# object is lost, its border is kept. Cure: encode(mask > threshold).
+# object is lost, its border is kept. Workaround: encode(mask > threshold).
 #
 # Output seen (IoU with what is not 0, both packages alike):
 #   0 and 255                              1.00

@@ -3,7 +3,7 @@
 #
 # Versions: grad-cam 1.5.7, torch 2.14.1, torchvision 0.29.1, numpy 2.4.6,
 # opencv-python-headless 5.0.0.93.
-# Guess: EigenCAM lights what stands out, whatever its place; for a network without
+# Expected: EigenCAM lights what stands out, whatever its place; for a network without
 # padding the map of the mirrored image is the mirrored map. SegEigenCAM, which corrects
 # the sign, is right where EigenCAM is not.
 # Behavior: the map is the first principal component of the activations, with the sign

@@ -3,7 +3,7 @@
 #
 # Versions: torch 2.14.1, torchvision 0.29.1, transformers 5.24.0, pytorch-lightning 2.6.6,
 # numpy 2.4.6.
-# Guess: the average of a constant is that constant, so buffers that never change, such as
+# Expected: the average of a constant is that constant, so buffers that never change, such as
 # position ids and the index into Swin's relative positions, are the same in the EMA.
 # Behavior: AveragedModel(use_buffers=True) averages integers too, in fp32: 7 * d + 7 * (1 - d)
 # can be 6.9999995, and the copy into an integer cuts it to 6. From the second update on, for
@@ -15,7 +15,7 @@
 # module, has True. Where the ids are not in the state dict, as in transformers and timm, a
 # checkpoint that is loaded into a new model is right, what was validated before was not.
 # No warning.
-# Cure: use_buffers=False, which copies all buffers.
+# Workaround: use_buffers=False, which copies all buffers.
 #
 # Output seen (share of ids that are wrong; relative change of the patch features of CLIP):
 #   decay 0.99     CLIP 0.000  Swin 0.000  features 0.000

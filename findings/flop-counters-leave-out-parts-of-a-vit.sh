@@ -4,7 +4,7 @@
 #
 # Versions: torch 2.14.1 (FlopCounterMode), timm 1.0.31, fvcore 0.1.5.post20221221,
 # thop 0.1.1.post2209072238, ptflops 0.7.5, torchinfo 1.8.0, numpy 2.4.6.
-# Guess: for the network that everybody counts they agree to a few percent, on whatever
+# Expected: for the network that everybody counts they agree to a few percent, on whatever
 # device, with fused attention or without. By hand: 16.85 in matrices of weights and 0.72 in
 # q k^T and its product with v, 17.56 at 224 pixels; at 448 pixels attention is 14 %.
 # Behavior:
@@ -16,7 +16,7 @@
 # - ptflops (pytorch, the default) counts attention of timm's blocks by a hook that replaces
 #   the counters inside, so it loses qkv and proj, a third of the network.
 # - torchinfo counts a linear layer once an image, not once a token.
-# So figures of two papers compare only if the counter is the same. Cure: the meta device.
+# So figures of two papers compare only if the counter is the same. Workaround: the meta device.
 #
 # Output seen (G multiply-adds at 224 and 448 pixels: fused attention, written out):
 #   by hand          224: 17.56 17.56   448: 78.50 78.50

@@ -2,12 +2,12 @@
 # grain: iterating again over a shuffled, augmented dataset repeats order and augmentation.
 #
 # Versions: grain 0.2.18, numpy 2.4.6.
-# Guess: as with PyTorch's DataLoader or tf.data, a second loop over the data is a new
+# Expected: as with PyTorch's DataLoader or tf.data, a second loop over the data is a new
 # epoch, with another order and other random crops and masks.
 # Behavior: every loop restarts from the seed. Order and RandomMap draws are identical in
 # all epochs, for MapDataset, IterDataset and DataLoader alike, so a masked autoencoder
 # sees one fixed mask per image. Only repeat() advances the seed, also for a RandomMap
-# placed before it. Cure: put the epochs into the dataset, with repeat(epochs), or with
+# placed before it. Workaround: put the epochs into the dataset, with repeat(epochs), or with
 # repeat() and a step count.
 #
 # Output seen (image, mask):

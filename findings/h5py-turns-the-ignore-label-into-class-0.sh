@@ -3,7 +3,7 @@
 # 127, not -1.
 #
 # Versions: h5py 3.16.0, zarr 3.1.6, numpy 2.4.6.
-# Guess: dtype="uint8" means what astype means in NumPy, so an ignored -1 is stored as 255, the
+# Expected: dtype="uint8" means what astype means in NumPy, so an ignored -1 is stored as 255, the
 # ignored label of Pascal VOC and Cityscapes, and an ignored 255 in int8 as -1. As all values
 # pass through NumPy, dataset.astype("uint8")[:] equals dataset[:].astype("uint8").
 # Behavior: HDF5 converts, and to the nearest value that fits. So -1 is 0: ignored pixels, boxes
@@ -12,7 +12,7 @@
 # with data and in reading by dataset.astype; zarr does what NumPy does. Ids above 255 become 255,
 # that is ignored, and NaN in a map becomes 0. No warning; HDF5's documents tell it, h5py's
 # docstrings do not.
-# Cure: labels.astype("uint8") before h5py gets them, after a check of their range.
+# Workaround: labels.astype("uint8") before h5py gets them, after a check of their range.
 #
 # Output seen (h5py: assigned, created with data and read by astype alike):
 #   labels to uint8  [-1, 0, 20, 255]

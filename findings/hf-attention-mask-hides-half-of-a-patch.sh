@@ -3,7 +3,7 @@
 # ViT under a 4-D bool mask once attention maps are asked for.
 #
 # Versions: transformers 5.24.0, torch 2.14.1, torchvision 0.29.1, numpy 2.4.6.
-# Guess: attention_mask, 1 for tokens to attend to and 0 for others, hides background patches. So
+# Expected: attention_mask, 1 for tokens to attend to and 0 for others, hides background patches. So
 # does PyTorch's bool mask (B, 1, 1, tokens), by fused attention ("sdpa", the default) and by the
 # one that returns maps ("eager") alike. What a model cannot take raises.
 # Behavior: some masks are added to the scores as they are. True adds 1, so a hidden patch has 1 / e
@@ -16,7 +16,7 @@
 #   on, for one image at a time (more of them raise).
 # Data2Vec and VideoMAE ignore all masks, and all models ignore head_mask, which version 5 dropped:
 # by it no head matters. No warning anywhere.
-# Cure: a float mask (B, 1, 1, tokens) of 0 and the lowest float, and a test as this one.
+# Workaround: a float mask (B, 1, 1, tokens) of 0 and the lowest float, and a test as this one.
 #
 # Output seen (how much of the right half's influence on CLS is left where it is hidden):
 #               2-D mask     4-D bool     4-D float

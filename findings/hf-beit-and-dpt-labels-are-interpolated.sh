@@ -3,7 +3,7 @@
 # the numbers of classes the image does not show.
 #
 # Versions: transformers 5.24.0, numpy 2.4.6, Pillow 13.0.0.
-# Guess: processor(image, segmentation_maps=labels), the way to prepare a pair for fine-tuning,
+# Expected: processor(image, segmentation_maps=labels), the way to prepare a pair for fine-tuning,
 # resizes the image by its filter and the labels by nearest neighbor, as those of SegFormer,
 # MobileViT and SAM do.
 # Behavior: BEiT's (also data2vec's) and DPT's (also Depth Anything's) take the labels through the
@@ -14,7 +14,7 @@
 # where it is installed, labels are as wrong. Two things hide it: a mask of 0 and 1 keeps its two
 # values, and a map that has the right size already is not changed. Sizes and types are right, and
 # nothing warns.
-# Cure: take the labels from a second call with resample=Image.Resampling.NEAREST.
+# Workaround: take the labels from a second call with resample=Image.Resampling.NEAREST.
 #
 # Output seen (50 maps with three classes each: classes in the labels; share of pixels with a class
 # that the map does not show; mean IoU of perfect maps; all values of a mask of 0 and 1):

@@ -3,8 +3,9 @@
 # models of one's own: constants of normalization, sine tables, masks.
 #
 # Versions: transformers 5.24.0, torch 2.14.1, numpy 2.4.6.
-# Guess: register_buffer(..., persistent=False) is for what __init__ can compute, so it is left out
-# of the file and a loaded model has it from __init__, as after load_state_dict in PyTorch.
+# Expected: register_buffer(..., persistent=False) is for what __init__ can compute, so it is
+# left out of the file and a loaded model has it from __init__, as after load_state_dict in
+# PyTorch.
 # Behavior: from_pretrained builds the model without memory (on "meta"), loads what the file has and
 # allocates the rest. Parameters are initialized then, and so are the buffers of the library's own
 # models, by their _init_weights. The default one does not know other buffers: they stay as they
@@ -12,7 +13,8 @@
 # The weights are right, no key is reported as missing, and nothing warns. Images are then
 # normalized by another mean, or positions are gone: features are wrong but finite. Known upstream
 # (issue 48892, open in September 2026).
-# Cure: persistent=True; or fill the buffers in _init_weights (and call that of the class above).
+# Workaround: persistent=True; or fill the buffers in _init_weights (and call that of the class
+# above).
 #
 # Output seen (buffers of the saved and of the loaded model; with deterministic algorithms PyTorch
 # fills memory that nobody has written with nan):

@@ -3,7 +3,7 @@
 # class alone.
 #
 # Versions: datasets 5.2.0, Pillow 13.0.0, numpy 2.4.6.
-# Guess: in train/CLASS and test/CLASS the first folder decides the split; in CLASS/ alone
+# Expected: in train/CLASS and test/CLASS the first folder decides the split; in CLASS/ alone
 # everything is the training split.
 # Behavior: the word train or test counts wherever it stands between separators in a path,
 # the name of a class included, and an image can be in two splits. CIFAR-100 has a class
@@ -11,7 +11,7 @@
 # that class. A class "test tube" makes a test split out of training images. As CLASS/ alone
 # the class train is the whole data set, without labels, and the others are left out. All
 # of it without a warning.
-# Cure: data_files={"train": "DIR/train/**", "test": "DIR/test/**"}.
+# Workaround: data_files={"train": "DIR/train/**", "test": "DIR/test/**"}.
 #
 # Output seen (5 images in each folder; images by their folder):
 #   train/ and test/ of bus, car, train

@@ -3,7 +3,7 @@
 # the rows, and Python's random does not follow its seed.
 #
 # Versions: datasets 5.2.0, numpy 2.4.6, Python 3.11.
-# Guess: num_proc changes the speed only; or the draws, but then as in the workers of PyTorch's
+# Expected: num_proc changes the speed only; or the draws, but then as in the workers of PyTorch's
 # DataLoader, each of which has a seed of its own.
 # Behavior: each process starts from a copy of the Generator that the function uses, or of np.random
 # where processes are forked, and map() seeds nothing. With 4 processes the rows 0, n/4, n/2 and
@@ -11,7 +11,7 @@
 # new process, so there the masks differ, also between two runs with one seed. num_proc=1 is
 # a process, too: the caller's state stays where it was, and two calls, made for two views of
 # the images, give one view twice.
-# Cure: with_indices=True and np.random.default_rng([seed, index]), the same for any num_proc.
+# Workaround: with_indices=True and np.random.default_rng([seed, index]), the same for any num_proc.
 #
 # Output seen (distinct masks of 64 rows; rows that change from one seeded run to the next):
 #   with_generator, num_proc=None:  64   0

@@ -2,7 +2,7 @@
 # datasets: take(n) and skip(n) of a stream overlap as soon as the numbers of workers differ.
 #
 # Versions: datasets 5.2.0, torch 2.14.1, numpy 2.4.6.
-# Guess: validation = stream.take(n), training = stream.skip(n), the usual way to split a
+# Expected: validation = stream.take(n), training = stream.skip(n), the usual way to split a
 # stream, are disjoint and complete in whatever way each of them is read.
 # Behavior: DataLoader workers divide the shards and n among themselves: with two workers
 # each one skips, or takes, n/2 samples at the start of its own shards. So n means other
@@ -10,7 +10,7 @@
 # by two workers, half of the validation images are trained on, and as many are never used;
 # with four, seven of ten. The validation set itself changes with num_workers. The same
 # happens if training is divided by split_dataset_by_node after skip(n). No warning.
-# Cure: split by files, or filter by a key of the samples.
+# Workaround: split by files, or filter by a key of the samples.
 #
 # Output seen (40 images in 4 shards, n = 10; workers of validation and training):
 #   0 and 0: validation 0-9, also trained on 0, never read 0

@@ -2,7 +2,7 @@
 # transformers: three masked autoencoders of one library, three meanings of mask and target.
 #
 # Versions: transformers 5.24.0, torch 2.14.1.
-# Guess: what reproduces the loss of ViTMAE (its mask, patches by rows with the channel
+# Expected: what reproduces the loss of ViTMAE (its mask, patches by rows with the channel
 # last, each normalized by its own mean and variance + 1e-6 under the root) reproduces the
 # loss of VideoMAE and Hiera, too, given what they call bool_masked_pos.
 # Behavior: ViTMAE's `mask` is 1 at hidden patches, and VideoMAE's `bool_masked_pos` is True
@@ -10,7 +10,7 @@
 # values have the channel first. VideoMAE normalizes each channel of a patch by itself, and
 # adds 1e-6 to the deviation. A loss written for one of them runs on the two others, without
 # an error, and differs by less than 0.02 on fresh models, where all are near 1.
-# Cure: compute the model's own loss with your code before you change anything in it.
+# Workaround: compute the model's own loss with your code before you change anything in it.
 #
 # Output seen (the model's loss; the loss by the conventions of ViTMAE; those that fit):
 #   ViTMAE   1.00969 1.00969 ['hidden, channel last, by patch']

@@ -4,7 +4,7 @@
 #
 # Versions: transformers 5.24.0, accelerate 1.15.0, torch 2.14.1, torchvision 0.29.1,
 # numpy 2.4.6.
-# Guess: 16 images are one gradient, whether they come as one batch, as four that are
+# Expected: 16 images are one gradient, whether they come as one batch, as four that are
 # accumulated, or on two GPUs.
 # Behavior: a model whose forward takes **kwargs is trusted to divide its loss by the number
 # of labels in all batches and on all GPUs, which Trainer hands it; so Trainer does not
@@ -15,7 +15,7 @@
 # 8 GPUs with 4 accumulated batches take 32 times the gradient: SGD's rate is 32 times the one
 # that was set, and clipping, on by default at 1, rescales many more steps. The logged loss
 # grows alike, and the evaluation loss with the number of GPUs. No warning.
-# Cure: model.accepts_loss_kwargs = False before the Trainer is made, for any model.
+# Workaround: model.accepts_loss_kwargs = False before the Trainer is made, for any model.
 #
 # Output seen (16 images; logged loss, gradient over the true one, evaluation loss):
 #   1 process, 4 batches accumulated

@@ -3,7 +3,7 @@
 # image in a random order, another one in each call.
 #
 # Versions: transformers 5.24.0, torch 2.14.1, numpy 2.4.6.
-# Guess: without masking, as for features or attention maps of a whole image, the tokens have the
+# Expected: without masking, as for features or attention maps of a whole image, the tokens have the
 # order of the patches, as those of ViTModel with the same weights, and eval mode is deterministic.
 # Behavior: the encoder always shuffles the patches by random noise and keeps the first
 # (1 - mask_ratio) of them, here all; only the decoder puts them back. The class token and the mean
@@ -12,7 +12,8 @@
 # probes and TokenCut, attention maps, hidden_states. The output has ids_restore, which is described
 # as the index of the masked patches. That random masking makes features random is known (issue
 # 20431); that the order stays random without it is in no docstring.
-# Cure: ViTModel, which loads the same weights; or noise=torch.arange(patches).expand(images, -1).
+# Workaround: ViTModel, which loads the same weights; or
+# noise=torch.arange(patches).expand(images, -1).
 #
 # Output seen (8 images of 36 patches; share of tokens equal to those of ViTModel):
 #                                 class token  mean  patches

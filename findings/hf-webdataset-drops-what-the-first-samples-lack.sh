@@ -2,7 +2,7 @@
 # datasets: reading tar shards keeps only what the first five samples of the last split have.
 #
 # Versions: datasets 5.2.0, Pillow 13.0.0, numpy 2.4.6.
-# Guess: load_dataset("webdataset") keeps every file of a sample, as the webdataset package
+# Expected: load_dataset("webdataset") keeps every file of a sample, as the webdataset package
 # does, or raises. from_generator, asked for 0.5 in a column of integers, raises.
 # Behavior: fields and types are those of the first five samples of the first shard, of the
 # last split if there are several. All later samples are fitted to them silently:
@@ -11,7 +11,7 @@
 # - a weight in .json that is 1 in the first five samples is an integer: 0.5 becomes 0;
 # - a test split without masks takes the masks of the training split away.
 # Streaming does the same. A mask in only some of the first five raises.
-# Cure: pass features=, or put a complete sample first in every split.
+# Workaround: pass features=, or put a complete sample first in every split.
 #
 # Output seen (of 8 or 10 samples, counted from 0):
 #   masks from sample 6 on       stored 4 masks,   read 0

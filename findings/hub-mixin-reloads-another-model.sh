@@ -3,7 +3,7 @@
 # activation, part of it random, without an error.
 #
 # Versions: huggingface_hub 2.4.0, torch 2.14.1, safetensors 0.8.0, numpy 2.4.6.
-# Guess: save_pretrained writes the arguments of __init__ into config.json, or raises, and
+# Expected: save_pretrained writes the arguments of __init__ into config.json, or raises, and
 # from_pretrained refuses a file that lacks weights, as load_state_dict does: what is loaded
 # gives the features that were saved.
 # Behavior: an argument that JSON cannot hold is left out, and the default takes its place.
@@ -12,7 +12,7 @@
 # integer of NumPy, as from a sweep over np.arange, is one of those arguments: six blocks come
 # back as twelve. As weights are loaded with strict=False and what is missing is not looked at,
 # six of them are random. No warning, neither when saving nor when loading.
-# Cure: Python's own types, coders= for others, and from_pretrained(strict=True).
+# Workaround: Python's own types, coders= for others, and from_pretrained(strict=True).
 #
 # Output seen (blocks, relative change of the features, config.json):
 #   depth 6        6 -> 6    0.0000  {'depth': 6, 'mean': [0.485, 0.456, 0.406]}

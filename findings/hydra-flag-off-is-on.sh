@@ -3,16 +3,17 @@
 # switches it off; a sweep over on,off runs the same experiment twice.
 #
 # Versions: hydra-core 1.3.8, omegaconf 2.3.1, PyYAML 6.0.4, numpy 2.4.6.
-# Guess: an override means what the same words mean in the file. The loader of the files knows on,
-# off, yes and no as YAML 1.1 does, and so do OmegaConf.from_dotlist and from_cli; and what would
-# turn the bool of the file into another type is refused.
+# Expected: an override means what the same words mean in the file. The loader of the files knows
+# on, off, yes and no as YAML 1.1 does, and so do OmegaConf.from_dotlist and from_cli; and what
+# would turn the bool of the file into another type is refused.
 # Behavior: Hydra reads its command line by a grammar of its own, in which only true and false are
 # bool. off, no and No are strings, each of which is true for "if cfg.flag". Nothing compares them
 # with the bool they replace, and the config stored with the run shows a plausible 'off'. So an
 # ablation by "-m flag=on,off" finds no effect at all. Numbers part likewise: 3:4, a ratio, is 184
 # in a file (base 60) and a string on the command line; 010 is 8 in a file (base 8) and a string;
 # nan is a string in a file and a number on the command line.
-# Cure: true and false; or a dataclass as schema (ConfigStore), whose bool turns 'off' into False.
+# Workaround: true and false; or a dataclass as schema (ConfigStore), whose bool turns 'off' into
+# False.
 #
 # Output seen (largest value of a patch of 2, 4, 6, 8 as target, normalized if norm_pix_loss):
 #   value  in a file    dotlist      command line

@@ -3,7 +3,7 @@
 # the image, and validation images are not cropped at all.
 #
 # Versions: keras 3.15.1, jax 0.10.2 as backend (the code is common to all), numpy 2.4.6.
-# Guess: of a 224 x 400 image (shorter side resized to 224, a frame of a road, a satellite strip)
+# Expected: of a 224 x 400 image (shorter side resized to 224, a frame of a road, a satellite strip)
 # RandomCrop(224, 224) picks one of 177 places. Validation gets a crop of the middle, and a smaller
 # image is first resized and then cropped to the same aspect ratio: the documentation says so.
 # Behavior: places are drawn only if height and width are both larger, not equal. Otherwise every
@@ -12,7 +12,7 @@
 # ratio, and this is resized: the image is stretched, its mask interpolated to labels that it does
 # not have. With training=False the images come back as they are. No message in any case. (Reported
 # upstream, keras issue 21868.)
-# Cure: pad or resize so that both sides are larger by a pixel, CenterCrop for validation.
+# Workaround: pad or resize so that both sides are larger by a pixel, CenterCrop for validation.
 #
 # Output seen (left edges of 100 crops):
 #   224 x 400:  1 places, top 0 to 0, left 88 to 88

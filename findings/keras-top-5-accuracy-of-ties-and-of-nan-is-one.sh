@@ -3,8 +3,8 @@
 # labels score 1, as does a head of zeros; with JAX also a model that has diverged to nan.
 #
 # Versions: keras 3.15.1, jax 0.10.2, numpy 2.4.6.
-# Guess: the top 5 are five classes, ties broken somehow, as in torch.topk, timm, torchmetrics and
-# scikit-learn's top_k_accuracy_score: what knows nothing of 100 classes scores about 0.05. A
+# Expected: the top 5 are five classes, ties broken somehow, as in torch.topk, timm, torchmetrics
+# and scikit-learn's top_k_accuracy_score: what knows nothing of 100 classes scores about 0.05. A
 # prediction of nan is never right.
 # Behavior: a class is among the top k if fewer than k have a greater score. Equal scores all count.
 # A head of zeros, the usual start of a linear probe, has all classes in its top 5. Votes of k
@@ -13,7 +13,7 @@
 # logits of nan score 1, and the best checkpoint by top-5 accuracy is the diverged one. With NumPy
 # (and PyTorch, by the same code) they score 0. SparseCategoricalAccuracy, top 1, is free of this.
 # TensorFlow's manual says it of ties; that of Keras, which does the same in all backends, does not.
-# Cure: break ties first (add a tiny random number to votes), and look for nan in the loss.
+# Workaround: break ties first (add a tiny random number to votes), and look for nan in the loss.
 #
 # Output seen (top-1, top-5 of Keras, top-5 of five classes by argsort; 100 classes, 1000 images):
 #   numpy  votes, right labels     1.000  1.000  1.000

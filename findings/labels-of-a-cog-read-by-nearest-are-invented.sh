@@ -3,7 +3,7 @@
 # that the raster does not hold.
 #
 # Versions: rasterio 1.4.4 (with GDAL 3.10.3), numpy 2.4.6.
-# Guess: read(out_shape=...) takes nearest neighbors by default, so each value it returns is one
+# Expected: read(out_shape=...) takes nearest neighbors by default, so each value it returns is one
 # of the raster's, from a GeoTIFF as from a cloud-optimized one; at full size the two agree.
 # Behavior: driver="COG" adds the raster at half size, quarter size and so on (overviews) if it is
 # larger than a block of 512 pixels, by cubic interpolation if it has no palette. A smaller read
@@ -11,7 +11,8 @@
 # values, are picked among interpolated ones. So are windows read at a lower resolution. Small
 # rasters, as in tests, have no overviews and are right. GDAL's page of the driver tells the
 # default; the file as rasterio shows it does not (its tag for it is empty).
-# Cure: overview_resampling="nearest" or "mode" when writing, or overview_level="NONE" in open.
+# Workaround: overview_resampling="nearest" or "mode" when writing, or overview_level="NONE" in
+# open.
 #
 # Output seen (2048 x 2048, squares of 9 pixels labeled 0, 7 or 200; share of pixels that have
 # another label, read at 2048, 1024, 224, at 224 by mode, and a window of 512 at 224):

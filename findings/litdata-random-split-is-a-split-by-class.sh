@@ -3,7 +3,7 @@
 # the test set has other classes than the training set.
 #
 # Versions: litdata 0.2.76, torch 2.14.1, torchvision 0.29.1, numpy 2.4.6.
-# Guess: train_test_split(shuffle=True, the default), "whether to shuffle the data before
+# Expected: train_test_split(shuffle=True, the default), "whether to shuffle the data before
 # splitting", and subsample=0.2, "randomly sampled", draw images at random, as scikit-learn's
 # function of that name does.
 # Behavior: they put the chunks in a random order and cut that list, so a subset is a row of
@@ -13,7 +13,7 @@
 # validation accuracy is near 0, and a fifth of the data for a quick run or a label-efficiency
 # curve has a fifth of the classes. Sizes are right, and nothing is said. shuffle=True of the
 # dataset comes after the cut.
-# Cure: shuffle before packing, or dataset.subset(indices drawn by yourself).
+# Workaround: shuffle before packing, or dataset.subset(indices drawn by yourself).
 #
 # Output seen (images of each of 10 classes):
 #   chunks of 500: training          50 50 50 50 50 50 50 50  0  0

@@ -3,7 +3,7 @@
 # maximum is never negative; labels on which all tiles agree come back as other classes.
 #
 # Versions: empatches 0.2.3, tiler 0.6.0, numpy 2.4.6.
-# Guess: mode="avg" is the mean of the patches that cover a pixel and mode="max" their maximum,
+# Expected: mode="avg" is the mean of the patches that cover a pixel and mode="max" their maximum,
 # in any order of the patches; weighted by a window, tiles that agree give what they agree on.
 # Behavior: empatches halves the sum of the map so far and the next patch, so of four patches the
 # last has half of the weight, the first an eighth. A 0 counts as "nothing written yet": if one of
@@ -12,7 +12,8 @@
 # sum of weights in float32 and cuts the result to merge(dtype=np.uint8): 6.999999 is class 6. Its
 # windows "hann", "bartlett" and "barthann" are 0 at their ends, so that the frame of the whole map
 # is 0, whatever the tiles hold.
-# Cure: sums and counts of one's own; tiler: Tiler.calculate_padding, and np.rint before the type.
+# Workaround: sums and counts of one's own; tiler: Tiler.calculate_padding, and np.rint before
+# the type.
 #
 # Output seen (four patches of 64 x 64 on 96 x 96 pixels):
 #   empatches, four patches:

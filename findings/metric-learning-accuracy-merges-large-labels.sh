@@ -4,7 +4,7 @@
 #
 # Versions: pytorch-metric-learning 2.9.0, faiss-cpu 1.15.1, torch 2.14.1, scikit-learn 1.9.1,
 # numpy 2.4.6.
-# Guess: AccuracyCalculator only compares labels, so any distinct integers will do, as in
+# Expected: AccuracyCalculator only compares labels, so any distinct integers will do, as in
 # scikit-learn; and average precision over the k nearest is 1 where all of them are right.
 # Behavior: labels are cast to float32. From 2 ** 24 on neighboring integers are one label: ids
 # of a database, dates and times, numbers in nanoseconds. The wider apart float32 is at that
@@ -13,7 +13,7 @@
 # can be found: of classes of 100 images perfect features score 10 / 99, and small classes count
 # most. The warning for mean_average_precision_at_r with a small k recommends this very metric
 # for MAP@k.
-# Cure: labels from np.unique(labels, return_inverse=True); k=None or "max_bin_count".
+# Workaround: labels from np.unique(labels, return_inverse=True); k=None or "max_bin_count".
 #
 # Output seen (1,000 features of 10 classes; precision at 1: AccuracyCalculator, scikit-learn):
 #   random, labels from 0              0.109 0.109

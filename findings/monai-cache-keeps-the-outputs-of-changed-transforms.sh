@@ -3,7 +3,7 @@
 # hash_transform=json_hashing.
 #
 # Versions: monai 1.6.1, torch 2.14.1, numpy 2.4.6, Pillow 13.0.0.
-# Guess: as its manual says, names of cached files contain a hash of the transforms, so that a
+# Expected: as its manual says, names of cached files contain a hash of the transforms, so that a
 # run with another threshold, size or normalization computes its inputs again. At the latest
 # hash_transform, which the manual offers against changes of transforms, does that.
 # Behavior: by default no transform is hashed. A second run with the same cache_dir gets the
@@ -12,7 +12,7 @@
 # not go into JSON: other arguments are not noticed. Maps written again under the old names
 # are never noticed. So an ablation over the threshold of a mask or over a normalization
 # compares a setting with itself. CacheDataset, in memory, is right.
-# Cure: hash_transform=pickle_hashing, or a cache_dir for each setting.
+# Workaround: hash_transform=pickle_hashing, or a cache_dir for each setting.
 #
 # Output seen (share of each map above a threshold of 64, then of 192):
 #   Dataset                               0.748 0.251

@@ -3,7 +3,7 @@
 # it, the other erases a 0/1 mask and turns labels into other classes.
 #
 # Versions: SimpleITK 2.5.7, mahotas 1.4.19, scipy 1.17.1, numpy 2.4.6.
-# Guess: in an 8-bit mask all that is not 0 is the object, as in SciPy, and in the label filters
+# Expected: in an 8-bit mask all that is not 0 is the object, as in SciPy, and in the label filters
 # of both libraries; grey dilation and erosion are maximum and minimum over the neighborhood.
 # Behavior: SimpleITK's binary filters take the value 1 alone for the object. A 0/255 mask passes
 # dilation, erosion, opening, closing and hole filling unchanged, loses everything in BinaryMedian
@@ -12,7 +12,7 @@
 # element, whose default is 1, not 0: dilation raises each value by 1, erosion lowers it by 1. A
 # 0/1 mask in 8 bits does not survive erosion or opening, a dilated label map holds class k + 1
 # for k, and in signed integers the background is 1 after dilation, -1 after erosion.
-# Cure: mask != 0 (mahotas: as bool, SimpleITK: as 0/1), or foregroundValue=255; for labels
+# Workaround: mask != 0 (mahotas: as bool, SimpleITK: as 0/1), or foregroundValue=255; for labels
 # scipy.ndimage.grey_dilation.
 #
 # Output seen:

@@ -4,7 +4,7 @@
 #
 # Versions: onnx 1.23.2, onnxruntime 1.32.0, openvino 2026.4.1 (CPU),
 #   opencv-python-headless 5.0.0.93, Pillow 13.0.0, numpy 2.4.6.
-# Guess: one ONNX file, one meaning. antialias is an attribute of Resize since opset 18, and
+# Expected: one ONNX file, one meaning. antialias is an attribute of Resize since opset 18, and
 # torch.onnx writes it for interpolate(antialias=True), so a runtime that lacks it refuses the
 # file, as each does with an unknown operator; else the pixels agree up to rounding.
 # Behavior: ONNX Runtime gives Pillow's pixels. OpenVINO and OpenCV's dnn read the file without
@@ -12,7 +12,7 @@
 # last bit what they give for antialias=0: aliased images, for a model trained on smooth ones.
 # Without antialias and for enlarging all agree, so a test on small images passes. (For OpenVINO
 # the cubic case is reported upstream.)
-# Cure: resize before the model, or by OpenVINO's own BILINEAR_PILLOW and BICUBIC_PILLOW.
+# Workaround: resize before the model, or by OpenVINO's own BILINEAR_PILLOW and BICUBIC_PILLOW.
 #
 # Output seen (1024 to 224 pixels; mean absolute difference and deviation in gray levels):
 #   Pillow's deviation: linear 32.8 cubic 35.0

@@ -2,7 +2,7 @@
 # OpenCV 5: bitwise_not of a bool mask is True everywhere, so the background holds the object.
 #
 # Versions: opencv-python-headless 5.0.0.93, numpy 2.4.6.
-# Guess: version 4 refuses NumPy's bool ("data type = bool is not supported"). Version 5 takes it
+# Expected: version 4 refuses NumPy's bool ("data type = bool is not supported"). Version 5 takes it
 # in many functions and refuses it in most others, so where it is taken, bitwise_not is ~mask.
 # Behavior: bitwise_not flips all eight bits of a byte, 1 to 254 and 0 to 255, and calls the result
 # bool. Neither byte is 0, so each is True for NumPy, PyTorch and OpenCV's mask=. It is printed as
@@ -11,7 +11,7 @@
 # right in bitwise_and with a mask and after a second bitwise_not. Other functions that take
 # bool are right (nearest resize, compare, drawing, mask=). So a line that was an error in
 # version 4 now runs.
-# Cure: ~mask or np.logical_not(mask); or hand OpenCV masks of 0 and 255 in uint8.
+# Workaround: ~mask or np.logical_not(mask); or hand OpenCV masks of 0 and 255 in uint8.
 #
 # Output seen:
 #   share of True               ~mask  0.75  bitwise_not   1.00

@@ -3,14 +3,14 @@
 #
 # Versions: litdata 0.2.76, mosaicml-streaming 0.13.0, datasets 5.2.0, Pillow 13.0.0,
 # torch 2.14.1, torchvision 0.29.1.
-# Guess: the image handed to a packer is the image that comes back, whether it was made
+# Expected: the image handed to a packer is the image that comes back, whether it was made
 # small by image.resize (a new image) or by image.thumbnail (in place).
 # Behavior: Pillow's in-place operations keep the class JpegImageFile and its filename, and
 # all three packers then store the bytes of that file instead of encoding the pixels. So a
 # data set "resized to 256 px" with thumbnail() holds the full images, without a warning:
 # its size on disk and decoding time are those of the originals, and crop boxes or maps
 # computed for the small image no longer fit.
-# Cure: image.copy() after in-place operations, or resize(), which return a plain Image.
+# Workaround: image.copy() after in-place operations, or resize(), which return a plain Image.
 #
 # Output seen:
 #   litdata resize: given (256, 192), stored (256, 192)

@@ -3,7 +3,7 @@
 #
 # Versions: litdata 0.2.76, mosaicml-streaming 0.13.0 (column type "pil"), datasets 5.2.0,
 # Pillow 13.0.0, torch 2.14.1, torchvision 0.29.1.
-# Guess: the Pillow image handed to a packer comes back with its colors; all three keep
+# Expected: the Pillow image handed to a packer comes back with its colors; all three keep
 # images of mode RGB exactly.
 # Behavior: litdata, and streaming's "pil", store mode, size and the raw bytes of an image. In
 # mode P those are indices, and the palette is not stored. What comes back is again of mode P,
@@ -11,7 +11,7 @@
 # without an error. Collections from the web hold such files among the JPEG; a masked
 # autoencoder then learns from black squares. datasets and streaming's "png" keep colors.
 # The indices are kept by all, so label masks in mode P still have their ids.
-# Cure: convert("RGB") before packing.
+# Workaround: convert("RGB") before packing.
 #
 # Output seen (mean of the pixels after convert("RGB"); mean difference of the raw values):
 #   litdata rgb.png:             mean 130.0, packed 130.0; raw 0

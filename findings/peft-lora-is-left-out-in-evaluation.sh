@@ -2,14 +2,15 @@
 # peft: LoRA on PyTorch's own transformer layers is trained, and left out in evaluation.
 #
 # Versions: peft 0.21.2, torch 2.14.1, transformers 5.24.0, accelerate 1.15.0, numpy 2.4.6.
-# Guess: a ViT of nn.TransformerEncoderLayer gives with its adapters the same logits in train()
+# Expected: a ViT of nn.TransformerEncoderLayer gives with its adapters the same logits in train()
 # (without dropout) and in eval(), and all adapters that peft adds are trained.
 # Behavior: in eval() the layer hands the weights of linear1 and linear2 to one fused kernel and
 # does not call these modules; peft's layers give the frozen weight under that name. The blocks
 # are exactly the base model's, below a head trained on others: 99 % in train(), chance in
 # eval(), no warning. Adapters of out_proj, which target_modules="all-linear" adds, take part
 # in neither mode and get no gradient.
-# Cure: merge_and_unload() before evaluation, or torch.backends.mha.set_fastpath_enabled(False).
+# Workaround: merge_and_unload() before evaluation, or
+# torch.backends.mha.set_fastpath_enabled(False).
 #
 # Output seen (accuracy on 1000 new images of four classes):
 #   train() 0.988

@@ -3,7 +3,7 @@
 # blacken all pixels where the map is 0.
 #
 # Versions: Pillow 13.0.0, numpy 2.4.6.
-# Guess: the fourth channel is one more plane, so an RGBA image is a safe way to pass image and
+# Expected: the fourth channel is one more plane, so an RGBA image is a safe way to pass image and
 # map through one crop or file, and its colors are those of the RGB image through the same step.
 # Behavior: alpha is taken for opacity. Everything that interpolates multiplies the colors by it
 # first, in 8 bits, and divides afterwards. Where the map is 0 the image is black, and where it
@@ -13,7 +13,8 @@
 # what compresses well. A model trained on such images sees the object cut out, so it never has
 # to find it. No warning. Known and intended (Pillow issue 4516), but in no docstring;
 # "exact" of WebP is in the manual.
-# Cure: apply the same step to the image and to the map, in mode L; WebP with exact=True, or PNG.
+# Workaround: apply the same step to the image and to the map, in mode L; WebP with exact=True,
+# or PNG.
 #
 # Output seen (mean error of the colors where the map is 0, 1 to 15, and more; of the map):
 #   crop                      0.0    0.0    0.0    0.0

@@ -3,7 +3,7 @@
 # garbled; from CHW to HWC pixels get lost.
 #
 # Versions: pyarrow 26.0.1 (25.0.0 and 17.0.0 alike), numpy 2.4.6.
-# Guess: FixedShapeTensorArray.from_numpy_ndarray copies what is not contiguous, as its docstring
+# Expected: FixedShapeTensorArray.from_numpy_ndarray copies what is not contiguous, as its docstring
 # says and as np.save does. So any batch comes back from to_numpy_ndarray as it was.
 # Behavior: values are stored in the order in which they lie in memory, and with them an order of
 # the axes, by which they are read. That order comes from sorting the strides. The stride of a
@@ -13,7 +13,7 @@
 # and channels are mixed. A cyclic order as in the step from CHW to HWC is read the wrong way
 # round: another shape, with few of the pixels, many times. The step back raises. Swaps of two
 # axes and flips of the last one, as in a quick test, are right. No warning; Parquet is innocent.
-# Cure: np.ascontiguousarray before storing.
+# Workaround: np.ascontiguousarray before storing.
 #
 # Output seen (shape of a row before and after, share of values in their place):
 #   images                   (32, 32, 3)  -> (32, 32, 3)  1.00

@@ -3,7 +3,7 @@
 # are training images, too.
 #
 # Versions: pylabel 0.1.55, pandas 3.1.1, scikit-learn 1.9.1, numpy 2.4.6.
-# Guess: the boxes of one image stay together. That is what scikit-learn's function of this name
+# Expected: the boxes of one image stay together. That is what scikit-learn's function of this name
 # is for, and images are the default of group_col.
 # Behavior: the column is passed on as the classes, which that function does not look at, and
 # the numbers of the rows as the groups. Each box is a group of its own, and group_col has no
@@ -11,7 +11,7 @@
 # test images are trained on, with labels that lack the test boxes, so that these objects are
 # taught as background. The share of boxes is right, and nothing warns. A set with one box an
 # image, as in a first test, is split as expected.
-# Cure: StratifiedGroupShuffleSplit of the same class, which keeps images together.
+# Workaround: StratifiedGroupShuffleSplit of the same class, which keeps images together.
 #
 # Output seen (100 images):
 #   four boxes, GroupShuffleSplit: test has 20% of the boxes, 59 images, 58 of them also in

@@ -3,7 +3,7 @@
 # plausibly, and the best one is empty.
 #
 # Versions: pysodmetrics 1.6.2, numpy 2.3.4, scipy 1.17.1, scikit-image 0.25.2.
-# Guess: the object is what is not 0, or the type is checked, as with normalize=False, which
+# Expected: the object is what is not 0, or the type is checked, as with normalize=False, which
 # takes bool masks and raises an error for all others.
 # Behavior: by default the object is "mask > 128", and neither True nor 1 is. Each metric takes
 # its branch for images without an object: MAE is the mean of the map, S-measure 1 less that, and
@@ -11,7 +11,7 @@
 # a map of a single pixel beats both. Only IoU and the F-measures, 0 for all, give it away. Each
 # map is also stretched to 0..1, so a faint one (at most 0.02) scores like a strong one. The
 # metrics ask for a "gray scale image"; only an inner helper's docstring names 0 to 255.
-# Cure: masks of 0 and 255; or normalize=False with bool masks and float maps in 0..1.
+# Workaround: masks of 0 and 255; or normalize=False with bool masks and float maps in 0..1.
 #
 # Output seen (means of 20 images; MAE: lower is better, others: higher; 0 and 1 as bool):
 #   mask            map                    MAE       S       E      wF

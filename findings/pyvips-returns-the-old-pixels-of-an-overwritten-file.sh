@@ -3,7 +3,7 @@
 # written to it since.
 #
 # Versions: pyvips 3.2.0 (with libvips 8.18.7), Pillow 13.0.0, numpy 2.4.6.
-# Guess: a file is read anew by each new_from_file. If something is cached, its key has the time
+# Expected: a file is read anew by each new_from_file. If something is cached, its key has the time
 # or the size of the file, and what pyvips itself writes there makes it void.
 # Behavior: libvips remembers its last 100 operations by their arguments, and a load is an
 # operation whose argument is a name. Maps that are computed again under their old names, or a
@@ -13,7 +13,7 @@
 # set the new one. Loads in sequential mode, thumbnail and new_from_buffer are not remembered.
 # The other way round, an image that is opened and not yet used has the pixels of the file that
 # is there when it is used. No warning. Known (pyvips issue 54, 2018).
-# Cure: revalidate=True in each new_from_file, or pyvips.cache_set_max(0).
+# Workaround: revalidate=True in each new_from_file, or pyvips.cache_set_max(0).
 #
 # Output seen (a gray image is written with 10, read, written again with 100, read; the mean):
 #   new_from_file             10  10

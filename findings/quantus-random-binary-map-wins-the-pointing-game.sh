@@ -3,8 +3,9 @@
 # values depends on where in the image the object is.
 #
 # Versions: quantus 0.6.0, numpy 2.4.6, scikit-learn 1.9.1, pandas 3.1.1.
-# Guess: a map that knows nothing of the object scores by chance, the object's share of the image,
-# binary or not, wherever the object is. Equal values share their credit or are picked at random.
+# Expected: a map that knows nothing of the object scores by chance, the object's share of the
+# image, binary or not, wherever the object is. Equal values share their credit or are picked at
+# random.
 # Behavior: the pointing game is a hit if any of the pixels that share the maximum is on the object,
 # so a map cut at a threshold (such as the 60 % of attention that DINO shows) is a hit as soon as
 # it touches the object, and an attention map enlarged by nearest neighbor if the largest patch
@@ -13,7 +14,7 @@
 # object has, as in Grad-CAM, the rest comes from certain parts of the image: a random map finds
 # objects at the upper edge five times as often as at the lower one. Maps of a single value are
 # refused, so ties were thought of. No warning.
-# Cure: AUC, which counts ties as halves, or a little noise added to the map.
+# Workaround: AUC, which counts ties as halves, or a little noise added to the map.
 #
 # Output seen (100 random maps, object of a tenth of the image; pointing game, rank accuracy,
 # top-k intersection, AUC):

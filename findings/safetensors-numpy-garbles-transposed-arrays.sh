@@ -2,13 +2,13 @@
 # safetensors 0.8.0 silently saves a transposed NumPy array with its values permuted.
 #
 # Versions: safetensors 0.8.0 and 0.7.0, numpy 2.4.6.
-# Guess: save() copies a non-contiguous array, as np.save does, or refuses it, as
+# Expected: save() copies a non-contiguous array, as np.save does, or refuses it, as
 # safetensors.torch does. Version 0.7.0 copies.
 # Behavior: 0.8.0 writes the raw memory next to the logical shape. Anything in Fortran
 # order (x.T, np.asfortranarray, np.moveaxis, the transposed factor of an SVD) loads with
 # the right shape, dtype and size, but with its values permuted: weights converted with
 # w.T are scrambled. The docstring asks for contiguous arrays, but nothing checks it.
-# Cure: np.ascontiguousarray before saving.
+# Workaround: np.ascontiguousarray before saving.
 #
 # Output seen:
 #   0.7.0 transposed ok, fortran ok, moveaxis ok, svd ok

@@ -3,7 +3,7 @@
 # vote with similarities as weights the first class wins each such query.
 #
 # Versions: scann 1.4.2, numpy 2.4.6.
-# Guess: the k best of what the searched leaves hold; if that is fewer, an error, a shorter list,
+# Expected: the k best of what the searched leaves hold; if that is fewer, an error, a shorter list,
 # or an index that is no item, such as faiss' -1.
 # Behavior: the arrays are filled up with index 0 and distance NaN. Index 0 is a valid item: in a
 # bank sorted by class, as image folders give it, one of the first class. Counted votes move there;
@@ -11,7 +11,7 @@
 # class NaN, and argmax takes NaN for the largest. The leaves need only be small next to k: 54 for
 # 3,000 items (about the square root, as ScaNN advises), three of them searched, k = 200 as in DINO.
 # No warning. search, for one query, returns the shorter list, so a check of single queries passes.
-# Cure: set weights to 0 where the distance is NaN, or search more leaves.
+# Workaround: set weights to 0 where the distance is NaN, or search more leaves.
 #
 # Output seen (10 classes of 300; share of missing neighbors, accuracy by count, by weight, by
 # weight without the missing ones, share of predictions "first class" by weight; the leaves differ

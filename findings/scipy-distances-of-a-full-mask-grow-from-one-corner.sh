@@ -3,7 +3,7 @@
 # the upper left corner.
 #
 # Versions: scipy 1.17.1, numpy 2.4.6, opencv-python-headless 5.0.0.93, edt 3.1.2.
-# Guess: where there is no background, distances are infinite or 0 or go to the image's border.
+# Expected: where there is no background, distances are infinite or 0 or go to the image's border.
 # It is at least a constant, or mirrors with the mask.
 # Behavior: crops inside of an object are all object. Distances are then those to the pixel
 # (-1, 0), which does not exist: 1 in one corner, 89.8 in the opposite one of 64 x 64, a smooth
@@ -12,7 +12,7 @@
 # the nearest background pixel are (-1, 0), which NumPy reads as the last row. The manual does
 # not mention it. The sister functions give -1 (cdt) and 1e154 (bf), OpenCV 3e38, edt inf, so
 # all of them are easily found. MONAI's distance_transform_edt is SciPy's on a CPU.
-# Cure: test mask.all() first, or np.pad(mask, 1) if the image's border counts as background.
+# Workaround: test mask.all() first, or np.pad(mask, 1) if the image's border counts as background.
 #
 # Output seen (the four corners of a crop of a disk):
 #   inside, distances of the whole image: [55.0, 55.6, 55.6, 56.4]

@@ -3,14 +3,14 @@
 # model that is.
 #
 # Versions: scipy 1.17.1, scikit-learn 1.9.1, numpy 2.4.6.
-# Guess: statistics are calculated in float64, so the type of the scores is of no importance.
+# Expected: statistics are calculated in float64, so the type of the scores is of no importance.
 # Behavior: ttest_rel subtracts in the type that it gets and converts only the differences. In
 # uint8 the difference 0 - 1 is 255, so t is positive in both orders: with one flag an image, 1
 # for a right class, the worse model wins with p < 1e-24. Flags in bool raise an error, which is
 # what leads to uint8. The same holds for ratings, areas, and counts in unsigned integers. The
 # independent t-test, Wilcoxon's, and correlations are right. In scikit-learn median_absolute_error
 # and max_error have the same fault, its other errors not. No reference page mentions a type.
-# Cure: convert scores and maps with astype(float) first.
+# Workaround: convert scores and maps with astype(float) first.
 #
 # Output seen (scikit-learn: an 8-bit map that is off by at most 10):
 #   accuracy of 1000 images: first 0.681, second 0.741

@@ -3,7 +3,8 @@
 # that happens to depends on where Python puts its objects.
 #
 # Versions: shap 0.51.0, opencv-python-headless 5.0.0.93, numpy 2.4.6, CPython.
-# Guess: maskers.Image("blur(...)") hides pixels by a blurred copy of the image that they belong to.
+# Expected: maskers.Image("blur(...)") hides pixels by a blurred copy of the image that they
+# belong to.
 # Behavior: the blurred copy is kept together with the id() of the flattened image. That array lives
 # for one call, and Python gives its address, and so the id, to the next one. If the next image
 # has it, the blur of the earlier image counts as its own: the hidden part of a black image is
@@ -12,7 +13,7 @@
 # the masker several times an image and mixes up single images (one in each of two sets of 30, none
 # in a set of 40): their expected value is another image's, their map belongs to neither. No
 # message.
-# Cure: a new masker, and a new Explainer, for each image.
+# Workaround: a new masker, and a new Explainer, for each image.
 #
 # Output seen (40 images of one gray level each, 0 to 0.975; their hidden middle):
 #   one masker             [0.    0.025 0.05  0.075 0.1  ] ...; of another image: 0%

@@ -3,16 +3,16 @@
 # nothing is masked, and its explanation is of the black image.
 #
 # Versions: shap 0.51.0, opencv-python-headless 5.0.0.93, numpy 2.4.6.
-# Guess: maskers.Image(mask_value, shape) replaces the hidden pixels and returns the others as they
-# are, in any range of values, as it does for "blur(...)" and for a constant. The values add up to
-# the model's output: expected value + sum of the SHAP values = f(image).
+# Expected: maskers.Image(mask_value, shape) replaces the hidden pixels and returns the others as
+# they are, in any range of values, as it does for "blur(...)" and for a constant. The values add
+# up to the model's output: expected value + sum of the SHAP values = f(image).
 # Behavior: for "inpaint_telea" and "inpaint_ns" the whole image passes through uint8. In 0..1 all
 # pixels become 0 (a pixel of exactly 1 stays), normalized ones 0, 1, 2 or 254, 255. Only the image
 # with everything hidden gets its true mean color. All other images given to the model are black,
 # the unmasked one too, so the values explain f(black) - f(mean color), and no pixel differs from
 # its neighbor. The values do not add up to f(image), which is not checked. The documentation's
 # example uses 0..255; no range is named.
-# Cure: images in 0..255, scaled within the model function, or "blur(...)".
+# Workaround: images in 0..255, scaled within the model function, or "blur(...)".
 #
 # Output seen (f: brightness of the object, 6 % of the image; f(image), sum of expected value and
 # SHAP values, share of absolute SHAP values on the object):

@@ -3,7 +3,7 @@
 # and a mask is at least 0.5 everywhere.
 #
 # Versions: SimpleITK 2.5.7, numpy 2.4.6.
-# Guess: image * 0.5 computes with 0.5. It rounds at the end if the result has the type of the
+# Expected: image * 0.5 computes with 0.5. It rounds at the end if the result has the type of the
 # image, as in OpenCV and in SimpleITK's own ShiftScale, or is float, as in NumPy. A comparison
 # with 0.5 is one with 0.5.
 # Behavior: of integer images the constant becomes an integer of that type, toward zero, before
@@ -13,7 +13,7 @@
 # Overlays, brightness, gamma and weighted sums of maps are wrong without a message; the same
 # lines are right for float images. Signatures say "double constant". Known upstream
 # (SimpleITK pull request 2728, open in September 2026).
-# Cure: sitk.Cast(image, sitk.sitkFloat32) before any constant; ShiftScale; or NumPy.
+# Workaround: sitk.Cast(image, sitk.sitkFloat32) before any constant; ShiftScale; or NumPy.
 #
 # Output seen (means: NumPy, SimpleITK on 8 bits, SimpleITK on the same image in float32):
 #   image * 0.5                        60.20    0.00   60.20

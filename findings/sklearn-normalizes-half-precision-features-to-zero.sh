@@ -2,14 +2,14 @@
 # scikit-learn: normalize and Normalizer turn float16 features longer than 256 into zeros.
 #
 # Versions: scikit-learn 1.9.1, scipy 1.17.1, numpy 2.4.6.
-# Guess: features stored in half precision are normalized as the same numbers in single
+# Expected: features stored in half precision are normalized as the same numbers in single
 # precision, up to rounding; a length of 300 is far from float16's largest number, 65504.
 # Behavior: the sum of squares is a float16. From a length of 256 on it is infinite, and the row
 # divided by infinity is zero: no warning, no nan. In 768 dimensions a standard deviation of 9.3
 # is enough; patch tokens of high norm and features before the last LayerNorm get there. The
 # zero rows are each other's nearest neighbors (distance 0, all others 1), so k-NN and linear
 # probe guess. cosine_similarity and metric="cosine" convert to float64 and are right.
-# Cure: features.astype(np.float32) first.
+# Workaround: features.astype(np.float32) first.
 #
 # Output seen (features of ten classes, 768 dimensions, lengths from 100 to 500):
 #   float16: 59% of rows are zero; accuracy 0.47 by k-NN, 0.47 by a linear probe

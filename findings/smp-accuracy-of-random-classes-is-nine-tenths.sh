@@ -4,14 +4,14 @@
 #
 # Versions: segmentation-models-pytorch 0.6.0, torch 2.14.1, torchvision 0.29.1, timm 1.0.31,
 # scikit-learn 1.9.1, numpy 2.4.6.
-# Guess: accuracy after get_stats(mode="multiclass") is pixel accuracy, and the IoU averaged
+# Expected: accuracy after get_stats(mode="multiclass") is pixel accuracy, and the IoU averaged
 # over classes and images ("macro-imagewise") leaves out classes that an image does not show.
 # Behavior: accuracy counts true negatives too, and of 21 classes a wrong pixel is still right
 # about 19. Every reduction gives a number from 0.90 to 1, and ten points of pixel accuracy
 # become one. "macro" IoU is right, but the imagewise mean gives each class that is neither
 # shown nor predicted a 1. So most of it is for absent classes: it prefers masks without any
 # object to half of each object and five stray pixels. It is the same for F1 and recall.
-# Cure: recall with reduction="micro" is pixel accuracy; "macro" for the IoU.
+# Workaround: recall with reduction="micro" is pixel accuracy; "macro" for the IoU.
 #
 # Output seen (accuracy: smp, scikit-learn; IoU: smp macro, scikit-learn, smp macro-imagewise):
 #   random classes            0.909 0.049   0.020 0.020 0.004

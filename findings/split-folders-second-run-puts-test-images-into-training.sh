@@ -3,8 +3,9 @@
 # many test images are training images, too.
 #
 # Versions: split-folders 0.6.1, Pillow 13.0.0, numpy 2.4.6.
-# Guess: a run makes the split of what is in the input folder now: it empties the output folder, or
-# refuses one that is not empty. As seed and ratio are fixed, a new image moves few of the others.
+# Expected: a run makes the split of what is in the input folder now: it empties the output
+# folder, or refuses one that is not empty. As seed and ratio are fixed, a new image moves few of
+# the others.
 # Behavior: it adds files and removes none, without a word. The sorted names of a class are
 # shuffled by the seed, so a name that comes in or goes away shifts all names behind it to other
 # places, and what changes its split lies in the old one as well. The test folder grows, and the
@@ -12,7 +13,7 @@
 # What was deleted from the input, or moved to its right class, stays where it was, too. Nothing is
 # twice in one folder, so nothing shows. The manual says only that the output folder is made if it
 # does not exist.
-# Cure: remove the output folder before each run.
+# Workaround: remove the output folder before each run.
 #
 # Output seen (5 classes of 100 random images; accuracy of the nearest training image; chance 0.2):
 #   first run                    train 400, test  50, in both   0, accuracy 0.20

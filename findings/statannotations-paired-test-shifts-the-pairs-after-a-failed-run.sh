@@ -4,14 +4,14 @@
 #
 # Versions: statannotations 0.7.2, seaborn 0.13.2, matplotlib 3.11.2, pandas 3.1.1,
 # scipy 1.17.1, numpy 2.4.6.
-# Guess: a row of the table is a seed and a column a method, so the paired t-test under the
+# Expected: a row of the table is a seed and a column a method, so the paired t-test under the
 # boxes compares runs of one seed; a seed that one method lacks is left out.
 # Behavior: the annotator drops the nan of each column by itself and pairs what is left by its
 # position. If both columns miss as many runs, of different seeds, all pairs between the two
 # gaps are of different seeds, without a warning; nan_policy="omit" is too late to help. Two
 # failed runs of 24 move p from 8e-06 to 0.08. (If one column misses more, SciPy raises.) In a
 # long table the pairs follow the order of the rows, as the runs finished.
-# Cure: table.dropna() of the compared columns; sort a long table by seed.
+# Workaround: table.dropna() of the compared columns; sort a long table by seed.
 #
 # Output seen (accuracy of two methods for 12 seeds):
 #   all runs           annotated p = 8e-06 **** by seed: 8e-06

@@ -4,8 +4,8 @@
 #
 # Versions: mosaicml-streaming 0.13.0, torch 2.14.1, torchvision 0.29.1, transformers 4.57.6,
 # numpy 2.1.3.
-# Guess: StreamingDataLoader counts the samples it gave out, and load_state_dict goes on behind the
-# last of them, whatever a sample looks like; the loader knows its batch size.
+# Expected: StreamingDataLoader counts the samples it gave out, and load_state_dict goes on
+# behind the last of them, whatever a sample looks like; the loader knows its batch size.
 # Behavior: it counts by looking into each batch: the length of the first value of a dict, of the
 # first element of a tuple or list. For (images, labels) that is the batch size. Self-supervised
 # samples start with their views, and the default collate function makes ([view, view], labels) of
@@ -13,7 +13,7 @@
 # 2 n images count as seen, so a resumed epoch is nearly a whole one. With more crops than images
 # in the batch, it begins too late. {"views": ..., "label": ...} does the same, the other order of
 # the two keys does not. The documentation asks for no order of what is in a batch.
-# Cure: a tensor first; or a subclass with _get_batch_size.
+# Workaround: a tensor first; or a subclass with _get_batch_size.
 #
 # Output seen (64 images, batches of 8, stopped and resumed after 4 batches):
 #   batch                   counted  seen  then  seen twice  never seen

@@ -3,13 +3,13 @@
 #
 # Versions: supervision 0.31.2, pycocotools 2.0.11, scikit-image 0.26.0, numpy 2.4.6,
 # opencv-python-headless 5.0.0.93.
-# Guess: mask_to_xyxy returns the box of pycocotools, OpenCV and scikit-image: x2 and y2
+# Expected: mask_to_xyxy returns the box of pycocotools, OpenCV and scikit-image: x2 and y2
 # are one past the last pixel, so that the areas of box and mask agree.
 # Behavior: x2 and y2 are the last pixel (as in torchvision's masks_to_boxes), while
 # box_iou_batch and Detections.box_area use x2 - x1 as the width. At image resolution
 # this costs one pixel. On a 14 x 14 patch grid, where attention masks live, a box of
 # 2 x 3 patches keeps a third of its area, and an object of one patch has IoU 0 with
-# itself, without a warning. Cure: upsample the mask first, or add 1 to x2 and y2.
+# itself, without a warning. Workaround: upsample the mask first, or add 1 to x2 and y2.
 #
 # Output seen:
 #   1 x 1 patches: IoU with itself 0.00, with the true box 0.00, area 0 of 1

@@ -3,7 +3,7 @@
 # labels, the validation objects have wrong names.
 #
 # Versions: supervision 0.31.2, numpy 2.4.6, opencv-python-headless 5.0.0.93.
-# Guess: names become numbers by sorted(), so splits that show the same classes number them
+# Expected: names become numbers by sorted(), so splits that show the same classes number them
 # alike, as the folders of ImageFolder do, and as from_labelme and from_createml of this package.
 # Behavior: from_pascal_voc numbers classes as they appear, image after image, so the first
 # pictures of each split decide. train.as_yolo and val.as_yolo then write numbers of two
@@ -11,7 +11,7 @@
 # objects with permuted names. The same happens without files, if a model trained on the
 # numbers of train is scored against the Detections of val. Each split by itself is right, and
 # so are sets with one class. No warning.
-# Cure: DetectionDataset.merge([train, val]), which numbers by sorted names.
+# Workaround: DetectionDataset.merge([train, val]), which numbers by sorted names.
 #
 # Output seen:
 #   train: ['dog', 'cat', 'bird', 'cow']

@@ -4,7 +4,7 @@
 #
 # Versions: Pillow 13.0.0, opencv-python-headless 5.0.0.93, tifffile 2026.3.3, imageio 2.38.1,
 # scikit-image 0.26.0, SimpleITK 2.5.7, rasterio 1.4.4, numpy 2.4.6.
-# Guess: readers of a TIFF with one channel agree on the numbers that are stored.
+# Expected: readers of a TIFF with one channel agree on the numbers that are stored.
 # Behavior: a tag says whether 0 is drawn black or white. ImageJ writes "white" for masks with
 # its inverting table, which its binary commands make, and scanners do so for line drawings.
 # Pillow and OpenCV then return 255 - value, but only for 8 bits: a label mask of 16 bits
@@ -12,7 +12,7 @@
 # stored in any case. So a mask made and checked with one group is the mask of the background
 # in a loader of the other, and a folder of label masks in both depths is half wrong. A model
 # trained on such masks learns the background; no step warns.
-# Cure: read masks with tifffile, or write them once more with photometric="minisblack".
+# Workaround: read masks with tifffile, or write them once more with photometric="minisblack".
 #
 # Output seen (background and object as read):
 #   Pillow        mask 255   0, label in 8 bits 255 252, in 16 bits   0   3

@@ -4,14 +4,14 @@
 #
 # Versions: timm 1.0.31, torch 2.14.1, torchvision 0.29.1, datasets 5.2.0, Pillow 13.0.0,
 # numpy 2.4.6.
-# Guess: CLASS/ folders are numbered by sorted(), so labels, predictions and the head of a
+# Expected: CLASS/ folders are numbered by sorted(), so labels, predictions and the head of a
 # checkpoint mean the same in every package; a folder's images are those Pillow reads.
 # Behavior: timm sorts naturally: 2 before 10, b before C. Labels agree for WordNet ids, all of
 # one length, but not for classes named by numbers, by class_1 .. class_10 or with a
 # capital. A head trained with one package is evaluated with permuted labels in the other.
 # And only .png, .jpg and .jpeg count: .webp, .bmp and .tif are left out silently,
 # where torchvision and datasets read them.
-# Cure: class_map=FILE; timm.data.set_img_extensions for further suffixes.
+# Workaround: class_map=FILE; timm.data.set_img_extensions for further suffixes.
 #
 # Output seen (classes in the order of their numbers; images found of six suffixes):
 #   torchvision  1 10 2 Cat ant bee           6

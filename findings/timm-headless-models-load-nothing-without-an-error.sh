@@ -2,7 +2,7 @@
 # timm: a ViT without its head is "loaded" from a file of which nothing fits.
 #
 # Versions: timm 1.0.31, torch 2.14.1, torchvision 0.29.1.
-# Guess: create_model(pretrained=True) with a file refuses missing weights, with the head or
+# Expected: create_model(pretrained=True) with a file refuses missing weights, with the head or
 # without it (num_classes=0, the way to get features), as load_state_dict does.
 # Behavior: with the head it does. num_classes=0 differs from the 1000 of the model's
 # config, so timm loads with strict=False, to tolerate the file's head, and tolerates
@@ -10,7 +10,7 @@
 # weight is loaded. A log line lists names that it did not expect; of missing ones, such as
 # a block that the file lacks, it says nothing. Features are those of a random network, and
 # other ones at each call. Models whose config has num_classes=0 (DINOv2) load strictly.
-# Cure: strip the prefix, and compare a weight before and after; or load_state_dict.
+# Workaround: strip the prefix, and compare a weight before and after; or load_state_dict.
 #
 # Output seen (weights that are the file's, of 152, 150 without head):
 #   names as in timm    head 152   no head 150

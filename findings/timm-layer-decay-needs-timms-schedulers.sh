@@ -3,7 +3,7 @@
 # first loses the exemptions from weight decay, too.
 #
 # Versions: timm 1.0.31, torch 2.14.1, torchvision 0.29.1, numpy 2.4.6.
-# Guess: create_optimizer_v2(model, lr=1e-3, layer_decay=0.65), the recipe for fine-tuning a
+# Expected: create_optimizer_v2(model, lr=1e-3, layer_decay=0.65), the recipe for fine-tuning a
 # masked autoencoder, returns an optimizer whose lower layers learn more slowly, whatever
 # schedules it; torch's schedulers keep the ratios of the groups. Compiled or in DDP the model
 # gets the same groups: their names only have another prefix.
@@ -14,7 +14,7 @@
 # of a model that torch.compile or DDP has wrapped no layer is recognized, which a log line
 # tells, nor any name in no_weight_decay(), which none tells: position embedding and class token
 # decay, also without layer decay.
-# Cure: multiply lr by lr_scale in each group at once; make the optimizer before wrapping.
+# Workaround: multiply lr by lr_scale in each group at once; make the optimizer before wrapping.
 #
 # Output seen (lr of patch embedding, third block and head; weight decay of the positions):
 #   timm's scheduler       3.7e-06 1.3e-05 1.0e-03   0.00

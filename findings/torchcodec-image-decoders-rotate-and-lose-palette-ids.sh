@@ -3,13 +3,13 @@
 #
 # Versions: torchcodec 0.17.0, torchvision 0.29.1 (whose decoders warn that they are
 # superseded), torch 2.14.1, Pillow 13.0.0, numpy 2.4.6.
-# Guess: the same function of the same name gives the same tensor.
+# Expected: the same function of the same name gives the same tensor.
 # Behavior: (1) torchcodec applies the EXIF orientation of JPEG, PNG and WebP, always:
 # there is no argument for it, where torchvision's and Pillow's readers leave the image as
 # it is stored. Photographs turn by 90 degrees, and boxes, masks and attention maps made
 # of the stored pixels no longer fit; with square crops nothing fails. (2) mode="UNCHANGED"
 # of a palette PNG gives the colors in torchcodec and the indices in torchvision: the ids
-# of a label mask in VOC's format cannot be read. Cure: Pillow for masks; for photographs
+# of a label mask in VOC's format cannot be read. Workaround: Pillow for masks; for photographs
 # remove the orientation tag, or make maps with the reader that training uses.
 #
 # Output seen:

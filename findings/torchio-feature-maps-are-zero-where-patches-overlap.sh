@@ -3,7 +3,7 @@
 # everywhere; 8-bit maps averaged over the overlap wrap around.
 #
 # Versions: torchio 1.2.1, torch 2.14.1, numpy 2.4.6.
-# Guess: GridAggregator(sampler, downsampling_factor=16) is made for models whose output is
+# Expected: GridAggregator(sampler, downsampling_factor=16) is made for models whose output is
 # coarser than their input, as a ViT's patch features are. With any overlap of the sampler it
 # returns what the model returns for the whole volume, if the model is local.
 # Behavior: in the default mode "crop" half of the overlap is cut off each patch in voxels of
@@ -12,7 +12,7 @@
 # side, 2 of them overlap) nothing is left: the whole map is 0. The modes "average" and "hann"
 # raise an error with a factor. Without a factor "average" adds in the type of the patches: a
 # saliency map in 8 bits exceeds 255 where patches overlap and starts again at 0.
-# Cure: aggregator.patch_overlap = sampler.patch_overlap // factor; float maps.
+# Workaround: aggregator.patch_overlap = sampler.patch_overlap // factor; float maps.
 #
 # Output seen (a volume of 128 x 128 x 128, model: means of cells):
 #   patch 64, overlap  0, factor 16: zero   0.0 %, right 100.0 %; cured: right 100.0 %

@@ -3,7 +3,7 @@
 # one.
 #
 # Versions: torchmetrics 1.9.0, torch 2.14.1, scikit-learn 1.9.1, numpy 2.4.6.
-# Guess: AdjustedRandScore agrees with scikit-learn for any number of samples, as torchmetrics'
+# Expected: AdjustedRandScore agrees with scikit-learn for any number of samples, as torchmetrics'
 # RandScore and FowlkesMallowsIndex do.
 # Behavior: the products of counts of pairs are taken in int64. They grow with N ** 4 and pass
 # 2 ** 63 soon after N = 55,000, sooner for few clusters than for many. Clusters of the 50,000
@@ -11,7 +11,7 @@
 # warning. Most results are absurd, some are not: in the size of SVHN's extra images,
 # clusters of which 30 % follow the classes score 0.65 instead of 0.09, better than ones of
 # 60 %. scikit-learn multiplies in Python's integers.
-# Cure: sklearn.metrics.adjusted_rand_score.
+# Workaround: sklearn.metrics.adjusted_rand_score.
 #
 # Output seen (share of samples in the cluster of their class, the others anywhere;
 # torchmetrics, scikit-learn; torchmetrics' Rand score, scikit-learn's):

@@ -3,13 +3,13 @@
 # by image it depends on which of them stay below 1.
 #
 # Versions: torchmetrics 1.9.0, torch 2.14.1, scikit-learn 1.9.1, numpy 2.4.6.
-# Guess: AUROC and average precision are ranks, so maps in [0, 1], the same in 8 bits and
+# Expected: AUROC and average precision are ranks, so maps in [0, 1], the same in 8 bits and
 # the same times 5 give the same value, as in scikit-learn.
 # Behavior: scores are taken for logits as soon as one lies outside [0, 1], and pass through
 # a sigmoid, which in fp32 is 1 from 17 on: nearly all levels of 8 bits tie. With
 # thresholds=200, which saves memory, it is far below chance. The decision is made for each
 # update: raw attention maps, one update an image, are squashed or not by their own maximum,
-# and no longer compare with each other. No warning. Cure: scale all maps to [0, 1] by one
+# and no longer compare with each other. No warning. Workaround: scale all maps to [0, 1] by one
 # factor first.
 #
 # Output seen (AUROC: torchmetrics, with thresholds=200, scikit-learn; average precision:

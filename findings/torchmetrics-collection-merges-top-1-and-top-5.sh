@@ -3,7 +3,7 @@
 # they agree on the first batch, as they do before training.
 #
 # Versions: torchmetrics 1.9.0, torch 2.14.1, numpy 2.4.6.
-# Guess: metrics are merged to save work only where their arguments allow it.
+# Expected: metrics are merged to save work only where their arguments allow it.
 # Behavior: after the first update() the collection compares states, not arguments. Equal states
 # become one, and from then on only the first metric of a group is updated. An untrained head
 # seldom has the right class among its five best: of 1000 classes, nearly nine of ten first
@@ -12,7 +12,7 @@
 # averages over fewer classes.) Likewise two thresholds, if the first map has no value in between.
 # The reference explains groups by precision and recall and names no condition. forward() does not
 # merge; average="micro" does not either, as the states differ in shape.
-# Cure: compute_groups=False.
+# Workaround: compute_groups=False.
 #
 # Output seen (5000 images in batches of 32):
 #   top1, top5: new                  0.239 0.464

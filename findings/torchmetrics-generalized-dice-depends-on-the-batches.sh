@@ -3,7 +3,7 @@
 # of one class it is the share of images that show the class.
 #
 # Versions: torchmetrics 1.9.0, torch 2.14.1, numpy 2.4.6.
-# Guess: a mean over images, so neither batch size nor order matters, as in DiceScore and
+# Expected: a mean over images, so neither batch size nor order matters, as in DiceScore and
 # MeanIoU; perfect masks score 1, for each class too.
 # Behavior: a class that an image lacks has the weight 1 / 0. It is replaced by a weight that
 # comes from other images of the batch, and not always from the same class. With 21 classes
@@ -11,7 +11,7 @@
 # 0.81 for one image at a time, 0.67 for all at once, another value for each order. With
 # per_class=True an image without the class counts as 0, so perfect masks of a rare class
 # score near 0. weight_type="linear" is free of the first.
-# Cure: one image an update, or MONAI's metric.
+# Workaround: one image an update, or MONAI's metric.
 #
 # Output seen (60 masks; batches of 1, 8, 60, and 60 in another order):
 #   GeneralizedDiceScore, square  0.809 0.799 0.665 0.653

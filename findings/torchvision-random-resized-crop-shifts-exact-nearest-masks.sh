@@ -3,7 +3,7 @@
 # patch grid the mask is half a patch off its image.
 #
 # Versions: torchvision 0.29.1, torch 2.14.1.
-# Guess: an image and its mask, cropped and resized by one call with interpolation=NEAREST_EXACT,
+# Expected: an image and its mask, cropped and resized by one call with interpolation=NEAREST_EXACT,
 # stay aligned: of a mask passed as image and as Mask the same pixels come back.
 # Behavior: that holds for Resize, ScaleJitter, RandomResize and RandomShortestSize. But
 # RandomResizedCrop, the crop of self-supervised training, does not pass the argument on for
@@ -11,7 +11,7 @@
 # move down and to the right by nearly half a cell of the output. At image size this is
 # under a pixel; for masks on the grid of 14 x 14 patches it is half a patch, and a fifth
 # of the object disagrees with the image. functional.resized_crop does the same. No warning.
-# Cure: pass the mask as tv_tensors.Image when the interpolation is NEAREST_EXACT.
+# Workaround: pass the mask as tv_tensors.Image when the interpolation is NEAREST_EXACT.
 #
 # Output seen (circles in 224 pixels; IoU of Mask and Image, shift in cells of the output):
 #   14 cells, Resize: IoU 1.000, shift 0.00; RandomResizedCrop: IoU 0.805, shift 0.49

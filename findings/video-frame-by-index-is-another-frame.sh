@@ -3,7 +3,7 @@
 # than the i-th read in order; some come twice, the last ones never.
 #
 # Versions: imageio 2.38.1, av 18.1.0, opencv-python-headless 5.0.0.93, numpy 2.4.6.
-# Guess: imread(video, index=i, plugin="pyav") is the i-th frame of imiter, as its argument
+# Expected: imread(video, index=i, plugin="pyav") is the i-th frame of imiter, as its argument
 # constant_framerate=None reads "from the container format" whether frames are evenly spaced.
 # Behavior: the flag it reads belongs to formats as they are written; MP4 and Matroska being read
 # lack it, and their videos count as evenly spaced. The key frame before i gets its number from
@@ -11,7 +11,7 @@
 # so the frame returned lies as many before. In a clip whose times start at 0.48 s (a segment of
 # a longer recording), frames 2 to 12 are all frame 0, the rest are 12 early. Up to the second key
 # frame all may be right. OpenCV's CAP_PROP_POS_FRAMES fails for dropped frames only.
-# Cure: constant_framerate=False (slow), or read in order.
+# Workaround: constant_framerate=False (slow), or read in order.
 #
 # Output seen (60 frames, every 12th a key frame: right by index, and what imageio returns):
 #                     imageio  not constant  OpenCV

@@ -3,14 +3,14 @@
 # reads the training images, and the option against it is ignored.
 #
 # Versions: webdataset 1.0.2, numpy 2.4.6.
-# Guess: a cached shard belongs to its URL, so train/000000.tar and val/000000.tar, the usual
+# Expected: a cached shard belongs to its URL, so train/000000.tar and val/000000.tar, the usual
 # names, are two shards.
 # Behavior: the file in the cache is named after the last part of the URL alone. Whatever is read
 # second under the same name is the first shard again: validation scores are training scores,
 # and a data set whose folders each count from 0 consists of repeats of its first folder. The
 # sample's __url__ still names the shard that was asked for. The FAQ advises url_to_name=...;
 # WebDataset takes this option and does nothing with it.
-# Cure: a cache_dir for each folder. Shards on a local disk are never cached, so a test with
+# Workaround: a cache_dir for each folder. Shards on a local disk are never cached, so a test with
 # local files does not show it.
 #
 # Output seen (sample, where it says it is from):

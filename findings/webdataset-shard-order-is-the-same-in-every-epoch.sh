@@ -3,13 +3,13 @@
 # epochs of a set length never reach the last shards.
 #
 # Versions: webdataset 1.0.2, numpy 2.4.6.
-# Guess: without a seed every loop takes the shards in a new order, as .shuffle() does with samples
-# and as shardshuffle itself did in older versions.
+# Expected: without a seed every loop takes the shards in a new order, as .shuffle() does with
+# samples and as shardshuffle itself did in older versions.
 # Behavior: WebDataset draws a seed when it is made and restarts its shuffle of the shards from it
 # in every loop, also with .repeat() and with_epoch(). The buffer of .shuffle() mixes neighbors
 # only, so shards packed class by class come in one order of classes forever; where
 # with_epoch() or a break ends the epoch early, the same classes are left out of all of them.
-# Cure: a DataPipeline with wds.shuffle() after the list of shards, or resampled=True.
+# Workaround: a DataPipeline with wds.shuffle() after the list of shards, or resampled=True.
 # (detshuffle=True counts its epochs in the process that reads: in DataLoader workers that are
 # started for each epoch it does not help.)
 #

@@ -4,7 +4,7 @@
 #
 # Versions: zarr 3.1.6 (the latest for Python 3.11; the source of 3.4.2 reads alike), numcodecs
 # 0.16.6, numpy 2.4.6; formats 2 and 3.
-# Guess: append makes an array longer for whoever opens its group next. Consolidated metadata, a
+# Expected: append makes an array longer for whoever opens its group next. Consolidated metadata, a
 # copy of all shapes in the root that makes opening quick, is kept up to date, or append refuses.
 # Behavior: append and resize write the array's own metadata and leave the copy as it is, while
 # open_group takes the copy, by default and also for writing. So the next session finds the
@@ -13,7 +13,7 @@
 # Maps and features that are made in sessions or by resumed jobs lose all parts but the first and
 # the last; read by the group, the last is missing, too. Data sets written by xarray have such a
 # copy by default. The manual says that readers may see a past state, not that rows get lost.
-# Cure: open_group(use_consolidated=False) for writing, then consolidate_metadata again.
+# Workaround: open_group(use_consolidated=False) for writing, then consolidate_metadata again.
 #
 # Output seen (rows of sessions 1 to 4, of 100 each; length seen by each append; both formats):
 #   not consolidated        2: 200, 3: 300, 4: 400
