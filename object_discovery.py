@@ -50,7 +50,8 @@ from attg.evaluation import (
     open_encoder,
 )
 from attg.figures import save_map_sheet
-from attg.files import sha256, sha256_of
+from attg.files import sha256
+from attg.images import sha256_of
 from attg.kernels import normalize_map
 from attg.log import describe_files, log_line, print_table
 from attg.map_job import SquashedImages, run_job

@@ -17,12 +17,6 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_of(*parts):
-    """Hex digest of the strings of all parts."""
-    text = "\0".join(map(str, parts))
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
-
-
 def sha256_or_errno(path):
     """sha256, or the number of the OSError that reading raises."""
     try:

@@ -1,7 +1,4 @@
-"""
-Samples of images: decoding, conversion to 8 bits, random crops as functions of seeds, and
-data sets of them.
-"""
+"""Samples of images: decoding, 8 bits, random crops by seeds, and data sets of them."""
 
 import functools
 import hashlib
@@ -24,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from attg.files import in_threads, sha256_of, sha256_or_errno
+from attg.files import in_threads, sha256_or_errno
 
 BICUBIC = Image.Resampling.BICUBIC
 # Area fraction and aspect ratio of a random crop, as in MAE's pre-training.
@@ -32,10 +29,8 @@ CROP_SCALE = (0.2, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 # Images with more pixels are not decoded. That many take 0.4 GB in RGB, 1.7 GB as floats.
 MAX_PIXELS = 100_000_000
-# Data sets of more files are identified by the contents of 1,000 of them.
-MAX_VERIFIED, SAMPLE = 10_000, 1000
-# PIL's mode by number of channels.
-MODES = {1: "L", 3: "RGB"}
+MAX_VERIFIED, SAMPLE = 10_000, 1000  # of more files the contents of 1,000 count
+MODES = {1: "L", 3: "RGB"}  # PIL's, by number of channels
 
 
 # -- Seeds -----------------------------------------------------------------------------
@@ -49,6 +44,12 @@ def seed_for(*parts):
     plain = [part if isinstance(part, str) else int(part) for part in parts]
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def sha256_of(*parts):
+    """Hex digest of the strings of all parts."""
+    text = "\0".join(map(str, parts))
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def generator_for(*parts):
@@ -302,8 +303,7 @@ class ImageData(Dataset):
             self.size = self.size, self.size
         if self.augment is True:
             self.augment = train_view
-        # 1 % may be unreadable, and at least one.
-        self.max_unreadable = max(1, self.num_images / 100)
+        self.max_unreadable = max(1, self.num_images / 100)  # 1 %, and at least one
         # In shared memory: all workers and their parent see what one of them marks.
         self.unreadable = torch.zeros(self.num_images, dtype=torch.bool).share_memory_()
 
@@ -428,7 +428,7 @@ class ImageData(Dataset):
             parts += self.map_files(sha256_or_errno, step)
             if self.verify and step > 1:
                 full = f":{sha256_of(*self.map_files(sha256_or_errno))}"
-        elif len(self) and self.names[0].startswith("data/"):
+        elif self.num_images and self.names[0].startswith("data/"):
             # No image is read: a file that is opened here would be shared by all workers.
             source, rows = self.pairs, [*([] if labels is None else labels)]
             while isinstance(source, Subset):

@@ -22,8 +22,7 @@ from attg.distributed import barrier, broadcast_from_rank0, exclusive_run
 from attg.export import timm_arguments
 from attg.features import knn_accuracy
 from attg.figures import panels_of, plot_panels
-from attg.files import sha256_of
-from attg.images import ImageData, generator_for
+from attg.images import ImageData, generator_for, sha256_of
 from attg.loader import default_workers, make_loader
 from attg.log import Log, Meter, progress, read_log
 from attg.map_job import refuse_random
