@@ -251,6 +251,10 @@ class Log:
         if start < run.total_steps:
             # Of another run or of earlier steps: an evaluation would take it for this one's.
             self.path.with_name("encoder.pt").unlink(missing_ok=True)
+        last = f"epoch{start // run.steps_per_epoch:04d}.pt"
+        saved = sorted(path.name for path in self.path.parent.glob("epoch*.pt"))
+        if saved and saved[-1] > last:
+            self.info(f"--out {run.cfg.out}: {saved[-1]} is of an earlier run")
 
 
 @dataclasses.dataclass

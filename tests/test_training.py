@@ -564,7 +564,7 @@ def test_data_may_move(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["replaced", "added", "maps"])
-def test_a_run_never_continues_on_other_data(change, tmp_path):
+def test_a_run_never_continues_on_other_data(change, tmp_path, capsys):
     settings = make_data(tmp_path) | {"epochs": 2}
     if change != "maps":
         settings |= {"maps": None, "guidance": "none"}
@@ -586,8 +586,11 @@ def test_a_run_never_continues_on_other_data(change, tmp_path):
     # encoder.pt never stands for a run that has not finished.
     assert torch.load(out / "encoder.pt")["config"]["seed"] == 0
     train(out, **settings)
+    (out / "epoch0002.pt").touch()  # of --keep_ckpt_every
+    capsys.readouterr()
     with stop_after(7):
         train(out, **settings, seed=1, resume="none")
+    assert "epoch0002.pt is of an earlier run" in capsys.readouterr().out
     assert not (out / "encoder.pt").exists()
 
 
