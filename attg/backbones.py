@@ -164,6 +164,7 @@ class NamedViT(nn.Module):
         self.has_class_token = bool(last_names & {"cls_token", "class_embedding"})
         norm = getattr(getattr(model, "pooler", None), "layernorm", None)
         self.fc_norm = getattr(model, "fc_norm", norm) or nn.Identity()
+        self.norms_tokens = False
         # Tokens before those of the patches, in the last block and after it.
         imgs, L = torch.zeros(1, channels, *size), math.prod(self.cfg.grid)
         for tokens in (self.last_input(imgs)[0], self.tokens(imgs)[0]):
@@ -173,6 +174,12 @@ class NamedViT(nn.Module):
                 raise ValueError(f"not a plain ViT: {shape} tokens of {L} patches")
         # AIMv2's is a query of its pooling.
         self.has_class_token &= self.first > 0
+        norm, dims = getattr(model, "post_layernorm", None), []
+        if self.has_class_token and norm is not None:
+            # CLIP normalizes the class token alone, (B, D), BLIP and GIT all tokens.
+            with norm.register_forward_pre_hook(lambda _, x: dims.append(x[0].dim())):
+                self.tokens(imgs)
+            self.norms_tokens = 3 not in dims
 
     def normalize(self, imgs):
         """uint8 (B, C, H, W) -> normalized floats."""
@@ -189,8 +196,7 @@ class NamedViT(nn.Module):
             takes = resize in inspect.signature(model.forward).parameters
             output = model(imgs, **({resize: True} if takes else {}))
             tokens = output.last_hidden_state
-            if self.has_class_token and hasattr(model, "post_layernorm"):
-                # CLIP normalizes the class token only, and not in this output.
+            if self.norms_tokens:
                 tokens = model.post_layernorm(tokens)
             # Where there is a class token, ViT's pooler is a head for another task.
             return tokens, None if self.has_class_token else output.get("pooler_output")

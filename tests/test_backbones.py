@@ -139,6 +139,27 @@ def test_hugging_face(kind, tmp_path):
     assert close(model.normalize(pixels)[0, 1], (pixels[0, 1] / 255 - 0.2) / 0.5, 1e-5)
 
 
+def test_blip_2_normalizes_all_tokens_itself(tmp_path):
+    hf = transformers()
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"vocab_size": 9}
+    config = hf.Blip2Config(
+        vision_config=SIZES,
+        qformer_config=small | {"encoder_hidden_size": 32},
+        text_config=small | {"model_type": "opt", "word_embed_proj_dim": 32},
+    )
+    ref = shake(hf.Blip2Model(config), 0.05).eval()
+    ref.save_pretrained(tmp_path)
+    images = {"image_processor_type": "ViTImageProcessor", "size": 48}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    model, imgs = open_backbone(f"hf:{tmp_path}"), randn(2, 3, 48, 48)
+    want = ref.vision_model(imgs).last_hidden_state
+    got = model.forward_features(imgs)
+    assert close(got, want, 1e-5)
+    assert not close(got, ref.vision_model.post_layernorm(want), 1e-2)
+
+
 @pytest.mark.parametrize(
     "source, named",
     [
