@@ -1,11 +1,13 @@
-"""Atomic writes, checksums, requests for many files."""
+"""Atomic writes, checksums, requests for many files, reading in another process."""
 
 import contextlib
 import errno
 import hashlib
 import itertools
 import math
+import multiprocessing
 import os
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +38,27 @@ def in_threads(function, rows):
     with ThreadPoolExecutor(16) as pool:
         results = pool.map(lambda part: [function(row) for row in part], parts)
         return list(itertools.chain.from_iterable(results))
+
+
+def in_fork(function, *args):
+    """function(*args), which returns plain values or arrays, in a forked process.
+
+    Loader workers that are forked later would share the files that it opens, and read at
+    each other's positions. Where workers are not forked, it runs in this process.
+    """
+    if sys.platform != "linux":
+        return function(*args)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(function(*args)))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError as error:
+        raise ValueError("data: the process that read images has died") from error
+    finally:
+        process.join()
 
 
 @contextlib.contextmanager

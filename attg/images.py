@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from attg.files import in_threads, sha256_or_errno
+from attg.files import in_fork, in_threads, sha256_or_errno
 
 BICUBIC = Image.Resampling.BICUBIC
 # Area fraction and aspect ratio of a random crop, as in MAE's pre-training.
@@ -105,11 +105,8 @@ def to_8_bits(image, mode="RGB", white=None):
             reason = f"gray from {low:g} to {high:g} in mode {image.mode}, where"
             raise ValueError(f"{reason} black is 0, white is {default}; set --white")
         if white is None and default == 65535 and 0 < high < 16384:
-            warnings.warn(  # shown once
-                "a 16-bit image has no gray above 16383, and comes out dark; set the "
-                "level of white, --white 4095 for 12 bits",
-                stacklevel=2,
-            )
+            message = "a 16-bit image has no gray above 16383 and comes out dark: "
+            warnings.warn(f"{message}for 12 bits set --white 4095", stacklevel=2)
         white = white or default
         image = Image.fromarray(np.uint8(gray.clip(0, white) * (255 / white) + 0.5))
     if image.mode == "P" and "transparency" in image.info:
@@ -306,6 +303,14 @@ class ImageData(Dataset):
         self.max_unreadable = max(1, self.num_images / 100)  # 1 %, and at least one
         # In shared memory: all workers and their parent see what one of them marks.
         self.unreadable = torch.zeros(self.num_images, dtype=torch.bool).share_memory_()
+        # Whether there are labels. Single images may still have none, as in stl10.
+        self.labeled = self.known_labels is not None
+        if self.known_classes is not None:
+            self.labeled = self.known_classes > 0
+        elif not self.labeled:
+            # Now, while a data set from Python has no file open yet.
+            first = in_fork(self.read_labels, min(10, self.num_images))
+            self.labeled = first.max(initial=-1) >= 0
 
     def __len__(self):
         return self.num_images
@@ -369,16 +374,6 @@ class ImageData(Dataset):
                 print(message, end="", file=sys.stderr, flush=True)
 
     @functools.cached_property
-    def labeled(self):
-        """Whether there are labels. Single images may still have none, as in stl10."""
-        if self.known_classes is not None:
-            return self.known_classes > 0
-        try:
-            return self.known_labels is not None or self.read(0)[1] >= 0
-        except Exception:  # unreadable, see __getitem__
-            return True
-
-    @functools.cached_property
     def num_classes(self):
         if self.known_classes is not None:
             return self.known_classes
@@ -387,10 +382,15 @@ class ImageData(Dataset):
     @functools.cached_property
     def labels(self):
         """int64 (n,), -1 = none. Some data sets have to be read once to find them."""
-        if self.known_labels is not None:
-            return torch.as_tensor(self.known_labels, dtype=torch.int64)
-        labels = torch.full((len(self),), -1)
-        for i in range(len(self)):
+        labels = self.known_labels
+        if labels is None:
+            labels = in_fork(self.read_labels, len(self))
+        return torch.as_tensor(labels, dtype=torch.int64)
+
+    def read_labels(self, number):
+        """Labels of the first images of a data set from Python, in an array."""
+        labels = np.full(number, -1)
+        for i in range(number):
             try:
                 labels[i] = self.read(i)[1]
             except Exception as error:
@@ -429,7 +429,6 @@ class ImageData(Dataset):
             if self.verify and step > 1:
                 full = f":{sha256_of(*self.map_files(sha256_or_errno))}"
         elif self.num_images and self.names[0].startswith("data/"):
-            # No image is read: a file that is opened here would be shared by all workers.
             source, rows = self.pairs, [*([] if labels is None else labels)]
             while isinstance(source, Subset):
                 rows += map(int, source.indices)

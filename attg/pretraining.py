@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from attg.cli import DataFlags, RunFlags, WeightFlags, flag
+from attg.files import in_fork
 
 # Whether a resumed run may change a flag; see attg.cli.flag.
 FIXED, FREE = {"resume": "fixed"}, {"resume": "free"}
@@ -97,10 +98,15 @@ RULE = (
 def fit_size(dataset):
     """(image size, patch size) for vit_micro by the images; always 8 x 8 patches."""
     ids = torch.linspace(0, len(dataset) - 1, 9).long().tolist()
-    sides = []
-    for i in ids:
-        with contextlib.suppress(Exception):  # unreadable, which training reports
-            sides.append(min(dataset.read(i, 3)[0].size))
+
+    def read_sides():
+        sides = []
+        for i in ids:
+            with contextlib.suppress(Exception):  # unreadable, which training reports
+                sides.append(min(dataset.read(i, 3)[0].size))
+        return sides
+
+    sides = in_fork(read_sides)
     return (64, 8) if sides and statistics.median(sides) >= 64 else (32, 4)
 
 

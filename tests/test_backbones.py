@@ -141,6 +141,8 @@ def test_hugging_face(kind, tmp_path):
 
 def test_blip_2_normalizes_all_tokens_itself(tmp_path):
     hf = transformers()
+    if not hf.Blip2Model._supports_sdpa:
+        pytest.skip(f"BLIP-2 of transformers {hf.__version__} has no sdpa attention")
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     small |= {"vocab_size": 9}

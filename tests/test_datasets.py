@@ -41,6 +41,7 @@ from attg.images import Sample, eval_view, seed_for, train_view
 from attg.loader import make_loader
 from attg.log import describe_files
 from attg.maps import save_maps
+from attg.pretraining import fit_size
 from tests.fuzz import RANDOM, png, within
 from tests.helpers import (
     SMALL,
@@ -513,15 +514,17 @@ class Own:
         return noise(40, 40, i).convert("L" if i % 2 else "RGB"), self.values[i]
 
 
-def test_data_sets_from_python(tmp_path, capsys):
+def test_data_sets_from_python(tmp_path, capfd):
     own = Own([2, 0, 1, "bad", -1])
     data = open_data(own, size=32, augment=True, seed=1)
-    assert data.labeled and own.reads == 1 and open_data(own, "test") is None
+    # This process opens no files that loader workers would come to share.
+    assert data.labeled and fit_size(data) == (32, 4) and data.labels.max() == 2
+    assert own.reads == 0 and open_data(own, "test") is None
     assert len(data) == 5 and data[3, 4].image.shape == (3, 32, 32)
     write(tmp_path / "0.png", noise(40, 40, 0))
     assert data[0].image.equal(open_data(tmp_path, size=32)[0].image)
     assert data.num_classes == 3 and data.labels.tolist() == [2, 0, 1, -1, -1]
-    assert "data/train/000003 (truncated)" in capsys.readouterr().err
+    assert "data/train/000003 (truncated)" in capfd.readouterr().err
     batch = next(iter(make_loader(data, 5, workers=1)))
     assert batch.label.tolist() == [2, 0, 1, -1, -1] and batch.index[3] == 4
     # Attributes spare reading.

@@ -119,7 +119,7 @@ def test_white_is_decided_by_the_type_or_the_flag(tmp_path):
     # Such as reflectance, in which 10,000 is white.
     write(tmp_path / "0.png", Image.fromarray(np.full((40, 40), 10_000, np.uint16)))
     for i in range(2):
-        with pytest.warns(UserWarning, match="16-bit .* dark; .*, --white 4095"):
+        with pytest.warns(UserWarning, match="16-bit .* dark: .* --white 4095"):
             assert data[i].image.max() <= 39
     for color, channels in ((2, 3), (6, 4)):
         row = struct.pack(f">{8 * channels}H", *[16383] * 8 * channels)
