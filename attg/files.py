@@ -48,9 +48,16 @@ def in_fork(function, *args):
     """
     if sys.platform != "linux":
         return function(*args)
+    import torch  # here, because cli.py comes before torch
+
+    def run():
+        # Threads of OpenMP are not forked; the child would wait for them.
+        torch.set_num_threads(1)
+        sender.send(function(*args))
+
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(function(*args)))
+    process = context.Process(target=run)
     process.start()
     sender.close()
     try:

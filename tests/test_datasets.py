@@ -44,11 +44,13 @@ from attg.maps import save_maps
 from attg.pretraining import fit_size
 from tests.fuzz import RANDOM, png, within
 from tests.helpers import (
+    ROOT,
     SMALL,
     TINY,
     blobs,
     losses,
     noise,
+    python,
     records,
     same,
     save_features,
@@ -512,6 +514,20 @@ class Own:
         if self.values[i] == "bad":
             raise OSError("truncated")
         return noise(40, 40, i).convert("L" if i % 2 else "RGB"), self.values[i]
+
+
+def test_reading_in_a_fork_does_not_wait_for_threads():
+    """As it would for OpenMP's, after a parallel loop of this process."""
+    code = """
+import torch
+from attg.files import in_fork
+torch.set_num_threads(2)
+x = torch.randn(8, 3, 512, 512)
+mean = lambda: torch.nn.functional.interpolate(x, 300, mode="bicubic").mean().item()
+print(abs(mean() - in_fork(mean)) < 1e-5)
+"""
+    done = python("-c", code, cwd=ROOT, timeout=100)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_data_sets_from_python(tmp_path, capfd):
