@@ -101,7 +101,7 @@ def open_python(data, split):
         lists.append(getattr(x, "classes", None))
     if all(x is not None for x in lists) and list(lists[0]) != list(lists[1]):
         odd = sorted(set(lists[0]) ^ set(lists[1]))[:5]
-        reason = f"{split} has not the classes of training, {odd} are in one only"
+        reason = f"the classes of {split} and training differ, {odd} are in one only"
         raise ValueError(f"data: {reason}; give both the same `classes` and `targets`")
     if labels is not None:
         labels = list(map(as_label, labels))

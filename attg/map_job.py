@@ -74,7 +74,7 @@ def run_job(compute, images, grid, settings, options, dist_info):
         log_line(f"{path} is complete: nothing is computed")
         return
     workers = default_workers(device) if options.workers is None else options.workers
-    refuse_random(images.dataset, workers)
+    check_repeatable(images.dataset, workers)
     rows = torch.arange(len(images)).split(options.batch_size)
     blocks = {folder / str(i): ids for i, ids in enumerate(rows)}
     job = settings | {"batch_size": options.batch_size}
@@ -100,7 +100,7 @@ def run_job(compute, images, grid, settings, options, dist_info):
     broadcast_from_rank0(lambda: join_blocks(path, blocks, grid, images, settings))
 
 
-def refuse_random(dataset, workers):
+def check_repeatable(dataset, workers):
     """ValueError if images of a data set from Python change when they are read again."""
     if dataset.pairs is not None:
         images, rows = SquashedImages(dataset, (64, 64)), range(min(8, len(dataset)))

@@ -25,7 +25,7 @@ from attg.figures import panels_of, plot_panels
 from attg.images import ImageData, generator_for, sha256_of
 from attg.loader import default_workers, make_loader
 from attg.log import Log, Meter, progress, read_log
-from attg.map_job import refuse_random
+from attg.map_job import check_repeatable
 from attg.maps import open_maps
 from attg.pretraining import resolve
 from attg.weights import DECODER_KEYS
@@ -85,7 +85,7 @@ def setup(cfg, data, dist_info, signals, on_log=None):
     workers = default_workers(device) if cfg.workers is None else cfg.workers
     if cfg.maps or (cfg.guidance != "none" and maps is None and cfg.epochs > 0):
         maps, maps_id = open_maps(cfg.maps, train_set, cfg.data, log.info)
-        refuse_random(train_set, workers)
+        check_repeatable(train_set, workers)
 
     steps_per_epoch = max(1, train_set.num_images // cfg.batch_size)
     total_steps = cfg.epochs * steps_per_epoch
@@ -118,7 +118,8 @@ def check_same_images(cfg, datasets, rank):
     if names != expected:
         numbers = [[number for number, _ in x] for x in (names, expected)]
         reason = f"{numbers[0]} images (training, test), rank 0 {numbers[1]}, or others"
-        raise ValueError(f"--data {cfg.data}: rank {rank} has {reason}; copy rank 0's")
+        reason += "; copy the images of rank 0"
+        raise ValueError(f"--data {cfg.data}: rank {rank} has {reason}")
 
 
 def result(run, step, stopped=None, val_mse=None, knn=None):
