@@ -166,7 +166,7 @@ def train(settings, files, variant, seed):
     flags = [*data, *settings.train, "--seed", seed, *flags, "--out", folder]
     if (folder / "last.pt").exists():
         # Otherwise the seeds of one variant would differ in their images or maps.
-        cfg = parse(Config, "", [*map(str, flags)])
+        cfg = parse(Config, "", list(map(str, flags)))
         maps_id = read_manifest(Path(maps))["checksum"] if maps else None
         images = open_data(cfg.data, classes=cfg.classes)
         check_data(cfg, read_run(folder / "last.pt"), images, maps_id)

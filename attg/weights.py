@@ -132,8 +132,8 @@ def settings_beside(folder):
     settings = {old: config[new] for old, new in names.items() if new in config}
     eps, activation = config.get("layer_norm_eps"), config.get("hidden_act")
     if activation != "gelu" or not isinstance(eps, float):
-        declared = f"hidden_act {activation}, layer_norm_eps {eps}"
-        raise ValueError(f"{files[0]}: {declared}: not a plain ViT; try hf:{folder}")
+        reason = f"hidden_act {activation}, layer_norm_eps {eps}: not a plain ViT"
+        raise ValueError(f"{files[0]}: {reason}; try hf:{folder}")
     return settings | image_statistics(images) | {"eps": eps}
 
 
@@ -269,11 +269,7 @@ def encoder_config(kind, weights, heads=None, img_size=None):
 
     heads, img_size: instead of the file's. Logs what is guessed.
     """
-    name, declared, positions = (
-        weights.name,
-        weights.settings,
-        weights.state["pos_embed"],
-    )
+    name, given, positions = weights.name, weights.settings, weights.state["pos_embed"]
     sizes = weight_sizes(weights.state)
     sizes = {key: value for key, value in sizes.items() if not DECODER_KEYS.match(key)}
     channels = sizes["in_chans"]
@@ -281,15 +277,15 @@ def encoder_config(kind, weights, heads=None, img_size=None):
     if channels != 3:
         # The averages of ImageNet's, as there is no better guess.
         settings |= {"mean": (0.449,) * channels, "std": (0.226,) * channels}
-    settings |= declared
+    settings |= given
     settings["heads"] = (
-        heads or declared.get("heads") or HEADS_BY_WIDTH.get(sizes["width"])
+        heads or given.get("heads") or HEADS_BY_WIDTH.get(sizes["width"])
     )
     if not settings["heads"]:
         raise ValueError(f"{name}: no standard width, {sizes['width']}; give --heads")
-    if not heads and "heads" not in declared:
+    if not heads and "heads" not in given:
         log_line(f"{name}: {settings['heads']} heads, a guess by width; see --heads")
-    if "img_size" not in declared:
+    if "img_size" not in given:
         number = positions.shape[1] - 1
         side = math.isqrt(max(number, 0))
         is_square = side**2 == number > 0
@@ -302,8 +298,8 @@ def encoder_config(kind, weights, heads=None, img_size=None):
     # Before anything of the settings' size is allocated.
     for key, value in sizes.items():
         if getattr(cfg, key) != value:
-            declared = f"its settings have {key} {getattr(cfg, key)}"
-            raise ValueError(f"{name}: {declared}, its weights {value}")
+            reason = f"its settings have {key} {getattr(cfg, key)}, its weights {value}"
+            raise ValueError(f"{name}: {reason}")
     if positions.shape[1] != 1 + math.prod(cfg.grid):
         shape = tuple(positions.shape)
         raise ValueError(
@@ -331,15 +327,16 @@ def load_initial(model, run, checkpoint):
     elif cfg.init:
         weights = read_weights(cfg.init, cfg.weights_key, cfg.weights_prefix)
         sizes = weight_sizes(weights.state)
-        declared = ["heads", "decoder_heads"] if "decoder_depth" in sizes else ["heads"]
-        sizes |= {key: weights.settings.get(key, getattr(cfg, key)) for key in declared}
+        # What no weight reveals.
+        heads = ["heads", "decoder_heads"] if "decoder_depth" in sizes else ["heads"]
+        sizes |= {key: weights.settings.get(key, getattr(cfg, key)) for key in heads}
         flags = [f"--{key} {n}" for key, n in sizes.items() if n != getattr(cfg, key)]
         if flags:
             reason = f"does not fit this {cfg.model}; use {' '.join(flags)}"
             raise ValueError(f"{cfg.init} {reason}")
         trained = encoder_config(type(cfg), weights, cfg.heads, cfg.img_size)
         message = load_weights(model, weights)
-        guesses = [f"--{x} {sizes[x]}" for x in declared if x not in weights.settings]
+        guesses = [f"--{x} {sizes[x]}" for x in heads if x not in weights.settings]
         if guesses:
             message += f"; the file does not say whether {' '.join(guesses)} is right"
         if weights.settings.get("norm_pix", cfg.norm_pix) != cfg.norm_pix:
@@ -372,7 +369,7 @@ def load_weights(model, weights):
         if state.pop("fc_norm.weight", None) is not None:
             state.pop("fc_norm.bias", None)
             untrained |= {"norm.weight", "norm.bias"}
-            notes.append("no final norm in the file, it starts from 1 and 0")
+            notes.append("no final norm in the file, it starts untrained")
     for key in {"pos_embed", "decoder_pos_embed"} & set(state):
         if not state[key].any():
             log_line(f"{name}: {key} is all zero: the model has no positions")
@@ -390,7 +387,7 @@ def load_weights(model, weights):
 
 
 def load_checked(model, state, untrained, name):
-    """Load weights of any precision; ValueError unless names agree, but for the `untrained`."""
+    """Load weights of any precision; ValueError unless all but `untrained` names agree."""
     own = model.state_dict()
     kept = {key: own[key] for key in untrained}
     same = {key: x.to(own[key].dtype) if key in own else x for key, x in state.items()}
