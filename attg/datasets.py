@@ -161,12 +161,12 @@ LAYOUTS = (
     "test/CLASS/*.jpg; or CLASS/*.jpg; or images directly, here or in train/ (a flat "
     "folder, for pre-training only)."
 )
-# Folders of thumbnails, deleted files and snapshots that operating systems and NAS boxes
-# leave behind.
+# Folders that operating systems and NAS boxes leave behind.
 JUNK = {"__MACOSX", "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot"}
 JUNK |= {"$RECYCLE.BIN", "System Volume Information", "lost+found"}
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".gif", ".tif")
-SUFFIXES += (".tiff", ".webp", ".avif", ".jp2")
+# The last four cannot be read: they are reported as such instead of being left out.
+SUFFIXES += (".tiff", ".webp", ".avif", ".jp2", ".heic", ".heif", ".jxl", ".dcm")
 # Names of folders: of splits, such as Training, test_set, seg_val and train2017; of masks.
 SPLIT_PATTERN = r"(.*[ _-])?(train|e?val|test)(ing|val|id|idation)?"
 SPLIT = re.compile(rf"(?i){SPLIT_PATTERN}([ _-]?(set|data|images?|\d+))?")

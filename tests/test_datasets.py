@@ -382,6 +382,14 @@ def test_ten_unreadable_images_are_reported(tmp_path, capfd, workers):
         check_unreadable(data)
 
 
+def test_images_of_a_phone_are_not_left_out(tmp_path):
+    images_and_bad(tmp_path, 6, ())
+    (tmp_path / "02.png").rename(tmp_path / "02.HEIC")
+    (tmp_path / "02.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(range(99)))
+    data = open_data(tmp_path)
+    assert len(data) == 6 and data[2].index == 3 and data.unreadable[2]
+
+
 @given(RANDOM, st.sampled_from([5, 99, 300]), st.integers(1, 3))
 def test_one_percent_may_be_unreadable(rng, number, world):
     """Of all ranks together; a single image always."""
