@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SimpleITK, itk: a picture with an alpha channel, or an 8-bit TIFF in tiles, is 255 times as
+# SimpleITK, itk: an image with an alpha channel, or an 8-bit TIFF in tiles, is 255 times as
 # bright if it is read as float or int32.
 #
 # Versions: SimpleITK 2.5.7, itk-io 5.4.7, Pillow 13.0.0, tifffile 2026.3.3, numpy 2.4.6.
@@ -8,12 +8,12 @@
 # Behavior: gray is luminance times alpha, and alpha is divided by 255 only if the type asked for
 # has 8 or 16 bits; else values go up to 65025. A comment in ITK's source keeps this for backward
 # compatibility; the docstrings of the readers do not. RGB files are right, so in a folder of both
-# kinds some pictures are 255 times as bright, and windows, thresholds, statistics or differences
-# between two pictures are wrong without a message. Gray TIFFs in tiles, as pathology and GDAL
+# kinds some images are 255 times as bright, and windows, thresholds, statistics or differences
+# between two images are wrong without a message. Gray TIFFs in tiles, as pathology and GDAL
 # write them, have no alpha, but ITK reads them by way of RGBA: labels 1 and 2 become 255 and 510.
 # Workaround: sitk.Cast(sitk.ReadImage(path, sitk.sitkUInt8), sitk.sitkFloat32).
 #
-# Output seen (mean of the same picture; labels of a mask):
+# Output seen (mean of the same image; labels of a mask):
 #                            uint8    int16    int32  float32  float64
 #   gray.png                 127.5    127.5    127.5    127.5    127.5
 #   rgb.png                  127.5    127.5    127.5    127.5    127.5

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # pyvips, OpenCV: a TIFF in a compression that their wheels cannot decode is read as a black
-# picture; in pyvips Zstandard is one of these.
+# image; in pyvips Zstandard is one of these.
 #
 # Versions: pyvips 3.2.0 with pyvips-binary 8.18.7, opencv-python-headless 5.0.0.93, tifffile
 # 2026.3.3, rasterio 1.4.4, Pillow 13.0.0, numpy 2.4.6.
@@ -8,14 +8,14 @@
 # Behavior: type and size come from the header and are right. In pyvips what fails to decode stays
 # 0, without an error, a warning or a line of log; thumbnail, avg and write_to_file go on with it.
 # Its wheel has no Zstandard and no LERC, which GDAL, rasterio and tifffile write. fail_on ("none"
-# by default, which is documented as "never stop") changes that, but at "error" only for pictures in
+# by default, which is documented as "never stop") changes that, but at "error" only for images in
 # strips; one in tiles is still black. OpenCV returns None for these two, but zeros for JPEG 2000
-# and JPEG XL, and logs a line. So a data set that was packed tighter becomes black pictures, or
+# and JPEG XL, and logs a line. So a data set that was packed tighter becomes black images, or
 # masks of background, and a model learns from them or is scored on them. Seen upstream in a viewer
 # (vipsdisp issue 48), as a matter of its build.
 # Workaround: new_from_file(path, fail_on="warning"); for OpenCV another reader.
 #
-# Output seen (a picture without zeros, in strips and in tiles):
+# Output seen (an image without zeros, in strips and in tiles):
 #                    pyvips   error    warning  OpenCV   Pillow   rasterio tifffile
 #   deflate  strips  right    right    right    right    right    right    right
 #   deflate  tiles   right    right    right    right    right    right    right
