@@ -35,6 +35,7 @@ from attg_mae import MAE, Config, load_checkpoint, normalize, pool_maps
 from study import read_study, table_rows
 
 SEED = 0
+STUDIES = "toy", "toy-new-seeds", "imagenette64", "imagenette64-new-seeds", "tinymid30"
 
 
 def load_model(path):
@@ -101,7 +102,7 @@ def draw_differences(path):
     axes = figure.add_subplot()
     axes.set_title("k-NN (k = 20), guided - vanilla, in points: mean and 95 % interval")
     axes.axvline(0, color="gray")
-    for name in ("toy", "toy-new-seeds", "imagenette64", "tinymid30"):
+    for name in STUDIES:
         for row in table_rows(read_study(Path("results/study", name))):
             if row["metric"] == "k-NN, k = 20" and row.get("pairs", 0) > 2:
                 label = f"{name}: {row['variant']}, n = {row['pairs']}"
