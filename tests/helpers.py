@@ -387,8 +387,16 @@ def after_step(number, action):
         hook.remove()
 
 
+@contextlib.contextmanager
 def stop_after(step, number=signal.SIGTERM):
-    return after_step(step, lambda: os.kill(os.getpid(), number))
+    handler = signal.getsignal(number)
+    if handler is signal.SIG_IGN:  # SIGHUP under nohup, which a run would ignore, too
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        with after_step(step, lambda: os.kill(os.getpid(), number)):
+            yield
+    finally:
+        signal.signal(number, handler)
 
 
 def save_encoder(path, change=None, **settings):
