@@ -82,6 +82,9 @@ def read_weights(source, weights_key=None, weights_prefix=None):
     is_own = isinstance(settings, dict) and "decoder_heads" in settings
     if not is_own:
         settings = {} if in_memory else settings_beside(Path(source).parent)
+        # facebookresearch/mae keeps its command line in training files.
+        norm_pix = getattr(content.get("args"), "norm_pix_loss", None)
+        settings |= {} if norm_pix is None else {"norm_pix": bool(norm_pix)}
     state = select_entry(content, weights_key, name)
     start = find_prefix(state, PATCH_EMBED, weights_prefix, name)
     state, unused = rename_all(state, start, name)

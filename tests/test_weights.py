@@ -50,7 +50,7 @@ def layouts():
     """{name: (content of a file with the weights of timm_model(), options)}."""
     state = timm_model().state_dict()
     wrong = {k: x + 1 for k, x in state.items()}
-    args = argparse.Namespace(model="mae_vit_base_patch16", lr=None)
+    args = argparse.Namespace(model="mae_vit_base_patch16", norm_pix_loss=False)
     sizes = dict(img_size=32, patch_size=8, width=64, depth=2, heads=4, decoder_depth=1)
     full = attg_mae.MAE(attg_mae.Config(**sizes)).state_dict() | state
     dino = prefixed(state, "module.backbone.")
@@ -92,6 +92,7 @@ def test_layouts(layout, tmp_path, capsys):
     content = layouts()[layout]
     model = attg_mae.load_encoder(save(content, tmp_path / "a.pth"), heads=4)
     assert not model.training and same_features(model, timm_model())
+    assert model.cfg.norm_pix == ("args" not in content)
     told = "a.pth: 5 weights are not used, such as projector.0.weight"
     assert (told in capsys.readouterr().out) == (layout == "heads")
 
