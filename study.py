@@ -103,9 +103,14 @@ def check_variants(settings):
     return files
 
 
-def gaussian_maps(path, data):
+def open_images(settings):
+    """The training images of all runs."""
+    cfg = parse(Config, "", ["--data", settings.data, *settings.train])
+    return open_data(cfg.data, classes=cfg.classes)
+
+
+def gaussian_maps(path, dataset):
     """Write a map file of one centered Gaussian, sigma a quarter of the side."""
-    dataset = open_data(data, "train")
     axis = (np.arange(14) + 0.5) / 14 - 0.5
     bell = np.exp(-(axis**2) / (2 * 0.25**2))
     maps = np.broadcast_to(np.outer(bell, bell), (len(dataset), 14, 14))
@@ -145,30 +150,32 @@ def train(settings, files, variant, seed):
     out = Path(settings.out)
     folder = out / f"{variant}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    log, data = folder / "log.txt", ("--data", settings.data)
+    log = folder / "log.txt"
     source, flags = variant_flags(variant)
     maps = files.get(source)
     if source == "gaussian":
         maps = out / "gaussian.npy"
         if not maps.with_suffix(".json").exists():
-            gaussian_maps(maps, settings.data)
+            gaussian_maps(maps, open_images(settings))
     if source == "self":
         maps = folder / "maps.npy"
-        discovery = ["--backbone", out / f"none-seed{seed}" / "encoder.pt", *data]
+        # Data and classes are those of the encoder.
+        discovery = ["--backbone", out / f"none-seed{seed}" / "encoder.pt"]
         done = maps.with_suffix(".json")
         run_program(done, log, "object_discovery.py", *discovery, "--out", maps)
     if source == "self-shuffled":
-        maps, dataset = folder / "maps.npy", open_data(settings.data)
+        maps, dataset = folder / "maps.npy", open_images(settings)
         own, _ = load_maps(out / f"self-seed{seed}" / "maps.npy", dataset)
         save_maps(maps, shuffle(own, seed), dataset, "self, shuffled", seed=seed)
     if maps:
         flags += ["--maps", maps]
-    flags = [*data, *settings.train, "--seed", seed, *flags, "--out", folder]
+    flags = [*settings.train, "--seed", seed, *flags, "--out", folder]
+    flags = ["--data", settings.data, *flags]
     if (folder / "last.pt").exists():
         # Otherwise the seeds of one variant would differ in their images or maps.
         cfg = parse(Config, "", list(map(str, flags)))
         maps_id = read_manifest(Path(maps))["checksum"] if maps else None
-        images = open_data(cfg.data, classes=cfg.classes)
+        images = open_images(settings)
         check_data(cfg, read_run(folder / "last.pt"), images, maps_id)
     run_program(folder / "encoder.pt", log, "attg_mae.py", *flags)
     return folder
@@ -177,9 +184,9 @@ def train(settings, files, variant, seed):
 def evaluate(settings, folder):
     """Evaluate the encoder of a run."""
     encoder, features = folder / "encoder.pt", folder / "features.pt"
-    data = ("--data", settings.data, "--val", *settings.val)
+    val = ("--val", *settings.val)  # data and classes are those of the encoder
     programs = {
-        "knn": ("eval_knn", encoder, *data, "--k", 5, 20, "--save_features", features),
+        "knn": ("eval_knn", encoder, *val, "--k", 5, 20, "--save_features", features),
         "shots": ("eval_knn", "--features", features, "--shots", 10),
         "linear": ("eval_linear", "--features", features),
     }

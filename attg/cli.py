@@ -100,9 +100,10 @@ def field_types(field):
 
 
 def validate(settings):
-    """Check types, choices and ranges of all fields of a dataclass.
+    """Check types, choices and ranges of all fields of a dataclass, and make them plain.
 
-    Raises ValueError that names the first wrong flag, its value and what it must be.
+    Checkpoints hold no numbers of NumPy and no paths. Raises ValueError that names the
+    first wrong flag, its value and what it must be.
     """
     for field in dataclasses.fields(settings):
         low, high, choices = map(field.metadata.get, ("low", "high", "choices"))
@@ -130,6 +131,11 @@ def validate(settings):
             if low is not None:
                 expected = f"{TYPE_NAMES[item]} from {low:g} to {high:g}"
             raise ValueError(f"--{field.name} {value}: must be {expected}")
+        value = values[0][0]
+        if field.metadata and value is not None:
+            many = isinstance(value, tuple | list)
+            plain = tuple(map(item, value)) if many else item(value)
+            setattr(settings, field.name, plain)
 
 
 def check_unused(settings, names, reason):
@@ -172,6 +178,10 @@ def parse(kind, description, argv=None):
         else:
             parser.add_argument(f"--{field.name}", **options)
     values = vars(parser.parse_args(argv)).items()
+    for name, value in values:
+        if value == "" or isinstance(value, list) and "" in value:
+            # An unset variable of a shell.
+            parser.error(f"--{name}: is empty; leave it out, or pass a value")
     settings = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})
     # A dataclass with __post_init__ validates itself there.
     if not hasattr(kind, "__post_init__"):

@@ -359,11 +359,11 @@ def walk_images(root, classes):
 def resolve_dataset(data, name):
     """The first argument of open_data: a data set passed from Python, or `name`.
 
-    ValueError if it has the default name, toy, which would mix up run folders and results.
+    ValueError if its name is that of other data, which would mix up runs and results.
     """
-    if data is not None and name == "toy":
+    if data is not None and (name in ("toy", *TORCHVISION) or os.path.exists(name)):
         remedy = "--data NAME, or Config(data=NAME)"
-        raise ValueError(f"data: its name must be other than toy: {remedy}")
+        raise ValueError(f"data: its name must be other than {name}: {remedy}")
     return name if data is None else data
 
 

@@ -103,7 +103,9 @@ def open_sets(settings, data, cfg, fraction=1.0, **options):
     if fraction < 1:
         rows = shot_indices(train_set.labels, fraction, settings.seed)
         train_set = train_set.subset(rows.sort().values)
-    sizes = {name: len(x) for name, x in {"train": train_set, **tests}.items()}
+    # Of files also the folder: "test" is val/ if both are there.
+    sets = {"train": train_set, **tests}.items()
+    sizes = {f"{name} {x.root}".strip(): len(x) for name, x in sets}
     describe(settings, sizes, train_set.num_classes, train_set.known_labels)
     return train_set, tests
 
@@ -131,14 +133,17 @@ def describe(settings, sizes, classes, labels):
 
     labels: of the training images, if they are known. ValueError if they are all alike.
     """
-    images = ", ".join(f"{name} {count:,}" for name, count in sizes.items())
-    chance = f"{classes} classes, chance {100 / classes:.3g} %"
+    images, largest = ", ".join(f"{name} {n:,}" for name, n in sizes.items()), ""
     if labels is not None:
-        largest = torch.as_tensor(labels).bincount().max().item() / len(labels)
-        if largest == 1:
+        counts = torch.as_tensor(labels).bincount()
+        share = counts.max().item() / len(labels)
+        if share == 1:
             reason = f"all training images have the label {int(labels[0])}"
             raise ValueError(f"--data {settings.data}: {reason}; below 0 is no label")
-        chance += f", the largest has {100 * largest:.3g} %"
+        # Subsets from Python have only some of the classes.
+        classes = counts.count_nonzero().item()
+        largest = f", the largest has {100 * share:.3g} %"
+    chance = f"{classes} classes, chance {100 / classes:.3g} %{largest}"
     settings.header = f"data {settings.data}, images: {images}; {chance}"
     log_line(settings.header)
 

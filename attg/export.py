@@ -15,7 +15,9 @@ HF_DECODER_SETTINGS = {
 def timm_arguments(cfg):
     """Keyword arguments of timm.create_model for the encoder of a Config."""
     images = {"input_size": (cfg.in_chans, *cfg.size), "mean": cfg.mean, "std": cfg.std}
-    images |= {"crop_pct": 224 / 256, "interpolation": "bicubic"}  # eval_view
+    # eval_view; timm rounds the resized side down.
+    resized = round(cfg.size[0] * 256 / 224)
+    images |= {"crop_pct": cfg.size[0] / (resized + 0.5), "interpolation": "bicubic"}
     images |= dict.fromkeys(("url", "hf_hub_id", "tag", "license"))  # none of timm's
     return {
         "model_name": "vit_base_patch16_224",  # the sizes below replace its own

@@ -5,12 +5,13 @@ One rule for the whole folder, decided by the values of up to 200 evenly spaced 
 
     alpha       object where it is opaque, if it is not the same everywhere
     two values  object is the higher; in palettes and colors without black, the one that
-                does not prevail on the border of the images
+                does not prevail on the border of the images; other values are refused
     ids         palettes, colors, at most 64 grays below 128, grays in even areas: object
-                is any but 0 (black); 255, in colors that of VOC's borders, is ignored
-                unless it is an id
+                is any but 0 (black); 255, in colors that of VOC's borders or ImageNet-S's
+                1000, is ignored unless it is an id
     soft        other grays: parts of 255 or 65535, or of their maximum if it is far below
 
+Palettes whose black is not the first color are read as colors.
 --mask_values names the values that are object, numbers or colors as 0xRRGGBB, or the rule:
 ids or soft.
 """
@@ -27,8 +28,10 @@ from attg.images import load_image
 from attg.log import log_line
 
 SAMPLE, MAX_IDS, MAX_ID = 200, 64, 127
-# Neither object nor background
+# Neither object nor background: 255; in colors VOC's border; 1000 = 0x3E8 in ImageNet-S,
+# whose ids are red + 256 * green.
 IGNORED = {"gray": 255, "palette": 255, "color": 0xE0E0C0}
+IMAGENET_S_IGNORED = 0xE80300
 # Share of even steps (count_steps) up to which grays are soft, and from which they are ids.
 # Drawn masks have at most 0.09 if soft (anti-aliased, blurred, JPEG, saliency of 320 x 320
 # and maps of 14 x 14 enlarged with any filter; maps of 7 x 7 that are mostly 0 up to 0.3),
@@ -38,10 +41,10 @@ MAX_SOFT, MIN_IDS = 0.2, 0.7
 ORIENTATION = 0x0112
 
 
-def read_values(path):
+def read_values(path, palettes=True):
     """(kind, int64 (H, W), alpha (H, W) or None, whether 0 is black) of a PNG.
 
-    kind: gray, palette or color.
+    kind: gray, palette or color. Without palettes they are read as colors.
     """
     # Opening a named pipe or a device would block.
     if not path.is_file():
@@ -49,15 +52,22 @@ def read_values(path):
     image, alpha = load_image(path), None
     if "A" in image.getbands() or "transparency" in image.info:
         alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    black = True
+    if image.mode.startswith("P"):
+        colors = np.reshape(image.getpalette(), (-1, 3)).any(axis=1)
+        used = np.unique(image.getchannel(0))  # 255 need not be in the palette
+        black, has_black = not colors[0], not colors[used[used < len(colors)]].all()
+        # Programs that shrink files sort the colors, so that indices are no ids.
+        if not palettes or has_black and not black:
+            image = image.convert("RGBA")
     if image.mode not in ("RGB", "RGBA"):
         kind = "palette" if image.mode.startswith("P") else "gray"
         first = image.getchannel(0) if len(image.getbands()) > 1 else image
-        black = kind == "gray" or not any(image.getpalette()[:3])
         return kind, np.asarray(first, np.int64), alpha, black
     red, green, blue = np.moveaxis(np.asarray(image, np.int64), 2, 0)[:3]
     if (red == green).all() and (red == blue).all():
-        return "gray", red, alpha, True
-    return "color", (red << 16) + (green << 8) + blue, alpha, True
+        return "gray", red, alpha, black
+    return "color", (red << 16) + (green << 8) + blue, alpha, black
 
 
 def count_steps(x):
@@ -95,31 +105,22 @@ class MaskFolder:
         if images > 1:
             message = f"{images} images would share {stem}.png; rename or move them"
             raise ValueError(f"--masks {folder}: {message}")
-        found, counts = [], np.zeros(2)
         self.has_alpha, self.has_black, self.has_binary = False, True, False
-        sample = np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset)))
-        for i in sample.round().astype(int).tolist():
-            try:
-                kind, x, alpha, black = read_values(self.path(i))
-            # Missing, or damaged: decoders raise OSError, SyntaxError, ValueError.
-            except Exception:
-                continue
-            self.has_alpha |= alpha is not None and np.ptp(alpha) > 0
-            self.has_black &= black
-            counts += count_steps(x)
-            edges = np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
-            found.append((kind, np.unique(x), edges))
+        found, counts = self.read_sample()
         if not found:
             message = f"no mask can be read, such as {self.path(0)}; give PNGs of the"
             raise ValueError(f"--masks {folder}: {message} images' relative paths")
         kinds = {kind for kind, *_ in found}
         self.kind = "color" if "color" in kinds else max(kinds)
+        if {"color", "palette"} <= kinds:
+            found, counts = self.read_sample(palettes=False)
         values, border = set(), Counter()
         for kind, distinct, edges in found:
             self.has_binary |= kind == "gray" and distinct.tolist() == [0, 255]
             values |= set(self.convert(kind, distinct).tolist())
             border.update(self.convert(kind, edges).tolist())
         self.scale, self.ignored, self.listed, self.is_object = None, -1, set(), True
+        self.known = None  # of two values
         share = counts[0] / max(counts[1], 1)
         rule = self.decide(sorted(values), border, share, mask_values)
         form = "0x{:06X}" if self.kind == "color" else "{}"
@@ -136,6 +137,23 @@ class MaskFolder:
         edges, counts = zip(*border.items(), strict=True)
         if np.average(self.object_part(edges), weights=counts) > 0.5:
             log_line(f"--masks {folder}: most of the border is object; inverted?")
+
+    def read_sample(self, palettes=True):
+        """[(kind, values, values on the border)] of up to SAMPLE masks, and count_steps."""
+        found, counts = [], np.zeros(2)
+        sample = np.linspace(0, len(self.dataset) - 1, min(SAMPLE, len(self.dataset)))
+        for i in sample.round().astype(int).tolist():
+            try:
+                kind, x, alpha, black = read_values(self.path(i), palettes)
+            # Missing, or damaged: decoders raise OSError, SyntaxError, ValueError.
+            except Exception:
+                continue
+            self.has_alpha |= alpha is not None and np.ptp(alpha) > 0
+            self.has_black &= black
+            counts += count_steps(x)
+            edges = np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]])
+            found.append((kind, np.unique(x), edges))
+        return found, counts
 
     def decide(self, values, border, share, mask_values):
         """Choose the rule by the sampled values, all and on the border; describe it.
@@ -154,7 +172,8 @@ class MaskFolder:
             self.scale = 255
             return "object is where alpha is opaque"
         if len(values) <= 2 and not choice:
-            if is_gray or self.has_black and values[0] == 0:
+            self.known = values
+            if self.has_black and (is_gray or values[0] == 0):
                 self.listed = set(values[-1:]) - {0}
                 return "object is {listed}"
             self.listed, self.is_object = {border.most_common(1)[0][0]}, False
@@ -182,6 +201,8 @@ class MaskFolder:
         if is_id and self.kind != "color":
             return "object is any but {listed}"
         self.ignored = IGNORED[self.kind]
+        if self.kind == "color" and IMAGENET_S_IGNORED in values:
+            self.ignored = IMAGENET_S_IGNORED
         return "object is any but {listed}, {ignored} is ignored"
 
     def convert(self, kind, values):
@@ -202,7 +223,7 @@ class MaskFolder:
 
     def __getitem__(self, i):
         path = self.path(i)
-        kind, values, alpha, _ = read_values(path)
+        kind, values, alpha, _ = read_values(path, self.kind != "color")
         width, height, orientation = self.image_header(i)
         h, w = values.shape
         stretch = np.array([width / height, height / width]) * h / w
@@ -218,6 +239,11 @@ class MaskFolder:
             kind, values = "color", self.convert(kind, values)
         if kind != self.kind or values is None:
             raise ValueError(f"{path}: not {self.kind} as the others are")
+        if self.known and not np.isin(values, self.known).all():
+            message = f"has {np.setdiff1d(values, self.known)[:3]}, others {self.known}"
+            raise ValueError(
+                f"{path}: {message}; pass the objects' --mask_values, or ids"
+            )
         mask = (self.object_part(values) * 255).round().astype(np.uint8)
         if mask.max() < 4:
             mask[:] = 0  # a JPEG's noise, which a map would stretch to the full range

@@ -292,6 +292,8 @@ class Trainer:
         # Launchers kill all ranks once one has exited: rank 0 may still be saving.
         barrier()
         text = f"stopped by a signal after step {done}; the same command resumes"
+        if self.run.cfg.resume != "auto":
+            text += ", but without --resume"
         self.run.log.info(text)
         number = self.signals[0] if self.signals else signal.SIGTERM
         return result(self.run, done, stopped=number)

@@ -12,11 +12,14 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._utils import ExceptionWrapper
 
+from attg.checkpoint import load_checkpoint, save_checkpoint
 from attg.cli import (
     WORKER_KILLED,
     DataFlags,
@@ -73,6 +76,7 @@ def test_flags_are_generated_from_fields(capsys):
         ("--ratio 1", "unrecognized arguments: --ratio"),
         ("--guidance no", "argument --guidance: invalid choice: "),
         ("--batch_size x", "argument --batch_size: invalid int value: "),
+        ("--data=", "--data: is empty"),  # --data="$UNSET"
     ],
 )
 def test_mistakes_are_named_in_two_lines(flags, message, program, capsys):
@@ -100,6 +104,20 @@ def test_mistakes_are_named_in_two_lines(flags, message, program, capsys):
 def test_wrong_values_are_refused(wrong, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         validate(Settings(**wrong))
+
+
+def test_values_become_plain(tmp_path):
+    """So that a checkpoint that holds them loads."""
+    numbers = np.array([0.25, 1.0])
+    wanted = Settings(batch_size=3, ratios=(0.25, 1.0), data="here", white=0.5)
+    given = {"batch_size": np.int64(3), "ratios": tuple(numbers), "data": Path("here")}
+    settings = Settings(**given, white=np.float32(0.5))
+    validate(settings)
+    save_checkpoint(tmp_path / "a.pt", config=dataclasses.asdict(settings))
+    config = load_checkpoint(tmp_path / "a.pt")["config"]
+    assert config == dataclasses.asdict(wanted)
+    kinds = [type(x) for x in (config["batch_size"], *config["ratios"])]
+    assert kinds == [int, float, float]
 
 
 def test_flags_without_effect_are_refused():

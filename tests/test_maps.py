@@ -260,9 +260,9 @@ def colored(x, *colors):
     return Image.fromarray(np.uint8(colors)[x])
 
 
-def indexed(x):
+def indexed(x, *colors):
     image = Image.fromarray(np.uint8(x))
-    image.putpalette(range(255, -1, -1))
+    image.putpalette(np.ravel(colors).tolist() or range(255, -1, -1))
     return image
 
 
@@ -272,6 +272,8 @@ def gray(x, dtype=np.uint8):
 
 TWO = colored(OBJECT, (192, 128, 128), (128, 0, 0))
 COLORS = colored(IDS, (0, 0, 0), (128, 0, 0), (0, 128, 0))
+SORTED = indexed((IDS + 1) % 3, (255, 0, 0), (0, 0, 0), (0, 0, 255))
+WHITE_FIRST = indexed(OBJECT, (255, 255, 255), (0, 0, 0))
 DEEP = gray(SOFT * 257, np.uint16)
 DIM, TOP = gray(SOFT * 9, np.uint16), SOFT.max()
 ENCODINGS = {  # image, the map as parts of 1, words of the rule
@@ -281,6 +283,8 @@ ENCODINGS = {  # image, the map as parts of 1, words of the rule
     "1 and 2": (gray(1 + OBJECT), OBJECT, "object is 2"),
     "palette": (indexed(OBJECT), OBJECT, "any but 0"),
     "palette, white first": (indexed(1 - OBJECT), OBJECT, "any but 1"),
+    "palette, sorted colors": (SORTED, OBJECT, "any but 0x000000"),
+    "palette, white and black": (WHITE_FIRST, OBJECT, "any but 255, which prevails"),
     "palette with ids": (indexed(BORDER), OBJECT, "any but 0, 255 is ignored"),
     "palette, black first": (gray(1 - OBJECT).convert("P"), 1 - OBJECT, "object is 1"),
     "gray ids": (gray(BORDER), OBJECT, "any but 0, 255 is ignored"),
@@ -358,6 +362,33 @@ def test_masks_without_background(images, tmp_path, capsys):
         assert "is object; inverted?" in capsys.readouterr().out
 
 
+def test_masks_of_imagenet_s(images, tmp_path):
+    """Its ids are red + 256 * green, 1000 is ignored (ImageNet-S's README)."""
+    x = np.where(BORDER == 255, 1000, 300 * OBJECT)
+    for i in range(5):
+        write(
+            tmp_path / f"{i}.png",
+            Image.fromarray(np.uint8([x % 256, x // 256, 0 * x]).T.swapaxes(0, 1)),
+        )
+    masks = MaskFolder(tmp_path, images)
+    assert np.array_equal(masks[0].filled(0) > 0, x == 300)
+    assert np.array_equal(masks[0].mask, x == 1000)
+
+
+def test_values_that_no_sampled_mask_has(tmp_path):
+    """A second id in one of 400 masks is refused, not taken for background."""
+    images = open_data([(noise(8, 8), None)] * 400)
+    for i in range(400):
+        write(
+            tmp_path / f"{images.names[i]}.png",
+            gray(OBJECT * (1 + (i == 3))),
+        )
+    masks = MaskFolder(tmp_path, images)
+    with pytest.raises(ValueError, match="000003.png: has .2., others .0, 1.; .*ids"):
+        masks[3]
+    assert masks[2].any() and MaskFolder(tmp_path, images, ["ids"])[3].any()
+
+
 def test_masks_of_jpegs(images, tmp_path):
     """Their noise is no object, neither beside one nor alone."""
     for i, x in enumerate((OBJECT, OBJECT.T, 0 * OBJECT)):
@@ -422,6 +453,13 @@ def test_masks_of_several_kinds(images, tmp_path):
     write(tmp_path / "2.png", indexed(OBJECT))
     first, second = ground_truth_masks(masks, [1, 2])
     assert np.array_equal(first, SOFT > 127) and second is None
+    # Palettes of sorted colors; one of black alone is in no other order
+    for i in range(5):
+        write(
+            tmp_path / f"{i}.png", indexed(OBJECT * 0, (0, 0, 0)) if i == 1 else SORTED
+        )
+    masks = MaskFolder(tmp_path, images)
+    assert not masks[1].any() and np.array_equal(masks[2] > 0, OBJECT > 0)
     # 255 is the object, or may be
     halves = OBJECT * np.where(np.arange(8) < 5, 100, 255)
     for pair in ([OBJECT, 255 * OBJECT], [halves, halves]):

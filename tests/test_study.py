@@ -262,8 +262,27 @@ def test_maps_of_the_own_encoder(plain, tmp_path, monkeypatch):
     assert np.array_equal(shuffled, study.shuffle(own, 4))
 
 
+def test_all_programs_of_a_study_keep_the_same_classes(tmp_path, monkeypatch):
+    ran = {}
+    for name in "abc":
+        make_images(tmp_path / "data" / "train" / name, 3)
+    (tmp_path / "two.txt").write_text("a\nc\n")
+    record = lambda _, log, program, *flags: ran.update({program: flags})  # noqa: E731
+    monkeypatch.setattr(study, "run_program", record)
+    monkeypatch.setattr(study, "write_table", lambda folder: None)
+    flags = f"--data {tmp_path}/data --variants self gaussian --seeds 4 --out {tmp_path}"
+    settings = parse(study.Settings, "", flags.split())
+    settings.train = ("--classes", f"{tmp_path}/two.txt")
+    study.run_study(settings)
+    manifest = json.loads((tmp_path / "gaussian.json").read_text())
+    assert manifest["shape"] == [6, 14, 14]
+    # Without --data these take data and classes of the encoder.
+    for program in ("object_discovery.py", "eval_knn.py", "eval_linear.py"):
+        assert "--data" not in ran[program]
+
+
 def test_gaussian_maps_are_centered(plain, tmp_path):
-    study.gaussian_maps(tmp_path / "gaussian.npy", plain)
+    study.gaussian_maps(tmp_path / "gaussian.npy", open_data(plain))
     maps, manifest = load_maps(tmp_path / "gaussian.npy", open_data(plain))
     m = np.float64(maps[0])
     assert manifest["method"] == "gaussian" and (maps == maps[0]).all()
