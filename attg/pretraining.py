@@ -148,7 +148,8 @@ def resolve(cfg, dataset=None):
     }
     cfg = copy.copy(cfg)
     small = cfg.model == "vit_micro" and cfg.data != "toy"
-    if small and cfg.default_size and dataset is not None:
+    unset = cfg.default_size and (cfg.img_size, cfg.patch_size) == (32, 4)
+    if small and unset and dataset is not None:
         cfg.img_size, cfg.patch_size = fit_size(dataset)
     for name, value in defaults.items():
         if getattr(cfg, name) is None:

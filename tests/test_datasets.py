@@ -596,8 +596,10 @@ def test_training_on_a_data_set_from_python(labelled, tmp_path):
     result = attg_mae.train(attg_mae.Config(**settings), pairs)
     assert losses(tmp_path / "list") == losses(tmp_path / "files")
     assert result["knn"] == records(tmp_path / "files", "knn")[-1]["knn"]
-    with pytest.raises(ValueError, match="other than toy: --data NAME"):
-        attg_mae.train(attg_mae.Config(**settings | {"data": "toy"}), pairs)
+    # Evaluations would take the checkpoint's data for these.
+    for name in ("toy", "cifar10", labelled["data"]):
+        with pytest.raises(ValueError, match=f"other than {name}: --data NAME"):
+            attg_mae.train(attg_mae.Config(**settings | {"data": name}), pairs)
     # A training set alone, without labels, in gray.
     settings |= {"in_chans": 1, "mean": (0.5,), "std": (0.25,), "resume": "none"}
     alone = [(image, None) for image, _ in pairs["test"]]

@@ -186,6 +186,9 @@ def test_the_smallest_model_fits_the_images(tmp_path):
         cfg = attg_mae.resolve(cfg, open_data(cfg.data))
         shapes[name, *given] = cfg.size, cfg.patch_size
     assert list(shapes.values()) == [((32, 32), 4), ((64, 64), 8), ((32, 32), 4)]
+    cfg = attg_mae.Config(data=str(tmp_path / "large"))
+    cfg.img_size, cfg.patch_size = 96, 16
+    assert attg_mae.resolve(cfg, open_data(cfg.data)).grid == (6, 6)
     small = {"guidance": "none", "batch_size": 5, "img_size": None, "patch_size": None}
     out = tmp_path / "out"
     for _ in range(2):  # resumes
