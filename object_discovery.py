@@ -561,7 +561,10 @@ def main(argv=None, data=None):
 
     maps, manifest = load_maps(out, dataset)
     flat, failed = manifest["flat"], manifest["failed"]
-    log_line(f"{out}: maps {maps.shape}, {len(flat)} flat, {len(failed)} failed")
+    counts = f"{len(flat)} flat (no effect), {len(failed)} failed"
+    if settings.method == "tokencut" and len(flat) > len(maps) / 10:
+        counts += "; fewer are flat with a higher --affinity_threshold, such as 0.5"
+    log_line(f"{out}: maps {maps.shape}, {counts}")
     if failed:
         names = ", ".join(dataset.path(i) for i in failed[:10])
         log_line(f"failed, delete {out} to try again: {names}")

@@ -104,7 +104,11 @@ def open_hf(name, img_size):
     model = getattr(model, "vision_model", model)
     if info["missing_keys"]:
         model.pooler = None  # its weights would be random
-    images = hf.AutoImageProcessor.from_pretrained(name).to_dict()
+    try:
+        images = hf.AutoImageProcessor.from_pretrained(name).to_dict()
+    except OSError as error:
+        remedy = "save a ViTImageProcessor beside it, with its mean and std"
+        raise ValueError(f"it has no preprocessor_config.json; {remedy}") from error
     side = img_size or model.config.image_size
     size = (side, side) if isinstance(side, int) else side
     return NamedViT(model, size, **image_statistics(images))

@@ -184,7 +184,7 @@ def open_path(path, split, classes):
         return image if split == "train" else None
     if not path.is_dir():
         raise ValueError(
-            f"--data {path}: neither a folder, an image ({', '.join(SUFFIXES)}) "
+            f"--data {path}: neither a folder, an image ({', '.join(SUFFIXES[:-4])}) "
             f"nor one of toy, {', '.join(TORCHVISION)}. {LAYOUTS}"
         )
     train = path / "train" if (path / "train").is_dir() else path
@@ -387,7 +387,7 @@ def open_labeled(name, tests, size, augment=False, seed=0, **options):
             raise ValueError(
                 f"--data {'' if from_python else name}: needs labels in {split}; sort "
                 "the images into train/CLASS/ and val/CLASS/, or name another folder "
-                "of the same classes with --val"
+                f"of the same classes with --{'data' if split == 'train' else 'val'}"
             )
     train_set = sets.pop("train")
     for test, dataset in sets.items():

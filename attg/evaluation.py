@@ -56,7 +56,9 @@ class LabelFlags(CheckpointDataFlags):
         ("test",), "test, folders of the same classes, toy's variants", resume="free"
     )
     show: bool = flag(
-        False, "save confusion.png (to 50 classes); k-NN: neighbors.png", resume="free"
+        False,
+        "save OUT.confusion.png (to 50 classes), OUT.neighbors.png",
+        resume="free",
     )
 
 
@@ -103,9 +105,12 @@ def open_sets(settings, data, cfg, fraction=1.0, **options):
     if fraction < 1:
         rows = shot_indices(train_set.labels, fraction, settings.seed)
         train_set = train_set.subset(rows.sort().values)
-    # Of files also the folder: "test" is val/ if both are there.
-    sets = {"train": train_set, **tests}.items()
-    sizes = {f"{name} {x.root}".strip(): len(x) for name, x in sets}
+    sizes = {}
+    for name, dataset in {"train": train_set, **tests}.items():
+        # "test" is the folder val/, even if there is a test/, too.
+        folder = Path(dataset.root).name
+        name += f" ({folder}/)" if folder not in ("", *name.split("/")) else ""
+        sizes[name] = len(dataset)
     describe(settings, sizes, train_set.num_classes, train_set.known_labels)
     return train_set, tests
 
@@ -161,9 +166,9 @@ def open_encoder(load_encoder, settings, only_files=False, **options):
         encoder = open_backbone(source, settings.img_size)
         settings.sha256 = weights_sha256(encoder)
     else:
-        settings.sha256 = sha256(source)
         arguments = {name: getattr(settings, name) for name in {"img_size", *names}}
         encoder = load_encoder(source, **arguments | options)
+        settings.sha256 = sha256(source)
     cfg = encoder.cfg
     if not getattr(cfg, "data", None):  # other people's
         size = " x ".join(map(str, cfg.size))
@@ -232,13 +237,13 @@ def evaluate(program, settings, protocol, data=None):
 
 
 def save_figures(settings, data, truth, guesses, title, features=None):
-    """Draw the figures of --show beside --out: confusion.png and neighbors.png.
+    """Draw the figures of --show: OUT.confusion.png and, of k-NN, OUT.neighbors.png.
 
     truth, guesses (n,): classes of the first test set. title: the feature that they are
     of. features: (bank, queries) of k-NN.
     """
-    title = title.replace("_", " ")
-    folder = Path(settings.out).parent
+    out = Path(settings.out)
+    title = f"{out.stem}: {title.replace('_', ' ')}, {settings.val[0]}"
     train_set, tests = open_images(settings, data, 32)
     numbers = len(train_set), len(tests[settings.val[0]])
     if features and numbers != tuple(map(len, features)):
@@ -247,10 +252,10 @@ def save_figures(settings, data, truth, guesses, title, features=None):
     classes = train_set.num_classes
     if classes <= 50:
         counts = (truth * classes + guesses).bincount(minlength=classes**2)
-        path, names = folder / "confusion.png", class_names(train_set)
+        path, names = out.with_suffix(".confusion.png"), class_names(train_set)
         save_confusion(path, counts.view(classes, classes), names, title)
     if features:
-        path = folder / "neighbors.png"
+        path = out.with_suffix(".neighbors.png")
         save_neighbors(path, train_set, tests[settings.val[0]], *features, title)
         log_line(f"neighbors: {path}")
 

@@ -86,7 +86,7 @@ def save_examples(model, run, checkpoint, model_inputs, pool_maps):
     if weight is not None:
         white = weight.max()
         cells = F.interpolate(weight.view(-1, 1, *cfg.grid), cfg.size)
-        columns.append((f"weight (white {white:.2f})", cells / white))
+        columns.append((f"weight at first, to {white:.2f}", cells / white))
     masked, completed = reconstruct(model, imgs, noise)
     columns.append(("masked", masked))
     columns.append(("reconstruction", completed))
@@ -95,7 +95,10 @@ def save_examples(model, run, checkpoint, model_inputs, pool_maps):
     path = out / "reconstructions.png"
     # With --epochs 0 the examples are those of the checkpoint.
     step = checkpoint["step"] if checkpoint and not cfg.epochs else run.total_steps
-    save_sheet(path, columns, f"{out.name}, step {step}, training images")
+    heading = f"{out.name}, step {step}, training images"
+    if cfg.norm_pix:
+        heading += "; masked patches: predicted structure, true mean and std"
+    save_sheet(path, columns, heading)
     run.log.info(f"examples: {path}")
 
 
@@ -121,7 +124,8 @@ def save_map_sheet(path, dataset, maps, count):
     imgs = squashed(dataset, ids)
     m = torch.from_numpy(maps[ids]).float()
     cells = F.interpolate(m[:, None], imgs.shape[2:])
-    names = [Path(dataset.names[i]).name[-22:] for i in ids]
+    names = [Path(dataset.names[i]).name for i in ids]
+    names = [x if len(x) <= 22 else f"...{x[-19:]}" for x in names]
     texts = ["" if one.any() else "flat" for one in m]
     columns = [("image", imgs, names)]
     columns.append(("map", cells, texts))

@@ -30,6 +30,8 @@ from attg.cli import flag, resume_class
 from attg.datasets import check_unreadable
 from attg.distributed import broadcast_from_rank0
 from attg.evaluation import fill_defaults, open_sets, save_figures, topk_correct
+from attg.export import timm_arguments
+from attg.figures import class_names
 from attg.images import seed_for, train_view
 from attg.loader import ResumableBatchSampler, make_loader
 from attg.log import log_line, progress
@@ -170,7 +172,8 @@ def fit(
             log_line(f"epoch {epoch}/{settings.epochs} loss {loss:.4f} lr {lr:.2e}")
             if settings.save and rank == 0:
                 shared = identity(settings, train_set)
-                save(settings.save, model, optimizer, shared, step + 1)
+                names = class_names(train_set)
+                save(settings.save, model, optimizer, shared, step + 1, names)
     if world > 1:
         # BatchNorm's statistics differ, since each rank has seen other images.
         for buffer in model.buffers():
@@ -213,12 +216,15 @@ def identity(settings, train_set):
     return {name: value for name, value in shared.items() if name not in free}
 
 
-def save(path, model, optimizer, settings, step):
+def save(path, model, optimizer, settings, step, class_names):
     """Write the file of --save."""
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if hasattr(model, "cfg"):
-        # A fine-tuned encoder, for load_encoder.
+        # A fine-tuned encoder, for load_encoder; for timm, a classifier.
         states["config"] = dataclasses.asdict(model.cfg)
+        head = {"num_classes": model.head.out_features, "global_pool": "avg"}
+        states["timm"] = timm_arguments(model.cfg) | head
+        states["class_names"] = list(class_names)
     save_checkpoint(path, **states, settings=settings, step=step)
 
 

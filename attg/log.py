@@ -156,11 +156,12 @@ def describe_run(run, model):
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     height, width = run.train_set.size
     micro = cfg.batch_size // (cfg.accum * run.world)
+    stop = f", stopped after {cfg.max_steps} steps" if cfg.max_steps else ""
     return (
         f"training {kind}: {cfg.model}, {sum(trained) / 1e6:.1f} M parameters\n"
         f"{number} images of {source}, {height} x {width} pixels, "
         f"patches {cfg.patch_size} x {cfg.patch_size}; {cfg.epochs} epochs of "
-        f"{run.steps_per_epoch} steps\n"
+        f"{run.steps_per_epoch} steps{stop}\n"
         f"batch size {cfg.batch_size} = {micro} x {run.world} (processes) x "
         f"{cfg.accum} (--accum), {cfg.precision}; lr {cfg.lr:.2e} (base lr "
         f"{cfg.blr:.2e}, cosine), warm-up {cfg.warmup_epochs:.3g} epochs{tau}\n"

@@ -131,7 +131,7 @@ def begin_or_resume(path, files, job):
 def check_same_job(path, new, old):
     """ValueError if the map file or unfinished job at `path` was made with others."""
     # The weights of a backbone count, not the name of their file.
-    if "sha256" in new:
+    if new.get("sha256") and new["sha256"] == old.get("sha256"):
         new = new | {"backbone": old.get("backbone")}
     changes = [f"{k} {old.get(k)}, not {x}" for k, x in new.items() if old.get(k) != x]
     if changes:

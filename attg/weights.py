@@ -288,6 +288,10 @@ def encoder_config(kind, weights, heads=None, img_size=None):
         raise ValueError(f"{name}: no standard width, {sizes['width']}; give --heads")
     if not heads and "heads" not in given:
         log_line(f"{name}: {settings['heads']} heads, a guess by width; see --heads")
+    if "mean" not in given:
+        log_line(
+            f"{name}: assumes ImageNet's mean and std; timm:NAME@FILE knows timm's"
+        )
     if "img_size" not in given:
         number = positions.shape[1] - 1
         side = math.isqrt(max(number, 0))

@@ -50,7 +50,11 @@ def test_maps_of_a_folder(tmp_path, capsys):
     assert q["images"] == 9 and q["AUROC"] > 80 and q["IoU"] > 30 and q["CorLoc"] > 40
     printed = capsys.readouterr().out
     failed = f"failed, delete {out} to try again: {tmp_path}/data/03.png\n"
-    for words in ("0 flat, 1 failed\n", failed, f"{q['IoU']:.2f}  {q['CorLoc']:.2f}"):
+    for words in (
+        "0 flat (no effect), 1 failed\n",
+        failed,
+        f"{q['IoU']:.2f}  {q['CorLoc']:.2f}",
+    ):
         assert words in printed
     assert sorted(p.name for p in out.parent.iterdir()) == ["m.json", "m.npy", "m.png"]
     # Nothing is done twice.
@@ -72,7 +76,7 @@ def test_maps_from_masks(tmp_path, capsys):
     dataset = open_data(tmp_path / "data")
     maps, manifest = load_maps(tmp_path / "m.npy", dataset)
     assert manifest["failed"] == [4] and manifest["flat"] == [0, 1]
-    assert "2 flat, 1 failed" in capsys.readouterr().out
+    assert "2 flat (no effect), 1 failed" in capsys.readouterr().out
     mask = Image.open(tmp_path / "masks" / "02.png")
     want = np.asarray(mask.resize((56, 56), Image.Resampling.BOX)) / 255
     assert abs(maps[2] - want).max() < 1e-3 and want.any()

@@ -32,7 +32,7 @@ def test_classifier_equals_timm(tmp_path):
     ours, peer = classifier_and_timm(0.5)
     imgs, labels = randn(16, 3, 32, 32), torch.randint(5, (16,))
     assert close(ours.eval()(imgs)[0], peer.eval()(imgs), 1e-5)
-    save(tmp_path / "w.pt", ours, torch.optim.AdamW(ours.parameters()), {}, 0)
+    save(tmp_path / "w.pt", ours, torch.optim.AdamW(ours.parameters()), {}, 0, "abcde")
     encoder = attg_mae.load_encoder(tmp_path / "w.pt", heads=2)
     patch_mean = pool_tokens(encoder, encoder.forward_features(imgs))[1]
     assert close(ours.head(patch_mean), peer(imgs), 1e-5)

@@ -24,10 +24,8 @@ def test_results_of_a_data_set(encoder, labelled, tmp_path, capsys):
     report = json.loads(file.read_text())
     assert printed[-1] == f"with all settings: {file}"
     assert report["results"] == results and "top-1" in printed[2]
-    folder = labelled["data"]
-    line = f"images: train {folder}/train 25, test {folder}/test 15; 3 classes, chance"
-    line = f"data {folder}, {line} 33.3 %, the largest has 36 %"
-    assert printed[0] == printed[1] == line
+    line = "images: train 25, test 15; 3 classes, chance 33.3 %, the largest has 36 %"
+    assert printed[0] == printed[1] == f"data {labelled['data']}, {line}"
     assert report["settings"]["k"] == [1, 20]
     cases = [(row["feature"], row["k"]) for row in results]
     assert cases == [(f, k) for f in eval_knn.FEATURES for k in (1, 20)]

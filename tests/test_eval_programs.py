@@ -166,8 +166,7 @@ def test_the_default_is_the_data_set_of_the_checkpoint(evaluate, labelled, tmp_p
     one, two = (json.loads(x)["settings"] for x in (tmp_path / "o.jsonl").open())
     assert [[x["data"], x["classes"]] for x in (one, two)] == [flags[1::2]] * 2
     assert one["white"] == two["white"] == 300
-    assert "/train 16, test " in one["header"]
-    assert "/test 10; 2 classes, chance 50 %, the" in one["header"]
+    assert "train 16, test 10; 2 classes, chance 50 %, the" in one["header"]
     torch.save(torch.load(file)["model"], tmp_path / "bare.pt")
     message = "--data: missing, .*bare.pt .*name a data set"
     with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,7 +113,9 @@ def test_confusion_matrices_agree_with_the_accuracy(encoder, labelled, monkeypat
         result = program.main([*flags, *more])[-1]
         size, counts, names, title = drawn.pop()
         name = result["feature"].replace("_", " ")
-        assert title == name + ", k = 20, all labels" * (program is eval_knn)
+        more = ", k = 20, all labels" * (program is eval_knn)
+        assert title == f"{program.__name__}: {name}{more}, test"
+        assert Path(encoder).with_name(f"{program.__name__}.confusion.png").exists()
         assert names == ["b", "g", "r"] and min(size) > 300
         # Five test images of each class; rows are the classes.
         assert counts.sum(dim=1).tolist() == [5, 5, 5] and sum(written) == 300

@@ -16,7 +16,7 @@ from attg.features import FEATURES
 from attg.finetuning import identity, open_training, to_device
 from attg.images import Sample
 from attg.loader import make_loader
-from tests.helpers import ROOT, SMALL, after_step, same, timm_model
+from tests.helpers import ROOT, SMALL, after_step, same
 from tests.processes import ranks
 
 PROGRAMS = {
@@ -37,10 +37,10 @@ def stop():
 
 
 def top1_of_timm(weights, data):
-    """Top-1 in percent of the fine-tuned weights in timm's ViT."""
-    models = pytest.importorskip("timm.models")
-    peer = timm_model(16, 1, 2, 32, 16, num_classes=3, global_pool="avg")
-    models.load_checkpoint(peer, weights)
+    """Top-1 in percent of the fine-tuned file in timm's ViT."""
+    timm, content = pytest.importorskip("timm"), torch.load(weights)
+    peer = timm.create_model(**content["timm"], checkpoint_path=weights).eval()
+    assert content["class_names"] == ["b", "g", "r"]
     (batch,) = make_loader(open_data(data, "test", 32))
     logits = peer(attg_mae.normalize(batch.image, attg_mae.Config()))
     return 100 * (logits.argmax(1) == batch.label).double().mean().item()
@@ -173,17 +173,20 @@ def test_images_are_flipped_and_normalized():
     assert got.equal(model.normalize(want)) and labels.tolist() == [0, 1]
 
 
-def test_fraction_of_the_labels(labelled, capsys):
+def test_fraction_of_the_labels(labelled, tmp_path, capsys):
     """Half of each class of 9, 8 and 8 images, in the order of the data set."""
+    data = tmp_path / "data"
+    shutil.copytree(labelled["data"], data)
+    (data / "test").rename(data / "val")
     whole, cfg = open_data(labelled["data"]), attg_mae.Config(**SMALL)
-    settings = eval_finetune.Settings(data=labelled["data"], label_fraction=0.5, seed=3)
+    settings = eval_finetune.Settings(data=str(data), label_fraction=0.5, seed=3)
     options = None, eval_finetune.VIT_BASE, 128, (torch.device("cpu"), 0, 1)
     train_set, tests = open_training(cfg, settings, *options)
     rows = shot_indices(whole.labels, 0.5, 3).sort().values.tolist()
-    assert "images: train 12, test 15;" in settings.header
+    assert "images: train 12, test (val/) 15;" in settings.header
     assert "12 images: 100 epochs, batch size 1, peak lr 6.2" in capsys.readouterr().out
     assert len(rows) == len(train_set) == 12 and len(tests["test"]) == 15
-    assert [train_set.path(i) for i in range(12)] == [whole.path(i) for i in rows]
+    assert [train_set.names[i] for i in range(12)] == [whole.names[i] for i in rows]
 
 
 def test_a_saved_run_belongs_to_its_images(labelled, tmp_path):
