@@ -9,7 +9,7 @@ A row per image: the image, its map M, the weights w = exp(M / tau) of its patch
 visible patches, and the reconstruction of each model from the same patches. The images are
 the first three of a permutation of the test set (SEED) whose map covers 10 to 40 % of the
 image. Predicted patches get the mean and std of the true ones. Below: the paired
-differences of the studies in results/.
+differences of the runs designed in docs/study.md.
 """
 
 import math
@@ -35,7 +35,23 @@ from attg_mae import MAE, Config, load_checkpoint, normalize, pool_maps
 from study import read_study, table_rows
 
 SEED = 0
-STUDIES = "toy", "toy-new-seeds", "imagenette64", "imagenette64-new-seeds", "tinymid30"
+# Rows of the plot: study of the design in docs/study.md, variant, test set, and their name.
+ROWS = {
+    ("toy-new-seeds", "masks", ""): "toy: exact masks",
+    ("toy-new-seeds", "self", ""): "toy: maps found without labels",
+    ("toy-new-seeds", "gaussian", ""): "toy: centered Gaussian",
+    ("toy-new-seeds", "self-shuffled", ""): "toy: maps of other images",
+    ("imagenette64-new-seeds", "cnn-tokencut", ""): "Imagenette: maps of a classifier",
+    ("imagenette64-new-seeds", "gaussian", ""): "Imagenette: centered Gaussian",
+    ("tinymid30", "box", ""): "photographs: boxes",
+    ("tinymid30", "gaussian", ""): "photographs: centered Gaussian",
+    ("tinymid30", "shuffled", ""): "photographs: boxes of other images",
+    ("tinymid30", "box+tau0.3", ""): "photographs: boxes, tau from 0.3",
+    ("tinymid30", "box", "tinymid30/grey: "): "objects on grey: boxes",
+    ("tinymid30", "gaussian", "tinymid30/grey: "): "objects on grey: centered Gaussian",
+    ("tinybox20", "box", ""): "photographs, small objects: boxes",
+    ("tinybox20", "box", "tinybox20/grey: "): "small objects on grey: boxes",
+}
 
 
 def load_model(path):
@@ -102,18 +118,18 @@ def draw_differences(path):
     axes = figure.add_subplot()
     axes.set_title("k-NN (k = 20), guided - vanilla, in points: mean and 95 % interval")
     axes.axvline(0, color="gray")
-    for name in STUDIES:
+    for (name, variant, test_set), text in ROWS.items():
         for row in table_rows(read_study(Path("results/study", name))):
-            if row["metric"] == "k-NN, k = 20" and row.get("pairs", 0) > 2:
-                label = f"{name}: {row['variant']}, n = {row['pairs']}"
-                tick = ticks.setdefault(label, -len(ticks))
+            metric = f"{test_set}k-NN, k = 20"
+            if (row["metric"], row["variant"]) == (metric, variant):
+                tick = ticks.setdefault(f"{text}, n = {row['pairs']}", -len(ticks))
                 feature = FEATURES.index(row["feature"])
                 y, color = tick - 0.3 * feature, f"C{feature}"
                 axes.plot([row["low"], row["high"]], [y, y], color)
                 axes.plot(row["difference"], y, f"{color}o")
     axes.set_yticks(list(ticks.values()), list(ticks))
     names = [name.replace("_", " ") for name in FEATURES]
-    axes.legend(axes.lines[2:5:2], names, loc="lower left")
+    axes.legend(axes.lines[2:5:2], names, loc="lower right")
     save_figure(path, figure)
 
 

@@ -189,6 +189,7 @@ ERRORS = {  # flags: what the message names
     f"{PIXELS} --out old.npy --data more/data": "--out old.npy other delete",
     f"{PIXELS} --out old.npy --affinity_threshold 0.4": "--out old.npy 0.2 0.4 delete",
     f"{PIXELS} --out old.npy --white 4095": "--out old.npy white None 4095 delete",
+    "--backbone own.pt --out old.npy": "--out old.npy backbone pixels own.pt delete",
     f"{PIXELS} --max_pixels 9": "finite --max_pixels 00.png",
 }
 
@@ -201,6 +202,7 @@ def test_errors(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     weights = torchvision.models.get_model("mobilenet_v2").state_dict()
     torch.save(weights, "mobilenet.pt")
+    save_encoder("own.pt")
     save_encoder("nan.pt", lambda model: model.pos_embed.data.fill_(math.nan))
     discover(tmp_path, "old.npy")
     before = Path("old.npy").read_bytes()
