@@ -86,7 +86,8 @@ def save_examples(model, run, checkpoint, model_inputs, pool_maps):
     if weight is not None:
         white = weight.max()
         cells = F.interpolate(weight.view(-1, 1, *cfg.grid), cfg.size)
-        columns.append((f"weight at first, to {white:.2f}", cells / white))
+        title = f"weight, tau {cfg.tau:g}: to {white:.2f}"
+        columns.append((title, cells / white))
     masked, completed = reconstruct(model, imgs, noise)
     columns.append(("masked", masked))
     columns.append(("reconstruction", completed))
