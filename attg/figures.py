@@ -86,7 +86,7 @@ def save_examples(model, run, checkpoint, model_inputs, pool_maps):
     if weight is not None:
         white = weight.max()
         cells = F.interpolate(weight.view(-1, 1, *cfg.grid), cfg.size)
-        title = f"weight, tau {cfg.tau:g}: to {white:.2f}"
+        title = f"weight (tau {cfg.tau:g}: to {white:.2f})"
         columns.append((title, cells / white))
     masked, completed = reconstruct(model, imgs, noise)
     columns.append(("masked", masked))

@@ -97,7 +97,7 @@ def test_damaged_checkpoints(small, tmp_path, rng):
 def test_damaged_files_of_save(change, tmp_path):
     """A probe or fine-tuning stops with one error that names the file."""
     path, model, settings = tmp_path / "w.pt", torch.nn.Linear(3, 2), {"epochs": 3}
-    save(path, model, torch.optim.AdamW(model.parameters()), settings, 1)
+    save(path, model, torch.optim.AdamW(model.parameters()), settings, 1, "ab")
     assert read_saved(path, settings, 3)["step"] == 1
     parts = load_parts(path)
     for wrong in (parts | change, {k: x for k, x in parts.items() if k not in change}):

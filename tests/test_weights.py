@@ -147,7 +147,7 @@ def test_entries_are_chosen_and_told(capsys):
     attg_mae.load_encoder(content, heads=4)
     assert "takes state_dict_ema of ['state_dict', 'state_d" in capsys.readouterr().out
     model = attg_mae.load_encoder(content, heads=4, weights_key="state_dict")
-    assert same_features(model, ref) and capsys.readouterr().out == ""
+    assert same_features(model, ref) and "takes" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="--weights_key x: .*state_dict_ema"):
         attg_mae.load_encoder(content, weights_key="x")
     # Of a callback of Lightning.
