@@ -49,8 +49,18 @@ ROWS = {
     ("tinymid30", "box+tau0.3", ""): "photographs: boxes, tau from 0.3",
     ("tinymid30", "box", "tinymid30/grey: "): "objects on grey: boxes",
     ("tinymid30", "gaussian", "tinymid30/grey: "): "objects on grey: centered Gaussian",
-    ("tinybox20", "box", ""): "photographs, small objects: boxes",
-    ("tinybox20", "box", "tinybox20/grey: "): "small objects on grey: boxes",
+    (
+        "tinymid30",
+        "shuffled",
+        "tinymid30/grey: ",
+    ): "objects on grey: boxes of other images",
+    (
+        "tinymid30",
+        "box+tau0.3",
+        "tinymid30/grey: ",
+    ): "objects on grey: boxes, tau from 0.3",
+    ("tinybox20", "box", ""): "second set, photographs: boxes",
+    ("tinybox20", "box", "tinybox20/grey: "): "second set, objects on grey: boxes",
 }
 
 
