@@ -216,15 +216,15 @@ def identity(settings, train_set):
     return {name: value for name, value in shared.items() if name not in free}
 
 
-def save(path, model, optimizer, settings, step, class_names):
-    """Write the file of --save."""
+def save(path, model, optimizer, settings, step, names):
+    """Write the file of --save. names: of the classes."""
     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if hasattr(model, "cfg"):
         # A fine-tuned encoder, for load_encoder; for timm, a classifier.
         states["config"] = dataclasses.asdict(model.cfg)
         head = {"num_classes": model.head.out_features, "global_pool": "avg"}
         states["timm"] = timm_arguments(model.cfg) | head
-        states["class_names"] = list(class_names)
+        states["class_names"] = list(names)
     save_checkpoint(path, **states, settings=settings, step=step)
 
 

@@ -35,6 +35,7 @@ from attg_mae import MAE, Config, load_checkpoint, normalize, pool_maps
 from study import read_study, table_rows
 
 SEED = 0
+GREY = "tinymid30/grey: "
 # Rows of the plot: study of the design in docs/study.md, variant, test set, and their name.
 ROWS = {
     ("toy-new-seeds", "masks", ""): "toy: exact masks",
@@ -47,18 +48,10 @@ ROWS = {
     ("tinymid30", "gaussian", ""): "photographs: centered Gaussian",
     ("tinymid30", "shuffled", ""): "photographs: boxes of other images",
     ("tinymid30", "box+tau0.3", ""): "photographs: boxes, tau from 0.3",
-    ("tinymid30", "box", "tinymid30/grey: "): "objects on grey: boxes",
-    ("tinymid30", "gaussian", "tinymid30/grey: "): "objects on grey: centered Gaussian",
-    (
-        "tinymid30",
-        "shuffled",
-        "tinymid30/grey: ",
-    ): "objects on grey: boxes of other images",
-    (
-        "tinymid30",
-        "box+tau0.3",
-        "tinymid30/grey: ",
-    ): "objects on grey: boxes, tau from 0.3",
+    ("tinymid30", "box", GREY): "objects on grey: boxes",
+    ("tinymid30", "gaussian", GREY): "objects on grey: centered Gaussian",
+    ("tinymid30", "shuffled", GREY): "objects on grey: boxes of other images",
+    ("tinymid30", "box+tau0.3", GREY): "objects on grey: boxes, tau from 0.3",
     ("tinybox20", "box", ""): "second set, photographs: boxes",
     ("tinybox20", "box", "tinybox20/grey: "): "second set, objects on grey: boxes",
 }
