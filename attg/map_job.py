@@ -136,7 +136,7 @@ def check_same_job(path, new, old):
     changes = [f"{k} {old.get(k)}, not {x}" for k, x in new.items() if old.get(k) != x]
     if changes:
         raise ValueError(
-            f"--out {path}: made with {', '.join(changes)}; use its settings, choose "
+            f"--out {path}: made with {', '.join(changes[:3])}; use its settings, choose "
             f"another --out, or delete it and {path}.job"
         )
 
