@@ -44,15 +44,15 @@ ROWS = {
     ("toy-new-seeds", "self-shuffled", ""): "toy: maps of other images",
     ("imagenette64-new-seeds", "cnn-tokencut", ""): "Imagenette: maps of a classifier",
     ("imagenette64-new-seeds", "gaussian", ""): "Imagenette: centered Gaussian",
-    ("tinymid30", "box", ""): "photographs: boxes",
-    ("tinymid30", "gaussian", ""): "photographs: centered Gaussian",
-    ("tinymid30", "shuffled", ""): "photographs: boxes of other images",
-    ("tinymid30", "box+tau0.3", ""): "photographs: boxes, tau from 0.3",
+    ("tinymid30", "box", ""): "whole photographs: boxes",
+    ("tinymid30", "gaussian", ""): "whole photographs: centered Gaussian",
+    ("tinymid30", "shuffled", ""): "whole photographs: boxes of other images",
+    ("tinymid30", "box+tau0.3", ""): "whole photographs: boxes, tau from 0.3",
     ("tinymid30", "box", GREY): "objects on grey: boxes",
     ("tinymid30", "gaussian", GREY): "objects on grey: centered Gaussian",
     ("tinymid30", "shuffled", GREY): "objects on grey: boxes of other images",
     ("tinymid30", "box+tau0.3", GREY): "objects on grey: boxes, tau from 0.3",
-    ("tinybox20", "box", ""): "second set, photographs: boxes",
+    ("tinybox20", "box", ""): "second set, whole: boxes",
     ("tinybox20", "box", "tinybox20/grey: "): "second set, objects on grey: boxes",
 }
 
@@ -116,10 +116,12 @@ def main(vanilla, guided, out="assets/idea.png"):
 
 
 def draw_differences(path):
-    """Draw the paired differences of k-NN accuracy, guided minus vanilla."""
+    """Draw the paired differences of k-NN accuracy from vanilla runs."""
     figure, ticks = new_figure(path, 11.9, 5.5), {}
     axes = figure.add_subplot()
-    axes.set_title("k-NN (k = 20), guided - vanilla, in points: mean and 95 % interval")
+    axes.set_title(
+        "k-NN (k = 20), variant - vanilla, in points: mean and 95 % interval"
+    )
     axes.axvline(0, color="gray")
     for (name, variant, test_set), text in ROWS.items():
         for row in table_rows(read_study(Path("results/study", name))):
