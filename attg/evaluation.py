@@ -138,7 +138,8 @@ def describe(settings, sizes, classes, labels):
 
     labels: of the training images, if they are known. ValueError if they are all alike.
     """
-    images, largest = ", ".join(f"{name} {n:,}" for name, n in sizes.items()), ""
+    images = ", ".join(f"{name} {count:,}" for name, count in sizes.items())
+    largest = ""
     if labels is not None:
         counts = torch.as_tensor(labels).bincount()
         share = counts.max().item() / len(labels)

@@ -28,10 +28,9 @@ from attg.images import load_image
 from attg.log import log_line
 
 SAMPLE, MAX_IDS, MAX_ID = 200, 64, 127
-# Neither object nor background: 255; in colors VOC's border; 1000 = 0x3E8 in ImageNet-S,
-# whose ids are red + 256 * green.
-IGNORED = {"gray": 255, "palette": 255, "color": 0xE0E0C0}
-IMAGENET_S_IGNORED = 0xE80300
+# Neither object nor background: the first that occurs, or else the last. In colors: 1000 =
+# 0x3E8 of ImageNet-S, whose ids are red + 256 * green; VOC's border.
+IGNORED = {"gray": (255,), "palette": (255,), "color": (0xE80300, 0xE0E0C0)}
 # Share of even steps (count_steps) up to which grays are soft, and from which they are ids.
 # Drawn masks have at most 0.09 if soft (anti-aliased, blurred, JPEG, saliency of 320 x 320
 # and maps of 14 x 14 enlarged with any filter; maps of 7 x 7 that are mostly 0 up to 0.3),
@@ -42,9 +41,10 @@ ORIENTATION = 0x0112
 
 
 def read_values(path, palettes=True):
-    """(kind, int64 (H, W), alpha (H, W) or None, whether 0 is black) of a PNG.
+    """(kind, int64 (H, W), alpha (H, W) or None, whether black comes first) of a PNG.
 
-    kind: gray, palette or color. Without palettes they are read as colors.
+    kind: gray, palette or color; black comes first unless a palette says otherwise.
+    palettes=False reads them as colors.
     """
     # Opening a named pipe or a device would block.
     if not path.is_file():
@@ -56,9 +56,10 @@ def read_values(path, palettes=True):
     if image.mode.startswith("P"):
         colors = np.reshape(image.getpalette(), (-1, 3)).any(axis=1)
         used = np.unique(image.getchannel(0))  # 255 need not be in the palette
-        black, has_black = not colors[0], not colors[used[used < len(colors)]].all()
-        # Programs that shrink files sort the colors, so that indices are no ids.
-        if not palettes or has_black and not black:
+        black = not colors[0]
+        # Programs that shrink files sort the colors: black comes later, indices are no ids.
+        is_sorted = not black and not colors[used[used < len(colors)]].all()
+        if is_sorted or not palettes:
             image = image.convert("RGBA")
     if image.mode not in ("RGB", "RGBA"):
         kind = "palette" if image.mode.startswith("P") else "gray"
@@ -120,7 +121,7 @@ class MaskFolder:
             values |= set(self.convert(kind, distinct).tolist())
             border.update(self.convert(kind, edges).tolist())
         self.scale, self.ignored, self.listed, self.is_object = None, -1, set(), True
-        self.known = None  # of two values
+        self.two_values = None
         share = counts[0] / max(counts[1], 1)
         rule = self.decide(sorted(values), border, share, mask_values)
         form = "0x{:06X}" if self.kind == "color" else "{}"
@@ -172,7 +173,7 @@ class MaskFolder:
             self.scale = 255
             return "object is where alpha is opaque"
         if len(values) <= 2 and not choice:
-            self.known = values
+            self.two_values = values
             if self.has_black and (is_gray or values[0] == 0):
                 self.listed = set(values[-1:]) - {0}
                 return "object is {listed}"
@@ -200,9 +201,8 @@ class MaskFolder:
         is_id = 254 in values or values[-1] > 255 or self.has_binary
         if is_id and self.kind != "color":
             return "object is any but {listed}"
-        self.ignored = IGNORED[self.kind]
-        if self.kind == "color" and IMAGENET_S_IGNORED in values:
-            self.ignored = IMAGENET_S_IGNORED
+        *others, usual = IGNORED[self.kind]
+        self.ignored = next((x for x in others if x in values), usual)
         return "object is any but {listed}, {ignored} is ignored"
 
     def convert(self, kind, values):
@@ -239,11 +239,10 @@ class MaskFolder:
             kind, values = "color", self.convert(kind, values)
         if kind != self.kind or values is None:
             raise ValueError(f"{path}: not {self.kind} as the others are")
-        if self.known and not np.isin(values, self.known).all():
-            message = f"has {np.setdiff1d(values, self.known)[:3]}, others {self.known}"
-            raise ValueError(
-                f"{path}: {message}; pass the objects' --mask_values, or ids"
-            )
+        if self.two_values and not np.isin(values, self.two_values).all():
+            other = np.setdiff1d(values, self.two_values)[:3]
+            message = f"has {other}, others {self.two_values}; pass --mask_values"
+            raise ValueError(f"{path}: {message} ids, or those of objects")
         mask = (self.object_part(values) * 255).round().astype(np.uint8)
         if mask.max() < 4:
             mask[:] = 0  # a JPEG's noise, which a map would stretch to the full range

@@ -37,7 +37,7 @@ def test_log_lines_are_of_all_ranks(monkeypatch):
     ours.meter.summarize.assert_called_once_with(5, [row], 0.1, 0.75, 2.0, 3)
 
 
-def test_a_restarted_job_continues(trained, labelled, tmp_path, monkeypatch):
+def test_a_restarted_job_continues(trained, labelled, tmp_path, monkeypatch, capsys):
     """With any --resume: otherwise each restart would discard the steps before it."""
     for resume, start in (("none", 0), (str(trained / "last.pt"), 6)):
         out = tmp_path / str(start)
@@ -45,10 +45,12 @@ def test_a_restarted_job_continues(trained, labelled, tmp_path, monkeypatch):
         monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
         with stop_after(3):
             train(out, **settings)  # another command, which is not continued
+        assert "the same command resumes\n" in capsys.readouterr().out
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         for step in (start + 2, start + 4):
             with stop_after(2):
                 assert train(out, **settings, resume=resume)["step"] == step
+            assert "resumes, but without --resume\n" in capsys.readouterr().out
         steps = [r["step"] for r in records(out)]
         assert steps == [*range(start + 1, start + 5)]  # none of the other command
         monkeypatch.delenv("SLURM_RESTART_COUNT")

@@ -6,6 +6,7 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import eval_finetune
 import eval_knn
 import eval_linear
 from attg.datasets import open_data
+from attg.evaluation import describe
 from tests.fuzz import within
 from tests.helpers import content, refused, save_encoder
 
@@ -151,6 +153,10 @@ def test_data_sets_in_python(evaluate, labelled, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(*flags, data=wrong)
+    # A subset has some of the classes.
+    settings = SimpleNamespace(data="mine")
+    describe(settings, {"train": 3}, 4, [1, 3, 3])
+    assert "2 classes, chance 50 %, the largest has 66.7 %" in settings.header
 
 
 def test_the_default_is_the_data_set_of_the_checkpoint(evaluate, labelled, tmp_path):

@@ -140,6 +140,7 @@ def test_reconstructions(norm_pix, whole, labelled, sheets, tmp_path):
     train(tmp_path, **settings, resume=str(weights))
     with Image.open(tmp_path / "reconstructions.png") as sheet:
         assert sheet.width > 6 * 192 and sheet.height > 8 * 192
+    assert ("true mean and std" in sheets[0][1]) == norm_pix
     columns = images_by_title(*sheets[0])
     names = ["image", "map", "weight", "masked", "reconstruction", "error"]
     assert list(columns) == names

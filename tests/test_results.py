@@ -103,50 +103,52 @@ def test_tables_of_the_pages():
     assert texts(new)[1] in README and new["pairs"] == 10
 
 
-def test_table_of_photographs():
-    """Averages of both features, ten seeds."""
-    runs = study.read_study(RESULTS / "study" / "tinymid30")
-    cells = {"all": "", "**grey (questions 1, 2)**": "tinymid30/grey: "}
-    for name in ("original", "same class", "other class"):
-        cells[name] = f"tinymid30/{name.replace(' ', '_')}: "
-    for name, prefix in cells.items():
-        line = [name]
-        for metric in (KNN, LINEAR):
-            top1 = {
-                variant: np.mean(
-                    [
-                        [runs[variant][seed][prefix + metric, x] for x in FEATURES]
-                        for seed in range(1, 11)
-                    ],
-                    axis=1,
-                )
-                for variant in ("none", "box", "gaussian")
-            }
-            line.append(f"{top1['none'].mean():.1f} ± {top1['none'].std(ddof=1):.1f}")
-            for pair in (("box", "none"), ("gaussian", "none"), ("box", "gaussian")):
-                mean, low, high, _ = study.interval(top1[pair[0]] - top1[pair[1]])
-                line.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+def top1_by_seed(runs, variant, metric, features=FEATURES):
+    """Top-1 (n,) of the runs of a variant, averaged over features."""
+    by_seed = [runs[variant][seed] for seed in sorted(runs[variant])]
+    return np.array([np.mean([x[metric, f] for f in features]) for x in by_seed])
+
+
+def mean_text(top1):
+    return f"{top1.mean():.1f} ± {top1.std(ddof=1):.1f}"
+
+
+def difference_text(top1, control):
+    mean, low, high, _ = study.interval(top1 - control)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+@pytest.mark.parametrize("name", ["tinymid30", "tinybox20"])
+def test_tables_of_photographs(name):
+    """Averages of both features."""
+    runs, grey = study.read_study(RESULTS / "study" / name), "grey"
+    variants = [("box", "none")]
+    if name == "tinymid30":
+        grey = "**grey (questions 1, 2)**"
+        variants += ("gaussian", "none"), ("box", "gaussian")
+    cells = {"all": "", grey: f"{name}/grey: "}
+    for test_set in ("original", "same class", "other class"):
+        cells[test_set] = f"{name}/{test_set.replace(' ', '_')}: "
+    for test_set, prefix in cells.items():
+        line = [test_set]
+        for metric in (prefix + KNN, prefix + LINEAR):
+            line.append(mean_text(top1_by_seed(runs, "none", metric)))
+            for pair in variants:
+                pair = (top1_by_seed(runs, x, metric) for x in pair)
+                line.append(difference_text(*pair))
         assert_line(STUDY, *line)
 
 
-def test_table_of_small_objects():
-    """Averages of both features, five seeds."""
-    runs = study.read_study(RESULTS / "study" / "tinybox20")
-    for name in ("all", "original", "grey", "same class", "other class"):
-        line, prefix = [name], f"tinybox20/{name.replace(' ', '_')}: "
-        for metric in (KNN, LINEAR):
-            key = metric if name == "all" else prefix + metric
-            none, box = (
-                np.array(
-                    [[runs[x][seed][key, f] for f in FEATURES] for seed in range(1, 6)]
-                )
-                for x in ("none", "box")
-            )
-            for top1 in (none.mean(axis=1), box.mean(axis=1)):
-                line.append(f"{top1.mean():.1f} ± {top1.std(ddof=1):.1f}")
-            mean, low, high, _ = study.interval((box - none).mean(axis=1))
-            line.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
-        assert_line(STUDY, *line)
+def test_table_of_new_seeds_on_imagenette():
+    runs = study.read_study(RESULTS / "study" / "imagenette64-new-seeds")
+    for (metric, name), feature in product(METRICS.items(), FEATURES):
+        name = name.removesuffix(", k = 5") if "labeled" in name else name
+        variants = ("none", "cnn-tokencut", "gaussian")
+        values = (top1_by_seed(runs, x, metric, [feature]) for x in variants)
+        none, guided, gaussian = values
+        line = [f"{name}, {feature.replace('_', ' ')}", *map(mean_text, (none, guided))]
+        line += difference_text(guided, none), difference_text(gaussian, none)
+        assert_line(STUDY, *line, difference_text(guided, gaussian))
 
 
 def add_derived(folder, runs):

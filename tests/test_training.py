@@ -206,7 +206,8 @@ def test_max_steps(labelled, tmp_path, capsys):
     rates = [attg_mae.lr_at(step, 8, warmup, 1e-3) for step in range(8)]
     assert [r["lr"] for r in records(tmp_path)] == pytest.approx(rates, rel=1e-3)
     assert (tmp_path / "encoder.pt").exists() and records(tmp_path, "knn")
-    assert "nothing left" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "stopped after 8 steps" in printed and "nothing left" not in printed
     train(tmp_path, **settings)
     assert "nothing left to train" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--max_steps 8 -> 9"):
